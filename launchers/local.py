@@ -1,0 +1,114 @@
+"""The default launcher: the stages of a plan on this machine, by warm worker processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from launchers.live import LiveTable
+from launchers.schedule import Schedule
+from launchers.worker import DIED, Place, Worker
+from src.config import ConfigError
+from src.plan import Plan, make_plan
+from src.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class LocalLauncher(Launcher):
+    """`launch_plan` runs a plan; `launch` is Hydra's own interface to the same, for other sweepers."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        if workers is not None and workers < 1:
+            raise ConfigError(f"hydra.launcher.workers={workers}: must be >= 1")
+        self.workers = workers
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.loader = config, hydra_context.config_loader
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        from sweeps.grid import expand
+
+        points = [point for overrides in job_overrides for point in expand(list(overrides), self.config, self.loader)]
+        store = Store(points[0].output_dir)
+        plan = make_plan(points, store)
+        failures = self.launch_plan(plan, store, store.sweep_dir(f"{points[0].setup.name}-jobs"))
+        returns = []
+        for overrides, result in zip(job_overrides, plan.results, strict=True):
+            failed = failures.get(result)
+            status = JobStatus.FAILED if failed else JobStatus.COMPLETED
+            returns.append(JobReturn(overrides=list(overrides), status=status, _return_value=RuntimeError(failed) if failed else None))
+        return returns
+
+    def launch_plan(self, plan: Plan, store: Store, folder: Path) -> dict[str, str]:
+        """Compute what the plan needs. Returns the points (by identity) that were not reached, each with the reason.
+
+        Raises KeyboardInterrupt on Ctrl-C or SIGTERM, workers stopped; what was done stays done.
+        """
+        schedule = Schedule(plan)
+        if not plan.needed:
+            return {}
+        logs = folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        gpus = visible_gpus()
+        count = min(self.workers or len(gpus) or len(os.sched_getaffinity(0)), schedule.width())
+        places = [Place(i, count, gpus[i % len(gpus)] if gpus else None) for i in range(count)]
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        workers: list[Worker] = []
+        try:
+            with LiveTable(folder.name, schedule, store, workers) as table:
+                workers += [Worker(place, store.output_dir, logs / f"worker-{place.number}.log") for place in places]
+                while not schedule.finished():
+                    for worker in workers:
+                        if worker.stage is None and (stage := schedule.next()) is not None:
+                            worker.give(stage)
+                    busy = [w for w in workers if w.stage is not None]
+                    ready = wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout=0.5)
+                    for number, worker in enumerate(workers):
+                        if worker.stage is not None and (worker.pipe in ready or worker.process.sentinel in ready):
+                            self._settle(worker, schedule, table)
+                            if not worker.process.is_alive():
+                                workers[number] = Worker(worker.place, store.output_dir, worker.log_file)
+                    table.refresh()
+        finally:
+            for worker in workers:
+                worker.stop()
+            signal.signal(signal.SIGTERM, before)
+        return schedule.failed_points()
+
+    @staticmethod
+    def _settle(worker: Worker, schedule: Schedule, table: LiveTable) -> None:
+        stage, reason = worker.stage, worker.answer()
+        assert stage is not None
+        worker.stage = None
+        if reason is None:
+            schedule.done(stage)
+        elif reason.startswith(DIED) and schedule.once_more(stage):
+            # A kill says nothing about the stage: it resumes from its checkpoint in a fresh process.
+            log.warning("%s: %s; trying once more", stage.label, reason)
+        else:
+            schedule.fail(stage, reason)
+        table.told(stage, reason)
+
+
+def visible_gpus() -> list[str]:
+    """What to set CUDA_VISIBLE_DEVICES to for each GPU, without importing torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [g for g in named.split(",") if g.strip() and g.strip() != "-1"]
+    driver = Path("/proc/driver/nvidia/gpus")
+    return [str(i) for i in range(len(list(driver.iterdir())))] if driver.is_dir() else []
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,113 @@
+"""A warm worker process: torch is imported once, then stages are computed as they come through a pipe."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from src.plan import Stage
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker may use of the machine."""
+
+    number: int
+    share: int  # of how many workers that share the CPU cores
+    gpu: str | None  # its CUDA_VISIBLE_DEVICES; None leaves it as it is
+
+
+class Worker:
+    """One process and the stage it is computing, seen from the launcher."""
+
+    def __init__(self, place: Place, output_dir: Path, log_file: Path) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn")
+        self.place, self.output_dir, self.log_file = place, output_dir, log_file
+        self.stage: Stage | None = None
+        self.pipe, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(
+            target=serve, args=(theirs, place, output_dir, log_file, os.getpid()), daemon=False
+        )
+        self.process.start()
+        theirs.close()
+
+    def give(self, stage: Stage) -> None:
+        self.stage = stage
+        try:
+            self.pipe.send(stage)
+        except (BrokenPipeError, OSError):
+            pass  # it has died; `answer` says so
+
+    def answer(self) -> str | None:
+        """After its pipe or process became ready: None when the stage is done, else why not."""
+        try:
+            return self.pipe.recv() if self.pipe.poll() else self._death()
+        except (EOFError, OSError):
+            return self._death()
+
+    def _death(self) -> str:
+        self.process.join(5)
+        code = self.process.exitcode
+        name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return f"{DIED} ({name}; see {self.log_file})"
+
+    def stop(self) -> None:
+        """At once; what it was computing resumes from its last checkpoint."""
+        if self.process.is_alive():
+            self.process.terminate()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+        self.pipe.close()
+
+
+DIED = "its worker process died"
+
+
+def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path, parent: int) -> None:
+    """The worker's life: until the pipe closes or the launcher is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    if place.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
+    logging.basicConfig(filename=log_file, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+    logging.captureWarnings(True)
+    log = logging.getLogger(__name__)
+
+    from src.failure import one_line_failure
+    from src.models import use_threads
+    from src.stages import ensure
+    from src.store import Store
+
+    store = Store(output_dir)
+    while True:
+        try:
+            stage: Stage = pipe.recv()
+        except EOFError:
+            return
+        try:
+            use_threads(stage.point.engine, place.share)
+            ensure(stage, store)
+            outcome = None
+        except Exception as error:
+            log.exception("%s failed", stage.label)
+            outcome = one_line_failure(error)
+        pipe.send(outcome)
+
+
+def _die_with(parent: int) -> None:
+    """A launcher that was killed sends nothing: without it a worker would compute on unseen."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -1,0 +1,363 @@
+"""The schema of a run (dataclasses, typed by OmegaConf) and every cross-field check; a Point comes out. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.methods import METHODS
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+
+class ConfigError(ValueError):
+    """Something a user asked for that cannot be run: one line, naming the override or file and what would be right."""
+
+
+@dataclass
+class Best:
+    beta: float = MISSING
+    lr: float = MISSING
+
+
+@dataclass
+class Setup:
+    name: str = MISSING
+    best: dict[str, Best] = field(default_factory=dict)  # method -> published or measured best values
+
+
+@dataclass
+class Init:
+    name: str = MISSING  # sft | base
+    sft_weight: float = 0.0
+    align_weight: float = 1.0
+
+
+@dataclass
+class MethodFields:
+    name: str = MISSING
+    gamma_beta_ratio: float | None = None
+    calibration_weight: float | None = None
+
+
+@dataclass
+class Model:
+    name: str = MISSING
+    path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
+    template: str = "plain"  # plain | tokenizer | llama3
+    revision: str | None = None
+
+
+@dataclass
+class HubTable:
+    path: str = MISSING
+    train_split: str = "train"
+    validation_split: str = "validation"
+
+
+@dataclass
+class Dataset:
+    name: str = MISSING
+    source: str = MISSING  # mini_tldr | jsonl | hub
+    path: str | None = None
+    sft: HubTable | None = None
+    preference: HubTable | None = None
+    sft_size: int | None = None
+    train_size: int | None = None
+    validation_size: int | None = None
+    seed: int = 0
+    max_tokens: int = 1024
+    max_prompt_tokens: int = 512
+
+
+@dataclass
+class Optimisation:
+    lr: float = MISSING
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 128
+    schedule: str = "linear"  # linear | cosine | constant
+    warmup_ratio: float = 0.03
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 2.0
+
+
+@dataclass
+class Trainer:
+    name: str = MISSING
+    sft: Optimisation = field(default_factory=Optimisation)
+    align: Optimisation = field(default_factory=Optimisation)
+    tokens_per_batch: int = 16384
+    checkpoint_steps: int = 100
+
+
+@dataclass
+class Engine:
+    name: str = MISSING
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "fp32"  # fp32 | bf16: of the computation; weights and optimiser are float32 always
+    threads: int | None = None
+
+
+@dataclass
+class Generation:
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    batch_size: int = 64
+    seed: int = 0
+
+
+@dataclass
+class Evaluation:
+    name: str = MISSING
+    quality: str = MISSING  # win_rate | reward_accuracy
+    judge: str | None = None  # gold
+    baseline: str = "sft"
+    prompts: int = 500
+    selection_fraction: float = 0.5
+    split_seed: int = 0
+    generation: Generation = field(default_factory=Generation)
+
+
+@dataclass
+class Tracking:
+    name: str = MISSING
+    wandb: bool = False
+    project: str = "alignment-sweep"
+    entity: str | None = None
+    mode: str = "auto"  # auto | online | offline
+
+
+@dataclass
+class Sweep:
+    name: str | None = None
+
+
+@dataclass
+class Point:
+    """One run, fully resolved and checked; also the schema of conf/train.yaml."""
+
+    setup: Setup = field(default_factory=Setup)
+    init: Init = field(default_factory=Init)
+    method: MethodFields = field(default_factory=MethodFields)
+    model: Model = field(default_factory=Model)
+    dataset: Dataset = field(default_factory=Dataset)
+    trainer: Trainer = field(default_factory=Trainer)
+    engine: Engine = field(default_factory=Engine)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    tracking: Tracking = field(default_factory=Tracking)
+    beta_grid: dict[str, list[float]] = field(default_factory=dict)
+    lr_grid: dict[str, list[float]] = field(default_factory=dict)
+    sweep: Sweep = field(default_factory=Sweep)
+    beta: float = MISSING
+    lr: float = MISSING
+    seed: int = 0
+    best_from: str | None = None
+    output_dir: str = "outputs"
+    dry_run: bool = False
+
+    @property
+    def label(self) -> str:
+        """How people name this point: `dpo beta=0.05 lr=7e-07`, with what differs from the usual."""
+        extra = ("" if self.init.name == "sft" else f" init={self.init.name}") + (f" seed={self.seed}" if self.seed else "")
+        return f"{self.method.name} beta={self.beta:g} lr={self.lr:g}{extra}"
+
+
+# Which values a field may take, where its type does not say so.
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "init.name": ("sft", "base"),
+    "method.name": tuple(METHODS),
+    "model.template": ("plain", "tokenizer", "llama3"),
+    "dataset.source": ("mini_tldr", "jsonl", "hub"),
+    "trainer.sft.schedule": ("linear", "cosine", "constant"),
+    "trainer.align.schedule": ("linear", "cosine", "constant"),
+    "engine.device": ("auto", "cpu", "cuda"),
+    "engine.precision": ("fp32", "bf16"),
+    "evaluation.quality": ("win_rate", "reward_accuracy"),
+    "evaluation.judge": (None, "gold"),
+    "evaluation.baseline": ("sft",),
+    "tracking.mode": ("auto", "online", "offline"),
+}
+
+# Numbers and the interval they must lie in: (lowest, is it allowed, highest).
+RANGES: dict[str, tuple[float, bool, float]] = {
+    "beta": (0, False, math.inf),
+    "lr": (0, False, math.inf),
+    "seed": (0, True, 2**31 - 1),
+    "init.sft_weight": (0, True, math.inf),
+    "init.align_weight": (0, False, math.inf),
+    "dataset.sft_size": (1, True, math.inf),
+    "dataset.train_size": (1, True, math.inf),
+    "dataset.validation_size": (1, True, math.inf),
+    "dataset.max_tokens": (2, True, math.inf),
+    "dataset.max_prompt_tokens": (1, True, math.inf),
+    "trainer.tokens_per_batch": (1, True, math.inf),
+    "trainer.checkpoint_steps": (1, True, math.inf),
+    "engine.threads": (1, True, math.inf),
+    "evaluation.prompts": (2, True, math.inf),
+    "evaluation.selection_fraction": (0, False, 0.999),
+    "evaluation.generation.temperature": (0, True, math.inf),
+    "evaluation.generation.top_k": (0, True, math.inf),
+    "evaluation.generation.top_p": (0, False, 1),
+    "evaluation.generation.max_new_tokens": (1, True, math.inf),
+    "evaluation.generation.batch_size": (1, True, math.inf),
+} | {
+    f"trainer.{stage}.{key}": bounds
+    for stage in ("sft", "align")
+    for key, bounds in {
+        "lr": (0.0, False, math.inf),
+        "epochs": (0.0, False, math.inf),
+        "max_steps": (1.0, True, math.inf),
+        "batch_size": (1.0, True, math.inf),
+        "warmup_ratio": (0.0, True, 1.0),
+        "weight_decay": (0.0, True, math.inf),
+        "max_grad_norm": (0.0, False, math.inf),
+    }.items()
+}
+
+
+def register() -> None:
+    """Make the schema known to Hydra and `${best:...}` to OmegaConf; called once before composition."""
+    ConfigStore.instance().store(name="schema", node=Point)
+    OmegaConf.register_new_resolver("best", _best_value, replace=True)
+
+
+def _best_value(key: str, *, _root_: DictConfig) -> float:
+    """`${best:beta}`: the setup's best value for the chosen method, or that of `best_from=FILE` (a best.yaml)."""
+    method, setup = _root_.method.name, _root_.setup.name
+    if _root_.best_from is None:
+        table, where = _root_.setup.best, f"setup={setup}"
+    else:
+        where = f"best_from={_root_.best_from}"
+        try:
+            table = yaml.safe_load(Path(_root_.best_from).read_text())[setup]
+        except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{where}: no best values of setup {setup} can be read there ({error!r})") from None
+    if method not in table or table[method].get(key) is None:
+        raise ConfigError(f"{where} names no best {key} for method={method}: give {key}=VALUE")
+    return float(table[method][key])
+
+
+def point_from(cfg: DictConfig) -> Point:
+    """Resolve and check a composed config. Raises ConfigError."""
+    try:
+        point = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    assert isinstance(point, Point)
+    check(point)
+    return point
+
+
+def check(point: Point) -> None:
+    """Every rule between and within fields. Raises ConfigError naming the override to change."""
+    values = dict(_leaves(point))
+    for key, value in values.items():
+        if key in CHOICES and value not in CHOICES[key]:
+            allowed = ", ".join("null" if c is None else c for c in CHOICES[key])
+            raise ConfigError(f"{key}={value}: must be one of {allowed}")
+        if key in RANGES and value is not None:
+            low, inclusive, high = RANGES[key]
+            if not (low <= value <= high and (inclusive or value > low)) or not math.isfinite(value):
+                bound = f"{'>=' if inclusive else '>'} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else "")
+                raise ConfigError(f"{key}={value:g}: must be {bound}")
+    _check_method(point)
+    _check_dataset(point)
+    for name in ("beta_grid", "lr_grid"):
+        check_grid(name, getattr(point, name))
+    if point.evaluation.quality == "win_rate" and point.evaluation.judge is None:
+        raise ConfigError("evaluation.quality=win_rate needs evaluation.judge; without one use reward_accuracy")
+    if point.evaluation.judge == "gold" and point.dataset.source != "mini_tldr":
+        raise ConfigError("evaluation.judge=gold knows the facts of dataset=mini_tldr only; use evaluation=preference")
+
+
+def check_grid(name: str, grid: dict[str, list[float]]) -> None:
+    for method, values in grid.items():
+        if method not in METHODS:
+            raise ConfigError(f"{name}.{method}: no such method; methods are {', '.join(METHODS)}")
+        if not values:
+            raise ConfigError(f"{name}.{method}=[]: an empty grid has no points; give at least one value")
+        for value in values:
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name}.{method}: {value:g} must be > 0")
+
+
+def _check_method(point: Point) -> None:
+    spec = METHODS[point.method.name]
+    for option in ("gamma_beta_ratio", "calibration_weight"):
+        given = getattr(point.method, option) is not None
+        if given and option not in spec.options:
+            raise ConfigError(f"method.{option}: method={point.method.name} has no such field; remove the override")
+        if not given and option in spec.options:
+            raise ConfigError(f"method.{option}: method={point.method.name} needs a value")
+
+
+def _check_dataset(point: Point) -> None:
+    data = point.dataset
+    if data.source == "jsonl":
+        if data.path is None:
+            raise ConfigError(
+                "dataset.path is not set: give dataset.path=FILE, JSON or JSON lines of prompt|conversations, chosen, rejected"
+            )
+        if not Path(data.path).is_file():
+            raise ConfigError(f"dataset.path={data.path}: no such file")
+    if data.source == "hub" and (data.sft is None or data.preference is None):
+        raise ConfigError("dataset.source=hub needs dataset.sft.path and dataset.preference.path")
+    if data.max_prompt_tokens >= data.max_tokens:
+        raise ConfigError(
+            f"dataset.max_prompt_tokens={data.max_prompt_tokens}: must be below dataset.max_tokens={data.max_tokens}"
+        )
+
+
+def method_options(point: Point) -> dict[str, float]:
+    """The loss fields besides beta, by name."""
+    return {name: getattr(point.method, name) for name in METHODS[point.method.name].options}
+
+
+def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            leaves += _leaves(value, f"{prefix}{f.name}.")
+        else:
+            leaves.append((prefix + f.name, value))
+    return leaves
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a Hydra or OmegaConf error, causes included, on one line."""
+    parts: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen).split("\n")
+        # OmegaConf appends its own coordinates; of those only the full key tells a user something.
+        keep = [t.strip() for t in text if t.strip() and not t.strip().startswith(("object_type=", "reference_type="))]
+        message = " ".join(keep).replace("full_key: ", "at key ")
+        if message and not any(message in part or part in message for part in parts):
+            parts.append(message)
+        seen = seen.__cause__
+    return ": ".join(parts)
+
+
+USER_ERRORS = (ConfigError, HydraException, OmegaConfBaseException)
+
+
+def parse_overrides(arguments: list[str], config_loader: Any = None) -> list[Any]:
+    """Hydra's own override grammar. Raises ConfigError."""
+    try:
+        return OverridesParser.create(config_loader=config_loader).parse_overrides(overrides=arguments)
+    except HydraException as error:
+        raise ConfigError(one_line(error)) from error

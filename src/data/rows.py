@@ -1,0 +1,124 @@
+"""Rows of any public preference layout -> prompts and responses; a bad row is an error naming its file and line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from src.config import ConfigError
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to where the response begins. A plain text prompt is one user message."""
+
+    messages: tuple[Message, ...]
+    facts: dict[str, str] = field(default_factory=dict, compare=False)  # for a judge that knows the truth
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(m["content"] for m in self.messages)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    prompt: Prompt
+    response: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt: Prompt
+    chosen: str
+    rejected: str
+
+
+def text_prompt(text: str, facts: dict[str, str] | None = None) -> Prompt:
+    return Prompt(({"role": "user", "content": text},), facts or {})
+
+
+def pair_from(row: dict[str, Any], where: str) -> Pair:
+    """`prompt` (text or messages) or `conversations`, with `chosen` and `rejected` (text, a message, or messages
+    that may repeat the prompt). Raises ConfigError naming `where`."""
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise ConfigError(f"{where}: no field {key!r}; it has {', '.join(map(repr, row)) or 'none'}")
+    prompt = row.get("conversations", row.get("prompt"))
+    if prompt is None:
+        if not isinstance(row["chosen"], list):
+            raise ConfigError(f"{where}: no field 'prompt' or 'conversations'")
+        prompt = row["chosen"][:-1]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, where)
+    return Pair(Prompt(tuple(messages)), _response(row["chosen"], where, "chosen"), _response(row["rejected"], where, "rejected"))
+
+
+def demonstration_from(row: dict[str, Any], where: str) -> Demonstration:
+    """`messages` / `conversations` ending with the assistant, or `prompt` with `completion` / `chosen`."""
+    turns = row.get("messages", row.get("conversations"))
+    if turns is not None:
+        messages = _messages(turns, where)
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        if len(messages) < 2:
+            raise ConfigError(f"{where}: a conversation needs a user turn and an assistant turn after it")
+        return Demonstration(Prompt(tuple(messages[:-1])), messages[-1]["content"])
+    response = row.get("completion", row.get("chosen", row.get("response")))
+    if "prompt" not in row or response is None:
+        raise ConfigError(f"{where}: needs messages, or prompt and completion; it has {', '.join(map(repr, row)) or 'none'}")
+    prompt = row["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, where)
+    return Demonstration(Prompt(tuple(messages)), _response(response, where, "completion"))
+
+
+def _messages(turns: Any, where: str) -> list[Message]:
+    if not isinstance(turns, list):
+        raise ConfigError(f"{where}: a conversation is a list of messages, not {type(turns).__name__}")
+    return [_message(turn, where) for turn in turns]
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise ConfigError(f"{where}: a message is an object with role and content, not {type(turn).__name__}")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if role not in _ROLES or not isinstance(content, str):
+        raise ConfigError(f"{where}: a message needs role|from in {', '.join(_ROLES)} and content|value as text")
+    return {"role": _ROLES[role], "content": content}
+
+
+def _response(value: Any, where: str, name: str) -> str:
+    if isinstance(value, list) and value:
+        value = value[-1]
+    if isinstance(value, dict):
+        return _message(value, where)["content"]
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {name} must be text, a message, or a list of messages")
+    return value
+
+
+def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) of a JSON list or a JSON-lines file. Raises ConfigError naming file and line."""
+    text = Path(path).read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        try:
+            rows = [(f"{path}, entry {i}", row) for i, row in enumerate(json.loads(text))]
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append((f"{path}, line {number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise ConfigError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    if not rows:
+        raise ConfigError(f"dataset.path={path}: no rows in it")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}: a row is an object, not {type(row).__name__}")
+    return rows

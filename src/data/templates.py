@@ -1,0 +1,59 @@
+"""Conversations -> token ids: prompt and response tokenised apart, so the boundary between them never moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from src.config import ConfigError
+from src.data.rows import Prompt
+
+# The header format of Llama 3 (Meta's model card); base checkpoints come without a template.
+_LLAMA3 = (
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+@dataclass
+class Template:
+    """How a model is spoken to: `plain` text, the `tokenizer`'s own chat template, or `llama3` headers."""
+
+    name: str
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        if self.name == "tokenizer" and not self.tokenizer.chat_template:
+            raise ConfigError("model.template=tokenizer: this tokenizer brings no chat template; use plain or llama3")
+        if self.name == "llama3" and "<|eot_id|>" not in self.tokenizer.get_vocab():
+            raise ConfigError("model.template=llama3: this tokenizer has no <|eot_id|>; use plain or tokenizer")
+        if self.end_id is None:
+            raise ConfigError(f"model.template={self.name}: this tokenizer has no end-of-sequence token")
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a response, supervised and generated."""
+        if self.name == "llama3":
+            return self.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+        return self.tokenizer.eos_token_id
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        if self.name == "plain":
+            ids = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        else:
+            chat = {"chat_template": _LLAMA3} if self.name == "llama3" else {}
+            text = self.tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True, **chat)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        # Chat formats without a begin token (ChatML) declare one all the same; only the other two start with it.
+        if bos is not None and self.name != "tokenizer" and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        return ids
+
+    def response_ids(self, text: str) -> list[int]:
+        """Response tokens, the end token last. A plain response follows its prompt after one space."""
+        text = " " + text if self.name == "plain" else text
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

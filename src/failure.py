@@ -1,0 +1,21 @@
+"""Failures a user can act on, and the one line a user is told of any other."""
+
+from __future__ import annotations
+
+from src.config import USER_ERRORS, one_line
+
+
+class StageError(RuntimeError):
+    """A stage could not be computed for a reason the user can act on: one line."""
+
+
+class SweepFailed(RuntimeError):
+    """Some points failed; the others are done and aggregated."""
+
+
+def one_line_failure(error: BaseException) -> str:
+    """Errors a user can act on as they are; any other with its type, since the message alone may say nothing."""
+    if isinstance(error, (*USER_ERRORS, StageError, SweepFailed)):
+        return one_line(error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

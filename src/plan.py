@@ -1,0 +1,200 @@
+"""Points -> the graph of stages that produce them, each distinct stage once, with its identity and state. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from src.config import Optimisation, Point, method_options
+from src.identity import digest, fingerprint
+from src.methods import METHODS
+from src.store import Store
+
+# Raise a stage's number when what it computes changes: old artefacts are then not its own any more.
+VERSIONS = {"sft": 1, "reference": 1, "align": 1, "generate": 1, "evaluate": 1}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a point. Two stages with equal fields and upstream are the same one, whichever point asks."""
+
+    kind: str
+    fields: dict[str, Any]
+    upstream: dict[str, Stage]  # role -> stage
+    point: Point = field(compare=False, repr=False)  # one that needs it; what fields leave out may differ
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        return {
+            "stage": self.kind,
+            "version": VERSIONS[self.kind],
+            "fields": self.fields,
+            "upstream": {role: stage.identity for role, stage in self.upstream.items()},
+        }
+
+    @cached_property
+    def identity(self) -> str:
+        return digest(self.description)
+
+    @property
+    def role(self) -> str:
+        """The kind, and for the samples a judge compares with `baseline`."""
+        return "baseline" if self.fields.get("role") == "baseline" else self.kind
+
+    @property
+    def label(self) -> str:
+        """What a person calls it in a progress line."""
+        if self.role in ("sft", "reference", "baseline"):
+            return f"{self.point.setup.name} {self.role}"
+        return f"{self.point.label} {self.kind}"
+
+
+def stages_of(point: Point) -> list[Stage]:
+    """The stages of a point in the order they run; the last one is `evaluate`."""
+    stages: list[Stage] = []
+
+    def add(kind: str, fields: dict[str, Any], **upstream: Stage | None) -> Stage:
+        present = {role: stage for role, stage in upstream.items() if stage is not None}
+        stage = Stage(kind, fields, present, point)
+        stages.append(stage)
+        return stage
+
+    model = {
+        "model": fingerprint(point.model.path, point.model.revision),
+        "template": point.model.template,
+        "precision": point.engine.precision,
+    }
+    data, evaluation = _data_fields(point), point.evaluation
+    judged = evaluation.judge is not None
+
+    sft = init = None
+    if point.init.name == "sft" or judged:
+        sft = add("sft", {**model, "data": data["sft"], "trainer": _trainer(point.trainer.sft), "seed": point.seed})
+    if point.init.name == "sft":
+        init = sft
+    # The base model has no stage: it is part of the fields of whoever starts from it.
+    start = {**model, "init": point.init.name}
+
+    reference = None
+    if METHODS[point.method.name].needs_reference:
+        reference = add("reference", {**start, "data": data["preference"]}, init=init)
+    align = add(
+        "align",
+        {
+            **start,
+            "data": data["preference"],
+            "method": {"name": point.method.name, **method_options(point)},
+            "beta": point.beta,
+            "sft_weight": point.init.sft_weight,
+            "align_weight": point.init.align_weight,
+            "trainer": {**_trainer(point.trainer.align), "lr": point.lr},
+            "seed": point.seed,
+        },
+        init=init,
+        reference=reference,
+    )
+
+    generation = asdict(evaluation.generation)
+    del generation["batch_size"]  # samples do not depend on it
+    sampling = {
+        **start,
+        "data": data["prompts"],
+        "prompts": evaluation.prompts,
+        "generation": generation,
+        "seed": point.seed,
+    }
+    baseline = add("generate", {**sampling, "role": "baseline"}, checkpoint=sft) if judged else None
+    samples = add("generate", {**sampling, "role": "policy"}, checkpoint=align, reference=init)
+    add(
+        "evaluate",
+        {
+            "setup": point.setup.name,
+            "init": point.init.name,
+            "data": data["prompts"],
+            "judge": evaluation.judge,
+            "quality": evaluation.quality,
+            "selection_fraction": evaluation.selection_fraction,
+            "split_seed": evaluation.split_seed,
+        },
+        align=align,
+        samples=samples,
+        baseline=baseline,
+    )
+    return stages
+
+
+def _trainer(optimisation: Optimisation) -> dict[str, Any]:
+    return asdict(optimisation) | {"adam_betas": list(optimisation.adam_betas)}
+
+
+def _data_fields(point: Point) -> dict[str, dict[str, Any]]:
+    """What of the dataset each consumer's result depends on."""
+    data = point.dataset
+    common: dict[str, Any] = {"source": data.source, "seed": data.seed}
+    if data.path is not None:
+        common["path"] = fingerprint(data.path)
+    pairs = {**common, "train_size": data.train_size, "validation_size": data.validation_size}
+    if data.source == "hub":
+        pairs["preference"] = asdict(data.preference) if data.preference else None
+    lengths = {"max_tokens": data.max_tokens, "max_prompt_tokens": data.max_prompt_tokens}
+    # JSON lines have no SFT table of their own: their SFT data are the chosen responses of the training pairs.
+    sft = {**common, "sft_size": data.sft_size, **lengths} if data.source != "jsonl" else {**pairs, "sft_size": data.sft_size, **lengths}
+    if data.source == "hub":
+        sft["sft"] = asdict(data.sft) if data.sft else None
+    return {"sft": sft, "preference": {**pairs, **lengths}, "prompts": {**pairs, **lengths}}
+
+
+@dataclass
+class Plan:
+    """The stages of a list of points, each once, upstream first."""
+
+    points: list[Point]
+    stages: dict[str, Stage]  # identity -> stage
+    point_stages: list[list[str]]  # per point: the identities of its stages, upstream first, `evaluate` last
+    done: set[str]  # identities whose artefacts are there
+    needed: set[str]  # identities that must be computed for the points to be complete
+
+    @property
+    def results(self) -> list[str]:
+        """Per point: the identity of its evaluate stage."""
+        return [own[-1] for own in self.point_stages]
+
+    def text(self) -> str:
+        """What would run, for `dry_run=true`."""
+        lines = []
+        for point, result in zip(self.points, self.results, strict=True):
+            state = "done" if result in self.done else "to do"
+            lines.append(f"{state:6} {result}  {point.setup.name}  {point.label}")
+        counts: dict[str, list[int]] = {}
+        for identity, stage in self.stages.items():
+            row = counts.setdefault(stage.role, [0, 0])
+            row[0 if identity in self.needed else 1] += 1
+        finished = sum(result in self.done for result in self.results)
+        lines.append("")
+        lines.append(f"{len(self.points)} points: {finished} done, {len(self.points) - finished} to do")
+        lines.append("stage      to do  done or not needed")
+        lines += [f"{role:9} {todo:6} {rest:6}" for role, (todo, rest) in counts.items()]
+        return "\n".join(lines)
+
+
+def make_plan(points: Iterable[Point], store: Store) -> Plan:
+    """Which stages the points consist of, and which of them are still to do."""
+    points = list(points)
+    stages: dict[str, Stage] = {}
+    point_stages = []
+    for point in points:
+        own = stages_of(point)
+        for stage in own:
+            stages.setdefault(stage.identity, stage)
+        point_stages.append([stage.identity for stage in own])
+    done = {identity for identity, stage in stages.items() if store.is_done(stage)}
+    needed: set[str] = set()
+    todo = [own[-1] for own in point_stages if own[-1] not in done]
+    while todo:
+        identity = todo.pop()
+        if identity not in needed:
+            needed.add(identity)
+            todo += [up.identity for up in stages[identity].upstream.values() if up.identity not in done]
+    return Plan(points, stages, point_stages, done, needed)

@@ -1,0 +1,63 @@
+"""Progress of one run on the console: a bar with ETA on a terminal, plain lines in a log or notebook."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 5.0  # between plain lines
+
+
+def seconds_text(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class RunProgress:
+    """`with RunProgress() as report:` then report(label, step, total) as stages advance."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self._bars: Progress | None = None
+        if self.console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+        self._tasks: dict[str, object] = {}
+        self._begun: dict[str, float] = {}
+        self._told = 0.0
+
+    def __enter__(self) -> RunProgress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, label: str, step: int, total: int) -> None:
+        if self._bars is not None:
+            if label not in self._tasks:
+                self._tasks[label] = self._bars.add_task(label, total=total or None)
+            self._bars.update(self._tasks[label], completed=step, total=total or None)  # type: ignore[arg-type]
+            return
+        now = time.monotonic()
+        begun = self._begun.setdefault(label, now)
+        if now - self._told >= LINE_SECONDS or (step == total and total):
+            self._told = now
+            left = f", {seconds_text((now - begun) / step * (total - step))} left" if 0 < step < total else ""
+            print(f"{label}: {step}/{total}{left}", flush=True)

@@ -1,0 +1,112 @@
+"""Samples and validation scores -> judgements.jsonl and result.json, the numbers a point is compared by."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from src.config import Point
+from src.data import source_of
+from src.judges import judge_named
+from src.methods import METHODS
+from src.stages import align, generate
+from src.store import DONE, STAGE_FILE, Attempt, read_json, write_json
+
+RESULT_FILE = "result.json"
+JUDGEMENTS_FILE = "judgements.jsonl"
+SCHEMA = 1  # of result.json
+
+
+def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
+    samples = generate.read(upstream["samples"])
+    validation = [json.loads(line) for line in (upstream["align"] / align.VALIDATION_FILE).open()]
+    accuracy = {line["row"]: line["correct"] for line in validation}
+
+    quality = accuracy
+    if point.evaluation.judge is not None:
+        baseline = generate.read(upstream["baseline"])
+        prompts = source_of(point).prompts(point.evaluation.prompts)
+        judge = judge_named(point.evaluation.judge)
+        verdicts = [judge(p, s, b) for p, s, b in zip(prompts, samples, baseline, strict=True)]
+        with (attempt.out / JUDGEMENTS_FILE).open("w") as handle:
+            for sample, verdict in zip(samples, verdicts, strict=True):
+                handle.write(json.dumps({"index": sample["index"], "verdict": verdict.value, "reason": verdict.reason}) + "\n")
+        if point.evaluation.quality == "win_rate":
+            quality = {s["index"]: v.value for s, v in zip(samples, verdicts, strict=True)}
+
+    chosen = selection_items(list(quality), point.evaluation.selection_fraction, point.evaluation.split_seed)
+    ratios = [s["logp"] - s["reference_logp"] for s in samples]
+    lengths = [s["tokens"] for s in samples]
+    result = {
+        "schema": SCHEMA,
+        "point": {
+            "setup": point.setup.name,
+            "method": point.method.name,
+            "kind": METHODS[point.method.name].kind,
+            "init": point.init.name,
+            "beta": point.beta,
+            "lr": point.lr,
+            "seed": point.seed,
+        },
+        "quality": {"metric": point.evaluation.quality, **mean_and_error(list(quality.values()))},
+        "splits": {
+            "selection": mean_and_error([v for i, v in quality.items() if i in chosen]),
+            "reporting": mean_and_error([v for i, v in quality.items() if i not in chosen]),
+        },
+        "kl": {"per_sequence": mean_and_error(ratios), "per_token": ratio_and_error(ratios, lengths)},
+        "reward_accuracy": mean_and_error(list(accuracy.values())),
+        "reward_margin": mean_and_error([line["margin"] for line in validation]),
+        "response_tokens": mean_and_error(lengths),
+        "finished": sum(s["finished"] for s in samples) / len(samples),
+        "dropped": read_json(upstream["align"] / "data.json")["dropped"],
+        "stages": _stages(upstream),
+    }
+    write_json(attempt.out / RESULT_FILE, result)
+    attempt.step(1, 1)
+
+
+def selection_items(items: list[int], fraction: float, seed: int) -> set[int]:
+    """Which prompts (or pairs) choose hyper-parameters; the others report. The same ones for every point of a setup."""
+    shuffled = sorted(items)
+    random.Random(seed).shuffle(shuffled)
+    return set(shuffled[: min(len(items) - 1, max(1, round(fraction * len(items))))])
+
+
+def mean_and_error(values: list[float]) -> dict[str, float | None]:
+    """Mean, its standard error (ddof 1; null for fewer than two values), and n."""
+    n = len(values)
+    if n == 0:
+        return {"value": None, "se": None, "n": 0}
+    mean = math.fsum(values) / n
+    variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else None
+    return {"value": mean, "se": None if variance is None else math.sqrt(variance / n), "n": n}
+
+
+def ratio_and_error(totals: list[float], counts: list[int]) -> dict[str, float | None]:
+    """Sum of totals over sum of counts, its standard error by the delta method over sequences."""
+    n, tokens = len(totals), sum(counts)
+    if tokens == 0:
+        return {"value": None, "se": None, "n": n}
+    ratio = math.fsum(totals) / tokens
+    if n < 2:
+        return {"value": ratio, "se": None, "n": n}
+    residual = math.fsum((t - ratio * c) ** 2 for t, c in zip(totals, counts, strict=True)) / (n - 1)
+    return {"value": ratio, "se": math.sqrt(residual / n) / (tokens / n), "n": n}
+
+
+def _stages(upstream: dict[str, Path]) -> list[dict[str, Any]]:
+    """Identity, seconds and tokens of every stage this result rests on, found through the artefacts themselves."""
+    found: dict[str, dict[str, Any]] = {}
+    folders = list(upstream.values())
+    while folders:
+        folder = folders.pop()
+        done = read_json(folder / DONE)
+        if done["identity"] in found:
+            continue
+        found[done["identity"]] = {key: done[key] for key in ("stage", "identity", "seconds", "tokens")}
+        for identity in read_json(folder / STAGE_FILE)["upstream"].values():
+            folders += folder.parent.parent.glob(f"*/{identity}")
+    return sorted(found.values(), key=lambda stage: (stage["stage"], stage["identity"]))

@@ -1,0 +1,33 @@
+"""Supervised fine-tuning: token-mean cross-entropy over response tokens -> a checkpoint every method starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.config import Point
+from src.data.tokenised import examples_of
+from src.models import load_base, save_checkpoint, template_of
+from src.store import Attempt, write_json
+from src.tracking import Tracker
+from src.training import StepSize, train
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from src.pairs import PackedBatch
+
+
+def token_mean_loss(batch: PackedBatch, logps: Tensor, tokens: Tensor, step: StepSize) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every response token of the optimiser step weighs the same, whichever micro-batch it is in."""
+    return -logps.sum() / step.response_tokens, {"response_tokens": tokens.sum()}
+
+
+def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
+    template = template_of(point)
+    data = examples_of(point, "sft", template)
+    model = load_base(point)
+    with Tracker(point, "sft", attempt.identity, attempt.out, attempt.wandb_dir) as tracker:
+        train(model, data.examples, token_mean_loss, point.trainer.sft, point.trainer, point.engine, point.seed, attempt, tracker)
+    save_checkpoint(model, template, attempt.out)
+    write_json(attempt.out / "data.json", {"rows": len(data.examples), "dropped": data.dropped})

@@ -1,0 +1,158 @@
+"""Where everything is: one directory per stage identity, published whole by one rename; sweeps beside it. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.config import ConfigError
+from src.lease import Lease
+
+if TYPE_CHECKING:
+    from src.plan import Stage
+
+DONE = "DONE"
+STAGE_FILE = "stage.json"
+
+# (stage label, step, total): called as a stage advances.
+Report = Callable[[str, int, int], None]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` whole: a reader sees the old text or the new, never half of it."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w") as handle:
+            handle.write(json.dumps(value, indent=1) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@dataclass
+class Attempt:
+    """One try at a stage: where it writes, where it resumes from, and whom it tells."""
+
+    out: Path  # private until published
+    checkpoints: Path  # outlives the attempt; the next one resumes from it
+    lease: Lease
+    report: Report
+    label: str
+    identity: str
+    wandb_dir: Path
+    started: float = field(default_factory=time.time)
+    spent_before: float = 0.0  # seconds of earlier attempts that a checkpoint carried over
+    tokens: int = 0
+    _told: float = 0.0
+
+    def step(self, step: int, total: int) -> None:
+        """Say how far the stage is. Raises LeaseLost when another process has taken it over."""
+        self.lease.check()
+        now = time.monotonic()
+        if now - self._told >= 0.5 or step >= total:
+            self._told = now
+            if self.lease.held:
+                progress = {"label": self.label, "step": step, "total": total, "started": self.started, "now": time.time()}
+                write_json(self.lease.folder / "progress.json", progress)
+            self.report(self.label, step, total)
+
+    @property
+    def seconds(self) -> float:
+        return self.spent_before + time.time() - self.started
+
+
+class Store:
+    """`<output_dir>/store/<stage>/<identity>/` with DONE inside, `<output_dir>/sweeps/<name>/` beside it."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.output_dir = Path(output_dir).absolute()
+        self.root = self.output_dir / "store"
+
+    def dir(self, stage: Stage) -> Path:
+        return self.root / stage.kind / stage.identity
+
+    def work(self, stage: Stage) -> Path:
+        return self.root / stage.kind / ".work" / stage.identity
+
+    def sweep_dir(self, name: str) -> Path:
+        return self.output_dir / "sweeps" / name
+
+    def is_done(self, stage: Stage) -> bool:
+        return (self.dir(stage) / DONE).exists()
+
+    def artefacts(self, stage: Stage) -> Path:
+        """The directory of a finished stage. Raises ConfigError when it was not made by this config."""
+        folder = self.dir(stage)
+        stored = read_json(folder / STAGE_FILE)
+        if stored != stage.description:
+            keys = ", ".join(_differences(stored, stage.description))
+            raise ConfigError(f"{folder / STAGE_FILE} disagrees with this run in {keys}: move the folder away and run again")
+        return folder
+
+    def progress(self, stage: Stage) -> dict[str, Any] | None:
+        """How far a running stage is, as its process last said; None when it has not."""
+        try:
+            return read_json(self.work(stage) / "progress.json")
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def begin(self, stage: Stage, lease: Lease, report: Report) -> Attempt:
+        """A fresh private directory under the stage's lease; what an earlier attempt left half-written goes."""
+        work = self.work(stage)
+        for entry in work.iterdir():
+            if entry.name.startswith("attempt-"):
+                shutil.rmtree(entry, ignore_errors=True)
+        out = work / f"attempt-{lease.token}"
+        out.mkdir()
+        checkpoints = work / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        return Attempt(out, checkpoints, lease, report, stage.label, stage.identity, self.output_dir)
+
+    def publish(self, stage: Stage, attempt: Attempt) -> Path:
+        """Make the artefacts visible: everything on disk, DONE last, then one rename."""
+        attempt.lease.check()
+        write_json(attempt.out / STAGE_FILE, stage.description)
+        for path in attempt.out.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        done = {
+            "stage": stage.kind,
+            "identity": stage.identity,
+            "seconds": round(attempt.seconds, 3),
+            "tokens": attempt.tokens,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(),
+        }
+        write_json(attempt.out / DONE, done)
+        final = self.dir(stage)
+        try:
+            os.rename(attempt.out, final)
+        except OSError:
+            if not (final / DONE).exists():
+                raise
+            # Somebody published the same identity meanwhile; equal by construction.
+        return final
+
+    def clear_work(self, stage: Stage) -> None:
+        shutil.rmtree(self.work(stage), ignore_errors=True)
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(a.keys() | b.keys())
+        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)]
+    return [] if a == b else [prefix]

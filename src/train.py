@@ -1,0 +1,109 @@
+"""Run one point, or with -m a sweep of them: `python -m src.train [-m] [GROUP=NAME ...] [key=value ...]`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from src.config import USER_ERRORS, ConfigError, Point, one_line, point_from, register
+from src.failure import one_line_failure
+from src.plan import make_plan
+from src.progress import RunProgress
+from src.store import Report, Store, read_json
+
+
+def run_point(point: Point, store: Store, report: Report) -> dict[str, Any]:
+    """sft -> reference -> align -> generate -> evaluate: what is done is reused, the rest runs here.
+
+    Returns result.json.
+    """
+    from src.models import use_threads
+    from src.stages import ensure
+
+    use_threads(point.engine)
+    plan = make_plan([point], store)
+    for identity, stage in plan.stages.items():
+        if identity in plan.needed:
+            ensure(stage, store, report)
+    return read_json(store.artefacts(plan.stages[plan.results[0]]) / "result.json")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def run(cfg: DictConfig) -> None:
+    """The single run; with -m Hydra calls the sweeper instead."""
+    with answering():
+        point = point_from(cfg)
+        store = Store(point.output_dir)
+        plan = make_plan([point], store)
+        if point.dry_run:
+            print(plan.text())
+            return
+        folder = store.dir(plan.stages[plan.results[0]])
+        if plan.needed:
+            with RunProgress() as report:
+                result = run_point(point, store, report)
+        else:
+            result = read_json(folder / "result.json")
+        print(result_text(point, result))
+        print(f"result: {folder / 'result.json'}")
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Turn an exception into one line and an exit code: 1 a run failed, 2 the request was wrong, 130 interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped; the same command again continues where this one was", file=sys.stderr)
+        raise SystemExit(130) from None
+    except USER_ERRORS as error:
+        print(f"error: {_explained(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except Exception as error:
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        print(f"failed: {one_line_failure(error)}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def result_text(point: Point, result: dict[str, Any]) -> str:
+    def value(entry: dict[str, float | None], form: str) -> str:
+        if entry["value"] is None:
+            return "-"
+        return format(entry["value"], form) + ("" if entry["se"] is None else f" ± {format(entry['se'], form)}")
+
+    quality = result["quality"]
+    return (
+        f"{point.setup.name}: {point.label}\n"
+        f"  {quality['metric']} {value(quality, '.3f')} (n = {quality['n']})\n"
+        f"  KL {value(result['kl']['per_sequence'], '.2f')} nats a sequence, {value(result['kl']['per_token'], '.4f')} a token\n"
+        f"  reward accuracy {value(result['reward_accuracy'], '.3f')}, margin {value(result['reward_margin'], '.3f')}"
+        f" on {result['reward_accuracy']['n']} validation pairs\n"
+        f"  response length {value(result['response_tokens'], '.1f')} tokens"
+    )
+
+
+def main() -> None:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and a user gets one line instead of a traceback
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    register()
+    with answering():
+        run()
+
+
+def _explained(error: Exception) -> str:
+    text = one_line(error)
+    words = [a for a in sys.argv[1:] if a in ("beta=grid", "lr=grid", "method=all")]
+    if words and not isinstance(error, ConfigError) and not {"-m", "--multirun"} & set(sys.argv):
+        return f"{words[0]} names several points: add -m to sweep over them"
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The optimisation loop: an optimiser step is exactly `batch_size` examples, however they are packed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from src import checkpoints
+from src.config import Engine, Optimisation, Trainer
+from src.failure import StageError
+from src.logprobs import sequence_logps
+from src.pairs import Example, PackedBatch, pack, partition
+from src.tracking import METRICS_FILE, Tracker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from src.store import Attempt
+
+log = logging.getLogger(__name__)
+# It reports every file of every checkpoint, and warns of the tied weights that safetensors stores once.
+logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What one optimiser step consists of, whatever its micro-batches."""
+
+    examples: int
+    response_tokens: int
+
+
+# (batch, logps, tokens, step) -> (this micro-batch's share of the step's loss, sums over examples of what to log)
+Objective = Callable[[PackedBatch, "Tensor", "Tensor", StepSize], tuple["Tensor", dict[str, "Tensor"]]]
+
+
+def total_steps(examples: int, optimisation: Optimisation) -> int:
+    """Whole batches in `epochs` passes, at least one, at most max_steps."""
+    steps = max(1, math.floor(examples * optimisation.epochs / optimisation.batch_size))
+    return min(steps, optimisation.max_steps or steps)
+
+
+def learning_rate(step: int, total: int, optimisation: Optimisation) -> float:
+    """Peak rate times warm-up (linear, first warmup_ratio of the steps) and decay to 0, for step 0 .. total - 1."""
+    warmup = math.ceil(optimisation.warmup_ratio * total)
+    if step < warmup:
+        return optimisation.lr * (step + 1) / warmup
+    left = (total - step) / max(1, total - warmup)
+    if optimisation.schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return optimisation.lr * (1.0 if optimisation.schedule == "constant" else left)
+
+
+def batch_indices(step: int, examples: int, batch_size: int, seed: int) -> list[int]:
+    """The examples of a step: consecutive slices of one seeded permutation per epoch, running on over epochs."""
+    indices: list[int] = []
+    position = step * batch_size
+    while len(indices) < batch_size:
+        epoch, offset = divmod(position, examples)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(examples, generator=generator).tolist()
+        taken = order[offset : offset + batch_size - len(indices)]
+        indices += taken
+        position += len(taken)
+    return indices
+
+
+def make_accelerator(engine: Engine, device: torch.device) -> Accelerator:
+    """One process's accelerator. A warm worker meets several engines, and accelerate keeps the first as a singleton."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if engine.precision == "bf16" else "no")
+
+
+def train(
+    model: Any,
+    examples: Sequence[Example],
+    objective: Objective,
+    optimisation: Optimisation,
+    trainer: Trainer,
+    engine: Engine,
+    seed: int,
+    attempt: Attempt,
+    tracker: Tracker,
+) -> None:
+    """Run all optimiser steps on `model`, in place, resuming from the attempt's newest checkpoint.
+
+    Losses are computed in float32; master weights are float32. Logs every step. Raises LeaseLost.
+    """
+    device = next(model.parameters()).device
+    accelerator = make_accelerator(engine, device)
+    optimiser = torch.optim.AdamW(
+        model.parameters(),
+        lr=optimisation.lr,
+        betas=tuple(optimisation.adam_betas),
+        weight_decay=optimisation.weight_decay,
+        fused=True,
+    )
+    model, optimiser = accelerator.prepare(model, optimiser)
+    metrics_file = attempt.out / METRICS_FILE
+    state = checkpoints.resume(attempt.checkpoints, accelerator, metrics_file) or {"step": 0, "seconds": 0.0, "tokens": 0}
+    attempt.spent_before, attempt.tokens = state["seconds"], state["tokens"]
+
+    total = total_steps(len(examples), optimisation)
+    lengths = [e.length for e in examples]
+    model.train()
+    for step in range(state["step"], total):
+        attempt.step(step, total)
+        started = time.perf_counter()
+        chosen = batch_indices(step, len(examples), optimisation.batch_size, seed)
+        size = StepSize(len(chosen), sum(len(r) for i in chosen for r in examples[i].responses))
+        rate = learning_rate(step, total, optimisation)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+
+        sums: dict[str, Tensor] = {}
+        tokens = 0
+        for indices in partition(lengths, chosen, trainer.tokens_per_batch):
+            batch = pack(examples, indices).to(device)
+            with accelerator.autocast():
+                logps, counts = sequence_logps(model, batch)
+            loss, logged = objective(batch, logps, counts, size)
+            accelerator.backward(loss)
+            tokens += batch.tokens
+            for name, value in {"loss": loss, **logged}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        norm = accelerator.clip_grad_norm_(model.parameters(), optimisation.max_grad_norm)
+        if not math.isfinite(sums["loss"].item() + float(norm)):
+            raise StageError(f"diverged at step {step}: loss {sums['loss'].item():g}, gradient norm {float(norm):g}")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+        values = {name: value.item() / (1 if name == "loss" else size.examples) for name, value in sums.items()}
+        attempt.tokens += tokens
+        speed = tokens / (time.perf_counter() - started)
+        tracker.log(step, {**values, "lr": rate, "grad_norm": float(norm), "tokens_per_second": round(speed, 1)})
+        if (step + 1) % trainer.checkpoint_steps == 0 and step + 1 < total:
+            now = {"seconds": attempt.seconds, "tokens": attempt.tokens}
+            attempt.lease.check()
+            checkpoints.save(attempt.checkpoints, step + 1, now, accelerator, metrics_file)
+    attempt.step(total, total)

@@ -1,0 +1,111 @@
+"""Results of a sweep -> points.csv, best.yaml, tables, figures, report.html: `python -m sweeps.aggregate DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from src.methods import METHODS
+from src.store import DONE, read_json
+from sweeps.record import FILE, read_sweep
+from sweeps.statistics import best_points
+
+COLUMNS = (
+    "setup method kind init beta lr seed state metric quality quality_se quality_selection quality_selection_se "
+    "quality_reporting quality_reporting_se kl_sequence kl_sequence_se kl_token kl_token_se reward_accuracy "
+    "reward_margin response_tokens seconds identity error"
+).split()
+
+
+def collect(folder: Path) -> pd.DataFrame:
+    """points.csv as a frame: one row a point of sweep.json, done or not, in the sweep's order."""
+    sweep = read_sweep(folder)
+    # A sweep's folder may have moved together with its store: look beside it first.
+    beside = folder.absolute().parent.parent / "store"
+    store = beside if beside.is_dir() else Path(sweep["store"])
+    rows = []
+    for point in sweep["points"]:
+        row: dict[str, Any] = {key: point.get(key) for key in COLUMNS}
+        row["kind"] = METHODS[point["method"]].kind
+        stage = store / "evaluate" / point["identity"]
+        if (stage / DONE).exists():
+            row |= {"state": "done", "error": None} | _numbers(read_json(stage / "result.json"), point["stages"])
+        rows.append(row)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _numbers(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
+    selection, reporting, kl = result["splits"]["selection"], result["splits"]["reporting"], result["kl"]
+    own = {stages[kind] for kind in ("align", "generate")}
+    return {
+        "metric": result["quality"]["metric"],
+        "quality": result["quality"]["value"],
+        "quality_se": result["quality"]["se"],
+        "quality_selection": selection["value"],
+        "quality_selection_se": selection["se"],
+        "quality_reporting": reporting["value"],
+        "quality_reporting_se": reporting["se"],
+        "kl_sequence": kl["per_sequence"]["value"],
+        "kl_sequence_se": kl["per_sequence"]["se"],
+        "kl_token": kl["per_token"]["value"],
+        "kl_token_se": kl["per_token"]["se"],
+        "reward_accuracy": result["reward_accuracy"]["value"],
+        "reward_margin": result["reward_margin"]["value"],
+        "response_tokens": result["response_tokens"]["value"],
+        # What this point alone cost; shared stages are nobody's in particular.
+        "seconds": round(sum(s["seconds"] for s in result["stages"] if s["identity"] in own), 3),
+    }
+
+
+def aggregate(folder: Path, quiet: bool = False) -> pd.DataFrame:
+    """Write everything a sweep's folder holds besides sweep.json and say what was best. Returns the best rows."""
+    from sweeps.report import print_best, write_figures, write_report, write_tables
+
+    points = collect(folder)
+    best = best_points(points)
+    points.to_csv(folder / "points.csv", index=False)
+    (folder / "best.yaml").write_text(best_yaml(best))
+    write_tables(folder, best)
+    write_figures(folder, points, best)
+    write_report(folder, points, best)
+    if not quiet:
+        print_best(folder, points, best)
+    return best
+
+
+def best_yaml(best: pd.DataFrame) -> str:
+    """setup -> method -> {lr, beta, ...}; `best_from=FILE` makes a run take its beta and lr from it."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    # One entry a method: of several inits the one best on the selection split.
+    for row in best.sort_values("quality_selection", ascending=False, kind="stable").to_dict("records"):
+        entry = {key: _plain(row[key]) for key in ("lr", "beta", "init", "metric", "quality_reporting", "quality_reporting_se", "identity")}
+        table.setdefault(row["setup"], {}).setdefault(row["method"], entry)
+    header = "# Best hyper-parameters: chosen on the selection split, quality on the reporting split.\n"
+    header += "# python -m src.train method=NAME best_from=THIS_FILE\n"
+    return header + yaml.safe_dump(table, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """YAML knows neither numpy's numbers nor a missing one."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if value is None or value != value else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
+    parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
+    folder: Path = parser.parse_args().dir
+    if not (folder / FILE).is_file():
+        print(f"error: {folder}: no {FILE} there; give a sweep's folder, such as outputs/sweeps/demo", file=sys.stderr)
+        return 2
+    aggregate(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The sweeper: Hydra's override syntax, plus `beta=grid`, `lr=grid` and `method=all`; every point checked first."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from src.config import USER_ERRORS, ConfigError, Point, check_grid, one_line, parse_overrides, point_from
+from src.failure import SweepFailed
+from src.identity import digest
+from src.methods import METHODS
+from src.plan import make_plan
+from src.store import Store
+from sweeps.record import SweepRecord
+
+GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
+
+
+class GridSweeper(Sweeper):
+    """Expands, composes and checks all points, hands their plan to the launcher, aggregates what came out."""
+
+    def __init__(self, params: DictConfig | None = None) -> None:
+        self.params = params
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.loader = hydra_context.config_loader
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        if not hasattr(self.launcher, "launch_plan"):
+            kind = type(self.launcher).__name__
+            raise ConfigError(f"hydra/launcher: {kind} cannot run planned stages; use hydra/launcher=local")
+        overrides = self._merged(arguments)
+        points = expand(overrides, self.config, self.loader)
+        store = Store(points[0].output_dir)
+        plan = make_plan(points, store)
+        if points[0].dry_run:
+            print(plan.text())
+            return
+        name = points[0].sweep.name or f"{points[0].setup.name}-{digest(sorted(overrides))[:8]}"
+        record = SweepRecord.start(store, name, plan, shlex.join(["python", "-m", "src.train", *sys.argv[1:]]))
+        failures = self.launcher.launch_plan(plan, store, record.folder)
+        record.finish(store, plan, failures)
+
+        from sweeps.aggregate import aggregate  # pandas: only when there is something to aggregate
+
+        aggregate(record.folder)
+        if failures:
+            raise SweepFailed(f"{len(failures)} of {len(points)} points failed; the same command again runs those alone")
+
+    def _merged(self, arguments: list[str]) -> list[str]:
+        """hydra.sweeper.params (of +sweep=NAME) as overrides, those of the command line taking their place."""
+        params = {} if self.params is None else {str(k): v for k, v in self.params.items()}
+        given = {override.key_or_group for override in parse_overrides(arguments, self.loader)}
+        return [f"{key}={value}" for key, value in params.items() if key.lstrip("+~") not in given] + arguments
+
+
+def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]:
+    """The points of a sweep, in the order of Hydra's product (last override varies fastest), duplicates once.
+
+    One composition per choice of groups; values that vary are then set on it and type-checked by the schema.
+    Raises ConfigError naming the overrides of the first bad point.
+    """
+    axes: list[list[str]] = []  # per override: what it may be, as override strings
+    simple: set[str] = set()  # keys whose value changes nothing else in the composition
+    for override in parse_overrides(arguments, loader):
+        strings = _strings(override)
+        axes.append(strings)
+        key = override.key_or_group
+        plain = override.type is not None and override.type.name == "CHANGE" and override.package is None
+        if plain and len(strings) > 1 and not loader.get_group_options(key) and not key.startswith("hydra."):
+            simple.add(key)
+    simple |= {k for k in GRIDS if any(s == f"{k}=grid" for axis in axes for s in axis)}
+
+    composed: dict[tuple[str, ...], DictConfig] = {}
+    points: dict[str, Point] = {}
+    for strings in itertools.product(*axes):
+        values = [s for s in strings if s.partition("=")[0] in simple]
+        groups = tuple(s for s in strings if s not in values)
+        if groups not in composed:
+            composed[groups] = _compose(groups, master, loader)
+        for assignment in itertools.product(*(_grid_values(v, composed[groups], strings) for v in values)):
+            point = _set(composed[groups], assignment, strings)
+            points.setdefault(repr(point), point)
+    if not points:
+        raise ConfigError("the sweep has no points")
+    return list(points.values())
+
+
+def _strings(override: Override) -> list[str]:
+    key = override.get_key_element()
+    if override.is_delete():
+        return [override.input_line or key]
+    if not override.is_sweep_override():
+        values = [str(override.get_value_element_as_str())]
+    else:
+        values = [str(v) for v in override.sweep_string_iterator()]
+    if override.key_or_group == "method":
+        values = [m for v in values for m in (METHODS if v == "all" else (v,))]
+    strings = list(dict.fromkeys(f"{key}={v}" for v in values))
+    if not strings:
+        raise ConfigError(f"{override.input_line}: names no values")
+    return strings
+
+
+def _compose(groups: tuple[str, ...], master: DictConfig, loader: Any) -> DictConfig:
+    try:
+        cfg = loader.load_sweep_config(master, list(groups))
+    except USER_ERRORS as error:
+        raise ConfigError(f"{' '.join(groups)}: {one_line(error)}") from error
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def _grid_values(string: str, cfg: DictConfig, strings: tuple[str, ...]) -> list[str]:
+    key, _, value = string.partition("=")
+    if key not in GRIDS or value != "grid":
+        return [string]
+    name, method = GRIDS[key], cfg.method.name
+    grid = cfg[name].get(method)
+    if grid is None:
+        raise ConfigError(f"{key}=grid: the chosen {name} has no list for method={method}; give {name}.{method}=[...] or {key}=VALUE")
+    check_grid(name, {method: list(grid)})
+    return [f"{key}={v!r}" for v in grid]
+
+
+def _set(cfg: DictConfig, assignment: tuple[str, ...], strings: tuple[str, ...]) -> Point:
+    try:
+        for override in parse_overrides(list(assignment)):
+            OmegaConf.update(cfg, override.key_or_group, override.value())
+        return point_from(cfg)
+    except USER_ERRORS as error:
+        raise ConfigError(f"{' '.join(assignment or strings)}: {one_line(error)}") from error

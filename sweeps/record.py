@@ -1,0 +1,74 @@
+"""sweep.json: the points of a sweep, the stages they consist of, and what became of them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.plan import Plan
+from src.store import Store, read_json, write_json
+
+FILE = "sweep.json"
+SCHEMA = 1
+
+
+@dataclass
+class SweepRecord:
+    folder: Path
+
+    @classmethod
+    def start(cls, store: Store, name: str, plan: Plan, command: str) -> SweepRecord:
+        """Write the points down before anything runs."""
+        record = cls(store.sweep_dir(name))
+        record.folder.mkdir(parents=True, exist_ok=True)
+        record._write(store, plan, name, command, {}, finished=None)
+        return record
+
+    def finish(self, store: Store, plan: Plan, failures: dict[str, str]) -> None:
+        """failures: identity of a point's evaluate stage -> why it was not reached."""
+        before = read_json(self.folder / FILE)
+        self._write(store, plan, before["name"], before["command"], failures, finished=_now())
+
+    def _write(
+        self, store: Store, plan: Plan, name: str, command: str, failures: dict[str, str], finished: str | None
+    ) -> None:
+        points = []
+        for point, own, result in zip(plan.points, plan.point_stages, plan.results, strict=True):
+            state = "failed" if result in failures else "done" if store.is_done(plan.stages[result]) else "to do"
+            points.append(
+                {
+                    "setup": point.setup.name,
+                    "method": point.method.name,
+                    "init": point.init.name,
+                    "beta": point.beta,
+                    "lr": point.lr,
+                    "seed": point.seed,
+                    "state": state,
+                    "error": failures.get(result),
+                    "identity": result,
+                    "stages": {plan.stages[i].role: i for i in own},
+                }
+            )
+        write_json(
+            self.folder / FILE,
+            {
+                "schema": SCHEMA,
+                "name": name,
+                "command": command,
+                "store": str(store.root),
+                "written": _now(),
+                "finished": finished,
+                "points": points,
+            },
+        )
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """sweep.json of a sweep's folder. Raises FileNotFoundError when it is none."""
+    return read_json(folder / FILE)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,110 @@
+"""What a person reads of a sweep: tables, figures, report.html, and the table on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from rich.console import Console
+from rich.table import Table
+
+from sweeps import figures
+from sweeps.figures import NAMES
+from sweeps.record import read_sweep
+
+
+def best_table(best: pd.DataFrame) -> pd.DataFrame:
+    """The best point of every method as people read it."""
+    several = {key: best[key].nunique() > 1 for key in ("setup", "init")}
+    rows = []
+    for row in best.to_dict("records"):
+        shown = {key.capitalize(): row[key] for key, more in several.items() if more}
+        rows.append(
+            shown
+            | {
+                "Method": NAMES[row["method"]],
+                "Kind": row["kind"],
+                "beta": f"{row['beta']:g}",
+                "lr": f"{row['lr']:g}",
+                _quality_name(best): _with_error(row["quality_reporting"], row["quality_reporting_se"], 3),
+                "KL / sequence": _with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
+                "KL / token": _with_error(row["kl_token"], row["kl_token_se"], 3),
+                "Reward accuracy": _with_error(row["reward_accuracy"], None, 3),
+                "Length": _with_error(row["response_tokens"], None, 1),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _quality_name(best: pd.DataFrame) -> str:
+    names = best.metric.unique()
+    return names[0].replace("_", " ").capitalize() if len(names) == 1 else "Quality"
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    if value is None or pd.isna(value):
+        return "-"
+    return f"{value:.{digits}f}" + ("" if error is None or pd.isna(error) else f" ± {error:.{digits}f}")
+
+
+def write_tables(folder: Path, best: pd.DataFrame) -> None:
+    """tables/best.md, .csv, .tex"""
+    target = folder / "tables"
+    target.mkdir(exist_ok=True)
+    table = best_table(best)
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
+    (target / "best.md").write_text("\n".join(lines) + "\n")
+    table.to_csv(target / "best.csv", index=False)
+    cells = [[str(c).replace("±", r"$\pm$").replace("_", r"\_") for c in row] for row in [table.columns, *table.itertuples(index=False)]]
+    body = [" & ".join(row) + r" \\" for row in cells]
+    tex = [rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\hline", *body[:1], r"\hline", *body[1:], r"\hline", r"\end{tabular}"]
+    (target / "best.tex").write_text("\n".join(tex) + "\n")
+
+
+def write_figures(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
+    figures.write(folder, points, best)
+
+
+def write_report(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
+    """report.html: one file that needs nothing beside it."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    graphics = []
+    for path in sorted((folder / "figures").glob("*.svg")):
+        text = path.read_text()
+        graphics.append(text[text.index("<svg") :])
+    shown = points.copy()
+    for name, error, digits in (
+        ("quality_selection", "quality_selection_se", 3),
+        ("quality_reporting", "quality_reporting_se", 3),
+        ("kl_sequence", "kl_sequence_se", 2),
+    ):
+        shown[name] = [_with_error(v, e, digits) for v, e in zip(points[name], points[error], strict=True)]
+    html = environment.get_template("report.html.jinja").render(
+        sweep=read_sweep(folder),
+        counts=points.state.value_counts().to_dict(),
+        best=best_table(best),
+        chosen=set(best.identity),
+        points=shown.to_dict("records"),
+        names=NAMES,
+        figures=graphics,
+        minutes=points.seconds.sum() / 60,
+    )
+    (folder / "report.html").write_text(html)
+
+
+def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
+    console = Console()
+    if len(best):
+        shown = best_table(best).drop(columns=["Reward accuracy", "Length"])
+        table = Table(title=f"{folder.name}: best hyper-parameters (chosen on one half of the prompts, reported on the other)")
+        for column in shown.columns:
+            table.add_column(column, justify="left" if column in ("Setup", "Init", "Method", "Kind") else "right", no_wrap=True)
+        for row in shown.itertuples(index=False):
+            table.add_row(*map(str, row))
+        console.print(table)
+    for row in points[points.state != "done"].to_dict("records"):
+        console.print(f"{row['state']}: {row['method']} beta={row['beta']:g} lr={row['lr']:g}: {row['error'] or 'not run'}", style="red", highlight=False)
+    for name in ("points.csv", "best.yaml", "figures", "report.html"):
+        console.print(f"{name:11} {folder / name}", highlight=False, soft_wrap=True)
