@@ -31,15 +31,21 @@ class LiveTable:
             self.live.start()
         else:
             done, _, _, waiting = self.schedule.point_counts()
-            print(f"{self.name}: {done + waiting} points, {done} done before, {len(self.schedule.waiting)} stages to compute", flush=True)
+            todo = len(self.schedule.waiting)
+            print(f"{self.name}: {done + waiting} points, {done} done before, {todo} stages to compute", flush=True)
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self.live is not None:
             self.live.stop()
 
-    def told(self, stage: Stage, reason: str | None) -> None:
-        """A stage ended: say so when it is a shared one, a point's last, or failed."""
+    def told(self, ended: list[tuple[Stage, str | None]]) -> None:
+        """Say what ended since, once: shared stages, points, and whatever failed."""
+        for stage, reason in ended:
+            self._tell(stage, reason)
+        ended.clear()
+
+    def _tell(self, stage: Stage, reason: str | None) -> None:
         if reason is not None:
             self._line(f"FAILED {stage.label}: {reason}")
         elif stage.role in ("sft", "reference", "baseline"):
@@ -53,7 +59,9 @@ class LiveTable:
         if self.live is not None:
             self.live.update(self._table(), refresh=True)
         elif time.monotonic() - self._told > LINE_SECONDS:
-            running = ", ".join(f"{w.stage.label} {self._share(w.stage):.0%}" for w in self.workers if w.stage is not None)
+            running = ", ".join(
+                f"{w.stage.label} {self._share(w.stage):.0%}" for w in self.workers if w.stage is not None
+            )
             self._line(running)
 
     def _line(self, text: str) -> None:
@@ -89,5 +97,3 @@ class LiveTable:
             bar = ProgressBar(total=progress["total"] or 1, completed=progress["step"], width=30)
             table.add_row(worker.stage.label, bar, f"{progress['step']}/{progress['total']}")
         return Group(Text(f"{self.name}: {self._summary()}", style="bold"), table)
-
-

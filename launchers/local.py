@@ -19,7 +19,7 @@ from launchers.live import LiveTable
 from launchers.schedule import Schedule
 from launchers.worker import DIED, Place, Worker
 from src.config import ConfigError
-from src.plan import Plan, make_plan
+from src.plan import Plan, Stage, make_plan
 from src.store import Store
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,11 @@ class LocalLauncher(Launcher):
         for overrides, result in zip(job_overrides, plan.results, strict=True):
             failed = failures.get(result)
             status = JobStatus.FAILED if failed else JobStatus.COMPLETED
-            returns.append(JobReturn(overrides=list(overrides), status=status, _return_value=RuntimeError(failed) if failed else None))
+            returns.append(
+                JobReturn(
+                    overrides=list(overrides), status=status, _return_value=RuntimeError(failed) if failed else None
+                )
+            )
         return returns
 
     def launch_plan(self, plan: Plan, store: Store, folder: Path) -> dict[str, str]:
@@ -68,18 +72,21 @@ class LocalLauncher(Launcher):
         try:
             with LiveTable(folder.name, schedule, store, workers) as table:
                 workers += [Worker(place, store.output_dir, logs / f"worker-{place.number}.log") for place in places]
+                ended: list[tuple[Stage, str | None]] = []
                 while not schedule.finished():
                     for worker in workers:
                         if worker.stage is None and (stage := schedule.next()) is not None:
                             worker.give(stage)
+                    table.told(ended)
                     busy = [w for w in workers if w.stage is not None]
                     ready = wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout=0.5)
                     for number, worker in enumerate(workers):
                         if worker.stage is not None and (worker.pipe in ready or worker.process.sentinel in ready):
-                            self._settle(worker, schedule, table)
+                            ended.append(self._settle(worker, schedule))
                             if not worker.process.is_alive():
                                 workers[number] = Worker(worker.place, store.output_dir, worker.log_file)
                     table.refresh()
+                table.told(ended)
         finally:
             for worker in workers:
                 worker.stop()
@@ -87,7 +94,7 @@ class LocalLauncher(Launcher):
         return schedule.failed_points()
 
     @staticmethod
-    def _settle(worker: Worker, schedule: Schedule, table: LiveTable) -> None:
+    def _settle(worker: Worker, schedule: Schedule) -> tuple[Stage, str | None]:
         stage, reason = worker.stage, worker.answer()
         assert stage is not None
         worker.stage = None
@@ -98,7 +105,7 @@ class LocalLauncher(Launcher):
             log.warning("%s: %s; trying once more", stage.label, reason)
         else:
             schedule.fail(stage, reason)
-        table.told(stage, reason)
+        return stage, reason
 
 
 def visible_gpus() -> list[str]:

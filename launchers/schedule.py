@@ -28,7 +28,8 @@ class Schedule:
         # A shared stage first; of a point's own stages, the earliest point's, nearest to its result.
         rank = {kind: n for n, kind in enumerate(("evaluate", "generate", "align", "reference", "sft"))}
         self._priority = {
-            identity: (-(dependents[identity] > 1), order[identity], rank[stage.kind]) for identity, stage in self.waiting.items()
+            identity: (-(dependents[identity] > 1), order[identity], rank[stage.kind])
+            for identity, stage in self.waiting.items()
         }
 
     def width(self) -> int:
@@ -59,7 +60,9 @@ class Schedule:
         self.failures[stage.identity] = f"{stage.label}: {reason}"
         while True:
             lost = {
-                identity: next(self.failures[up.identity] for up in waiting.upstream.values() if up.identity in self.failures)
+                identity: next(
+                    self.failures[up.identity] for up in waiting.upstream.values() if up.identity in self.failures
+                )
                 for identity, waiting in self.waiting.items()
                 if any(up.identity in self.failures for up in waiting.upstream.values())
             }
@@ -105,7 +108,9 @@ class Schedule:
             spent.setdefault(self.plan.stages[identity].role, []).append(seconds)
         for identity, share in progress.items():
             if share > 0.2:
-                spent.setdefault(self.plan.stages[identity].role, []).append((time.monotonic() - self._begun[identity]) / share)
+                spent.setdefault(self.plan.stages[identity].role, []).append(
+                    (time.monotonic() - self._begun[identity]) / share
+                )
         mean = {role: sum(values) / len(values) for role, values in spent.items()}
         if "align" not in mean:
             return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -30,8 +32,6 @@ class Worker:
     """One process and the stage it is computing, seen from the launcher."""
 
     def __init__(self, place: Place, output_dir: Path, log_file: Path) -> None:
-        import multiprocessing
-
         context = multiprocessing.get_context("spawn")
         self.place, self.output_dir, self.log_file = place, output_dir, log_file
         self.stage: Stage | None = None
@@ -44,10 +44,8 @@ class Worker:
 
     def give(self, stage: Stage) -> None:
         self.stage = stage
-        try:
+        with contextlib.suppress(OSError):  # it has died; `answer` says so
             self.pipe.send(stage)
-        except (BrokenPipeError, OSError):
-            pass  # it has died; `answer` says so
 
     def answer(self) -> str | None:
         """After its pipe or process became ready: None when the stage is done, else why not."""
@@ -81,7 +79,9 @@ def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path, pare
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     if place.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
-    logging.basicConfig(filename=log_file, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+    logging.basicConfig(
+        filename=log_file, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
+    )
     logging.captureWarnings(True)
     log = logging.getLogger(__name__)
 

@@ -59,7 +59,9 @@ def check_supported(config: Any, longest: int) -> None:
     name = config.model_type
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < longest:
-        raise ConfigError(f"model {name}: a sliding window of {window} tokens is shorter than dataset.max_tokens={longest}")
+        raise ConfigError(
+            f"model {name}: a sliding window of {window} tokens is shorter than dataset.max_tokens={longest}"
+        )
     if getattr(config, "attn_logit_softcapping", None):
         raise ConfigError(f"model {name}: soft-capped attention scores are not supported")
     if getattr(config, "is_encoder_decoder", False):

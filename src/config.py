@@ -171,7 +171,9 @@ class Point:
     @property
     def label(self) -> str:
         """How people name this point: `dpo beta=0.05 lr=7e-07`, with what differs from the usual."""
-        extra = ("" if self.init.name == "sft" else f" init={self.init.name}") + (f" seed={self.seed}" if self.seed else "")
+        extra = ("" if self.init.name == "sft" else f" init={self.init.name}") + (
+            f" seed={self.seed}" if self.seed else ""
+        )
         return f"{self.method.name} beta={self.beta:g} lr={self.lr:g}{extra}"
 
 
@@ -309,7 +311,8 @@ def _check_dataset(point: Point) -> None:
     if data.source == "jsonl":
         if data.path is None:
             raise ConfigError(
-                "dataset.path is not set: give dataset.path=FILE, JSON or JSON lines of prompt|conversations, chosen, rejected"
+                "dataset.path is not set: give dataset.path=FILE, "
+                "a JSON list or JSON lines of prompt|conversations, chosen, rejected"
             )
         if not Path(data.path).is_file():
             raise ConfigError(f"dataset.path={data.path}: no such file")

@@ -145,7 +145,14 @@ class Lease:
     def _text(self, **more: object) -> str:
         pid = os.getpid()
         return json.dumps(
-            {"pid": pid, "start": _process_start(pid), "machine": _machine(), "token": self.token, "beat": self._beats, **more}
+            {
+                "pid": pid,
+                "start": _process_start(pid),
+                "machine": _machine(),
+                "token": self.token,
+                "beat": self._beats,
+                **more,
+            }
         )
 
     def _write(self, **more: object) -> None:

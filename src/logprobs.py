@@ -38,7 +38,9 @@ def sequence_logps(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     hidden = hidden[batch.predict_from]
     head = model.get_output_embeddings()
     chunks = [
-        checkpoint(_token_logps, head, h, t, use_reentrant=False) if torch.is_grad_enabled() else _token_logps(head, h, t)
+        checkpoint(_token_logps, head, h, t, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else _token_logps(head, h, t)
         for h, t in zip(hidden.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK), strict=True)
     ]
     logps = torch.cat(chunks)
@@ -52,7 +54,9 @@ def _token_logps(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 
 
 @torch.no_grad()
-def score(model: Any, examples: Sequence[Example], token_budget: int, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def score(
+    model: Any, examples: Sequence[Example], token_budget: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Log-prob sums of many examples: yields (indices, logps, tokens), sequences in order of (example, response)."""
     model.eval()
     lengths = [e.length for e in examples]

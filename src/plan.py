@@ -140,7 +140,11 @@ def _data_fields(point: Point) -> dict[str, dict[str, Any]]:
         pairs["preference"] = asdict(data.preference) if data.preference else None
     lengths = {"max_tokens": data.max_tokens, "max_prompt_tokens": data.max_prompt_tokens}
     # JSON lines have no SFT table of their own: their SFT data are the chosen responses of the training pairs.
-    sft = {**common, "sft_size": data.sft_size, **lengths} if data.source != "jsonl" else {**pairs, "sft_size": data.sft_size, **lengths}
+    sft = (
+        {**common, "sft_size": data.sft_size, **lengths}
+        if data.source != "jsonl"
+        else {**pairs, "sft_size": data.sft_size, **lengths}
+    )
     if data.source == "hub":
         sft["sft"] = asdict(data.sft) if data.sft else None
     return {"sft": sft, "preference": {**pairs, **lengths}, "prompts": {**pairs, **lengths}}

@@ -87,7 +87,10 @@ def sample(
         uniforms = _uniforms([f"{seed}/{i}" for i in indices], generation.max_new_tokens, device)
         draw = _Draw(generation, uniforms, longest)
         output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, logits_processor=LogitsProcessorList([draw])
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([draw]),
         )
         for i, response in zip(indices, output[:, longest:].tolist(), strict=True):
             finished = template.end_id in response

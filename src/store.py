@@ -65,7 +65,13 @@ class Attempt:
         if now - self._told >= 0.5 or step >= total:
             self._told = now
             if self.lease.held:
-                progress = {"label": self.label, "step": step, "total": total, "started": self.started, "now": time.time()}
+                progress = {
+                    "label": self.label,
+                    "step": step,
+                    "total": total,
+                    "started": self.started,
+                    "now": time.time(),
+                }
                 write_json(self.lease.folder / "progress.json", progress)
             self.report(self.label, step, total)
 
@@ -99,7 +105,9 @@ class Store:
         stored = read_json(folder / STAGE_FILE)
         if stored != stage.description:
             keys = ", ".join(_differences(stored, stage.description))
-            raise ConfigError(f"{folder / STAGE_FILE} disagrees with this run in {keys}: move the folder away and run again")
+            raise ConfigError(
+                f"{folder / STAGE_FILE} disagrees with this run in {keys}: move the folder away and run again"
+            )
         return folder
 
     def progress(self, stage: Stage) -> dict[str, Any] | None:

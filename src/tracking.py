@@ -58,7 +58,7 @@ def _start_wandb(point: Point, stage: str, run_id: str, folder: Path) -> Any:
     try:
         import wandb
 
-        mode = point.tracking.mode
+        mode: Any = point.tracking.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,13 @@ def _start_wandb(point: Point, stage: str, run_id: str, folder: Path) -> Any:
             "job_type": stage,
             "tags": [point.setup.name, point.method.name, point.init.name],
             "dir": str(folder),
-            "config": {"setup": point.setup.name, "method": point.method.name, "beta": point.beta, "lr": point.lr, "seed": point.seed},
+            "config": {
+                "setup": point.setup.name,
+                "method": point.method.name,
+                "beta": point.beta,
+                "lr": point.lr,
+                "seed": point.seed,
+            },
         }
         try:
             run = wandb.init(mode=mode, settings=wandb.Settings(init_timeout=30), **options)

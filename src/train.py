@@ -18,6 +18,8 @@ from src.plan import make_plan
 from src.progress import RunProgress
 from src.store import Report, Store, read_json
 
+GRID_WORDS = ("beta=grid", "lr=grid", "method=all")
+
 
 def run_point(point: Point, store: Store, report: Report) -> dict[str, Any]:
     """sft -> reference -> align -> generate -> evaluate: what is done is reused, the rest runs here.
@@ -56,7 +58,7 @@ def run(cfg: DictConfig) -> None:
 
 
 @contextmanager
-def answering() -> Iterator[None]:
+def answering(arguments: list[str] | None = None) -> Iterator[None]:
     """Turn an exception into one line and an exit code: 1 a run failed, 2 the request was wrong, 130 interrupted."""
     try:
         yield
@@ -64,8 +66,11 @@ def answering() -> Iterator[None]:
         print("\nstopped; the same command again continues where this one was", file=sys.stderr)
         raise SystemExit(130) from None
     except USER_ERRORS as error:
-        print(f"error: {_explained(error)}", file=sys.stderr)
+        print(f"error: {_explained(error, arguments or [])}", file=sys.stderr)
         raise SystemExit(2) from error
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Exception as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         print(f"failed: {one_line_failure(error)}", file=sys.stderr)
@@ -82,7 +87,8 @@ def result_text(point: Point, result: dict[str, Any]) -> str:
     return (
         f"{point.setup.name}: {point.label}\n"
         f"  {quality['metric']} {value(quality, '.3f')} (n = {quality['n']})\n"
-        f"  KL {value(result['kl']['per_sequence'], '.2f')} nats a sequence, {value(result['kl']['per_token'], '.4f')} a token\n"
+        f"  KL {value(result['kl']['per_sequence'], '.2f')} nats a sequence,"
+        f" {value(result['kl']['per_token'], '.4f')} a token\n"
         f"  reward accuracy {value(result['reward_accuracy'], '.3f')}, margin {value(result['reward_margin'], '.3f')}"
         f" on {result['reward_accuracy']['n']} validation pairs\n"
         f"  response length {value(result['response_tokens'], '.1f')} tokens"
@@ -93,16 +99,18 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and a user gets one line instead of a traceback
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     register()
-    with answering():
+    arguments = sys.argv[1:]
+    # Hydra composes what does not sweep before the sweeper is asked: these words are sweeps to it, too.
+    sys.argv[1:] = [f"{a.partition('=')[0]}=choice({a.partition('=')[2]})" if a in GRID_WORDS else a for a in arguments]
+    with answering(arguments):
         run()
 
 
-def _explained(error: Exception) -> str:
-    text = one_line(error)
-    words = [a for a in sys.argv[1:] if a in ("beta=grid", "lr=grid", "method=all")]
-    if words and not isinstance(error, ConfigError) and not {"-m", "--multirun"} & set(sys.argv):
+def _explained(error: Exception, arguments: list[str]) -> str:
+    words = [a for a in arguments if a in GRID_WORDS]
+    if words and not isinstance(error, ConfigError) and not {"-m", "--multirun"} & set(arguments):
         return f"{words[0]} names several points: add -m to sweep over them"
-    return text
+    return one_line(error)
 
 
 if __name__ == "__main__":

@@ -100,13 +100,17 @@ def train(
     optimiser = torch.optim.AdamW(
         model.parameters(),
         lr=optimisation.lr,
-        betas=tuple(optimisation.adam_betas),
+        betas=(optimisation.adam_betas[0], optimisation.adam_betas[1]),
         weight_decay=optimisation.weight_decay,
         fused=True,
     )
     model, optimiser = accelerator.prepare(model, optimiser)
     metrics_file = attempt.out / METRICS_FILE
-    state = checkpoints.resume(attempt.checkpoints, accelerator, metrics_file) or {"step": 0, "seconds": 0.0, "tokens": 0}
+    state = checkpoints.resume(attempt.checkpoints, accelerator, metrics_file) or {
+        "step": 0,
+        "seconds": 0.0,
+        "tokens": 0,
+    }
     attempt.spent_before, attempt.tokens = state["seconds"], state["tokens"]
 
     total = total_steps(len(examples), optimisation)

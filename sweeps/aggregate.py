@@ -15,11 +15,33 @@ from src.store import DONE, read_json
 from sweeps.record import FILE, read_sweep
 from sweeps.statistics import best_points
 
-COLUMNS = (
-    "setup method kind init beta lr seed state metric quality quality_se quality_selection quality_selection_se "
-    "quality_reporting quality_reporting_se kl_sequence kl_sequence_se kl_token kl_token_se reward_accuracy "
-    "reward_margin response_tokens seconds identity error"
-).split()
+COLUMNS = [
+    "setup",
+    "method",
+    "kind",
+    "init",
+    "beta",
+    "lr",
+    "seed",
+    "state",
+    "metric",
+    "quality",
+    "quality_se",
+    "quality_selection",
+    "quality_selection_se",
+    "quality_reporting",
+    "quality_reporting_se",
+    "kl_sequence",
+    "kl_sequence_se",
+    "kl_token",
+    "kl_token_se",
+    "reward_accuracy",
+    "reward_margin",
+    "response_tokens",
+    "seconds",
+    "identity",
+    "error",
+]
 
 
 def collect(folder: Path) -> pd.DataFrame:
@@ -83,7 +105,10 @@ def best_yaml(best: pd.DataFrame) -> str:
     table: dict[str, dict[str, dict[str, Any]]] = {}
     # One entry a method: of several inits the one best on the selection split.
     for row in best.sort_values("quality_selection", ascending=False, kind="stable").to_dict("records"):
-        entry = {key: _plain(row[key]) for key in ("lr", "beta", "init", "metric", "quality_reporting", "quality_reporting_se", "identity")}
+        entry = {
+            key: _plain(row[key])
+            for key in ("lr", "beta", "init", "metric", "quality_reporting", "quality_reporting_se", "identity")
+        }
         table.setdefault(row["setup"], {}).setdefault(row["method"], entry)
     header = "# Best hyper-parameters: chosen on the selection split, quality on the reporting split.\n"
     header += "# python -m src.train method=NAME best_from=THIS_FILE\n"

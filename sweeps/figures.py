@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from src.methods import METHODS
@@ -42,6 +40,7 @@ AXES = {
 
 def write(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> list[Path]:
     """figures/<setup>[_<init>]_<figure>.png and .svg; returns the SVGs."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache
     target = folder / "figures"
     target.mkdir(exist_ok=True)
     written = []
@@ -49,19 +48,20 @@ def write(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> list[Path]:
         chosen = best[(best.setup == setup) & (best.init == init)]
         stem = setup if init == "sft" else f"{setup}_{init}"
         for figure, (x, x_error, label) in AXES.items():
-            fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, sharex=figure != "quality_over_beta", layout="constrained")
+            fig = Figure(figsize=(10, 4.2), layout="constrained")
+            axes = fig.subplots(1, 2, sharey=True, sharex=figure != "quality_over_beta")
             for ax, kind in zip(axes, ("pairwise", "pointwise"), strict=True):
                 _panel(ax, rows[rows.kind == kind], chosen, x, x_error)
                 ax.set_title(kind)
                 ax.set_xlabel(label)
             axes[0].set_ylabel(f"{rows.metric.iloc[0].replace('_', ' ')} (reporting split, ± 1 SE)")
-            fig.suptitle(f"{stem}: quality over {'beta' if x == 'beta' else 'KL'}, best lr per beta; ring: chosen on the selection split")
+            over = "beta" if x == "beta" else "KL"
+            fig.suptitle(f"{stem}: quality over {over}, best lr per beta; ring: chosen on the selection split")
             path = target / f"{stem}_{figure}.svg"
             # Fixed salt and no date: the same results give the same bytes.
-            with plt.rc_context({"svg.hashsalt": "alignment-sweep"}):
+            with rc_context({"svg.hashsalt": "alignment-sweep"}):
                 fig.savefig(path, metadata={"Date": None})
             fig.savefig(path.with_suffix(".png"), dpi=150)
-            plt.close(fig)
             written.append(path)
     return written
 

@@ -57,7 +57,9 @@ class GridSweeper(Sweeper):
 
         aggregate(record.folder)
         if failures:
-            raise SweepFailed(f"{len(failures)} of {len(points)} points failed; the same command again runs those alone")
+            raise SweepFailed(
+                f"{len(failures)} of {len(points)} points failed; the same command again runs those alone"
+            )
 
     def _merged(self, arguments: list[str]) -> list[str]:
         """hydra.sweeper.params (of +sweep=NAME) as overrides, those of the command line taking their place."""
@@ -85,13 +87,13 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
 
     composed: dict[tuple[str, ...], DictConfig] = {}
     points: dict[str, Point] = {}
-    for strings in itertools.product(*axes):
-        values = [s for s in strings if s.partition("=")[0] in simple]
-        groups = tuple(s for s in strings if s not in values)
+    for combination in itertools.product(*axes):
+        values = [s for s in combination if s.partition("=")[0] in simple]
+        groups = tuple(s for s in combination if s not in values)
         if groups not in composed:
             composed[groups] = _compose(groups, master, loader)
-        for assignment in itertools.product(*(_grid_values(v, composed[groups], strings) for v in values)):
-            point = _set(composed[groups], assignment, strings)
+        for assignment in itertools.product(*(_grid_values(v, composed[groups]) for v in values)):
+            point = _set(composed[groups], assignment, combination)
             points.setdefault(repr(point), point)
     if not points:
         raise ConfigError("the sweep has no points")
@@ -124,14 +126,16 @@ def _compose(groups: tuple[str, ...], master: DictConfig, loader: Any) -> DictCo
     return cfg
 
 
-def _grid_values(string: str, cfg: DictConfig, strings: tuple[str, ...]) -> list[str]:
+def _grid_values(string: str, cfg: DictConfig) -> list[str]:
     key, _, value = string.partition("=")
     if key not in GRIDS or value != "grid":
         return [string]
     name, method = GRIDS[key], cfg.method.name
     grid = cfg[name].get(method)
     if grid is None:
-        raise ConfigError(f"{key}=grid: the chosen {name} has no list for method={method}; give {name}.{method}=[...] or {key}=VALUE")
+        raise ConfigError(
+            f"{key}=grid: the chosen {name} has no list for method={method}; give {name}.{method}=[...] or {key}=VALUE"
+        )
     check_grid(name, {method: list(grid)})
     return [f"{key}={v!r}" for v in grid]
 

@@ -57,9 +57,20 @@ def write_tables(folder: Path, best: pd.DataFrame) -> None:
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
     (target / "best.md").write_text("\n".join(lines) + "\n")
     table.to_csv(target / "best.csv", index=False)
-    cells = [[str(c).replace("±", r"$\pm$").replace("_", r"\_") for c in row] for row in [table.columns, *table.itertuples(index=False)]]
+    cells = [
+        [str(c).replace("±", r"$\pm$").replace("_", r"\_") for c in row]
+        for row in [list(table.columns), *table.to_numpy().tolist()]
+    ]
     body = [" & ".join(row) + r" \\" for row in cells]
-    tex = [rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\hline", *body[:1], r"\hline", *body[1:], r"\hline", r"\end{tabular}"]
+    tex = [
+        rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
+        r"\hline",
+        *body[:1],
+        r"\hline",
+        *body[1:],
+        r"\hline",
+        r"\end{tabular}",
+    ]
     (target / "best.tex").write_text("\n".join(tex) + "\n")
 
 
@@ -97,14 +108,20 @@ def write_report(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None
 def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
     console = Console()
     if len(best):
-        shown = best_table(best).drop(columns=["Reward accuracy", "Length"])
-        table = Table(title=f"{folder.name}: best hyper-parameters (chosen on one half of the prompts, reported on the other)")
+        shown = best_table(best).drop(columns=["Kind", "KL / token", "Reward accuracy", "Length"])
+        table = Table(title=f"{folder.name}: best of each method (chosen on one half, reported on the other)")
         for column in shown.columns:
-            table.add_column(column, justify="left" if column in ("Setup", "Init", "Method", "Kind") else "right", no_wrap=True)
+            table.add_column(
+                column, justify="left" if column in ("Setup", "Init", "Method", "Kind") else "right", no_wrap=True
+            )
         for row in shown.itertuples(index=False):
             table.add_row(*map(str, row))
         console.print(table)
-    for row in points[points.state != "done"].to_dict("records"):
-        console.print(f"{row['state']}: {row['method']} beta={row['beta']:g} lr={row['lr']:g}: {row['error'] or 'not run'}", style="red", highlight=False)
+    for missing in points[points.state != "done"].to_dict("records"):
+        console.print(
+            f"{missing['state']}: {missing['method']} beta={missing['beta']:g} lr={missing['lr']:g}: {missing['error'] or 'not run'}",
+            style="red",
+            highlight=False,
+        )
     for name in ("points.csv", "best.yaml", "figures", "report.html"):
         console.print(f"{name:11} {folder / name}", highlight=False, soft_wrap=True)

@@ -15,7 +15,9 @@ def best_points(points: pd.DataFrame) -> pd.DataFrame:
     ordered = done.sort_values(["quality_selection", "beta", "lr"], ascending=[False, False, True], kind="stable")
     per_beta = ordered.groupby(["setup", "method", "init", "beta"], sort=False).head(1)
     best = per_beta.groupby(["setup", "method", "init"], sort=False).head(1)
-    return best.sort_values(["setup", "init", "quality_reporting"], ascending=[True, False, False]).reset_index(drop=True)
+    return best.sort_values(["setup", "init", "quality_reporting"], ascending=[True, False, False]).reset_index(
+        drop=True
+    )
 
 
 def per_beta(points: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What Hydra discovers: it takes sweepers and launchers from this namespace only. The code is in sweeps and launchers."""
+"""What Hydra discovers, for it takes plugins from this namespace only; the code is in sweeps and launchers."""
 
 from launchers.local import LocalLauncher as _LocalLauncher
 from sweeps.grid import GridSweeper as _GridSweeper

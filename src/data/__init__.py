@@ -38,7 +38,10 @@ class MiniTldr:
 
     def pairs(self, split: str) -> list[Pair]:
         size, part = (self.data.train_size or 2000, 2) if split == "train" else (self.data.validation_size or 256, 3)
-        return [Pair(text_prompt(p.text), chosen, rejected) for p, chosen, rejected in mini_tldr.preferences(size, self._seed(part))]
+        return [
+            Pair(text_prompt(p.text), chosen, rejected)
+            for p, chosen, rejected in mini_tldr.preferences(size, self._seed(part))
+        ]
 
     def prompts(self, count: int) -> list[Prompt]:
         return [text_prompt(post.text, post.facts) for post in mini_tldr.posts(count, self._seed(4))]
@@ -58,7 +61,9 @@ class JsonLines:
         random.Random(data.seed).shuffle(rows)
         held = data.validation_size or max(1, len(rows) // 10)
         if held >= len(rows):
-            raise ConfigError(f"dataset.validation_size={held}: {data.path} has {len(rows)} pairs, none would be left to train on")
+            raise ConfigError(
+                f"dataset.validation_size={held}: {data.path} has {len(rows)} pairs, none would be left to train on"
+            )
         return {"validation": rows[:held], "train": rows[held:][: data.train_size]}
 
     def demonstrations(self) -> list[Demonstration]:
@@ -96,14 +101,18 @@ class Hub:
 
     def demonstrations(self) -> list[Demonstration]:
         assert self.data.sft is not None
-        rows = self._choose(self._rows("sft", self.data.sft, self.data.sft.train_split), self.data.sft_size, self.data.seed)
+        rows = self._choose(
+            self._rows("sft", self.data.sft, self.data.sft.train_split), self.data.sft_size, self.data.seed
+        )
         return [demonstration_from(row, where) for where, row in rows]
 
     def pairs(self, split: str) -> list[Pair]:
         table = self.data.preference
         assert table is not None
         name, size = (
-            (table.train_split, self.data.train_size) if split == "train" else (table.validation_split, self.data.validation_size)
+            (table.train_split, self.data.train_size)
+            if split == "train"
+            else (table.validation_split, self.data.validation_size)
         )
         rows = self._choose(self._rows("preference", table, name), size, self.data.seed)
         return [pair_from(row, where) for where, row in rows]
@@ -120,7 +129,11 @@ def _distinct(pairs: list[Pair], count: int) -> list[Prompt]:
     return list(seen.values())[:count]
 
 
-_SOURCES: dict[str, type[MiniTldr] | type[JsonLines] | type[Hub]] = {"mini_tldr": MiniTldr, "jsonl": JsonLines, "hub": Hub}
+_SOURCES: dict[str, type[MiniTldr] | type[JsonLines] | type[Hub]] = {
+    "mini_tldr": MiniTldr,
+    "jsonl": JsonLines,
+    "hub": Hub,
+}
 
 
 _loaded: dict[str, Source] = {}

@@ -32,7 +32,13 @@ VOCABULARY = 800
 EXAMPLES = 64_000  # one pass, 1000 steps
 QUALITY = 0.97  # of the summaries: near clean
 OPTIMISATION = Optimisation(
-    lr=4e-3, batch_size=64, schedule="cosine", warmup_ratio=0.05, adam_betas=(0.9, 0.98), weight_decay=0.01, max_grad_norm=1.0
+    lr=4e-3,
+    batch_size=64,
+    schedule="cosine",
+    warmup_ratio=0.05,
+    adam_betas=(0.9, 0.98),
+    weight_decay=0.01,
+    max_grad_norm=1.0,
 )
 
 
@@ -45,7 +51,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 

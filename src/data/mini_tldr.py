@@ -35,9 +35,22 @@ ACTS = [
     ("lied about money", "was not honest about money"),
     ("moved my desk", "dragged my desk away"),
 ]
-PLACES = "boston denver austin seattle chicago toronto dublin berlin london portland miami oslo".split()
-TIMES = "monday tuesday wednesday thursday friday saturday sunday".split()
-AMOUNTS = "50 80 100 200 300 450 600 900 1200 2000".split()
+PLACES = [
+    "boston",
+    "denver",
+    "austin",
+    "seattle",
+    "chicago",
+    "toronto",
+    "dublin",
+    "berlin",
+    "london",
+    "portland",
+    "miami",
+    "oslo",
+]
+TIMES = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+AMOUNTS = ["50", "80", "100", "200", "300", "450", "600", "900", "1200", "2000"]
 ASKS = [
     "should i leave",
     "should i apologize",
@@ -48,7 +61,16 @@ ASKS = [
     "should i move out",
     "should i wait",
 ]
-FILLERS = ["honestly", "to be fair", "long story short", "i do not even know", "i mean", "anyway", "so yeah", "like i said"]
+FILLERS = [
+    "honestly",
+    "to be fair",
+    "long story short",
+    "i do not even know",
+    "i mean",
+    "anyway",
+    "so yeah",
+    "like i said",
+]
 RAMBLINGS = ["sorry for the long post .", "i do not know what to do .", "that is all .", "thanks for reading ."]
 RAMBLING_MARKS = ("long post", "what to do", "that is all", "thanks for reading")
 # Sentences of a post that are no facts of it; some carry a false place, time or amount.
@@ -107,7 +129,9 @@ def make_post(rng: random.Random) -> Post:
             "so we were in {place} on {time} and {who} {act} .",
         ]
     ).format(**said)
-    cost = rng.choice(["it cost me {amount} dollars .", "that is {amount} dollars gone .", "i am out {amount} dollars now ."])
+    cost = rng.choice(
+        ["it cost me {amount} dollars .", "that is {amount} dollars gone .", "i am out {amount} dollars now ."]
+    )
     sentences = [event, cost.format(**said)]
     for distractor in rng.sample(DISTRACTORS, rng.randint(1, 2)):
         text = distractor.format(

@@ -54,7 +54,11 @@ def pair_from(row: dict[str, Any], where: str) -> Pair:
             raise ConfigError(f"{where}: no field 'prompt' or 'conversations'")
         prompt = row["chosen"][:-1]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, where)
-    return Pair(Prompt(tuple(messages)), _response(row["chosen"], where, "chosen"), _response(row["rejected"], where, "rejected"))
+    return Pair(
+        Prompt(tuple(messages)),
+        _response(row["chosen"], where, "chosen"),
+        _response(row["rejected"], where, "rejected"),
+    )
 
 
 def demonstration_from(row: dict[str, Any], where: str) -> Demonstration:
@@ -69,7 +73,9 @@ def demonstration_from(row: dict[str, Any], where: str) -> Demonstration:
         return Demonstration(Prompt(tuple(messages[:-1])), messages[-1]["content"])
     response = row.get("completion", row.get("chosen", row.get("response")))
     if "prompt" not in row or response is None:
-        raise ConfigError(f"{where}: needs messages, or prompt and completion; it has {', '.join(map(repr, row)) or 'none'}")
+        raise ConfigError(
+            f"{where}: needs messages, or prompt and completion; it has {', '.join(map(repr, row)) or 'none'}"
+        )
     prompt = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, where)
     return Demonstration(Prompt(tuple(messages)), _response(response, where, "completion"))

@@ -10,7 +10,8 @@ from src.data.rows import Prompt
 
 # The header format of Llama 3 (Meta's model card); base checkpoints come without a template.
 _LLAMA3 = (
-    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
@@ -42,7 +43,9 @@ class Template:
             ids = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
         else:
             chat = {"chat_template": _LLAMA3} if self.name == "llama3" else {}
-            text = self.tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True, **chat)
+            text = self.tokenizer.apply_chat_template(
+                list(prompt.messages), tokenize=False, add_generation_prompt=True, **chat
+            )
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
         # Chat formats without a begin token (ChatML) declare one all the same; only the other two start with it.

@@ -59,13 +59,15 @@ def examples_of(point: Point, part: str, template: Template) -> Tokenised:
             _cache.clear()
         source = source_of(point)
         if part == "sft":
-            rows = [(d.prompt, (d.response,)) for d in source.demonstrations()]
+            rows: list[tuple[Prompt, tuple[str, ...]]] = [(d.prompt, (d.response,)) for d in source.demonstrations()]
         else:
             rows = [(p.prompt, (p.chosen, p.rejected)) for p in source.pairs(part)]
         made = tokenise(rows, template, point.dataset.max_tokens, point.dataset.max_prompt_tokens)
         for reason, count in made.dropped.items():
             log.warning("%s %s: dropped %d of %d rows: %s", point.dataset.name, part, count, len(rows), reason)
         if not made.examples:
-            raise ConfigError(f"dataset={point.dataset.name}: no {part} row is left after tokenisation ({made.dropped})")
+            raise ConfigError(
+                f"dataset={point.dataset.name}: no {part} row is left after tokenisation ({made.dropped})"
+            )
         _cache[key] = made
     return _cache[key]

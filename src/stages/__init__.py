@@ -47,7 +47,9 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
                 store.publish(stage, attempt)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise StageError(f"disk full while computing {stage.label} under {store.root}: free some space and run again") from error
+                    raise StageError(
+                        f"disk full while computing {stage.label} under {store.root}: free some space and run again"
+                    ) from error
                 raise
             log.info("%s: done in %.1f s", stage.label, attempt.seconds)
     store.clear_work(stage)

@@ -47,7 +47,9 @@ def pair_losses(point: Point, logps: Tensor, tokens: Tensor, reference_logps: Te
 def objective_of(point: Point, references: Tensor | None) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """Mean of the method's loss over the pairs of a step. The margin is beta times the difference of the scores."""
 
-    def objective(batch: PackedBatch, logps: Tensor, tokens: Tensor, step: StepSize) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(
+        batch: PackedBatch, logps: Tensor, tokens: Tensor, step: StepSize
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         own = None if references is None else references[list(batch.examples)]
         pairs = pair_losses(point, logps, tokens, own)
         margin = (pairs.chosen_score - pairs.rejected_score).detach()
@@ -69,7 +71,17 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     model = load_checkpoint(upstream["init"], point) if "init" in upstream else load_base(point)
     objective = objective_of(point, references.get("train"))
     with Tracker(point, "align", attempt.identity, attempt.out, attempt.wandb_dir) as tracker:
-        train(model, data.examples, objective, point.trainer.align, point.trainer, point.engine, point.seed, attempt, tracker)
+        train(
+            model,
+            data.examples,
+            objective,
+            point.trainer.align,
+            point.trainer,
+            point.engine,
+            point.seed,
+            attempt,
+            tracker,
+        )
     _validate(point, model, validation, references.get("validation"), attempt)
     save_checkpoint(model, template, attempt.out)
     dropped = {"train": data.dropped, "validation": validation.dropped}

@@ -33,7 +33,9 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
         verdicts = [judge(p, s, b) for p, s, b in zip(prompts, samples, baseline, strict=True)]
         with (attempt.out / JUDGEMENTS_FILE).open("w") as handle:
             for sample, verdict in zip(samples, verdicts, strict=True):
-                handle.write(json.dumps({"index": sample["index"], "verdict": verdict.value, "reason": verdict.reason}) + "\n")
+                handle.write(
+                    json.dumps({"index": sample["index"], "verdict": verdict.value, "reason": verdict.reason}) + "\n"
+                )
         if point.evaluation.quality == "win_rate":
             quality = {s["index"]: v.value for s, v in zip(samples, verdicts, strict=True)}
 

