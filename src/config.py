@@ -331,6 +331,10 @@ def method_options(point: Point) -> dict[str, float]:
 
 def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
+    known = {f.name for f in fields(node)}
+    for name in vars(node):
+        if name not in known:  # `+key=value` adds even to a typed config
+            raise ConfigError(f"{prefix}{name}: no such key; there are {', '.join(sorted(known))}")
     for f in fields(node):
         value = getattr(node, f.name)
         if is_dataclass(value):

@@ -13,9 +13,12 @@ class SweepFailed(RuntimeError):
     """Some points failed; the others are done and aggregated."""
 
 
+EXPECTED = (*USER_ERRORS, StageError, SweepFailed)
+
+
 def one_line_failure(error: BaseException) -> str:
     """Errors a user can act on as they are; any other with its type, since the message alone may say nothing."""
-    if isinstance(error, (*USER_ERRORS, StageError, SweepFailed)):
+    if isinstance(error, EXPECTED):
         return one_line(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig
 
 from src.config import USER_ERRORS, ConfigError, Point, one_line, point_from, register
-from src.failure import one_line_failure
+from src.failure import EXPECTED, one_line_failure
 from src.plan import make_plan
 from src.progress import RunProgress
 from src.store import Report, Store, read_json
@@ -72,7 +72,8 @@ def answering(arguments: list[str] | None = None) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
-        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        if not isinstance(error, EXPECTED):
+            traceback.print_exc()
         print(f"failed: {one_line_failure(error)}", file=sys.stderr)
         raise SystemExit(1) from error
 
@@ -97,7 +98,6 @@ def result_text(point: Point, result: dict[str, Any]) -> str:
 
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and a user gets one line instead of a traceback
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     register()
     arguments = sys.argv[1:]
     # Hydra composes what does not sweep before the sweeper is asked: these words are sweeps to it, too.

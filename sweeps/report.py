@@ -118,10 +118,7 @@ def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
             table.add_row(*map(str, row))
         console.print(table)
     for missing in points[points.state != "done"].to_dict("records"):
-        console.print(
-            f"{missing['state']}: {missing['method']} beta={missing['beta']:g} lr={missing['lr']:g}: {missing['error'] or 'not run'}",
-            style="red",
-            highlight=False,
-        )
+        label = f"{missing['method']} beta={missing['beta']:g} lr={missing['lr']:g}"
+        console.print(f"{missing['state']}: {label}: {missing['error'] or 'not run'}", style="red", highlight=False)
     for name in ("points.csv", "best.yaml", "figures", "report.html"):
         console.print(f"{name:11} {folder / name}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The measured promises. Each module runs alone: `python -m benchmarks.NAME`."""

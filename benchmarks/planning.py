@@ -1,0 +1,42 @@
+"""What a user waits for before anything runs: `python -m benchmarks.planning`.
+
+Promises: `--help` within 1.5 s, planning 1,000 checked points within 15 s, a finished sweep again within 10 s.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+TINY = [
+    *("dataset.sft_size=64", "dataset.train_size=32", "dataset.validation_size=8", "evaluation.prompts=8"),
+    *("trainer.align.max_steps=1", "trainer.sft.max_steps=1"),
+]
+
+
+def seconds(*arguments: str, times: int = 3) -> float:
+    """Median wall time of `python -m src.train ARGUMENTS`."""
+    taken = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "src.train", *arguments], check=True, capture_output=True)
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
+def main() -> None:
+    print(f"--help                              {seconds('--help'):6.2f} s")
+    print(
+        f"plan of 1,000 points                {seconds('-m', 'dry_run=true', 'method=all', 'beta=range(1,126)'):6.2f} s"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        sweep = ["-m", "method=all", "beta=1,2", f"output_dir={folder}", *TINY]
+        print(f"16 points of one step, from nothing {seconds(*sweep, times=1):6.2f} s")
+        print(f"the same again                      {seconds(*sweep):6.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What can be chosen, what is refused, and how a refusal reads."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from src.config import CONF_DIR, point_from, register
+from src.methods import METHODS
+from tests.conftest import train
+
+
+def composed(*overrides):
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def options(group):
+    return sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("setup", "method"), list(itertools.product(options("setup"), METHODS)))
+def test_every_setup_runs_every_method_at_its_own_best_values(setup, method, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    data = [f"dataset.path={pairs}"] if setup == "smollm2_jsonl" else []
+    point = point_from(composed(f"setup={setup}", f"method={method}", *data))
+    best = point.setup.best[method]
+    assert (point.beta, point.lr) == (best.beta, best.lr)
+    assert point.trainer.align.lr == point.lr
+
+
+@pytest.mark.parametrize("setup", [s for s in options("setup") if s != "smollm2_jsonl"])
+def test_best_values_lie_on_the_setups_own_grids(setup):
+    point = point_from(composed(f"setup={setup}"))
+    for method, best in point.setup.best.items():
+        assert best.beta in point.beta_grid[method], method
+        assert best.lr in point.lr_grid[method], method
+
+
+@pytest.mark.parametrize("group", ["init", "method", "engine", "evaluation", "tracking", "trainer", "beta_grid", "lr_grid"])
+def test_every_option_of_every_group_composes(group):
+    for option in options(group):
+        judge = ["evaluation=preference"] if (group, option) == ("evaluation", "preference") else []
+        point_from(composed(f"{group}={option}", *judge))
+
+
+def test_the_papers_grids_have_the_papers_number_of_points():
+    def count(beta_grid, lr_grid):
+        point = point_from(composed(f"beta_grid={beta_grid}", f"lr_grid={lr_grid}"))
+        return sum(len(point.beta_grid[m]) * len(point.lr_grid[m]) for m in METHODS)
+
+    assert count("paper", "paper_llama") == 200
+    assert count("paper", "paper_llama_8b") == 179
+    assert count("paper_3b_tldr", "paper_llama") == 200 + 4 * (5 + 2 + 2 + 3)
+    assert count("paper_3b_uf", "paper_llama") == 200 + 4 * 2
+
+
+def test_every_key_of_every_config_says_what_it_is():
+    """A comment on its line, above it, or at the top of its file (for lists of one thing)."""
+    for path in CONF_DIR.rglob("*.yaml"):
+        assert path.read_text().startswith("#"), f"{path}: no comment says what this choice is"
+
+
+def test_command_line_wins_over_the_setup():
+    assert point_from(composed("setup=mini_tldr", "trainer=paper")).trainer.align.batch_size == 128
+    assert point_from(composed("beta=0.7")).beta == 0.7
+
+
+def test_best_from_reads_the_aggregators_file(tmp_path):
+    path = tmp_path / "best.yaml"
+    path.write_text(yaml.safe_dump({"mini_tldr": {"dpo": {"beta": 0.42, "lr": 3e-4}}}))
+    point = point_from(composed(f"best_from={path}"))
+    assert (point.beta, point.lr) == (0.42, 3e-4)
+
+
+BAD = [
+    (["foo=1"], "foo"),
+    (["+foo=1"], "foo"),
+    (["trainer.algin.lr=1"], "algin"),
+    (["beta=abc"], "beta"),
+    (["beta=0"], "beta=0: must be > 0"),
+    (["beta=-1"], "beta=-1: must be > 0"),
+    (["beta=nan"], "beta=nan"),
+    (["lr=0"], "lr=0: must be > 0"),
+    (["seed=1.5"], "seed"),
+    (["trainer.align.batch_size=0"], "trainer.align.batch_size=0: must be >= 1"),
+    (["method=ppo"], "method/ppo"),
+    (["setup=nosuch"], "setup/nosuch"),
+    (["method.gamma_beta_ratio=1"], "method=dpo has no such field"),
+    (["method=simpo", "method.gamma_beta_ratio=null"], "method=simpo needs a value"),
+    (["beta_grid.dpo=[]"], "beta_grid.dpo=[]: an empty grid"),
+    (["+lr_grid.ppo=[1]"], "lr_grid.ppo: no such method"),
+    (["beta=grid"], "add -m"),
+    (["method=all"], "add -m"),
+    (["setup=smollm2_jsonl"], "dataset.path is not set"),
+    (["setup=smollm2_jsonl", "dataset.path=/nowhere.json"], "dataset.path=/nowhere.json: no such file"),
+    (["model.path=./nowhere"], "./nowhere: no such file"),
+    (["dataset.max_prompt_tokens=160"], "must be below dataset.max_tokens"),
+    (["evaluation.judge=null"], "needs evaluation.judge"),
+    (["engine.precision=fp8"], "must be one of fp32, bf16"),
+    (["best_from=/nowhere.yaml"], "best_from=/nowhere.yaml"),
+    (["-m", "method=dpo,ipo", "beta=0.1,-1"], "beta=-1: must be > 0"),
+    (["-m", "beta=0.1,abc"], "beta=abc"),
+    (["-m", "method=dpo", "lr=grid", "~lr_grid.dpo"], "no list for method=dpo"),
+    (["-m", "beta=grid", "beta_grid.dpo=[]"], "empty grid"),
+    (["-m", "beta=choice()"], "beta"),
+    (["-m", "method=dpo,ppo"], "method/ppo"),
+    (["-m", "hydra.launcher.workers=0", "beta=1,2"], "hydra.launcher.workers=0"),
+    (["-m", "hydra/launcher=basic", "beta=1,2"], "hydra/launcher"),
+    (["+sweep=nosuch"], "sweep/nosuch"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_a_bad_request_is_one_line_exit_code_two_and_nothing_runs(arguments, message, tmp_path):
+    done = train(*arguments, f"output_dir={tmp_path}", check=False)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert message in lines[0]
+    assert not (tmp_path / "store").exists() and not (tmp_path / "sweeps").exists()
+
+
+def test_no_yaml_names_a_path_of_somebodys_machine():
+    for path in Path(CONF_DIR).rglob("*.yaml"):
+        assert "/home/" not in path.read_text() and "/root/" not in path.read_text()

