@@ -109,16 +109,17 @@ class Lease:
 
     def _current(self) -> tuple[int, dict[str, Any] | None]:
         """Highest number and its holder; an empty or torn file reads as a holder without signs of life."""
-        numbers = [int(p.name[6:]) for p in self.folder.glob("lease-??????")] if self.folder.exists() else []
-        if not numbers:
-            return 0, None
-        path = self._path(max(numbers))
-        try:
-            return max(numbers), json.loads(path.read_text())
-        except FileNotFoundError:
-            return 0, None
-        except json.JSONDecodeError:
-            return max(numbers), {"beat": "unreadable"}
+        while number := self._highest():
+            try:
+                return number, json.loads(self._path(number).read_text())
+            except FileNotFoundError:
+                continue  # a taker of the next number has just removed it
+            except json.JSONDecodeError:
+                return number, {"beat": "unreadable"}
+        return 0, None
+
+    def _highest(self) -> int:
+        return max((int(p.name[6:]) for p in self.folder.glob("lease-??????")), default=0)
 
     @staticmethod
     def _dead(holder: dict[str, Any]) -> bool:
@@ -136,6 +137,10 @@ class Lease:
             return False
         finally:
             draft.unlink(missing_ok=True)
+        if self._highest() > number:
+            # Others took and left this number while we were on our way to it.
+            self._path(number).unlink(missing_ok=True)
+            return False
         self._last_beat = time.monotonic()
         for old in self.folder.glob("lease-??????"):
             if int(old.name[6:]) < number:

@@ -41,7 +41,10 @@ def test_best_values_lie_on_the_setups_own_grids(setup):
         assert best.lr in point.lr_grid[method], method
 
 
-@pytest.mark.parametrize("group", ["init", "method", "engine", "evaluation", "tracking", "trainer", "beta_grid", "lr_grid"])
+GROUPS = ["init", "method", "engine", "evaluation", "tracking", "trainer", "beta_grid", "lr_grid"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_every_option_of_every_group_composes(group):
     for option in options(group):
         judge = ["evaluation=preference"] if (group, option) == ("evaluation", "preference") else []

@@ -3,15 +3,18 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from src.config import ConfigError, point_from
-from src.plan import make_plan
+from src.plan import Stage, make_plan
 from src.store import Store
-from tests.conftest import SMALL, start, train
+from tests.conftest import ROOT, SMALL, environment, start, train
 from tests.test_config import composed
 
 POINT = [*SMALL, "dataset.sft_size=960", "dataset.train_size=256", "trainer.align.epochs=2"]
@@ -47,12 +50,21 @@ def undisturbed(tmp_path_factory) -> dict[str, object]:
     return results(folder)
 
 
-def kill_when(pattern: str, folder: Path, *arguments: str) -> bool:
-    """Start the command, kill -9 its whole group when a path below the store matches; False if it ended first."""
+def checkpoint(stage: str, step: int) -> Callable[[Path], bool]:
+    """A checkpoint of `stage` at `step` or later is there."""
+    return lambda store: any(int(p.name[5:]) >= step for p in store.glob(f"{stage}/.work/*/checkpoints/step-*"))
+
+
+def begun(stage: str) -> Callable[[Path], bool]:
+    return lambda store: any(store.glob(f"{stage}/.work/*/attempt-*"))
+
+
+def kill_when(condition: Callable[[Path], bool], folder: Path, *arguments: str) -> bool:
+    """Start the command, kill -9 its whole group when the store fulfils the condition; False if it ended first."""
     process = start(*arguments)
     try:
         while process.poll() is None:
-            if any((folder / "store").glob(pattern)):
+            if condition(folder / "store"):
                 return True
             time.sleep(0.002)
         return False
@@ -62,20 +74,17 @@ def kill_when(pattern: str, folder: Path, *arguments: str) -> bool:
         process.communicate()
 
 
-def test_kill_9_at_every_stage_and_the_same_command_again_gives_identical_results(tmp_path, undisturbed):
+def test_kill_9_in_every_stage_and_the_same_command_again_gives_identical_results(tmp_path, undisturbed):
     arguments = [*POINT, f"output_dir={tmp_path}"]
-    moments = [
-        "sft/.work/*/checkpoints/step-00000004",
-        "sft/.work/*/checkpoints/step-0000001?",
-        "sft/.work/*/attempt-*/stage.json",
-        "reference/.work/*/attempt-*",
-        "align/.work/*/checkpoints/step-00000006",
-        "align/.work/*/checkpoints/.draft-*",
-        "generate/.work/*/attempt-*",
-        "evaluate/.work/*",
+    conditions = [
+        checkpoint("sft", 4),
+        checkpoint("sft", 20),
+        begun("reference"),
+        checkpoint("align", 6),
+        checkpoint("align", 24),
+        begun("generate"),
     ]
-    killed = sum(kill_when(moment, tmp_path, *arguments) for moment in moments)
-    assert killed >= 4, "the kills came too late to show anything"
+    assert all(kill_when(condition, tmp_path, *arguments) for condition in conditions), "a kill came too late"
     train(*arguments)
     found = results(tmp_path)
     assert found.keys() == undisturbed.keys()
@@ -83,9 +92,65 @@ def test_kill_9_at_every_stage_and_the_same_command_again_gives_identical_result
     assert not list((tmp_path / "store").glob("*/.work/*")), "finished stages leave nothing behind"
 
 
+# Computes the SFT stage in a fresh process that dies, as by kill -9, at its Nth operation on files.
+DIE_AT = """
+import os, shutil, sys
+sys.path.insert(0, {root!r})
+import src.stages.sft
+from src.plan import Stage, make_plan
+from src.stages import ensure
+from src.store import Store
+from tests.test_resume import sft_stage
+
+stage, store = sft_stage({folder!r}), Store({folder!r})
+for fatal in {numbers!r}:
+    child = os.fork()
+    if child == 0:
+        left = [fatal]
+        def counting(function):
+            def call(*arguments, **options):
+                left[0] -= 1
+                if left[0] == 0:
+                    os._exit(9)
+                return function(*arguments, **options)
+            return call
+        for module, name in ((os, "rename"), (os, "replace"), (os, "link"), (os, "fsync"), (os, "mkdir"),
+                             (os, "unlink"), (os, "rmdir"), (shutil, "copy")):
+            setattr(module, name, counting(getattr(module, name)))
+        ensure(stage, store)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def sft_stage(folder: str) -> Stage:
+    tiny = ["dataset.sft_size=128", "trainer.sft.max_steps=4", "trainer.checkpoint_steps=1", f"output_dir={folder}"]
+    point = point_from(composed(*tiny))
+    return next(s for s in make_plan([point], Store(folder)).stages.values() if s.kind == "sft")
+
+
+def sft_process(folder: Path, numbers: list[int]) -> list[int]:
+    script = DIE_AT.format(root=str(ROOT), folder=str(folder), numbers=numbers)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_death_at_any_single_file_operation_loses_nothing_and_shows_no_half_result(tmp_path):
+    """Die at the 1st, 2nd, 3rd, ... operation, each time going on from what the last death left, until one gets
+    through; from then on nothing is computed. The result is that of a run that never died."""
+    plain = tmp_path / "plain"
+    assert sft_process(plain, [10**9]) == [0]
+    troubled = tmp_path / "troubled"
+    # Spread so that deaths fall into lease, checkpoints and publication; each attempt resumes from the last.
+    outcomes = sft_process(troubled, [1, 2, 3, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 41, 44, 47, 50, 53, 10**9])
+    assert outcomes.count(9) >= 10 and outcomes[-1] == 0
+    assert results(troubled) == results(plain)
+
+
 def test_a_resumed_run_really_resumes(tmp_path):
     arguments = [*POINT, f"output_dir={tmp_path}"]
-    assert kill_when("sft/.work/*/checkpoints/step-00000010", tmp_path, *arguments)
+    assert kill_when(checkpoint("sft", 10), tmp_path, *arguments)
     train(*arguments)
     logs = "".join(p.read_text() for p in (tmp_path / "runs").rglob("train.log"))
     assert "resuming from step" in logs

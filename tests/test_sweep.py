@@ -9,13 +9,18 @@ import sys
 import time
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
 from tests.conftest import ROOT, SMALL, environment, start, train
 
 FOUR = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
-CONTRACT = ["setup", "method", "init", "beta", "lr", "seed", "state", "quality", "quality_se", "quality_selection", "quality_reporting", "kl_sequence", "kl_sequence_se", "kl_token", "reward_accuracy", "seconds", "identity"]
+CONTRACT = [
+    *("setup", "method", "init", "beta", "lr", "seed", "state"),
+    *("quality", "quality_se", "quality_selection", "quality_reporting"),
+    *("kl_sequence", "kl_sequence_se", "kl_token", "reward_accuracy", "seconds", "identity"),
+]
 
 
 def dry_run(*arguments, **options):
@@ -83,8 +88,9 @@ def test_metrics_hold_every_step_and_dpo_starts_at_log_two(swept):
     for metrics in (outputs / "store" / "align").glob("*/metrics.jsonl"):
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(8))
-        names = ["loss", "reward_accuracy", "reward_margin", "chosen_logps", "rejected_logps", "lr", "grad_norm", "tokens_per_second"]
-        assert all(set(names) <= set(line) for line in lines)
+        names = {"loss", "reward_accuracy", "reward_margin", "chosen_logps", "rejected_logps"}
+        names |= {"lr", "grad_norm", "tokens_per_second"}
+        assert all(names <= set(line) for line in lines)
         stage = json.loads((metrics.parent / "stage.json").read_text())
         if stage["fields"]["method"]["name"] == "dpo":
             assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
@@ -138,10 +144,8 @@ def test_one_failing_point_is_named_at_the_end_and_the_others_finish(tmp_path):
 
 
 def workers_of(process):
-    children = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout
-    return [int(line.split()[0]) for line in children.splitlines() if "spawn_main" in line]
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child.pid for child in children if any("spawn_main" in word for word in child.cmdline())]
 
 
 def wait_for(condition, seconds=60):
@@ -152,10 +156,7 @@ def wait_for(condition, seconds=60):
 
 
 def alive(pid):
-    try:
-        return "Z" not in open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 LONGER = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL, "trainer.align.epochs=8", "dataset.sft_size=64"]
