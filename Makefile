@@ -12,7 +12,7 @@ help: ## this list
 	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 demo: $(VENV)/.run ## set up, sweep eight methods on the embedded setup, show the best table (minutes on 2 cores)
-	$(PY) -m src.train -m +sweep=demo
+	$(PY) -m src.train -m +sweep=demo $(ARGS)
 
 test: $(VENV)/.dev ## the whole test suite
 	$(PY) -m pytest

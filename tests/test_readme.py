@@ -1,0 +1,57 @@
+"""Every command in the README does what it says."""
+
+import json
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT, SMALL, environment, train
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+RUNS = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m src.train")]
+
+
+def test_no_command_is_left_out_of_these_tests():
+    others = {c for c in COMMANDS if not c.startswith("python -m src.train")}
+    assert others == {"make demo", "make test", "make smollm2", "source .venv/bin/activate"}
+    assert len(RUNS) == 8
+
+
+@pytest.mark.parametrize("arguments", RUNS, ids=[" ".join(a) for a in RUNS])
+def test_every_run_of_the_readme_is_accepted(arguments, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(20)))
+    given = [a.replace("pairs.jsonl", str(pairs)) for a in arguments if a != "dry_run=true"]
+    output = train(*given, f"output_dir={tmp_path}", "dry_run=true").stdout
+    assert re.search(r"^\d+ points: 0 done, \d+ to do$", output, re.M)
+
+
+def test_make_demo_sweeps_all_methods_and_shows_the_best_table(tmp_path):
+    """The recipe of `make demo` itself, on a cut-down task."""
+    arguments = " ".join([*SMALL, f"output_dir={tmp_path}", "beta=0.1"])
+    done = subprocess.run(
+        ["make", "demo", f"ARGS={arguments}"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for method in ("DPO", "IPO", "SimPO", "ORPO", "ASFT", "APO-Zero", "NCA", "Cal-DPO"):
+        assert re.search(rf"│ {method} ", done.stdout), done.stdout
+    assert f"{tmp_path}/sweeps/demo/report.html" in done.stdout
+
+
+def test_make_help_lists_every_target():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("help", "demo", "test", "lint", "bench", "clean", "smollm2"):
+        assert f"make {target} " in listed
+
+
+def test_make_test_runs_the_suite():
+    planned = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-m pytest" in planned
+
+
+def test_files_the_readme_links_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
