@@ -52,7 +52,7 @@ class Attempt:
     report: Report
     label: str
     identity: str
-    wandb_dir: Path
+    output_dir: Path
     started: float = field(default_factory=time.time)
     spent_before: float = 0.0  # seconds of earlier attempts that a checkpoint carried over
     tokens: int = 0

@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from src.config import Point
+
+if TYPE_CHECKING:
+    from src.store import Attempt
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+SECONDS_TO_WAIT = 10  # for a W&B server, once a process
 
 
 class Tracker:
     """`log(step, values)` appends a line to metrics.jsonl and hands the same to W&B when that is on."""
 
-    def __init__(self, point: Point, stage: str, run_id: str, out: Path, wandb_dir: Path) -> None:
-        self.path = out / METRICS_FILE
-        self._file = self.path.open("a")
-        self._run = _start_wandb(point, stage, run_id, wandb_dir) if point.tracking.wandb else None
+    def __init__(self, point: Point, kind: str, attempt: Attempt) -> None:
+        self._file = (attempt.out / METRICS_FILE).open("a")
+        self._run = _start_wandb(point, kind, attempt) if point.tracking.wandb else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -51,8 +54,13 @@ class Tracker:
         self._run = None
 
 
-def _start_wandb(point: Point, stage: str, run_id: str, folder: Path) -> Any:
-    """A run named like the point; None, with a warning, when W&B cannot start even offline."""
+# Set when the server did not answer: the other stages of this process need not wait for it again.
+_unreachable = False
+
+
+def _start_wandb(point: Point, kind: str, attempt: Attempt) -> Any:
+    """A run named like the stage; None, with a warning, when W&B cannot start even offline."""
+    global _unreachable
     # A job has no one to answer a prompt, and its stdout belongs to the project.
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
@@ -61,31 +69,36 @@ def _start_wandb(point: Point, stage: str, run_id: str, folder: Path) -> Any:
         mode: Any = point.tracking.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
-        folder.mkdir(parents=True, exist_ok=True)
+        config = {k: v for k, v in asdict(point).items() if k not in ("beta_grid", "lr_grid", "dry_run", "best_from")}
+        del config["setup"]["best"]
         options: dict[str, Any] = {
             "project": point.tracking.project,
             "entity": point.tracking.entity,
-            "id": run_id,
+            "id": attempt.identity,
             "resume": "allow",
-            "name": point.label,
+            "name": attempt.label,
             "group": point.sweep.name,
-            "job_type": stage,
+            "job_type": kind,
             "tags": [point.setup.name, point.method.name, point.init.name],
-            "dir": str(folder),
-            "config": {
-                "setup": point.setup.name,
-                "method": point.method.name,
-                "beta": point.beta,
-                "lr": point.lr,
-                "seed": point.seed,
-            },
+            "dir": str(attempt.output_dir),
+            "config": config,
         }
         try:
-            run = wandb.init(mode=mode, settings=wandb.Settings(init_timeout=30), **options)
+            run = wandb.init(
+                mode="offline" if _unreachable else mode,
+                settings=wandb.Settings(init_timeout=SECONDS_TO_WAIT),
+                **options,
+            )
         except Exception as error:
-            if mode == "offline":
+            if mode == "offline" or _unreachable:
                 raise
-            log.warning("W&B cannot be reached (%s): logging offline below %s", str(error).splitlines()[0], folder)
+            _unreachable = True
+            log.warning(
+                "W&B cannot be reached (%s): logging offline; `wandb sync %s/wandb/offline-run-*` uploads it later",
+                str(error).splitlines()[0],
+                attempt.output_dir,
+            )
+            wandb.teardown()  # or the failed run would still claim its id
             run = wandb.init(mode="offline", **options)
         # Our own step axis: after a resume, lines that were logged already must not be refused or doubled.
         run.define_metric("train/step")

@@ -49,6 +49,8 @@ class GridSweeper(Sweeper):
             print(plan.text())
             return
         name = points[0].sweep.name or f"{points[0].setup.name}-{digest(sorted(overrides))[:8]}"
+        for point in points:
+            point.sweep.name = name  # what trackers group by; no stage depends on it
         record = SweepRecord.start(store, name, plan, shlex.join(["python", "-m", "src.train", *sys.argv[1:]]))
         failures = self.launcher.launch_plan(plan, store, record.folder)
         record.finish(store, plan, failures)

@@ -90,7 +90,7 @@ def main() -> None:
     data = tokenise([(text_prompt(post.text), (summary,)) for post, summary in rows], template, 160, 112)
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
-        with Tracker(Point(), "base", "mini-base", Path(work), Path(work)) as tracker:
+        with Tracker(Point(), "base", attempt) as tracker:
             trainer = Trainer(tokens_per_batch=8192, checkpoint_steps=10**6)
             train(model, data.examples, token_mean_loss, OPTIMISATION, trainer, engine, 0, attempt, tracker)
         print((Path(work) / "metrics.jsonl").read_text().splitlines()[-1])

@@ -70,7 +70,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     references = reference.read(upstream["reference"]) if METHODS[point.method.name].needs_reference else {}
     model = load_checkpoint(upstream["init"], point) if "init" in upstream else load_base(point)
     objective = objective_of(point, references.get("train"))
-    with Tracker(point, "align", attempt.identity, attempt.out, attempt.wandb_dir) as tracker:
+    with Tracker(point, "align", attempt) as tracker:
         train(
             model,
             data.examples,

@@ -29,7 +29,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     template = template_of(point)
     data = examples_of(point, "sft", template)
     model = load_base(point)
-    with Tracker(point, "sft", attempt.identity, attempt.out, attempt.wandb_dir) as tracker:
+    with Tracker(point, "sft", attempt) as tracker:
         train(
             model,
             data.examples,
