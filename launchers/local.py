@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -19,14 +19,14 @@ from launchers.live import LiveTable
 from launchers.schedule import Schedule
 from launchers.worker import DIED, Place, Worker
 from src.config import ConfigError
-from src.plan import Plan, Stage, make_plan
+from src.plan import Plan, Stage
 from src.store import Store
 
 log = logging.getLogger(__name__)
 
 
 class LocalLauncher(Launcher):
-    """`launch_plan` runs a plan; `launch` is Hydra's own interface to the same, for other sweepers."""
+    """Hydra discovers and builds it; what it runs is a plan, not a list of overrides."""
 
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
@@ -34,25 +34,10 @@ class LocalLauncher(Launcher):
         self.workers = workers
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.loader = config, hydra_context.config_loader
+        pass  # a plan brings all there is to know
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        from sweeps.grid import expand
-
-        points = [point for overrides in job_overrides for point in expand(list(overrides), self.config, self.loader)]
-        store = Store(points[0].output_dir)
-        plan = make_plan(points, store)
-        failures = self.launch_plan(plan, store, store.sweep_dir(f"{points[0].setup.name}-jobs"))
-        returns = []
-        for overrides, result in zip(job_overrides, plan.results, strict=True):
-            failed = failures.get(result)
-            status = JobStatus.FAILED if failed else JobStatus.COMPLETED
-            returns.append(
-                JobReturn(
-                    overrides=list(overrides), status=status, _return_value=RuntimeError(failed) if failed else None
-                )
-            )
-        return returns
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        raise ConfigError("hydra/launcher=local runs plans, which hydra/sweeper=grid makes; choose that sweeper")
 
     def launch_plan(self, plan: Plan, store: Store, folder: Path) -> dict[str, str]:
         """Compute what the plan needs. Returns the points (by identity) that were not reached, each with the reason.
@@ -82,7 +67,7 @@ class LocalLauncher(Launcher):
                     ready = wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout=0.5)
                     for number, worker in enumerate(workers):
                         if worker.stage is not None and (worker.pipe in ready or worker.process.sentinel in ready):
-                            ended.append(self._settle(worker, schedule))
+                            ended += self._settle(worker, schedule)
                             if not worker.process.is_alive():
                                 workers[number] = Worker(worker.place, store.output_dir, worker.log_file)
                     table.refresh()
@@ -94,7 +79,8 @@ class LocalLauncher(Launcher):
         return schedule.failed_points()
 
     @staticmethod
-    def _settle(worker: Worker, schedule: Schedule) -> tuple[Stage, str | None]:
+    def _settle(worker: Worker, schedule: Schedule) -> list[tuple[Stage, str | None]]:
+        """Take the worker's answer; what there is to tell of it."""
         stage, reason = worker.stage, worker.answer()
         assert stage is not None
         worker.stage = None
@@ -103,9 +89,10 @@ class LocalLauncher(Launcher):
         elif reason.startswith(DIED) and schedule.once_more(stage):
             # A kill says nothing about the stage: it resumes from its checkpoint in a fresh process.
             log.warning("%s: %s; trying once more", stage.label, reason)
+            return []
         else:
             schedule.fail(stage, reason)
-        return stage, reason
+        return [(stage, reason)]
 
 
 def visible_gpus() -> list[str]:

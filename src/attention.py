@@ -55,14 +55,22 @@ AttentionInterface.register(NAME, packed_attention)
 
 
 def check_supported(config: Any, longest: int) -> None:
-    """Refuse a model whose attention is not plain causal softmax over the whole sequence. Raises ConfigError."""
+    """Refuse a model whose log-probs this project would get wrong: attention that is not plain causal softmax over
+    the whole sequence, or logits that are more than the head's output. longest: tokens of a sequence, in training
+    or sampling. Raises ConfigError."""
     name = config.model_type
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < longest:
-        raise ConfigError(
-            f"model {name}: a sliding window of {window} tokens is shorter than dataset.max_tokens={longest}"
-        )
+        raise ConfigError(f"model {name}: its sliding window of {window} tokens is shorter than sequences of {longest}")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and positions < longest:
+        raise ConfigError(f"model {name}: it has {positions} positions, sequences have up to {longest} tokens")
     if getattr(config, "attn_logit_softcapping", None):
         raise ConfigError(f"model {name}: soft-capped attention scores are not supported")
+    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"model {name}: {field}={getattr(config, field)} changes logits after the head; not supported"
+            )
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"model {name}: not a causal decoder")

@@ -9,7 +9,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from src.store import read_json, write_json
+import xxhash
+
+from src.store import read_json, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,9 @@ def save(folder: Path, step: int, state: dict[str, Any], accelerator: Any, metri
     try:
         accelerator.save_state(str(draft))
         shutil.copy(metrics, draft / metrics.name)
-        write_json(draft / _STATE, {"step": step, **state})
+        digests = {path.name: _digest(path) for path in draft.iterdir()}
+        write_json(draft / _STATE, {"step": step, **state, "files": digests})
+        sync(draft)
         os.rename(draft, final)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -39,9 +43,33 @@ def resume(folder: Path, accelerator: Any, metrics: Path) -> dict[str, Any] | No
     for draft in folder.glob(".draft-*"):
         shutil.rmtree(draft, ignore_errors=True)
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
-        state = read_json(checkpoint / _STATE)
+        if damage := _damage(checkpoint):
+            log.warning("%s: %s; going on from the one before", checkpoint, damage)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            continue
         accelerator.load_state(str(checkpoint))
         shutil.copy(checkpoint / metrics.name, metrics)
+        state = read_json(checkpoint / _STATE)
         log.info("resuming from step %d", state["step"])
         return state
     return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with it. Looked for before anything is loaded: half a load would spoil the model."""
+    try:
+        for name, digest in read_json(checkpoint / _STATE)["files"].items():
+            if _digest(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError) as error:
+        return f"cannot be read ({error})"
+    return None
+
+
+def _digest(path: Path) -> str:
+    """Against damage, not forgery: fast enough for the optimiser state of an 8B model."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as handle:
+        while block := handle.read(2**24):
+            state.update(block)
+    return state.hexdigest()

@@ -81,7 +81,6 @@ class Dataset:
 
 @dataclass
 class Optimisation:
-    lr: float = MISSING
     epochs: float = 1.0
     max_steps: int | None = None
     batch_size: int = 128
@@ -93,9 +92,14 @@ class Optimisation:
 
 
 @dataclass
+class SftOptimisation(Optimisation):
+    lr: float = MISSING  # alignment has the point's lr instead
+
+
+@dataclass
 class Trainer:
     name: str = MISSING
-    sft: Optimisation = field(default_factory=Optimisation)
+    sft: SftOptimisation = field(default_factory=SftOptimisation)
     align: Optimisation = field(default_factory=Optimisation)
     tokens_per_batch: int = 16384
     checkpoint_steps: int = 100
@@ -124,7 +128,6 @@ class Evaluation:
     name: str = MISSING
     quality: str = MISSING  # win_rate | reward_accuracy
     judge: str | None = None  # gold
-    baseline: str = "sft"
     prompts: int = 500
     selection_fraction: float = 0.5
     split_seed: int = 0
@@ -143,6 +146,7 @@ class Tracking:
 @dataclass
 class Sweep:
     name: str | None = None
+    variant: str = ""  # what else tells a point from its neighbours; filled in by the sweeper
 
 
 @dataclass
@@ -171,9 +175,9 @@ class Point:
     @property
     def label(self) -> str:
         """How people name this point: `dpo beta=0.05 lr=7e-07`, with what differs from the usual."""
-        extra = ("" if self.init.name == "sft" else f" init={self.init.name}") + (
-            f" seed={self.seed}" if self.seed else ""
-        )
+        extra = "" if self.init.name == "sft" else f" init={self.init.name}"
+        extra += f" seed={self.seed}" if self.seed else ""
+        extra += f" {self.sweep.variant}" if self.sweep.variant else ""
         return f"{self.method.name} beta={self.beta:g} lr={self.lr:g}{extra}"
 
 
@@ -189,7 +193,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "engine.precision": ("fp32", "bf16"),
     "evaluation.quality": ("win_rate", "reward_accuracy"),
     "evaluation.judge": (None, "gold"),
-    "evaluation.baseline": ("sft",),
     "tracking.mode": ("auto", "online", "offline"),
 }
 
@@ -202,9 +205,10 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "init.align_weight": (0, False, math.inf),
     "dataset.sft_size": (1, True, math.inf),
     "dataset.train_size": (1, True, math.inf),
-    "dataset.validation_size": (1, True, math.inf),
+    "dataset.validation_size": (2, True, math.inf),  # one to select, one to report
     "dataset.max_tokens": (2, True, math.inf),
     "dataset.max_prompt_tokens": (1, True, math.inf),
+    "trainer.sft.lr": (0, False, math.inf),
     "trainer.tokens_per_batch": (1, True, math.inf),
     "trainer.checkpoint_steps": (1, True, math.inf),
     "engine.threads": (1, True, math.inf),
@@ -219,7 +223,6 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     f"trainer.{stage}.{key}": bounds
     for stage in ("sft", "align")
     for key, bounds in {
-        "lr": (0.0, False, math.inf),
         "epochs": (0.0, False, math.inf),
         "max_steps": (1.0, True, math.inf),
         "batch_size": (1.0, True, math.inf),
@@ -249,7 +252,13 @@ def _best_value(key: str, *, _root_: DictConfig) -> float:
             raise ConfigError(f"{where}: no best values of setup {setup} can be read there ({error!r})") from None
     if method not in table or table[method].get(key) is None:
         raise ConfigError(f"{where} names no best {key} for method={method}: give {key}=VALUE")
-    return float(table[method][key])
+    entry = table[method]
+    init = entry.get("init")
+    if init is not None and init != _root_.init.name:
+        raise ConfigError(
+            f"{where}: its best {method} is of init={init}; add init={init}, or give beta and lr yourself"
+        )
+    return float(entry[key])
 
 
 def point_from(cfg: DictConfig) -> Point:
@@ -265,7 +274,7 @@ def point_from(cfg: DictConfig) -> Point:
 
 def check(point: Point) -> None:
     """Every rule between and within fields. Raises ConfigError naming the override to change."""
-    values = dict(_leaves(point))
+    values = dict(leaves(point))
     for key, value in values.items():
         if key in CHOICES and value not in CHOICES[key]:
             allowed = ", ".join("null" if c is None else c for c in CHOICES[key])
@@ -275,6 +284,10 @@ def check(point: Point) -> None:
             if not (low <= value <= high and (inclusive or value > low)) or not math.isfinite(value):
                 bound = f"{'>=' if inclusive else '>'} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else "")
                 raise ConfigError(f"{key}={value:g}: must be {bound}")
+    for stage in ("sft", "align"):
+        betas = getattr(point.trainer, stage).adam_betas
+        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+            raise ConfigError(f"trainer.{stage}.adam_betas={list(betas)}: must be two numbers >= 0 and < 1")
     _check_method(point)
     _check_dataset(point)
     for name in ("beta_grid", "lr_grid"):
@@ -316,8 +329,14 @@ def _check_dataset(point: Point) -> None:
             )
         if not Path(data.path).is_file():
             raise ConfigError(f"dataset.path={data.path}: no such file")
-    if data.source == "hub" and (data.sft is None or data.preference is None):
-        raise ConfigError("dataset.source=hub needs dataset.sft.path and dataset.preference.path")
+    if data.source == "hub":
+        if data.sft is None or data.preference is None:
+            raise ConfigError("dataset.source=hub needs dataset.sft.path and dataset.preference.path")
+        for name in ("sft", "preference"):
+            if data.path is not None and not (Path(data.path) / name).is_dir():
+                raise ConfigError(
+                    f"dataset.path={data.path}: no folder {name} there; a local copy has sft and preference"
+                )
     if data.max_prompt_tokens >= data.max_tokens:
         raise ConfigError(
             f"dataset.max_prompt_tokens={data.max_prompt_tokens}: must be below dataset.max_tokens={data.max_tokens}"
@@ -329,8 +348,9 @@ def method_options(point: Point) -> dict[str, float]:
     return {name: getattr(point.method, name) for name in METHODS[point.method.name].options}
 
 
-def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
+def leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of every field of a dataclass. Raises ConfigError on a key the schema has not."""
+    found: list[tuple[str, Any]] = []
     known = {f.name for f in fields(node)}
     for name in vars(node):
         if name not in known:  # `+key=value` adds even to a typed config
@@ -338,10 +358,10 @@ def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     for f in fields(node):
         value = getattr(node, f.name)
         if is_dataclass(value):
-            leaves += _leaves(value, f"{prefix}{f.name}.")
+            found += leaves(value, f"{prefix}{f.name}.")
         else:
-            leaves.append((prefix + f.name, value))
-    return leaves
+            found.append((prefix + f.name, value))
+    return found
 
 
 def one_line(error: BaseException) -> str:

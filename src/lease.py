@@ -8,6 +8,7 @@ heartbeat has stood still for STALE_SECONDS by the observer's own clock (other m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -39,7 +40,7 @@ def _process_start(pid: int) -> str | None:
     """Start time of a process, to tell it from a later one with the same id; None when there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self/stat").exists():
             return None
         try:  # no /proc: the id alone must do
@@ -93,8 +94,9 @@ class Lease:
         if self.held:
             self._stop.set()
             self._thread.join()
-            if self._path(self.number).exists():
-                self._write(released=True)
+            with contextlib.suppress(OSError):  # finished and cleared by somebody else, or a full disk: we go stale
+                if self._path(self.number).exists():
+                    self._write(released=True)
             self.held = False
 
     def check(self) -> None:
@@ -114,7 +116,7 @@ class Lease:
                 return number, json.loads(self._path(number).read_text())
             except FileNotFoundError:
                 continue  # a taker of the next number has just removed it
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, OSError):  # torn, or replaced under a network file system's eyes
                 return number, {"beat": "unreadable"}
         return 0, None
 

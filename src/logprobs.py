@@ -20,29 +20,36 @@ if TYPE_CHECKING:
 HEAD_CHUNK = 1024
 
 
-def sequence_logps(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The precision everything of a run computes in: policy, reference and samples alike, or log-ratios would
+    carry the difference of two roundings."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def sequence_logps(model: Any, batch: PackedBatch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
     """Sum of log-probs and number of response tokens of every sequence of the batch.
 
     model: a transformers causal decoder with a linear head. Returns ((sequences,) float32 in nats,
     (sequences,) float32 counts). The head sees only positions that predict a response token, in chunks
-    recomputed in the backward pass; the softmax is float32 whatever the model computes in.
+    recomputed in the backward pass; the softmax is float32 whatever `precision` (fp32, bf16) the model computes in.
     """
     if model.config._attn_implementation != attention.NAME:
         model.set_attn_implementation(attention.NAME)
-    hidden = model.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        segments=batch.segments,
-    ).last_hidden_state[0]
-    hidden = hidden[batch.predict_from]
-    head = model.get_output_embeddings()
-    chunks = [
-        checkpoint(_token_logps, head, h, t, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else _token_logps(head, h, t)
-        for h, t in zip(hidden.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK), strict=True)
-    ]
+    with autocast(precision, batch.input_ids.device):
+        hidden = model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            segments=batch.segments,
+        ).last_hidden_state[0]
+        hidden = hidden[batch.predict_from]
+        head = model.get_output_embeddings()
+        chunks = []
+        for h, t in zip(hidden.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK), strict=True):
+            recompute = torch.is_grad_enabled()
+            chunks.append(
+                checkpoint(_token_logps, head, h, t, use_reentrant=False) if recompute else _token_logps(head, h, t)
+            )
     logps = torch.cat(chunks)
     zeros = logps.new_zeros(batch.sequences)
     return zeros.index_add(0, batch.sequence, logps), zeros.index_add(0, batch.sequence, torch.ones_like(logps))
@@ -55,11 +62,12 @@ def _token_logps(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 
 @torch.no_grad()
 def score(
-    model: Any, examples: Sequence[Example], token_budget: int, device: torch.device
+    model: Any, examples: Sequence[Example], token_budget: int, precision: str = "fp32"
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Log-prob sums of many examples: yields (indices, logps, tokens), sequences in order of (example, response)."""
     model.eval()
+    device = next(model.parameters()).device
     lengths = [e.length for e in examples]
     for indices in partition(lengths, range(len(examples)), token_budget):
-        logps, tokens = sequence_logps(model, pack(examples, indices).to(device))
+        logps, tokens = sequence_logps(model, pack(examples, indices).to(device), precision)
         yield indices, logps.cpu(), tokens.cpu()

@@ -96,10 +96,6 @@ class Method:
     def needs_reference(self) -> bool:
         return self.score == "log_ratio"
 
-    @property
-    def length_normalised(self) -> bool:
-        return not self.needs_reference
-
 
 METHODS: dict[str, Method] = {
     "dpo": Method(dpo, "log_ratio", "pairwise"),

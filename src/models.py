@@ -55,7 +55,8 @@ def _load(spec: Model, folder: Path | None, point: Point) -> Any:
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         model.config.architectures = [type(model).__name__]
-    attention.check_supported(model.config, point.dataset.max_tokens)
+    data, generation = point.dataset, point.evaluation.generation
+    attention.check_supported(model.config, max(data.max_tokens, data.max_prompt_tokens + generation.max_new_tokens))
     return model.to(device_of(point.engine))
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from src.config import Optimisation, Point, method_options
+from src.data import check_readable
 from src.identity import digest, fingerprint
 from src.methods import METHODS
 from src.store import Store
@@ -89,7 +90,8 @@ def stages_of(point: Point) -> list[Stage]:
             "beta": point.beta,
             "sft_weight": point.init.sft_weight,
             "align_weight": point.init.align_weight,
-            "trainer": {**_trainer(point.trainer.align), "lr": point.lr},
+            "trainer": _trainer(point.trainer.align),
+            "lr": point.lr,
             "seed": point.seed,
         },
         init=init,
@@ -98,15 +100,10 @@ def stages_of(point: Point) -> list[Stage]:
 
     generation = asdict(evaluation.generation)
     del generation["batch_size"]  # samples do not depend on it
-    sampling = {
-        **start,
-        "data": data["prompts"],
-        "prompts": evaluation.prompts,
-        "generation": generation,
-        "seed": point.seed,
-    }
-    baseline = add("generate", {**sampling, "role": "baseline"}, checkpoint=sft) if judged else None
-    samples = add("generate", {**sampling, "role": "policy"}, checkpoint=align, reference=init)
+    sampling = {"data": data["prompts"], "prompts": evaluation.prompts, "generation": generation, "seed": point.seed}
+    # The baseline is the SFT model's whatever the point starts from.
+    baseline = add("generate", {**model, **sampling, "role": "baseline"}, checkpoint=sft) if judged else None
+    samples = add("generate", {**start, **sampling, "role": "policy"}, checkpoint=align, reference=init)
     add(
         "evaluate",
         {
@@ -134,7 +131,7 @@ def _data_fields(point: Point) -> dict[str, dict[str, Any]]:
     data = point.dataset
     common: dict[str, Any] = {"source": data.source, "seed": data.seed}
     if data.path is not None:
-        common["path"] = fingerprint(data.path)
+        common["path"] = fingerprint(data.path, key="dataset.path")
     pairs = {**common, "train_size": data.train_size, "validation_size": data.validation_size}
     if data.source == "hub":
         pairs["preference"] = asdict(data.preference) if data.preference else None
@@ -184,8 +181,12 @@ class Plan:
 
 
 def make_plan(points: Iterable[Point], store: Store) -> Plan:
-    """Which stages the points consist of, and which of them are still to do."""
+    """Which stages the points consist of, and which of them are still to do.
+
+    Raises ConfigError when a model or data file is not there or cannot be read.
+    """
     points = list(points)
+    check_readable(points)
     stages: dict[str, Stage] = {}
     point_stages = []
     for point in points:

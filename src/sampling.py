@@ -18,6 +18,7 @@ from transformers import (
 
 from src.config import Generation
 from src.data.templates import Template
+from src.logprobs import autocast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,11 +60,18 @@ def _uniforms(seeds: Sequence[str], steps: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: Any, template: Template, prompts: Sequence[list[int]], seed: str, generation: Generation
+    model: Any,
+    template: Template,
+    prompts: Sequence[list[int]],
+    seed: str,
+    generation: Generation,
+    precision: str = "fp32",
 ) -> Iterator[tuple[int, list[int], bool]]:
     """Yields (index, response ids, finished) of every prompt; the end token is part of a finished response."""
     model.eval()
     model.set_attn_implementation("sdpa")
+    # What its own says would fill whatever ours leaves open (a repetition penalty, say), unseen by any config.
+    model.generation_config = GenerationConfig()
     device = next(model.parameters()).device
     pad = template.end_id
     config = GenerationConfig(
@@ -86,12 +94,13 @@ def sample(
             mask[row, longest - len(prompts[i]) :] = 1
         uniforms = _uniforms([f"{seed}/{i}" for i in indices], generation.max_new_tokens, device)
         draw = _Draw(generation, uniforms, longest)
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([draw]),
-        )
+        with autocast(precision, device):
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([draw]),
+            )
         for i, response in zip(indices, output[:, longest:].tolist(), strict=True):
             finished = template.end_id in response
             yield i, response[: response.index(template.end_id) + 1] if finished else response, finished

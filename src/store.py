@@ -42,6 +42,14 @@ def write_json(path: Path, value: Any) -> None:
         draft.unlink(missing_ok=True)
 
 
+def sync(folder: Path) -> None:
+    """Bring the content of every file to disk, so that a rename afterwards cannot show half of one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
 @dataclass
 class Attempt:
     """One try at a stage: where it writes, where it resumes from, and whom it tells."""
@@ -133,10 +141,7 @@ class Store:
         """Make the artefacts visible: everything on disk, DONE last, then one rename."""
         attempt.lease.check()
         write_json(attempt.out / STAGE_FILE, stage.description)
-        for path in attempt.out.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        sync(attempt.out)
         done = {
             "stage": stage.kind,
             "identity": stage.identity,

@@ -52,7 +52,7 @@ def run(cfg: DictConfig) -> None:
             with RunProgress() as report:
                 result = run_point(point, store, report)
         else:
-            result = read_json(folder / "result.json")
+            result = read_json(store.artefacts(plan.stages[plan.results[0]]) / "result.json")
         print(result_text(point, result))
         print(f"result: {folder / 'result.json'}")
 
@@ -103,7 +103,12 @@ def main() -> None:
     # Hydra composes what does not sweep before the sweeper is asked: these words are sweeps to it, too.
     sys.argv[1:] = [f"{a.partition('=')[0]}=choice({a.partition('=')[2]})" if a in GRID_WORDS else a for a in arguments]
     with answering(arguments):
-        run()
+        try:
+            run()
+        except OSError as error:  # before any stage: Hydra's own folder, or the sweep's
+            if error.filename is None:
+                raise
+            raise ConfigError(f"output_dir: cannot write {error.filename} ({error.strerror})") from error
 
 
 def _explained(error: Exception, arguments: list[str]) -> str:

@@ -48,15 +48,15 @@ def total_steps(examples: int, optimisation: Optimisation) -> int:
     return min(steps, optimisation.max_steps or steps)
 
 
-def learning_rate(step: int, total: int, optimisation: Optimisation) -> float:
-    """Peak rate times warm-up (linear, first warmup_ratio of the steps) and decay to 0, for step 0 .. total - 1."""
+def schedule(step: int, total: int, optimisation: Optimisation) -> float:
+    """Share of the peak rate at step 0 .. total - 1: linear warm-up over warmup_ratio of them, then decay to 0."""
     warmup = math.ceil(optimisation.warmup_ratio * total)
     if step < warmup:
-        return optimisation.lr * (step + 1) / warmup
+        return (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
     if optimisation.schedule == "cosine":
-        left = 0.5 * (1 - math.cos(math.pi * left))
-    return optimisation.lr * (1.0 if optimisation.schedule == "constant" else left)
+        return 0.5 * (1 - math.cos(math.pi * left))
+    return 1.0 if optimisation.schedule == "constant" else left
 
 
 def batch_indices(step: int, examples: int, batch_size: int, seed: int) -> list[int]:
@@ -73,11 +73,14 @@ def batch_indices(step: int, examples: int, batch_size: int, seed: int) -> list[
     return indices
 
 
-def make_accelerator(engine: Engine, device: torch.device) -> Accelerator:
-    """One process's accelerator. A warm worker meets several engines, and accelerate keeps the first as a singleton."""
+def make_accelerator(device: torch.device) -> Accelerator:
+    """One process's accelerator. A warm worker meets several engines, and accelerate keeps the first as a singleton.
+
+    Precision is the log-prob path's business, so that all that goes through it agrees.
+    """
     AcceleratorState._reset_state()
     PartialState._reset_state()
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if engine.precision == "bf16" else "no")
+    return Accelerator(cpu=device.type == "cpu")
 
 
 def train(
@@ -85,6 +88,7 @@ def train(
     examples: Sequence[Example],
     objective: Objective,
     optimisation: Optimisation,
+    lr: float,
     trainer: Trainer,
     engine: Engine,
     seed: int,
@@ -96,10 +100,10 @@ def train(
     Losses are computed in float32; master weights are float32. Logs every step. Raises LeaseLost.
     """
     device = next(model.parameters()).device
-    accelerator = make_accelerator(engine, device)
+    accelerator = make_accelerator(device)
     optimiser = torch.optim.AdamW(
         model.parameters(),
-        lr=optimisation.lr,
+        lr=lr,
         betas=(optimisation.adam_betas[0], optimisation.adam_betas[1]),
         weight_decay=optimisation.weight_decay,
         fused=True,
@@ -121,7 +125,7 @@ def train(
         started = time.perf_counter()
         chosen = batch_indices(step, len(examples), optimisation.batch_size, seed)
         size = StepSize(len(chosen), sum(len(r) for i in chosen for r in examples[i].responses))
-        rate = learning_rate(step, total, optimisation)
+        rate = lr * schedule(step, total, optimisation)
         for group in optimiser.param_groups:
             group["lr"] = rate
 
@@ -129,8 +133,7 @@ def train(
         tokens = 0
         for indices in partition(lengths, chosen, trainer.tokens_per_batch):
             batch = pack(examples, indices).to(device)
-            with accelerator.autocast():
-                logps, counts = sequence_logps(model, batch)
+            logps, counts = sequence_logps(model, batch, engine.precision)
             loss, logged = objective(batch, logps, counts, size)
             accelerator.backward(loss)
             tokens += batch.tokens

@@ -16,32 +16,19 @@ from sweeps.record import FILE, read_sweep
 from sweeps.statistics import best_points
 
 COLUMNS = [
-    "setup",
-    "method",
-    "kind",
-    "init",
-    "beta",
-    "lr",
-    "seed",
-    "state",
-    "metric",
-    "quality",
-    "quality_se",
-    "quality_selection",
-    "quality_selection_se",
-    "quality_reporting",
-    "quality_reporting_se",
-    "kl_sequence",
-    "kl_sequence_se",
-    "kl_token",
-    "kl_token_se",
-    "reward_accuracy",
-    "reward_margin",
-    "response_tokens",
-    "seconds",
-    "identity",
-    "error",
+    *("setup", "method", "kind", "init", "variant", "beta", "lr", "seed", "state", "metric"),
+    *(
+        "quality",
+        "quality_se",
+        "quality_selection",
+        "quality_selection_se",
+        "quality_reporting",
+        "quality_reporting_se",
+    ),
+    *("kl_sequence", "kl_sequence_se", "kl_token", "kl_token_se", "reward_accuracy", "reward_margin"),
+    *("response_tokens", "seconds", "identity", "error"),
 ]
+NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
 
 
 def collect(folder: Path) -> pd.DataFrame:
@@ -58,7 +45,8 @@ def collect(folder: Path) -> pd.DataFrame:
         if (stage / DONE).exists():
             row |= {"state": "done", "error": None} | _numbers(read_json(stage / "result.json"), point["stages"])
         rows.append(row)
-    return pd.DataFrame(rows, columns=COLUMNS)
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    return frame.astype(dict.fromkeys(NUMBERS, float))  # also where nothing is done and all are missing
 
 
 def _numbers(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
@@ -86,15 +74,15 @@ def _numbers(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
 
 def aggregate(folder: Path, quiet: bool = False) -> pd.DataFrame:
     """Write everything a sweep's folder holds besides sweep.json and say what was best. Returns the best rows."""
-    from sweeps.report import print_best, write_figures, write_report, write_tables
+    from sweeps import figures
+    from sweeps.report import print_best, write_report, write_tables
 
     points = collect(folder)
     best = best_points(points)
     points.to_csv(folder / "points.csv", index=False)
     (folder / "best.yaml").write_text(best_yaml(best))
     write_tables(folder, best)
-    write_figures(folder, points, best)
-    write_report(folder, points, best)
+    write_report(folder, points, best, figures.write(folder, points, best))
     if not quiet:
         print_best(folder, points, best)
     return best
@@ -103,13 +91,20 @@ def aggregate(folder: Path, quiet: bool = False) -> pd.DataFrame:
 def best_yaml(best: pd.DataFrame) -> str:
     """setup -> method -> {lr, beta, ...}; `best_from=FILE` makes a run take its beta and lr from it."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
-    # One entry a method: of several inits the one best on the selection split.
+    names = (
+        "lr",
+        "beta",
+        "init",
+        "variant",
+        "metric",
+        "quality_reporting",
+        "quality_reporting_se",
+        "seeds",
+        "identities",
+    )
+    # One entry a method: of several inits and variants the one best on the selection split.
     for row in best.sort_values("quality_selection", ascending=False, kind="stable").to_dict("records"):
-        entry = {
-            key: _plain(row[key])
-            for key in ("lr", "beta", "init", "metric", "quality_reporting", "quality_reporting_se", "identity")
-        }
-        table.setdefault(row["setup"], {}).setdefault(row["method"], entry)
+        table.setdefault(row["setup"], {}).setdefault(row["method"], {name: _plain(row[name]) for name in names})
     header = "# Best hyper-parameters: chosen on the selection split, quality on the reporting split.\n"
     header += "# python -m src.train method=NAME best_from=THIS_FILE\n"
     return header + yaml.safe_dump(table, sort_keys=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -34,14 +35,15 @@ KINDS = ("pairwise", "pointwise")
 
 
 def write(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> list[Path]:
-    """figures/<setup>[_<init>]_<figure>.png and .svg; returns the SVGs."""
+    """figures/<setup>[_<init>][_<variant>]_<figure>.png and .svg; returns the SVGs."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache
     target = folder / "figures"
     target.mkdir(exist_ok=True)
     written = []
-    for (setup, init), rows in per_beta(points).groupby(["setup", "init"], sort=False):
-        chosen = best[(best.setup == setup) & (best.init == init)]
-        stem = str(setup) if init == "sft" else f"{setup}_{init}"
+    keys = ["setup", "init", "variant"]
+    for (setup, init, variant), rows in per_beta(points).groupby(keys, sort=False):
+        chosen = best[(best.setup == setup) & (best.init == init) & (best.variant == variant)]
+        stem = "_".join([str(setup)] + ([] if init == "sft" else [str(init)]) + re.findall(r"[\w.=-]+", str(variant)))
         for x, draw in (("beta", over_beta), ("KL", over_kl)):
             fig = draw(rows, chosen)
             fig.suptitle(f"{stem}: quality over {x}, best lr per beta; ring: chosen on the selection split")

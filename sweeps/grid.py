@@ -20,6 +20,7 @@ from src.methods import METHODS
 from src.plan import make_plan
 from src.store import Store
 from sweeps.record import SweepRecord
+from sweeps.variants import name_variants, varying_settings
 
 GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
 
@@ -43,14 +44,21 @@ class GridSweeper(Sweeper):
             raise ConfigError(f"hydra/launcher: {kind} cannot run planned stages; use hydra/launcher=local")
         overrides = self._merged(arguments)
         points = expand(overrides, self.config, self.loader)
+        if different := varying_settings(points):
+            raise ConfigError(f"{different[0]}: must be one value for a whole sweep")
         store = Store(points[0].output_dir)
         plan = make_plan(points, store)
+        if len(set(plan.results)) < len(points):
+            # What no result depends on (threads, say) was swept: such points are one.
+            plan = make_plan([plan.points[plan.results.index(r)] for r in dict.fromkeys(plan.results)], store)
+        points = plan.points
+        name = points[0].sweep.name or f"{points[0].setup.name}-{digest(sorted(overrides))[:8]}"
+        name_variants(points)
+        for point in points:
+            point.sweep.name = name  # what trackers group by; no stage depends on it
         if points[0].dry_run:
             print(plan.text())
             return
-        name = points[0].sweep.name or f"{points[0].setup.name}-{digest(sorted(overrides))[:8]}"
-        for point in points:
-            point.sweep.name = name  # what trackers group by; no stage depends on it
         record = SweepRecord.start(store, name, plan, shlex.join(["python", "-m", "src.train", *sys.argv[1:]]))
         failures = self.launcher.launch_plan(plan, store, record.folder)
         record.finish(store, plan, failures)
@@ -77,13 +85,14 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
     Raises ConfigError naming the overrides of the first bad point.
     """
     axes: list[list[str]] = []  # per override: what it may be, as override strings
-    simple: set[str] = set()  # keys whose value changes nothing else in the composition
+    # Keys whose values can be set one after the other on one composition: no groups, and no dicts, which would merge.
+    simple: set[str] = set()
     for override in parse_overrides(arguments, loader):
         strings = _strings(override)
         axes.append(strings)
         key = override.key_or_group
         plain = override.type is not None and override.type.name == "CHANGE" and override.package is None
-        if plain and len(strings) > 1 and not loader.get_group_options(key) and not key.startswith("hydra."):
+        if plain and len(strings) > 1 and not loader.get_group_options(key) and not any("{" in s for s in strings):
             simple.add(key)
     simple |= {k for k in GRIDS if any(s == f"{k}=grid" for axis in axes for s in axis)}
 
@@ -148,4 +157,6 @@ def _set(cfg: DictConfig, assignment: tuple[str, ...], strings: tuple[str, ...])
             OmegaConf.update(cfg, override.key_or_group, override.value())
         return point_from(cfg)
     except USER_ERRORS as error:
-        raise ConfigError(f"{' '.join(assignment or strings)}: {one_line(error)}") from error
+        given = {a.partition("=")[0]: a for a in assignment}
+        used = " ".join(given.get(s.partition("=")[0], s) for s in strings)
+        raise ConfigError(f"{used}: {one_line(error)}") from error

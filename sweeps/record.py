@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ class SweepRecord:
 
     @classmethod
     def start(cls, store: Store, name: str, plan: Plan, command: str) -> SweepRecord:
-        """Write the points down before anything runs."""
+        """Write the points down before anything runs. A folder that names points this sweep has not is kept aside."""
         record = cls(store.sweep_dir(name))
+        record._make_room(set(plan.results))
         record.folder.mkdir(parents=True, exist_ok=True)
         record._write(store, plan, name, command, {}, finished=None)
         return record
@@ -30,6 +32,17 @@ class SweepRecord:
         """failures: identity of a point's evaluate stage -> why it was not reached."""
         before = read_json(self.folder / FILE)
         self._write(store, plan, before["name"], before["command"], failures, finished=_now())
+
+    def _make_room(self, coming: set[str]) -> None:
+        if not (self.folder / FILE).exists():
+            return
+        other = sum(point["identity"] not in coming for point in read_sweep(self.folder)["points"])
+        if other:
+            number = next(
+                n for n in itertools.count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists()
+            )
+            aside = self.folder.rename(self.folder.with_name(f"{self.folder.name}.{number}"))
+            print(f"{self.folder} named {other} points that are not in this sweep: kept as {aside.name}")
 
     def _write(
         self, store: Store, plan: Plan, name: str, command: str, failures: dict[str, str], finished: str | None
@@ -42,6 +55,7 @@ class SweepRecord:
                     "setup": point.setup.name,
                     "method": point.method.name,
                     "init": point.init.name,
+                    "variant": point.sweep.variant,
                     "beta": point.beta,
                     "lr": point.lr,
                     "seed": point.seed,

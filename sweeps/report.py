@@ -9,14 +9,13 @@ from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 from rich.table import Table
 
-from sweeps import figures
 from sweeps.figures import NAMES
 from sweeps.record import read_sweep
 
 
 def best_table(best: pd.DataFrame) -> pd.DataFrame:
     """The best point of every method as people read it."""
-    several = {key: best[key].nunique() > 1 for key in ("setup", "init")}
+    several = {key: best[key].nunique() > 1 for key in ("setup", "init", "variant", "seeds")}
     rows = []
     for row in best.to_dict("records"):
         shown = {key.capitalize(): row[key] for key, more in several.items() if more}
@@ -74,15 +73,11 @@ def write_tables(folder: Path, best: pd.DataFrame) -> None:
     (target / "best.tex").write_text("\n".join(tex) + "\n")
 
 
-def write_figures(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
-    figures.write(folder, points, best)
-
-
-def write_report(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
+def write_report(folder: Path, points: pd.DataFrame, best: pd.DataFrame, svgs: list[Path]) -> None:
     """report.html: one file that needs nothing beside it."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     graphics = []
-    for path in sorted((folder / "figures").glob("*.svg")):
+    for path in svgs:
         text = path.read_text()
         graphics.append(text[text.index("<svg") :])
     shown = points.copy()
@@ -96,7 +91,8 @@ def write_report(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None
         sweep=read_sweep(folder),
         counts=points.state.value_counts().to_dict(),
         best=best_table(best),
-        chosen=set(best.identity),
+        chosen={identity for seeds in best.identities for identity in seeds},
+        seeds=int(best.seeds.max()) if len(best) else 0,
         points=shown.to_dict("records"),
         names=NAMES,
         figures=graphics,
@@ -112,13 +108,15 @@ def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
         table = Table(title=f"{folder.name}: best of each method (chosen on one half, reported on the other)")
         for column in shown.columns:
             table.add_column(
-                column, justify="left" if column in ("Setup", "Init", "Method", "Kind") else "right", no_wrap=True
+                column,
+                justify="left" if column in ("Setup", "Init", "Variant", "Method", "Kind") else "right",
+                no_wrap=True,
             )
         for row in shown.itertuples(index=False):
             table.add_row(*map(str, row))
         console.print(table)
     for missing in points[points.state != "done"].to_dict("records"):
-        label = f"{missing['method']} beta={missing['beta']:g} lr={missing['lr']:g}"
+        label = f"{missing['method']} beta={missing['beta']:g} lr={missing['lr']:g} {missing['variant']}".rstrip()
         console.print(f"{missing['state']}: {label}: {missing['error'] or 'not run'}", style="red", highlight=False)
     for name in ("points.csv", "best.yaml", "figures", "report.html"):
         console.print(f"{name:11} {folder / name}", highlight=False, soft_wrap=True)

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
+# What a beta and lr are chosen for: points that differ in anything else are studies of their own.
+STUDY = ["setup", "method", "init", "variant"]
+MEANS = ["quality", "quality_selection", "quality_reporting", "kl_sequence", "kl_token"]
 
-def best_points(points: pd.DataFrame) -> pd.DataFrame:
-    """One row per (setup, method, init): the best lr per beta, then the best beta, by quality_selection.
 
-    points: rows of points.csv. Points that are not done, or whose quality is not a number, are never chosen.
-    Ties go to the larger beta, which stays nearer to the start; then to the smaller lr.
+def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
+    """One row per study, beta and lr, averaged over seeds; `seeds` says over how many, `identities` over which.
+
+    points: rows of points.csv. Points that are not done, or whose quality is not a number, do not count. The
+    standard error of an average is the larger of the spread over seeds / sqrt(n) and what the prompts alone leave.
     """
     done = points[(points.state == "done") & points.quality_selection.notna()]
-    ordered = done.sort_values(["quality_selection", "beta", "lr"], ascending=[False, False, True], kind="stable")
-    per_beta = ordered.groupby(["setup", "method", "init", "beta"], sort=False).head(1)
-    best = per_beta.groupby(["setup", "method", "init"], sort=False).head(1)
-    return best.sort_values(["setup", "init", "quality_reporting"], ascending=[True, False, False]).reset_index(
-        drop=True
-    )
+    rows = []
+    for _, group in done.groupby([*STUDY, "beta", "lr"], sort=False, dropna=False):
+        row = group.iloc[0].to_dict() | {"seeds": len(group), "identities": list(group.identity)}
+        if len(group) > 1:
+            for name in MEANS:
+                spread = group[name].std(ddof=1) / math.sqrt(len(group))
+                row[name] = group[name].mean()
+                row[f"{name}_se"] = max(spread, math.sqrt((group[f"{name}_se"] ** 2).mean() / len(group)))
+            for name in ("reward_accuracy", "reward_margin", "response_tokens"):
+                row[name] = group[name].mean()
+            row["seconds"] = group.seconds.sum()
+        rows.append(row)
+    return pd.DataFrame(rows, columns=[*points.columns, "seeds", "identities"])
 
 
 def per_beta(points: pd.DataFrame) -> pd.DataFrame:
-    """One row per (setup, method, init, beta): its best lr by quality_selection; what the figures show."""
-    done = points[(points.state == "done") & points.quality_selection.notna()]
-    ordered = done.sort_values(["quality_selection", "lr"], ascending=[False, True], kind="stable")
-    rows = ordered.groupby(["setup", "method", "init", "beta"], sort=False).head(1)
-    return rows.sort_values(["setup", "method", "init", "beta"]).reset_index(drop=True)
+    """One row per study and beta: its best lr by quality_selection, the smaller of equals. What the figures show."""
+    ordered = over_seeds(points).sort_values(["quality_selection", "lr"], ascending=[False, True], kind="stable")
+    rows = ordered.groupby([*STUDY, "beta"], sort=False, dropna=False).head(1)
+    return rows.sort_values([*STUDY, "beta"]).reset_index(drop=True)
+
+
+def best_points(points: pd.DataFrame) -> pd.DataFrame:
+    """One row per study: the best beta of per_beta by quality_selection; of equals the larger, which stays nearer to
+    the start."""
+    ordered = per_beta(points).sort_values(["quality_selection", "beta"], ascending=[False, False], kind="stable")
+    best = ordered.groupby(STUDY, sort=False, dropna=False).head(1)
+    order = ["setup", "init", "quality_reporting"]
+    return best.sort_values(order, ascending=[True, False, False], kind="stable").reset_index(drop=True)

@@ -6,7 +6,15 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from src import attention
 from src.config import ConfigError
@@ -115,7 +123,7 @@ def test_the_comparison_would_notice_a_wrong_layout(spoil):
 
 def all_logps(model, examples, budget):
     found = torch.empty(len(examples), 2)
-    for indices, logps, _ in score(model, examples, budget, torch.device("cpu")):
+    for indices, logps, _ in score(model, examples, budget):
         found[indices] = logps.view(-1, 2)
     return found
 
@@ -169,8 +177,31 @@ def test_partition_keeps_every_example_once_within_the_budget():
     assert partition([100, 3], [0, 1], 64) == [[0], [1]]  # a longer example goes alone
 
 
+def test_policy_and_reference_agree_in_bf16_as_they_do_in_fp32():
+    """Both go through one path in one precision: at step 0 log-ratios are rounding noise and DPO's loss is log 2."""
+    model, examples = make_model(initializer_range=0.02), random_pairs(16, 6)
+    reference = torch.empty(len(examples), 2)
+    for indices, logps, _ in score(model, examples, 200, "bf16"):
+        reference[indices] = logps.view(-1, 2)
+    policy, _ = sequence_logps(model, pack(examples, range(len(examples))), "bf16")
+    margin = (policy.view(-1, 2) - reference).detach()
+    loss = F.softplus(-0.1 * (margin[:, 0] - margin[:, 1])).mean()
+    assert loss.item() == pytest.approx(0.693147, abs=1e-3)
+    # The control: against a reference in float32 the two roundings would differ.
+    exact = torch.empty_like(reference)
+    for indices, logps, _ in score(model, examples, 200):
+        exact[indices] = logps.view(-1, 2)
+    assert (policy.view(-1, 2) - exact).abs().mean() > 2 * margin.abs().mean()
+
+
 def test_attention_the_packed_path_cannot_express_is_refused_by_name():
-    with pytest.raises(ConfigError, match="mistral: a sliding window of 128"):
+    with pytest.raises(ConfigError, match="mistral: its sliding window of 128"):
         attention.check_supported(MistralConfig(sliding_window=128), longest=1024)
+    with pytest.raises(ConfigError, match="granite: logits_scaling=8"):
+        attention.check_supported(GraniteConfig(logits_scaling=8.0), longest=1024)
+    with pytest.raises(ConfigError, match=r"gemma2: (soft-capped|its sliding window)"):
+        attention.check_supported(Gemma2Config(), longest=8000)
+    with pytest.raises(ConfigError, match="llama: it has 512 positions"):
+        attention.check_supported(LlamaConfig(max_position_embeddings=512), longest=1024)
     attention.check_supported(MistralConfig(sliding_window=4096), longest=1024)
     attention.check_supported(Qwen2Config(sliding_window=128, use_sliding_window=False), longest=1024)

@@ -156,6 +156,18 @@ def test_a_resumed_run_really_resumes(tmp_path):
     assert "resuming from step" in logs
 
 
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, undisturbed):
+    arguments = [*POINT, f"output_dir={tmp_path}"]
+    assert kill_when(checkpoint("sft", 10), tmp_path, *arguments)
+    newest = max((tmp_path / "store").glob("sft/.work/*/checkpoints/step-*"))
+    optimiser = newest / "optimizer.bin"
+    optimiser.write_bytes(optimiser.read_bytes()[:-100])
+    train(*arguments, f"hydra.run.dir={tmp_path}/runs/again")
+    log = (tmp_path / "runs" / "again" / "train.log").read_text()
+    assert "optimizer.bin is not what was written" in log and "resuming from step" in log
+    assert results(tmp_path) == undisturbed
+
+
 def test_two_processes_at_once_compute_each_stage_once(tmp_path, undisturbed):
     arguments = [*POINT, f"output_dir={tmp_path}"]
     both = [start(*arguments, f"hydra.run.dir={tmp_path}/runs/{n}") for n in range(2)]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,23 @@ def test_one_failing_point_is_named_at_the_end_and_the_others_finish(tmp_path):
     assert len(yaml.safe_load((tmp_path / "sweeps" / "bad" / "best.yaml").read_text())["mini_tldr"]) == 1
 
 
+def test_a_sweep_in_which_every_point_fails_says_so(tmp_path):
+    done = train("-m", "method=dpo", "lr=1e30,1e31", *SMALL, f"output_dir={tmp_path}", "sweep.name=none", check=False)
+    assert done.returncode == 1 and "2 of 2 points failed" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.count("diverged at step") == 4  # when it happened, and at the end
+    assert "No point is done" in (tmp_path / "sweeps" / "none" / "report.html").read_text()
+
+
+def test_a_sweep_of_the_same_name_with_other_points_loses_nothing(swept, tmp_path):
+    outputs = tmp_path / "outputs"
+    shutil.copytree(swept[0], outputs)
+    before = (outputs / "sweeps" / "four" / "best.yaml").read_text()
+    output = train("-m", "method=dpo", "beta=0.1", *SMALL, f"output_dir={outputs}", "sweep.name=four").stdout
+    assert "kept as four.1" in output
+    assert (outputs / "sweeps" / "four.1" / "best.yaml").read_text() == before
+    assert len(pd.read_csv(outputs / "sweeps" / "four" / "points.csv")) == 1
+
+
 def workers_of(process):
     children = psutil.Process(process.pid).children(recursive=True)
     return [child.pid for child in children if any("spawn_main" in word for word in child.cmdline())]
@@ -209,6 +227,20 @@ def test_sweep_syntax_is_hydras_own_plus_grids():
         "dpo beta=5 lr=0.001",
         "dpo beta=6 lr=0.001",
     ]
+
+
+def test_values_set_for_one_point_do_not_reach_the_next():
+    labels, _ = dry_run("method=dpo", "evaluation.generation={temperature:0.5},{top_k:5}")
+    assert labels == [
+        "dpo beta=0.1 lr=0.001 evaluation.generation.temperature=0.5 evaluation.generation.top_k=0",
+        "dpo beta=0.1 lr=0.001 evaluation.generation.temperature=1.0 evaluation.generation.top_k=5",
+    ]
+
+
+def test_what_else_varies_is_part_of_a_points_name():
+    labels, _ = dry_run("method=simpo", "beta=1", "method.gamma_beta_ratio=0.3,0.5")
+    assert labels == [f"simpo beta=1 lr=0.001 method.gamma_beta_ratio={g}" for g in (0.3, 0.5)]
+    assert dry_run("method=dpo", "beta=1", "engine.threads=1,2")[0] == ["dpo beta=1 lr=0.001"]  # one and the same
 
 
 def test_all_methods_on_both_grids_of_the_paper():

@@ -69,7 +69,7 @@ def test_over_long_prompts_keep_their_end_and_responses_are_cut_on_the_right(min
 def test_rows_without_a_supervised_token_are_dropped_and_counted(mini):
     rows = [(text_prompt("a"), ("b", "c")), (text_prompt("a"), ("", "c")), (text_prompt("a"), ("b", "  "))]
     data = tokenise(rows, mini, 160, 112)
-    assert data.rows == [0] and data.dropped == {"no supervised token": 2}
+    assert len(data.examples) == 1 and data.dropped == {"no supervised token": 2}
 
 
 CONVERSATION = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}, {"from": "human", "value": "Bye"}]
@@ -116,11 +116,12 @@ def test_every_public_layout_of_a_pair_reads_the_same(row, turns):
         ('[{"conversations": 7, "chosen": "b", "rejected": "c"}]', "entry 0: a conversation is a list"),
         ("[1, 2]", "entry 0: a row is an object"),
         ("", "no rows in it"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "\udcff"}', "line 2: not UTF-8"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, message):
     path = tmp_path / "pairs.json"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=message) as error:
         JsonLines(Dataset(path=str(path), validation_size=1)).pairs("train")
     assert str(path) in str(error.value)
@@ -134,6 +135,15 @@ def test_json_lines_are_split_once_and_never_overlap(tmp_path):
     assert (len(train), len(validation)) == (30, 10) and not train & validation
     assert {p.text for p in source.prompts(99)} == validation
     assert [d.prompt for d in source.demonstrations()] == [p.prompt for p in source.pairs("train")]
+
+
+def test_pairs_of_one_prompt_stay_on_one_side_of_the_split(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"p{i % 12}", "chosen": f"a{i}", "rejected": "b"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = JsonLines(Dataset(path=str(path), validation_size=7))
+    train, validation = ({p.prompt.text for p in source.pairs(s)} for s in ("train", "validation"))
+    assert not train & validation and len(validation) == 2 and len(source.pairs("validation")) == 10
 
 
 def test_hub_tables_load_from_a_local_copy(tmp_path):

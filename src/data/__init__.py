@@ -58,11 +58,19 @@ class JsonLines:
         data = self.data
         assert data.path is not None
         rows = [pair_from(row, where) for where, row in read_rows(data.path)]
-        random.Random(data.seed).shuffle(rows)
-        held = data.validation_size or max(1, len(rows) // 10)
+        # By prompt: several pairs of one prompt would otherwise be trained on and held out at once.
+        order = list(dict.fromkeys(row.prompt.key for row in rows))
+        random.Random(data.seed).shuffle(order)
+        place = {key: number for number, key in enumerate(order)}
+        rows.sort(key=lambda row: place[row.prompt.key])
+        wanted = data.validation_size or max(2, len(rows) // 10)
+        held = wanted
+        while 0 < held < len(rows) and rows[held].prompt == rows[held - 1].prompt:
+            held += 1
         if held >= len(rows):
             raise ConfigError(
-                f"dataset.validation_size={held}: {data.path} has {len(rows)} pairs, none would be left to train on"
+                f"dataset.path={data.path}: {len(rows)} pairs of {len(order)} prompts, of which {wanted} pairs "
+                "(dataset.validation_size) are held out; none is left to train on"
             )
         return {"validation": rows[:held], "train": rows[held:][: data.train_size]}
 
@@ -123,10 +131,10 @@ class Hub:
 
 def _distinct(pairs: list[Pair], count: int) -> list[Prompt]:
     """Prompts in order of first appearance: one prompt may have several pairs."""
-    seen: dict[tuple[tuple[str, str], ...], Prompt] = {}
+    found: dict[tuple[str, ...], Prompt] = {}
     for pair in pairs:
-        seen.setdefault(tuple((m["role"], m["content"]) for m in pair.prompt.messages), pair.prompt)
-    return list(seen.values())[:count]
+        found.setdefault(pair.prompt.key, pair.prompt)
+    return list(found.values())[:count]
 
 
 _SOURCES: dict[str, type[MiniTldr] | type[JsonLines] | type[Hub]] = {
@@ -137,6 +145,12 @@ _SOURCES: dict[str, type[MiniTldr] | type[JsonLines] | type[Hub]] = {
 
 
 _loaded: dict[str, Source] = {}
+
+
+def check_readable(points: list[Point]) -> None:
+    """Read every row of the files the points name, before anything runs. Raises ConfigError naming file and line."""
+    for point in {repr(p.dataset): p for p in points if p.dataset.source == "jsonl"}.values():
+        source_of(point).pairs("train")
 
 
 def source_of(point: Point) -> Source:

@@ -31,8 +31,8 @@ FOLDER = Path(__file__).parent / "mini_tldr_base"
 VOCABULARY = 800
 EXAMPLES = 64_000  # one pass, 1000 steps
 QUALITY = 0.97  # of the summaries: near clean
+LR = 4e-3
 OPTIMISATION = Optimisation(
-    lr=4e-3,
     batch_size=64,
     schedule="cosine",
     warmup_ratio=0.05,
@@ -92,7 +92,7 @@ def main() -> None:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
         with Tracker(Point(), "base", attempt) as tracker:
             trainer = Trainer(tokens_per_batch=8192, checkpoint_steps=10**6)
-            train(model, data.examples, token_mean_loss, OPTIMISATION, trainer, engine, 0, attempt, tracker)
+            train(model, data.examples, token_mean_loss, OPTIMISATION, LR, trainer, engine, 0, attempt, tracker)
         print((Path(work) / "metrics.jsonl").read_text().splitlines()[-1])
     save_checkpoint(model, template, out)
 

@@ -21,6 +21,11 @@ class Prompt:
     facts: dict[str, str] = field(default_factory=dict, compare=False)  # for a judge that knows the truth
 
     @property
+    def key(self) -> tuple[str, ...]:
+        """Equal for equal conversations."""
+        return tuple(part for m in self.messages for part in (m["role"], m["content"]))
+
+    @property
     def text(self) -> str:
         return "\n\n".join(m["content"] for m in self.messages)
 
@@ -108,7 +113,11 @@ def _response(value: Any, where: str, name: str) -> str:
 
 def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
     """(where, row) of a JSON list or a JSON-lines file. Raises ConfigError naming file and line."""
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        at = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}, line {at}: not UTF-8 ({error.reason})") from None
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{path}, entry {i}", row) for i, row in enumerate(json.loads(text))]

@@ -55,7 +55,7 @@ class Template:
 
     def response_ids(self, text: str) -> list[int]:
         """Response tokens, the end token last. A plain response follows its prompt after one space."""
-        text = " " + text if self.name == "plain" else text
+        text = " " + text.lstrip() if self.name == "plain" else text
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
 
     def text(self, ids: list[int]) -> str:

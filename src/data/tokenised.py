@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 @dataclass
 class Tokenised:
     examples: list[Example]
-    rows: list[int]  # examples[i] came from this row of the source
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
 
 
@@ -29,9 +28,8 @@ def tokenise(
     """Over-long prompts keep their end, over-long responses are cut on the right (losing their end token); a row
     whose response is empty, or that has no prompt token to predict from, is dropped and counted."""
     examples: list[Example] = []
-    kept: list[int] = []
     dropped: Counter[str] = Counter()
-    for number, (prompt, responses) in enumerate(rows):
+    for prompt, responses in rows:
         prompt_ids = template.prompt_ids(prompt)[-max_prompt_tokens:]
         room = max_tokens - len(prompt_ids)
         response_ids = [template.response_ids(r)[:room] if r.strip() else [] for r in responses]
@@ -41,8 +39,7 @@ def tokenise(
             dropped["no supervised token"] += 1
         else:
             examples.append(Example(tuple(prompt_ids), tuple(map(tuple, response_ids))))
-            kept.append(number)
-    return Tokenised(examples, kept, dict(dropped))
+    return Tokenised(examples, dict(dropped))
 
 
 _cache: dict[tuple[str, str, str], Tokenised] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src.failure import StageError
-from src.lease import Lease
+from src.lease import Lease, LeaseLost
 from src.store import Report
 
 if TYPE_CHECKING:
@@ -29,8 +29,16 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
     What the stage needs must be there already (a plan's stages are in that order). Several processes may call
     this for one stage at once; one computes. Raises whatever the stage raises; nothing is published then.
     """
-    if store.is_done(stage):
-        return store.artefacts(stage)
+    while not store.is_done(stage):
+        try:
+            _compute(stage, store, report)
+        except LeaseLost as lost:
+            log.warning("%s: %s", stage.label, lost)  # it is being computed elsewhere: wait for that
+    return store.artefacts(stage)
+
+
+def _compute(stage: Stage, store: Store, report: Report) -> None:
+    """Compute and publish under the stage's lease, unless somebody else is about to."""
 
     def waiting(holder: str) -> bool:
         progress = store.progress(stage) or {}
@@ -38,7 +46,8 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
         return store.is_done(stage)
 
     with Lease(store.work(stage), waiting) as lease:
-        if not store.is_done(stage):
+        mine = lease.held
+        if mine and not store.is_done(stage):
             upstream = {role: store.artefacts(up) for role, up in stage.upstream.items()}
             attempt = store.begin(stage, lease, report)
             run = importlib.import_module(f"src.stages.{stage.kind}").run
@@ -47,10 +56,9 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
                 store.publish(stage, attempt)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise StageError(
-                        f"disk full while computing {stage.label} under {store.root}: free some space and run again"
-                    ) from error
+                    hint = f"disk full while computing {stage.label} under {store.root}"
+                    raise StageError(f"{hint}: free some space and run again") from error
                 raise
             log.info("%s: done in %.1f s", stage.label, attempt.seconds)
-    store.clear_work(stage)
-    return store.artefacts(stage)
+    if mine:
+        store.clear_work(stage)

@@ -11,7 +11,7 @@ from src.config import Point, method_options
 from src.data.tokenised import Tokenised, examples_of
 from src.logprobs import score
 from src.methods import METHODS, PairLoss, preference_loss
-from src.models import device_of, load_base, load_checkpoint, save_checkpoint, template_of
+from src.models import load_base, load_checkpoint, save_checkpoint, template_of
 from src.stages import reference
 from src.store import Attempt, write_json
 from src.tracking import Tracker
@@ -76,6 +76,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
             data.examples,
             objective,
             point.trainer.align,
+            point.lr,
             point.trainer,
             point.engine,
             point.seed,
@@ -89,13 +90,17 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
 
 
 def _validate(point: Point, model: Any, data: Tokenised, references: Tensor | None, attempt: Attempt) -> None:
-    """One line a validation pair: its row, loss, margin and whether the method's score prefers the chosen one."""
+    """One line a validation pair: its prompt (by order of appearance), loss, margin, and whether the method's score
+    prefers the chosen response."""
+    numbers: dict[tuple[int, ...], int] = {}
+    prompts = [numbers.setdefault(example.prompt, len(numbers)) for example in data.examples]
     lines: dict[int, dict[str, Any]] = {}
-    for indices, logps, tokens in score(model, data.examples, point.trainer.tokens_per_batch, device_of(point.engine)):
+    scored = score(model, data.examples, point.trainer.tokens_per_batch, point.engine.precision)
+    for indices, logps, tokens in scored:
         pairs = pair_losses(point, logps, tokens, None if references is None else references[indices])
         margins = point.beta * (pairs.chosen_score - pairs.rejected_score)
         for i, loss, margin in zip(indices, pairs.loss.tolist(), margins.tolist(), strict=True):
-            lines[i] = {"row": data.rows[i], "loss": loss, "margin": margin, "correct": float(margin > 0)}
+            lines[i] = {"prompt": prompts[i], "loss": loss, "margin": margin, "correct": float(margin > 0)}
         attempt.tokens += sum(data.examples[i].length for i in indices)
     text = "".join(json.dumps(lines[i]) + "\n" for i in sorted(lines))
     (attempt.out / VALIDATION_FILE).write_text(text)

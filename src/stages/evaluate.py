@@ -23,9 +23,11 @@ SCHEMA = 1  # of result.json
 def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
     samples = generate.read(upstream["samples"])
     validation = [json.loads(line) for line in (upstream["align"] / align.VALIDATION_FILE).open()]
-    accuracy = {line["row"]: line["correct"] for line in validation}
-
-    quality = accuracy
+    # Per prompt, so that pairs of one prompt are on one side of the split and count as one observation.
+    by_prompt: dict[int, list[float]] = {}
+    for line in validation:
+        by_prompt.setdefault(line["prompt"], []).append(line["correct"])
+    quality = {prompt: math.fsum(values) / len(values) for prompt, values in by_prompt.items()}
     if point.evaluation.judge is not None:
         baseline = generate.read(upstream["baseline"])
         prompts = source_of(point).prompts(point.evaluation.prompts)
@@ -59,7 +61,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
             "reporting": mean_and_error([v for i, v in quality.items() if i not in chosen]),
         },
         "kl": {"per_sequence": mean_and_error(ratios), "per_token": ratio_and_error(ratios, lengths)},
-        "reward_accuracy": mean_and_error(list(accuracy.values())),
+        "reward_accuracy": mean_and_error([line["correct"] for line in validation]),
         "reward_margin": mean_and_error([line["margin"] for line in validation]),
         "response_tokens": mean_and_error(lengths),
         "finished": sum(s["finished"] for s in samples) / len(samples),
@@ -71,7 +73,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
 
 
 def selection_items(items: list[int], fraction: float, seed: int) -> set[int]:
-    """Which prompts (or pairs) choose hyper-parameters; the others report. The same ones for every point of a setup."""
+    """Which prompts choose hyper-parameters; the others report. The same ones for every point of a setup."""
     shuffled = sorted(items)
     random.Random(seed).shuffle(shuffled)
     return set(shuffled[: min(len(items) - 1, max(1, round(fraction * len(items))))])

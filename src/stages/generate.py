@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from src.config import Point
 from src.data import source_of
 from src.logprobs import score
-from src.models import device_of, load_base, load_checkpoint, template_of
+from src.models import load_base, load_checkpoint, template_of
 from src.pairs import Example
 from src.sampling import sample
 from src.store import Attempt
@@ -37,7 +37,9 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
 
     count = len(prompts)
     responses: dict[int, tuple[list[int], bool]] = {}
-    for index, ids, finished in sample(model, template, prompt_ids, seed, point.evaluation.generation):
+    for index, ids, finished in sample(
+        model, template, prompt_ids, seed, point.evaluation.generation, point.engine.precision
+    ):
         responses[index] = (ids, finished)
         attempt.tokens += len(ids)
         attempt.step(len(responses), 2 * count)
@@ -67,5 +69,5 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
 
 
 def _logps(point: Point, model: Any, examples: list[Example]) -> Iterator[tuple[int, float]]:
-    for indices, values, _ in score(model, examples, point.trainer.tokens_per_batch, device_of(point.engine)):
+    for indices, values, _ in score(model, examples, point.trainer.tokens_per_batch, point.engine.precision):
         yield from zip(indices, values.tolist(), strict=True)

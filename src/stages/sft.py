@@ -28,6 +28,7 @@ def token_mean_loss(
 def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
     template = template_of(point)
     data = examples_of(point, "sft", template)
+    examples_of(point, "validation", template)  # the pairs come later: what is wrong with them shows now, not then
     model = load_base(point)
     with Tracker(point, "sft", attempt) as tracker:
         train(
@@ -35,6 +36,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
             data.examples,
             token_mean_loss,
             point.trainer.sft,
+            point.trainer.sft.lr,
             point.trainer,
             point.engine,
             point.seed,

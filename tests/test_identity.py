@@ -1,0 +1,72 @@
+"""Equal identities exactly where results are equal."""
+
+import pytest
+
+from src.config import point_from
+from src.identity import fingerprint
+from src.plan import stages_of
+from tests.test_config import composed
+
+
+def identities(*overrides):
+    return {stage.role: stage.identity for stage in stages_of(point_from(composed(*overrides)))}
+
+
+ALL = {"sft", "reference", "align", "baseline", "generate", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("beta=0.2", {"align", "generate", "evaluate"}),
+        ("lr=2e-3", {"align", "generate", "evaluate"}),
+        ("trainer.align.epochs=2", {"align", "generate", "evaluate"}),
+        ("init.sft_weight=0.1", {"align", "generate", "evaluate"}),
+        ("evaluation.generation.temperature=0.5", {"baseline", "generate", "evaluate"}),
+        ("evaluation.split_seed=1", {"evaluate"}),
+        ("dataset.train_size=100", ALL - {"sft"}),
+        ("trainer.sft.lr=2e-3", ALL),
+        ("dataset.seed=1", ALL),
+        ("seed=1", ALL),
+        ("engine.precision=bf16", ALL),
+        ("trainer.tokens_per_batch=100", set()),
+        ("trainer.checkpoint_steps=1", set()),
+        ("evaluation.generation.batch_size=1", set()),
+        ("engine.threads=2", set()),
+        ("tracking=wandb", set()),
+        ("output_dir=elsewhere", set()),
+    ],
+)
+def test_a_change_reaches_exactly_the_stages_that_depend_on_it(override, changed):
+    before, after = identities(), identities(override)
+    assert {role for role in before if before[role] != after[role]} == changed
+
+
+def test_methods_share_what_comes_before_them():
+    dpo, ipo, orpo = (identities(f"method={m}") for m in ("dpo", "ipo", "orpo"))
+    assert dpo["reference"] == ipo["reference"] and "reference" not in orpo
+    assert dpo["sft"] == orpo["sft"] and dpo["baseline"] == orpo["baseline"]
+    assert len({x["align"] for x in (dpo, ipo, orpo)}) == 3
+
+
+def test_init_base_is_judged_against_the_same_baseline():
+    sft, base = identities(), identities("init=base")
+    assert sft["baseline"] == base["baseline"] and sft["align"] != base["align"]
+    assert sft["reference"] != base["reference"]
+
+
+def test_a_moved_checkpoint_keeps_its_fingerprint_and_an_edited_one_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = bytearray(65 * 2**20)  # large enough for its digest to be remembered on disk
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    first = fingerprint(str(tmp_path / "a"))
+    assert fingerprint(str(tmp_path / "b")) == first == fingerprint(str(tmp_path / "a"))
+    content[32 * 2**20] = 1  # in the middle
+    (tmp_path / "a" / "model.safetensors").write_bytes(content)
+    assert fingerprint(str(tmp_path / "a")) != first
+
+
+def test_a_name_on_the_hub_is_known_by_name_and_revision():
+    assert fingerprint("org/model") != fingerprint("org/model", "abc")
