@@ -1,8 +1,7 @@
-"""The schema of a run (dataclasses, typed by OmegaConf) and every cross-field check; a Point comes out. No torch."""
+"""The schema of a run (dataclasses, typed by OmegaConf) and how a config is read; the rules are in checks. No torch."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -181,58 +180,6 @@ class Point:
         return f"{self.method.name} beta={self.beta:g} lr={self.lr:g}{extra}"
 
 
-# Which values a field may take, where its type does not say so.
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "init.name": ("sft", "base"),
-    "method.name": tuple(METHODS),
-    "model.template": ("plain", "tokenizer", "llama3"),
-    "dataset.source": ("mini_tldr", "jsonl", "hub"),
-    "trainer.sft.schedule": ("linear", "cosine", "constant"),
-    "trainer.align.schedule": ("linear", "cosine", "constant"),
-    "engine.device": ("auto", "cpu", "cuda"),
-    "engine.precision": ("fp32", "bf16"),
-    "evaluation.quality": ("win_rate", "reward_accuracy"),
-    "evaluation.judge": (None, "gold"),
-    "tracking.mode": ("auto", "online", "offline"),
-}
-
-# Numbers and the interval they must lie in: (lowest, is it allowed, highest).
-RANGES: dict[str, tuple[float, bool, float]] = {
-    "beta": (0, False, math.inf),
-    "lr": (0, False, math.inf),
-    "seed": (0, True, 2**31 - 1),
-    "init.sft_weight": (0, True, math.inf),
-    "init.align_weight": (0, False, math.inf),
-    "dataset.sft_size": (1, True, math.inf),
-    "dataset.train_size": (1, True, math.inf),
-    "dataset.validation_size": (2, True, math.inf),  # one to select, one to report
-    "dataset.max_tokens": (2, True, math.inf),
-    "dataset.max_prompt_tokens": (1, True, math.inf),
-    "trainer.sft.lr": (0, False, math.inf),
-    "trainer.tokens_per_batch": (1, True, math.inf),
-    "trainer.checkpoint_steps": (1, True, math.inf),
-    "engine.threads": (1, True, math.inf),
-    "evaluation.prompts": (2, True, math.inf),
-    "evaluation.selection_fraction": (0, False, 0.999),
-    "evaluation.generation.temperature": (0, True, math.inf),
-    "evaluation.generation.top_k": (0, True, math.inf),
-    "evaluation.generation.top_p": (0, False, 1),
-    "evaluation.generation.max_new_tokens": (1, True, math.inf),
-    "evaluation.generation.batch_size": (1, True, math.inf),
-} | {
-    f"trainer.{stage}.{key}": bounds
-    for stage in ("sft", "align")
-    for key, bounds in {
-        "epochs": (0.0, False, math.inf),
-        "max_steps": (1.0, True, math.inf),
-        "batch_size": (1.0, True, math.inf),
-        "warmup_ratio": (0.0, True, 1.0),
-        "weight_decay": (0.0, True, math.inf),
-        "max_grad_norm": (0.0, False, math.inf),
-    }.items()
-}
-
-
 def register() -> None:
     """Make the schema known to Hydra and `${best:...}` to OmegaConf; called once before composition."""
     ConfigStore.instance().store(name="schema", node=Point)
@@ -259,88 +206,6 @@ def _best_value(key: str, *, _root_: DictConfig) -> float:
             f"{where}: its best {method} is of init={init}; add init={init}, or give beta and lr yourself"
         )
     return float(entry[key])
-
-
-def point_from(cfg: DictConfig) -> Point:
-    """Resolve and check a composed config. Raises ConfigError."""
-    try:
-        point = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        raise ConfigError(one_line(error)) from error
-    assert isinstance(point, Point)
-    check(point)
-    return point
-
-
-def check(point: Point) -> None:
-    """Every rule between and within fields. Raises ConfigError naming the override to change."""
-    values = dict(leaves(point))
-    for key, value in values.items():
-        if key in CHOICES and value not in CHOICES[key]:
-            allowed = ", ".join("null" if c is None else c for c in CHOICES[key])
-            raise ConfigError(f"{key}={value}: must be one of {allowed}")
-        if key in RANGES and value is not None:
-            low, inclusive, high = RANGES[key]
-            if not (low <= value <= high and (inclusive or value > low)) or not math.isfinite(value):
-                bound = f"{'>=' if inclusive else '>'} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else "")
-                raise ConfigError(f"{key}={value:g}: must be {bound}")
-    for stage in ("sft", "align"):
-        betas = getattr(point.trainer, stage).adam_betas
-        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            raise ConfigError(f"trainer.{stage}.adam_betas={list(betas)}: must be two numbers >= 0 and < 1")
-    _check_method(point)
-    _check_dataset(point)
-    for name in ("beta_grid", "lr_grid"):
-        check_grid(name, getattr(point, name))
-    if point.evaluation.quality == "win_rate" and point.evaluation.judge is None:
-        raise ConfigError("evaluation.quality=win_rate needs evaluation.judge; without one use reward_accuracy")
-    if point.evaluation.judge == "gold" and point.dataset.source != "mini_tldr":
-        raise ConfigError("evaluation.judge=gold knows the facts of dataset=mini_tldr only; use evaluation=preference")
-
-
-def check_grid(name: str, grid: dict[str, list[float]]) -> None:
-    for method, values in grid.items():
-        if method not in METHODS:
-            raise ConfigError(f"{name}.{method}: no such method; methods are {', '.join(METHODS)}")
-        if not values:
-            raise ConfigError(f"{name}.{method}=[]: an empty grid has no points; give at least one value")
-        for value in values:
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name}.{method}: {value:g} must be > 0")
-
-
-def _check_method(point: Point) -> None:
-    spec = METHODS[point.method.name]
-    for option in ("gamma_beta_ratio", "calibration_weight"):
-        given = getattr(point.method, option) is not None
-        if given and option not in spec.options:
-            raise ConfigError(f"method.{option}: method={point.method.name} has no such field; remove the override")
-        if not given and option in spec.options:
-            raise ConfigError(f"method.{option}: method={point.method.name} needs a value")
-
-
-def _check_dataset(point: Point) -> None:
-    data = point.dataset
-    if data.source == "jsonl":
-        if data.path is None:
-            raise ConfigError(
-                "dataset.path is not set: give dataset.path=FILE, "
-                "a JSON list or JSON lines of prompt|conversations, chosen, rejected"
-            )
-        if not Path(data.path).is_file():
-            raise ConfigError(f"dataset.path={data.path}: no such file")
-    if data.source == "hub":
-        if data.sft is None or data.preference is None:
-            raise ConfigError("dataset.source=hub needs dataset.sft.path and dataset.preference.path")
-        for name in ("sft", "preference"):
-            if data.path is not None and not (Path(data.path) / name).is_dir():
-                raise ConfigError(
-                    f"dataset.path={data.path}: no folder {name} there; a local copy has sft and preference"
-                )
-    if data.max_prompt_tokens >= data.max_tokens:
-        raise ConfigError(
-            f"dataset.max_prompt_tokens={data.max_prompt_tokens}: must be below dataset.max_tokens={data.max_tokens}"
-        )
 
 
 def method_options(point: Point) -> dict[str, float]:

@@ -12,7 +12,8 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from src.config import USER_ERRORS, ConfigError, Point, one_line, point_from, register
+from src.checks import point_from
+from src.config import USER_ERRORS, ConfigError, Point, one_line, register
 from src.failure import EXPECTED, one_line_failure
 from src.plan import make_plan
 from src.progress import RunProgress

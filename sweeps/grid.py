@@ -13,7 +13,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from src.config import USER_ERRORS, ConfigError, Point, check_grid, one_line, parse_overrides, point_from
+from src.checks import check_grid, point_from
+from src.config import USER_ERRORS, ConfigError, Point, one_line, parse_overrides
 from src.failure import SweepFailed
 from src.identity import digest
 from src.methods import METHODS

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from src.config import CONF_DIR, point_from, register
+from src.checks import point_from
+from src.config import CONF_DIR, register
 from src.methods import METHODS
 from tests.conftest import train
 
@@ -118,7 +119,7 @@ BAD = [
     (["-m", "method=dpo,ppo"], "method/ppo"),
     (["-m", "hydra.launcher.workers=0", "beta=1,2"], "hydra.launcher.workers=0"),
     (["-m", "hydra/launcher=basic", "beta=1,2"], "hydra/launcher"),
-    (["-m", "setup=mini_tldr,smollm2_jsonl", "beta=0.1,1"], "setup=smollm2_jsonl beta=0.1: dataset.path is not set"),
+    (["-m", "setup=mini_tldr,smollm2_jsonl", "beta=0.1,1"], "setup=smollm2_jsonl beta=0.1 output_dir="),
     (["-m", "sweep.name=a,b"], "sweep.name: must be one value for a whole sweep"),
     (["-m", "hydra/sweeper=basic", "beta=1,2"], "hydra/sweeper=grid"),
     (["+sweep=nosuch"], "sweep/nosuch"),

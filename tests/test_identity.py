@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.config import point_from
+from src.checks import point_from
 from src.identity import fingerprint
 from src.plan import stages_of
 from tests.test_config import composed

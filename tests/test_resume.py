@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from src.config import ConfigError, point_from
+from src.checks import point_from
+from src.config import ConfigError
 from src.plan import Stage, make_plan
 from src.store import Store
 from tests.conftest import ROOT, SMALL, environment, start, train
