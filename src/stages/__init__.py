@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,12 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
             _compute(stage, store, report)
         except LeaseLost as lost:
             log.warning("%s: %s", stage.label, lost)  # it is being computed elsewhere: wait for that
+        except Exception as error:
+            if _disk_full(error, store.output_dir):
+                raise StageError(
+                    f"disk full while computing {stage.label} under {store.root}: free some space and run again"
+                ) from error
+            raise
     return store.artefacts(stage)
 
 
@@ -51,14 +58,15 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
             upstream = {role: store.artefacts(up) for role, up in stage.upstream.items()}
             attempt = store.begin(stage, lease, report)
             run = importlib.import_module(f"src.stages.{stage.kind}").run
-            try:
-                run(stage.point, stage.fields, upstream, attempt)
-                store.publish(stage, attempt)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    hint = f"disk full while computing {stage.label} under {store.root}"
-                    raise StageError(f"{hint}: free some space and run again") from error
-                raise
+            run(stage.point, stage.fields, upstream, attempt)
+            store.publish(stage, attempt)
             log.info("%s: done in %.1f s", stage.label, attempt.seconds)
     if mine:
         store.clear_work(stage)
+
+
+def _disk_full(error: Exception, root: Path) -> bool:
+    """Libraries report it in ways of their own, some as nothing but a failed write."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or shutil.disk_usage(root).free < 2**20

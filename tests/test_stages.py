@@ -1,0 +1,65 @@
+"""What happens to a stage when its disk fills up or another process takes it over."""
+
+import os
+import subprocess
+
+import pytest
+
+from launchers.local import visible_gpus
+from src import stages
+from src.checks import point_from
+from src.lease import LeaseLost
+from src.plan import make_plan
+from src.store import Store, write_json
+from tests.conftest import SMALL, train
+from tests.test_config import composed
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_clear_error_and_the_same_command_goes_on_with_more_space(small_disk):
+    arguments = [*SMALL, "trainer.checkpoint_steps=1", f"output_dir={small_disk}"]
+    done = train(*arguments, f"hydra.run.dir={small_disk.parent}/run", check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed: disk full while computing mini_tldr sft" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((small_disk / "store").glob("*/*/DONE"))
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    assert "result:" in train(*arguments, f"hydra.run.dir={small_disk.parent}/run").stdout
+
+
+def test_a_stage_taken_over_by_another_process_is_waited_for(tmp_path, monkeypatch):
+    point = point_from(composed(f"output_dir={tmp_path}"))
+    store = Store(tmp_path)
+    stage = next(iter(make_plan([point], store).stages.values()))
+    calls = []
+
+    class Module:
+        @staticmethod
+        def run(_point, _fields, _upstream, attempt):
+            calls.append(attempt.lease.number)
+            if len(calls) == 1:
+                raise LeaseLost("taken over")
+            write_json(attempt.out / "made.json", 1)
+
+    monkeypatch.setattr(stages.importlib, "import_module", lambda name: Module)
+    assert (stages.ensure(stage, store) / "made.json").exists()
+    assert len(calls) == 2
+    stages.ensure(stage, store)
+    assert len(calls) == 2
+
+
+def test_workers_share_out_the_gpus_they_may_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert visible_gpus() == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
