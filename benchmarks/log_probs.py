@@ -1,6 +1,6 @@
 """Packed shared-prefix pairs against padded rows, one DPO step each, same model: `python -m benchmarks.log_probs`.
 
-Median of five, in turn, CPU seconds of one thread; shapes as in docs: TL;DR (prompt : response about 11 : 1) and
+Median of five, in turn, CPU seconds of one thread; shapes: TL;DR (prompt : response about 11 : 1) and
 UltraFeedback (about 0.42 : 1). Gradients are compared in the same run. TRL is not part of it.
 """
 
@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.logprobs import sequence_logps
 from src.pairs import Example, pack
+from tests.padded import padded_logps
 
 SHAPES = {"tldr": (381, 35), "ultrafeedback": (121, 288)}  # prompt and response tokens, medians
 PAIRS = 4
@@ -43,17 +44,7 @@ def packed(model: LlamaForCausalLM, pairs: list[Example]) -> torch.Tensor:
 
 
 def padded(model: LlamaForCausalLM, pairs: list[Example]) -> torch.Tensor:
-    model.set_attn_implementation("sdpa")
-    rows = [(e.prompt, r) for e in pairs for r in e.responses]
-    longest = max(len(p) + len(r) for p, r in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask, response = torch.zeros_like(ids), torch.zeros(len(rows), longest)
-    for i, (p, r) in enumerate(rows):
-        ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-        mask[i, : len(p) + len(r)] = 1
-        response[i, len(p) : len(p) + len(r)] = 1
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    return (logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0] * response[:, 1:]).sum(-1)
+    return padded_logps(model, pairs, "sdpa")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from src import attention
 from src.config import ConfigError
 from src.logprobs import score, sequence_logps
 from src.pairs import Example, Segment, pack, partition
+from tests.padded import padded_logps
 
 VOCABULARY = 211
 
@@ -46,22 +47,6 @@ def random_pairs(count, seed):
         return tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(low, high)))
 
     return [Example(tokens(1, 40), (tokens(1, 25), tokens(1, 25))) for _ in range(count)]
-
-
-def padded_logps(model, examples):
-    """The plain way: every sequence alone in a row, right-padded, full logits, log-softmax, gather, sum."""
-    model.set_attn_implementation("eager")
-    rows = [(e.prompt, r) for e in examples for r in e.responses]
-    longest = max(len(p) + len(r) for p, r in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask, response = torch.zeros_like(ids), torch.zeros(len(rows), longest)
-    for i, (p, r) in enumerate(rows):
-        ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-        mask[i, : len(p) + len(r)] = 1
-        response[i, len(p) : len(p) + len(r)] = 1
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-    logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return (logps * response[:, 1:]).sum(-1)
 
 
 def loss_and_gradient(model, logps):
