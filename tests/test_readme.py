@@ -20,6 +20,11 @@ def test_no_command_is_left_out_of_these_tests():
     assert len(RUNS) == 8
 
 
+def test_a_shell_takes_every_command_as_it_is_written():
+    for line in COMMANDS:
+        assert subprocess.run(["bash", "-n", "-c", line], capture_output=True).returncode == 0, line
+
+
 @pytest.mark.parametrize("arguments", RUNS, ids=[" ".join(a) for a in RUNS])
 def test_every_run_of_the_readme_is_accepted(arguments, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
