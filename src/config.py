@@ -247,6 +247,23 @@ def one_line(error: BaseException) -> str:
 USER_ERRORS = (ConfigError, HydraException, OmegaConfBaseException)
 
 
+# Hydra composes whatever does not sweep before it asks the sweeper, and these would not compose.
+GRID_WORDS = {
+    f"{key}={word}": f"{key}=choice({word})" for key, word in (("beta", "grid"), ("lr", "grid"), ("method", "all"))
+}
+
+
+def as_sweeps(arguments: list[str]) -> list[str]:
+    """The command line with `beta=grid`, `lr=grid` and `method=all` written as the sweeps they are."""
+    return [GRID_WORDS.get(a, a) for a in arguments]
+
+
+def as_typed(arguments: list[str]) -> list[str]:
+    """What as_sweeps was given."""
+    words = {sweep: word for word, sweep in GRID_WORDS.items()}
+    return [words.get(a, a) for a in arguments]
+
+
 def parse_overrides(arguments: list[str], config_loader: Any = None) -> list[Any]:
     """Hydra's own override grammar. Raises ConfigError."""
     try:

@@ -13,13 +13,11 @@ import hydra
 from omegaconf import DictConfig
 
 from src.checks import point_from
-from src.config import USER_ERRORS, ConfigError, Point, one_line, register
+from src.config import GRID_WORDS, USER_ERRORS, ConfigError, Point, as_sweeps, one_line, register
 from src.failure import EXPECTED, one_line_failure
 from src.plan import make_plan
 from src.progress import RunProgress
 from src.store import Report, Store, read_json
-
-GRID_WORDS = ("beta=grid", "lr=grid", "method=all")
 
 
 def run_point(point: Point, store: Store, report: Report) -> dict[str, Any]:
@@ -101,8 +99,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and a user gets one line instead of a traceback
     register()
     arguments = sys.argv[1:]
-    # Hydra composes what does not sweep before the sweeper is asked: these words are sweeps to it, too.
-    sys.argv[1:] = [f"{a.partition('=')[0]}=choice({a.partition('=')[2]})" if a in GRID_WORDS else a for a in arguments]
+    sys.argv[1:] = as_sweeps(arguments)
     with answering(arguments):
         try:
             run()

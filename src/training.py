@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from src import checkpoints
-from src.config import Engine, Optimisation, Trainer
+from src.config import Optimisation, Point
 from src.failure import StageError
 from src.logprobs import sequence_logps
 from src.pairs import Example, PackedBatch, pack, partition
@@ -87,18 +87,19 @@ def train(
     model: Any,
     examples: Sequence[Example],
     objective: Objective,
-    optimisation: Optimisation,
-    lr: float,
-    trainer: Trainer,
-    engine: Engine,
-    seed: int,
+    point: Point,
+    kind: str,
     attempt: Attempt,
     tracker: Tracker,
 ) -> None:
-    """Run all optimiser steps on `model`, in place, resuming from the attempt's newest checkpoint.
+    """Run all optimiser steps of the point's `sft` or `align` on `model`, in place, resuming from the attempt's newest
+    checkpoint.
 
-    Losses are computed in float32; master weights are float32. Logs every step. Raises LeaseLost.
+    Losses are computed in float32; master weights are float32. Logs every step. Raises LeaseLost, and StageError when
+    a loss or gradient is not finite.
     """
+    trainer = point.trainer
+    optimisation, lr = (trainer.sft, trainer.sft.lr) if kind == "sft" else (trainer.align, point.lr)
     device = next(model.parameters()).device
     accelerator = make_accelerator(device)
     optimiser = torch.optim.AdamW(
@@ -110,11 +111,7 @@ def train(
     )
     model, optimiser = accelerator.prepare(model, optimiser)
     metrics_file = attempt.out / METRICS_FILE
-    state = checkpoints.resume(attempt.checkpoints, accelerator, metrics_file) or {
-        "step": 0,
-        "seconds": 0.0,
-        "tokens": 0,
-    }
+    state = checkpoints.resume(attempt.checkpoints, accelerator, metrics_file) or {"step": 0, "seconds": 0, "tokens": 0}
     attempt.spent_before, attempt.tokens = state["seconds"], state["tokens"]
 
     total = total_steps(len(examples), optimisation)
@@ -123,7 +120,7 @@ def train(
     for step in range(state["step"], total):
         attempt.step(step, total)
         started = time.perf_counter()
-        chosen = batch_indices(step, len(examples), optimisation.batch_size, seed)
+        chosen = batch_indices(step, len(examples), optimisation.batch_size, point.seed)
         size = StepSize(len(chosen), sum(len(r) for i in chosen for r in examples[i].responses))
         rate = lr * schedule(step, total, optimisation)
         for group in optimiser.param_groups:
@@ -133,7 +130,7 @@ def train(
         tokens = 0
         for indices in partition(lengths, chosen, trainer.tokens_per_batch):
             batch = pack(examples, indices).to(device)
-            logps, counts = sequence_logps(model, batch, engine.precision)
+            logps, counts = sequence_logps(model, batch, point.engine.precision)
             loss, logged = objective(batch, logps, counts, size)
             accelerator.backward(loss)
             tokens += batch.tokens

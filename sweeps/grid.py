@@ -14,7 +14,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.checks import check_grid, point_from
-from src.config import USER_ERRORS, ConfigError, Point, one_line, parse_overrides
+from src.config import USER_ERRORS, ConfigError, Point, as_typed, one_line, parse_overrides
 from src.failure import SweepFailed
 from src.identity import digest
 from src.methods import METHODS
@@ -53,14 +53,16 @@ class GridSweeper(Sweeper):
             # What no result depends on (threads, say) was swept: such points are one.
             plan = make_plan([plan.points[plan.results.index(r)] for r in dict.fromkeys(plan.results)], store)
         points = plan.points
-        name = points[0].sweep.name or f"{points[0].setup.name}-{digest(sorted(overrides))[:8]}"
+        name = points[0].sweep.name or f"{points[0].setup.name}-{digest(sorted(as_typed(overrides)))[:8]}"
         name_variants(points)
         for point in points:
             point.sweep.name = name  # what trackers group by; no stage depends on it
         if points[0].dry_run:
             print(plan.text())
             return
-        record = SweepRecord.start(store, name, plan, shlex.join(["python", "-m", "src.train", *sys.argv[1:]]))
+        record = SweepRecord.start(
+            store, name, plan, shlex.join(["python", "-m", "src.train", *as_typed(sys.argv[1:])])
+        )
         failures = self.launcher.launch_plan(plan, store, record.folder)
         record.finish(store, plan, failures)
 

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from src.config import Engine, Optimisation, Point, Trainer
+from src.config import Engine, Point, SftOptimisation, Trainer
 from src.data import mini_tldr
 from src.data.rows import text_prompt
 from src.data.templates import Template
@@ -31,14 +31,21 @@ FOLDER = Path(__file__).parent / "mini_tldr_base"
 VOCABULARY = 800
 EXAMPLES = 64_000  # one pass, 1000 steps
 QUALITY = 0.97  # of the summaries: near clean
-LR = 4e-3
-OPTIMISATION = Optimisation(
-    batch_size=64,
-    schedule="cosine",
-    warmup_ratio=0.05,
-    adam_betas=(0.9, 0.98),
-    weight_decay=0.01,
-    max_grad_norm=1.0,
+POINT = Point(
+    engine=Engine(name="single", threads=1),
+    trainer=Trainer(
+        sft=SftOptimisation(
+            lr=4e-3,
+            batch_size=64,
+            schedule="cosine",
+            warmup_ratio=0.05,
+            adam_betas=(0.9, 0.98),
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+        ),
+        tokens_per_batch=8192,
+        checkpoint_steps=10**6,
+    ),
 )
 
 
@@ -82,17 +89,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER)
     out: Path = parser.parse_args().out
-    engine = Engine(name="single", threads=1)
-    use_threads(engine)
+    use_threads(POINT.engine)
     template = Template("plain", make_tokenizer())
     model = make_model(len(template.tokenizer))
     rows = mini_tldr.demonstrations(EXAMPLES, seed=98, quality=QUALITY)
     data = tokenise([(text_prompt(post.text), (summary,)) for post, summary in rows], template, 160, 112)
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
-        with Tracker(Point(), "base", attempt) as tracker:
-            trainer = Trainer(tokens_per_batch=8192, checkpoint_steps=10**6)
-            train(model, data.examples, token_mean_loss, OPTIMISATION, LR, trainer, engine, 0, attempt, tracker)
+        with Tracker(POINT, "base", attempt) as tracker:
+            train(model, data.examples, token_mean_loss, POINT, "sft", attempt, tracker)
         print((Path(work) / "metrics.jsonl").read_text().splitlines()[-1])
     save_checkpoint(model, template, out)
 

@@ -71,18 +71,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     model = load_checkpoint(upstream["init"], point) if "init" in upstream else load_base(point)
     objective = objective_of(point, references.get("train"))
     with Tracker(point, "align", attempt) as tracker:
-        train(
-            model,
-            data.examples,
-            objective,
-            point.trainer.align,
-            point.lr,
-            point.trainer,
-            point.engine,
-            point.seed,
-            attempt,
-            tracker,
-        )
+        train(model, data.examples, objective, point, "align", attempt, tracker)
     _validate(point, model, validation, references.get("validation"), attempt)
     save_checkpoint(model, template, attempt.out)
     dropped = {"train": data.dropped, "validation": validation.dropped}

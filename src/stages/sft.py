@@ -31,17 +31,6 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     examples_of(point, "validation", template)  # the pairs come later: what is wrong with them shows now, not then
     model = load_base(point)
     with Tracker(point, "sft", attempt) as tracker:
-        train(
-            model,
-            data.examples,
-            token_mean_loss,
-            point.trainer.sft,
-            point.trainer.sft.lr,
-            point.trainer,
-            point.engine,
-            point.seed,
-            attempt,
-            tracker,
-        )
+        train(model, data.examples, token_mean_loss, point, "sft", attempt, tracker)
     save_checkpoint(model, template, attempt.out)
     write_json(attempt.out / "data.json", {"rows": len(data.examples), "dropped": data.dropped})
