@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "engine.precision": ("fp32", "bf16"),
     "evaluation.quality": ("win_rate", "reward_accuracy"),
     "evaluation.judge": (None, "gold"),
+    "keep": ("all", "best", "none"),
     "tracking.mode": ("auto", "online", "offline"),
 }
 

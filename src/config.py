@@ -169,6 +169,7 @@ class Point:
     seed: int = 0
     best_from: str | None = None
     output_dir: str = "outputs"
+    keep: str = "all"  # all | best | none
     dry_run: bool = False
 
     @property

@@ -201,5 +201,8 @@ def make_plan(points: Iterable[Point], store: Store) -> Plan:
         identity = todo.pop()
         if identity not in needed:
             needed.add(identity)
-            todo += [up.identity for up in stages[identity].upstream.values() if up.identity not in done]
+            for role, up in stages[identity].upstream.items():
+                # Samples need the model itself, which `keep` may have removed since.
+                if up.identity not in done or (role == "checkpoint" and not store.has_weights(up)):
+                    todo.append(up.identity)
     return Plan(points, stages, point_stages, done, needed)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DONE = "DONE"
 STAGE_FILE = "stage.json"
+TRIMMED = "WEIGHTS_REMOVED"
 
 # (stage label, step, total): called as a stage advances.
 Report = Callable[[str, int, int], None]
@@ -101,11 +102,27 @@ class Store:
     def work(self, stage: Stage) -> Path:
         return self.root / stage.kind / ".work" / stage.identity
 
+    @property
+    def sweeps(self) -> Path:
+        return self.output_dir / "sweeps"
+
     def sweep_dir(self, name: str) -> Path:
-        return self.output_dir / "sweeps" / name
+        return self.sweeps / name
 
     def is_done(self, stage: Stage) -> bool:
         return (self.dir(stage) / DONE).exists()
+
+    def has_weights(self, stage: Stage) -> bool:
+        """Done, and its model was not removed since."""
+        return self.is_done(stage) and not (self.dir(stage) / TRIMMED).exists()
+
+    def remove_weights(self, stage: Stage) -> None:
+        """Keep what a finished stage measured, not its model; who needs the model again computes it again."""
+        folder = self.dir(stage)
+        if self.has_weights(stage):
+            write_json(folder / TRIMMED, {"removed": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            for path in folder.glob("*.safetensors*"):
+                path.unlink(missing_ok=True)
 
     def artefacts(self, stage: Stage) -> Path:
         """The directory of a finished stage. Raises ConfigError when it was not made by this config."""
@@ -152,6 +169,8 @@ class Store:
         }
         write_json(attempt.out / DONE, done)
         final = self.dir(stage)
+        if (final / TRIMMED).exists():
+            os.rename(final, attempt.out.with_name("trimmed"))
         try:
             os.rename(attempt.out, final)
         except OSError:

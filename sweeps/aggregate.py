@@ -26,7 +26,7 @@ COLUMNS = [
         "quality_reporting_se",
     ),
     *("kl_sequence", "kl_sequence_se", "kl_token", "kl_token_se", "reward_accuracy", "reward_margin"),
-    *("response_tokens", "seconds", "identity", "error"),
+    *("response_tokens", "seconds", "identity", "checkpoint", "error"),
 ]
 NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
 
@@ -41,6 +41,7 @@ def collect(folder: Path) -> pd.DataFrame:
     for point in sweep["points"]:
         row: dict[str, Any] = {key: point.get(key) for key in COLUMNS}
         row["kind"] = METHODS[point["method"]].kind
+        row["checkpoint"] = str(store / "align" / point["stages"]["align"])
         stage = store / "evaluate" / point["identity"]
         if (stage / DONE).exists():
             row |= {"state": "done", "error": None} | _numbers(read_json(stage / "result.json"), point["stages"])
@@ -101,6 +102,7 @@ def best_yaml(best: pd.DataFrame) -> str:
         "quality_reporting_se",
         "seeds",
         "identities",
+        "checkpoint",
     )
     # One entry a method: of several inits and variants the one best on the selection split.
     for row in best.sort_values("quality_selection", ascending=False, kind="stable").to_dict("records"):

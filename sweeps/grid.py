@@ -7,6 +7,7 @@ import shlex
 import sys
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
@@ -18,7 +19,7 @@ from src.config import USER_ERRORS, ConfigError, Point, as_typed, one_line, pars
 from src.failure import SweepFailed
 from src.identity import digest
 from src.methods import METHODS
-from src.plan import make_plan
+from src.plan import Plan, make_plan
 from src.store import Store
 from sweeps.record import SweepRecord
 from sweeps.variants import name_variants, varying_settings
@@ -69,6 +70,8 @@ class GridSweeper(Sweeper):
         from sweeps.aggregate import aggregate  # pandas: only when there is something to aggregate
 
         aggregate(record.folder)
+        if points[0].keep == "best":
+            keep_best(store, plan)
         if failures:
             raise SweepFailed(
                 f"{len(failures)} of {len(points)} points failed; the same command again runs those alone"
@@ -79,6 +82,17 @@ class GridSweeper(Sweeper):
         params = {} if self.params is None else {str(k): v for k, v in self.params.items()}
         given = {override.key_or_group for override in parse_overrides(arguments, self.loader)}
         return [f"{key}={value}" for key, value in params.items() if key.lstrip("+~") not in given] + arguments
+
+
+def keep_best(store: Store, plan: Plan) -> None:
+    """Remove the weights of aligned models that no sweep of this store has found best."""
+    best: set[str] = set()
+    for path in store.sweeps.glob("*/best.yaml"):
+        for methods in (yaml.safe_load(path.read_text()) or {}).values():
+            best.update(identity for entry in methods.values() for identity in entry["identities"])
+    for result in plan.results:
+        if result not in best and store.is_done(plan.stages[result]):
+            store.remove_weights(plan.stages[result].upstream["align"])
 
 
 def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]:

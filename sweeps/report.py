@@ -105,7 +105,7 @@ def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
     console = Console()
     if len(best):
         shown = best_table(best).drop(columns=["Kind", "KL / token", "Reward accuracy", "Length"])
-        table = Table(title=f"{folder.name}: best of each method (chosen on one half, reported on the other)")
+        table = Table(title=folder.name, caption="chosen on one half of the prompts, reported on the other")
         for column in shown.columns:
             table.add_column(
                 column,

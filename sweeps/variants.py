@@ -7,20 +7,10 @@ from collections import defaultdict
 from src.config import Point, leaves
 
 # Columns of their own, or nothing a result depends on.
-_NOT_VARIANTS = (
-    "beta",
-    "lr",
-    "seed",
-    "sweep",
-    "tracking",
-    "output_dir",
-    "dry_run",
-    "best_from",
-    "beta_grid",
-    "lr_grid",
-)
+_NOT_VARIANTS = {"beta", "lr", "seed", "sweep", "tracking", "output_dir", "keep", "dry_run", "best_from"}
+_NOT_VARIANTS |= {"beta_grid", "lr_grid"}
 # One folder, one record, one answer to "does it run": these cannot differ between the points of a sweep.
-_ONE_FOR_ALL = ("output_dir", "dry_run", "sweep.name")
+_ONE_FOR_ALL = ("output_dir", "keep", "dry_run", "sweep.name")
 
 
 def varying_settings(points: list[Point]) -> list[str]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -159,6 +160,39 @@ def test_a_sweep_of_the_same_name_with_other_points_loses_nothing(swept, tmp_pat
     assert "kept as four.1" in output
     assert (outputs / "sweeps" / "four.1" / "best.yaml").read_text() == before
     assert len(pd.read_csv(outputs / "sweeps" / "four" / "points.csv")) == 1
+
+
+def weights(outputs):
+    return {p.parent.name for p in (outputs / "store" / "align").glob("*/model.safetensors")}
+
+
+def test_keep_best_leaves_the_best_models_and_everything_measured(tmp_path):
+    arguments = [
+        "-m",
+        "method=dpo,orpo",
+        "beta=0.1,1",
+        *SMALL,
+        f"output_dir={tmp_path}",
+        "sweep.name=kept",
+        "keep=best",
+    ]
+    train(*arguments)
+    best = yaml.safe_load((tmp_path / "sweeps" / "kept" / "best.yaml").read_text())["mini_tldr"]
+    assert weights(tmp_path) == {Path(entry["checkpoint"]).name for entry in best.values()} and len(best) == 2
+    assert len(list((tmp_path / "store" / "align").glob("*/metrics.jsonl"))) == 4
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*")}
+    train(*arguments)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*")} == before
+    # Other samples of a model that is gone: it is made again, the same one.
+    metrics = {p: p.read_text() for p in (tmp_path / "store" / "align").glob("*/validation.jsonl")}
+    train(*arguments[:-2], "sweep.name=other", "keep=all", "evaluation.generation.temperature=0.5")
+    assert len(weights(tmp_path)) == 4
+    assert {p: p.read_text() for p in metrics} == metrics
+
+
+def test_keep_none_leaves_no_model(tmp_path):
+    train(*SMALL, f"output_dir={tmp_path}", "keep=none")
+    assert weights(tmp_path) == set() and list((tmp_path / "store" / "evaluate").glob("*/result.json"))
 
 
 def workers_of(process):

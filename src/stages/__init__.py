@@ -30,7 +30,7 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
     What the stage needs must be there already (a plan's stages are in that order). Several processes may call
     this for one stage at once; one computes. Raises whatever the stage raises; nothing is published then.
     """
-    while not store.is_done(stage):
+    while not store.has_weights(stage):
         try:
             _compute(stage, store, report)
         except LeaseLost as lost:
@@ -41,6 +41,8 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
                     f"disk full while computing {stage.label} under {store.root}: free some space and run again"
                 ) from error
             raise
+    if stage.kind == "evaluate" and stage.point.keep == "none":
+        store.remove_weights(stage.upstream["align"])
     return store.artefacts(stage)
 
 
@@ -50,11 +52,11 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
     def waiting(holder: str) -> bool:
         progress = store.progress(stage) or {}
         report(f"{stage.label} (waiting for {holder})", progress.get("step", 0), progress.get("total", 0))
-        return store.is_done(stage)
+        return store.has_weights(stage)
 
     with Lease(store.work(stage), waiting) as lease:
         mine = lease.held
-        if mine and not store.is_done(stage):
+        if mine and not store.has_weights(stage):
             upstream = {role: store.artefacts(up) for role, up in stage.upstream.items()}
             attempt = store.begin(stage, lease, report)
             run = importlib.import_module(f"src.stages.{stage.kind}").run
