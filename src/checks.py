@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -91,6 +92,8 @@ def check(point: Point) -> None:
         betas = getattr(point.trainer, stage).adam_betas
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"trainer.{stage}.adam_betas={list(betas)}: must be two numbers >= 0 and < 1")
+    if point.sweep.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", point.sweep.name):
+        raise ConfigError(f"sweep.name={point.sweep.name}: names a folder; letters, digits and . _ - = + only")
     _check_method(point)
     _check_dataset(point)
     for name in ("beta_grid", "lr_grid"):

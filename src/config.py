@@ -191,7 +191,11 @@ def _best_value(key: str, *, _root_: DictConfig) -> float:
     """`${best:beta}`: the setup's best value for the chosen method, or that of `best_from=FILE` (a best.yaml)."""
     method, setup = _root_.method.name, _root_.setup.name
     if _root_.best_from is None:
-        table, where = _root_.setup.best, f"setup={setup}"
+        # Published values are those of the two-stage form.
+        table, where = (
+            (_root_.setup.best if _root_.init.name == "sft" else {}),
+            f"setup={setup} init={_root_.init.name}",
+        )
     else:
         where = f"best_from={_root_.best_from}"
         try:
@@ -206,6 +210,10 @@ def _best_value(key: str, *, _root_: DictConfig) -> float:
         raise ConfigError(
             f"{where}: its best {method} is of init={init}; add init={init}, or give beta and lr yourself"
         )
+    for setting in (entry.get("variant") or "").split():
+        name, _, value = setting.partition("=")
+        if str(OmegaConf.select(_root_, name)) != value:
+            raise ConfigError(f"{where}: its best {method} has {setting}; add that, or give beta and lr yourself")
     return float(entry[key])
 
 

@@ -26,6 +26,12 @@ class LeaseLost(RuntimeError):
     """Another process has taken the stage over because this one stopped giving signs of life."""
 
 
+def in_use(folder: Path) -> bool:
+    """Whether somebody holds the folder, as far as one look can tell; a silent holder elsewhere counts as alive."""
+    _, holder = Lease(folder)._current()
+    return holder is not None and not holder.get("released") and not Lease._dead(holder)
+
+
 def _machine() -> str:
     """Identifies what process ids mean something to: host, boot and process namespace."""
     try:

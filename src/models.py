@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from src import attention
 from src.config import ConfigError, Engine, Model, Point
 from src.data.templates import Template
 from src.identity import locate
+from src.machine import cores
 
 # Weights come from files; what a library prints while it reads them says nothing a user can act on.
 transformers.logging.set_verbosity_error()
@@ -31,7 +31,7 @@ def device_of(engine: Engine) -> torch.device:
 
 def use_threads(engine: Engine, share: int = 1) -> None:
     """CPU threads of this process: as configured, or its share of the cores."""
-    torch.set_num_threads(engine.threads or max(1, len(os.sched_getaffinity(0)) // share))
+    torch.set_num_threads(engine.threads or max(1, cores() // share))
 
 
 def load_base(point: Point) -> Any:

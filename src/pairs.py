@@ -77,6 +77,7 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
     for index in indices:
         example = examples[index]
         begin, length = len(ids), len(example.prompt)
+        assert length and all(example.responses), "nothing to predict from, or nothing to predict"
         ids += example.prompt
         positions += range(length)
         for number, response in enumerate(example.responses):

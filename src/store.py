@@ -121,8 +121,8 @@ class Store:
         folder = self.dir(stage)
         if self.has_weights(stage):
             write_json(folder / TRIMMED, {"removed": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-            for path in folder.glob("*.safetensors*"):
-                path.unlink(missing_ok=True)
+        for path in folder.glob("*.safetensors*"):
+            path.unlink(missing_ok=True)
 
     def artefacts(self, stage: Stage) -> Path:
         """The directory of a finished stage. Raises ConfigError when it was not made by this config."""
@@ -170,7 +170,9 @@ class Store:
         write_json(attempt.out / DONE, done)
         final = self.dir(stage)
         if (final / TRIMMED).exists():
-            os.rename(final, attempt.out.with_name("trimmed"))
+            old = attempt.out.with_name("trimmed")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
         try:
             os.rename(attempt.out, final)
         except OSError:

@@ -17,6 +17,7 @@ from src.config import GRID_WORDS, USER_ERRORS, ConfigError, Point, as_sweeps, o
 from src.failure import EXPECTED, one_line_failure
 from src.plan import make_plan
 from src.progress import RunProgress
+from src.retention import tidy
 from src.store import Report, Store, read_json
 
 
@@ -52,6 +53,7 @@ def run(cfg: DictConfig) -> None:
                 result = run_point(point, store, report)
         else:
             result = read_json(store.artefacts(plan.stages[plan.results[0]]) / "result.json")
+        tidy(store, plan, point.keep, set(plan.results))
         print(result_text(point, result))
         print(f"result: {folder / 'result.json'}")
 

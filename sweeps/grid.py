@@ -19,7 +19,8 @@ from src.config import USER_ERRORS, ConfigError, Point, as_typed, one_line, pars
 from src.failure import SweepFailed
 from src.identity import digest
 from src.methods import METHODS
-from src.plan import Plan, make_plan
+from src.plan import make_plan
+from src.retention import tidy
 from src.store import Store
 from sweeps.record import SweepRecord
 from sweeps.variants import name_variants, varying_settings
@@ -69,9 +70,8 @@ class GridSweeper(Sweeper):
 
         from sweeps.aggregate import aggregate  # pandas: only when there is something to aggregate
 
-        aggregate(record.folder)
-        if points[0].keep == "best":
-            keep_best(store, plan)
+        best = aggregate(record.folder)
+        tidy(store, plan, points[0].keep, chosen_anywhere(store) | {i for seeds in best.identities for i in seeds})
         if failures:
             raise SweepFailed(
                 f"{len(failures)} of {len(points)} points failed; the same command again runs those alone"
@@ -84,15 +84,13 @@ class GridSweeper(Sweeper):
         return [f"{key}={value}" for key, value in params.items() if key.lstrip("+~") not in given] + arguments
 
 
-def keep_best(store: Store, plan: Plan) -> None:
-    """Remove the weights of aligned models that no sweep of this store has found best."""
+def chosen_anywhere(store: Store) -> set[str]:
+    """Results that a sweep of this store has found best."""
     best: set[str] = set()
     for path in store.sweeps.glob("*/best.yaml"):
         for methods in (yaml.safe_load(path.read_text()) or {}).values():
-            best.update(identity for entry in methods.values() for identity in entry["identities"])
-    for result in plan.results:
-        if result not in best and store.is_done(plan.stages[result]):
-            store.remove_weights(plan.stages[result].upstream["align"])
+            best.update(identity for entry in methods.values() for identity in entry.get("identities") or [])
+    return best
 
 
 def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]:
@@ -109,7 +107,14 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
         axes.append(strings)
         key = override.key_or_group
         plain = override.type is not None and override.type.name == "CHANGE" and override.package is None
-        if plain and len(strings) > 1 and not loader.get_group_options(key) and not any("{" in s for s in strings):
+        own = key.partition(".")[0] not in GRIDS.values()  # a grid is read from the composition
+        if (
+            plain
+            and own
+            and len(strings) > 1
+            and not loader.get_group_options(key)
+            and not any("{" in s for s in strings)
+        ):
             simple.add(key)
     simple |= {k for k in GRIDS if any(s == f"{k}=grid" for axis in axes for s in axis)}
 

@@ -48,8 +48,9 @@ GROUPS = ["init", "method", "engine", "evaluation", "tracking", "trainer", "beta
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_of_every_group_composes(group):
     for option in options(group):
-        judge = ["evaluation=preference"] if (group, option) == ("evaluation", "preference") else []
-        point_from(composed(f"{group}={option}", *judge))
+        needed = ["beta=1", "lr=1e-5"] if (group, option) == ("init", "base") else []
+        needed += ["evaluation=preference"] if (group, option) == ("evaluation", "preference") else []
+        point_from(composed(f"{group}={option}", *needed))
 
 
 def test_the_papers_grids_have_the_papers_number_of_points():
@@ -116,6 +117,8 @@ BAD = [
     (["model.path=./nowhere"], "model.path=./nowhere: no such file"),
     (["dataset.max_prompt_tokens=160"], "must be below dataset.max_tokens"),
     (["evaluation.judge=null"], "needs evaluation.judge"),
+    (["-m", "beta=1,2", "sweep.name=../x"], "sweep.name=../x: names a folder"),
+    (["init=base", "method=orpo"], "init=base names no best beta"),
     (["engine.precision=fp8"], "must be one of fp32, bf16"),
     (["best_from=/nowhere.yaml"], "best_from=/nowhere.yaml"),
     (["-m", "method=dpo,ipo", "beta=0.1,-1"], "beta=-1: must be > 0"),

@@ -50,7 +50,7 @@ def test_methods_share_what_comes_before_them():
 
 
 def test_init_base_is_judged_against_the_same_baseline():
-    sft, base = identities(), identities("init=base")
+    sft, base = identities(), identities("init=base", "beta=0.1", "lr=1e-3")
     assert sft["baseline"] == base["baseline"] and sft["align"] != base["align"]
     assert sft["reference"] != base["reference"]
 

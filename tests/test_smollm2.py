@@ -4,6 +4,8 @@ import json
 import math
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from src.config import ConfigError
 from src.identity import locate
@@ -55,10 +57,12 @@ def only(path, pattern):
     return found
 
 
-def test_dpo_on_a_real_model_starts_at_log_two_and_learns(finished):
+def test_dpo_on_a_real_model_starts_at_log_two_and_moves_the_weights(finished):
     metrics = [json.loads(line) for line in only(finished, "align/*/metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert metrics[1]["loss"] < metrics[0]["loss"] + 0.05
+    assert metrics[1]["loss"] != metrics[0]["loss"] and metrics[1]["reward_margin"] != 0
+    aligned, start = (load_file(only(finished, f"{s}/*/model.safetensors")) for s in ("align", "sft"))
+    assert any(not torch.equal(aligned[name], start[name]) for name in start)
     result = json.loads(only(finished, "evaluate/*/result.json").read_text())
     assert result["quality"]["metric"] == "reward_accuracy" and result["reward_accuracy"]["n"] == 2
     assert all(math.isfinite(result["kl"][k]["value"]) for k in ("per_sequence", "per_token"))

@@ -5,10 +5,10 @@ import subprocess
 
 import pytest
 
-from launchers.local import visible_gpus
 from src import stages
 from src.checks import point_from
 from src.lease import LeaseLost
+from src.machine import visible_gpus
 from src.plan import make_plan
 from src.store import Store, write_json
 from tests.conftest import SMALL, train

@@ -38,7 +38,8 @@ def test_prompt_and_response_are_tokenised_apart_and_the_end_is_supervised(mini)
     assert all(r[-1] == mini.end_id for r in example.responses)
     assert [mini.text(list(r)) for r in example.responses] == ["someone lost 50 dollars .", "someone"]
     # The boundary: the same prompt before any response, however the two would merge if tokenised together.
-    assert len({tuple(mini.prompt_ids(text_prompt("ab"))) for _ in ("c", "bc")}) == 1
+    rows = [(text_prompt("so we were in bos"), (response, "x")) for response in ("ton on monday", "someone")]
+    assert len({e.prompt for e in tokenise(rows, mini, 160, 112).examples}) == 1
 
 
 def test_chat_template_marks_the_turns_and_ends_with_the_end_token_once():

@@ -1,6 +1,6 @@
 """Remake the base checkpoint of mini TL;DR, tokenizer included: `python -m src.data.mini_base [--out FOLDER]`.
 
-About three minutes on one core. The result is shipped in src/data/mini_tldr_base; a model trained on the noisy
+About two minutes on one core. The result is shipped in src/data/mini_tldr_base; a model trained on the noisy
 SFT mixture from scratch never learns to copy facts, so the base learns it on near-clean summaries.
 """
 

@@ -41,8 +41,6 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
                     f"disk full while computing {stage.label} under {store.root}: free some space and run again"
                 ) from error
             raise
-    if stage.kind == "evaluate" and stage.point.keep == "none":
-        store.remove_weights(stage.upstream["align"])
     return store.artefacts(stage)
 
 

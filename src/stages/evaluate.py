@@ -32,7 +32,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
         baseline = generate.read(upstream["baseline"])
         prompts = source_of(point).prompts(point.evaluation.prompts)
         judge = judge_named(point.evaluation.judge)
-        verdicts = [judge(p, s, b) for p, s, b in zip(prompts, samples, baseline, strict=True)]
+        verdicts = [judge(prompts[s["index"]], s, b) for s, b in zip(samples, baseline, strict=True)]
         with (attempt.out / JUDGEMENTS_FILE).open("w") as handle:
             for sample, verdict in zip(samples, verdicts, strict=True):
                 handle.write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from src.store import Attempt
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+log = logging.getLogger(__name__)
+
 SAMPLES_FILE = "samples.jsonl"
 
 
@@ -29,13 +32,17 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
     template = template_of(point)
     prompts = source_of(point).prompts(point.evaluation.prompts)
-    prompt_ids = [template.prompt_ids(p)[-point.dataset.max_prompt_tokens :] for p in prompts]
+    numbered = ((i, template.prompt_ids(p)[-point.dataset.max_prompt_tokens :]) for i, p in enumerate(prompts))
+    rows = [(i, ids) for i, ids in numbered if ids]  # nothing can follow an empty prompt without a begin token
+    if len(rows) < len(prompts):
+        log.warning("%s: dropped %d of %d prompts: empty", point.dataset.name, len(prompts) - len(rows), len(prompts))
+    prompt_ids = [ids for _, ids in rows]
     model = load_checkpoint(upstream["checkpoint"], point)
     # The baseline draws its own numbers, so that policy and baseline are independent samples; all policies of a
     # grid share theirs, so that points are compared on common random numbers.
     seed = f"{point.seed}/{point.evaluation.generation.seed}/{fields['role']}"
 
-    count = len(prompts)
+    count = len(rows)
     responses: dict[int, tuple[list[int], bool]] = {}
     for index, ids, finished in sample(
         model, template, prompt_ids, seed, point.evaluation.generation, point.engine.precision
@@ -54,11 +61,11 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     attempt.step(2 * count, 2 * count)
 
     with (attempt.out / SAMPLES_FILE).open("w") as handle:
-        for i in range(count):
+        for i, (number, _) in enumerate(rows):
             ids, finished = responses[i]
             row = {
-                "index": i,
-                "prompt": prompts[i].text,
+                "index": number,
+                "prompt": prompts[number].text,
                 "response": template.text(ids),
                 "finished": finished,
                 "tokens": len(ids),

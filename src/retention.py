@@ -1,0 +1,35 @@
+"""What stays on disk after a plan: models as `keep` says, and nothing of interrupted attempts at finished stages."""
+
+from __future__ import annotations
+
+from src.lease import in_use
+from src.plan import Plan, Stage
+from src.store import STAGE_FILE, Store, read_json
+
+
+def tidy(store: Store, plan: Plan, keep: str, best: set[str]) -> None:
+    """Apply `keep` (all, best, none) to the aligned models of a plan; best: identities of results that were chosen.
+
+    A model that a point still waits for, or (keep=best) that rests under any chosen result, stays.
+    """
+    kept = {_model_of(store, result) for result in best} if keep == "best" else set()
+    for identity, stage in plan.stages.items():
+        if stage.kind == "align" and keep != "all" and identity not in kept:
+            release(store, plan, stage)
+        if store.is_done(stage) and store.work(stage).exists() and not in_use(store.work(stage)):
+            store.clear_work(stage)  # a kill came between publication and this
+
+
+def release(store: Store, plan: Plan, align: Stage) -> None:
+    """Remove an aligned model once every point of the plan that rests on it is done."""
+    waiting = (own[-1] for own in plan.point_stages if align.identity in own)
+    if all(store.is_done(plan.stages[result]) for result in waiting):
+        store.remove_weights(align)
+
+
+def _model_of(store: Store, result: str) -> str | None:
+    """The align stage under a result, which may be another sweep's."""
+    try:
+        return read_json(store.root / "evaluate" / result / STAGE_FILE)["upstream"]["align"]
+    except FileNotFoundError:
+        return None
