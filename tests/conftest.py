@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,12 @@ def train(*arguments: str, check: bool = True, timeout: float = 300) -> subproce
     if check:
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def dry_run(*arguments: str) -> tuple[list[str], str]:
+    """The points a sweep would consist of, by label, and everything it printed."""
+    output = train("-m", "dry_run=true", *arguments).stdout
+    return re.findall(r"^(?:to do|done) +\w+  \S+  (.+)$", output, re.M), output
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import ROOT, SMALL, environment, start, train
+from tests.conftest import ROOT, SMALL, dry_run, environment, start, train
 
 FOUR = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
 CONTRACT = [
@@ -23,11 +23,6 @@ CONTRACT = [
     *("quality", "quality_se", "quality_selection", "quality_reporting"),
     *("kl_sequence", "kl_sequence_se", "kl_token", "reward_accuracy", "seconds", "identity"),
 ]
-
-
-def dry_run(*arguments, **options):
-    output = train("-m", "dry_run=true", *arguments, **options).stdout
-    return re.findall(r"^(?:to do|done) +\w+  \S+  (.+)$", output, re.M), output
 
 
 @pytest.fixture(scope="module")
@@ -259,83 +254,3 @@ def test_workers_do_not_outlive_a_killed_launcher(tmp_path):
     process.kill()
     process.communicate()
     wait_for(lambda: not any(alive(pid) for pid in workers), seconds=10)
-
-
-def test_sweep_syntax_is_hydras_own_plus_grids():
-    labels, _ = dry_run("method=dpo", "beta=0.1,0.3", "lr=1e-3")
-    assert labels == ["dpo beta=0.1 lr=0.001", "dpo beta=0.3 lr=0.001"]
-    assert dry_run("method=dpo", "beta=range(1,4)")[0] == [f"dpo beta={b} lr=0.001" for b in (1, 2, 3)]
-    assert dry_run("method=dpo", "beta=choice(0.1,0.3)")[0] == labels
-    assert [x.split()[0] for x in dry_run("method=glob(*po)")[0]] == ["cal_dpo", "dpo", "ipo", "orpo", "simpo"]
-    assert dry_run("method=dpo", "beta=1,1.0")[0] == ["dpo beta=1 lr=0.001"]
-    grids, _ = dry_run("method=dpo,nca", "beta=grid")
-    listed = yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text())
-    assert grids == [f"{m} beta={b:g} lr=0.001" for m in ("dpo", "nca") for b in listed[m]]
-    swept = dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[11,12],[13,14]")[0]
-    assert swept == [f"dpo beta={b} lr=0.001" for b in (11, 12, 13, 14)]
-    assert len(dry_run("method=dpo", "beta=grid,7,0.1")[0]) == len(listed["dpo"]) + 1
-    assert dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[5,6]")[0] == [
-        "dpo beta=5 lr=0.001",
-        "dpo beta=6 lr=0.001",
-    ]
-
-
-def test_values_set_for_one_point_do_not_reach_the_next():
-    labels, _ = dry_run("method=dpo", "evaluation.generation={temperature:0.5},{top_k:5}")
-    assert labels == [
-        "dpo beta=0.1 lr=0.001 evaluation.generation.temperature=0.5 evaluation.generation.top_k=0",
-        "dpo beta=0.1 lr=0.001 evaluation.generation.temperature=1.0 evaluation.generation.top_k=5",
-    ]
-
-
-def test_what_else_varies_is_part_of_a_points_name():
-    labels, _ = dry_run("method=simpo", "beta=1", "method.gamma_beta_ratio=0.3,0.5")
-    assert labels == [f"simpo beta=1 lr=0.001 method.gamma_beta_ratio={g}" for g in (0.3, 0.5)]
-    assert dry_run("method=dpo", "beta=1", "engine.threads=1,2")[0] == ["dpo beta=1 lr=0.001"]  # one and the same
-
-
-def test_all_methods_on_both_grids_of_the_paper():
-    paper = ["setup=llama31_8b_uf", "method=all", "beta=grid", "lr=grid"]
-    assert len(dry_run(*paper)[0]) == 179
-    output = dry_run("setup=llama32_3b_uf", *paper[1:], "beta_grid=paper")[1]
-    # 200 points rest on one SFT and one set of reference log-probs.
-    assert "200 points: 0 done, 200 to do" in output
-    assert re.search(r"^sft +1 ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
-
-
-def test_a_named_sweep_yields_to_the_command_line():
-    assert len(dry_run("+sweep=demo")[0]) == sum(
-        len(v) for v in yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text()).values()
-    )
-    assert len(dry_run("+sweep=demo", "method=dpo", "beta=0.1,1")[0]) == 2
-
-
-PROBE = """
-import runpy, sys, time
-begun = time.monotonic()
-sys.argv = ["src.train", *{arguments!r}]
-try:
-    runpy.run_module("src.train", run_name="__main__")
-except SystemExit as stop:
-    assert not stop.code, stop.code
-heavy = [m for m in ("torch", "transformers", "pandas", "matplotlib", "wandb", "datasets") if m in sys.modules]
-print("PROBE", round(time.monotonic() - begun, 2), heavy, file=sys.stderr)
-"""
-
-
-def probe(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE.format(arguments=list(arguments))],
-        cwd=ROOT,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr.strip().splitlines()[-1], done.stdout
-
-
-def test_help_and_planning_a_thousand_points_never_import_torch():
-    assert probe("--help")[0].endswith("[]")
-    line, output = probe("-m", "dry_run=true", "method=all", "beta=range(1,126)")
-    assert line.endswith("[]") and "1000 points" in output
