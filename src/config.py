@@ -191,11 +191,8 @@ def _best_value(key: str, *, _root_: DictConfig) -> float:
     """`${best:beta}`: the setup's best value for the chosen method, or that of `best_from=FILE` (a best.yaml)."""
     method, setup = _root_.method.name, _root_.setup.name
     if _root_.best_from is None:
-        # Published values are those of the two-stage form.
-        table, where = (
-            (_root_.setup.best if _root_.init.name == "sft" else {}),
-            f"setup={setup} init={_root_.init.name}",
-        )
+        where = f"setup={setup} init={_root_.init.name}"
+        table = _root_.setup.best if _root_.init.name == "sft" else {}  # published values are those of two stages
     else:
         where = f"best_from={_root_.best_from}"
         try:

@@ -67,12 +67,12 @@ def stages_of(point: Point) -> list[Stage]:
         "template": point.model.template,
         "precision": point.engine.precision,
     }
-    data, evaluation = _data_fields(point), point.evaluation
+    (sft_data, pairs), evaluation = _data_fields(point), point.evaluation
     judged = evaluation.judge is not None
 
     sft = init = None
     if point.init.name == "sft" or judged:
-        sft = add("sft", {**model, "data": data["sft"], "trainer": _trainer(point.trainer.sft), "seed": point.seed})
+        sft = add("sft", {**model, "data": sft_data, "trainer": _trainer(point.trainer.sft), "seed": point.seed})
     if point.init.name == "sft":
         init = sft
     # The base model has no stage: it is part of the fields of whoever starts from it.
@@ -80,12 +80,12 @@ def stages_of(point: Point) -> list[Stage]:
 
     reference = None
     if METHODS[point.method.name].needs_reference:
-        reference = add("reference", {**start, "data": data["preference"]}, init=init)
+        reference = add("reference", {**start, "data": pairs}, init=init)
     align = add(
         "align",
         {
             **start,
-            "data": data["preference"],
+            "data": pairs,
             "method": {"name": point.method.name, **method_options(point)},
             "beta": point.beta,
             "sft_weight": point.init.sft_weight,
@@ -100,7 +100,7 @@ def stages_of(point: Point) -> list[Stage]:
 
     generation = asdict(evaluation.generation)
     del generation["batch_size"]  # samples do not depend on it
-    sampling = {"data": data["prompts"], "prompts": evaluation.prompts, "generation": generation, "seed": point.seed}
+    sampling = {"data": pairs, "prompts": evaluation.prompts, "generation": generation, "seed": point.seed}
     # The baseline is the SFT model's whatever the point starts from.
     baseline = add("generate", {**model, **sampling, "role": "baseline"}, checkpoint=sft) if judged else None
     samples = add("generate", {**start, **sampling, "role": "policy"}, checkpoint=align, reference=init)
@@ -109,7 +109,7 @@ def stages_of(point: Point) -> list[Stage]:
         {
             "setup": point.setup.name,
             "init": point.init.name,
-            "data": data["prompts"],
+            "data": pairs,
             "judge": evaluation.judge,
             "quality": evaluation.quality,
             "selection_fraction": evaluation.selection_fraction,
@@ -126,25 +126,24 @@ def _trainer(optimisation: Optimisation) -> dict[str, Any]:
     return asdict(optimisation) | {"adam_betas": list(optimisation.adam_betas)}
 
 
-def _data_fields(point: Point) -> dict[str, dict[str, Any]]:
-    """What of the dataset each consumer's result depends on."""
+def _data_fields(point: Point) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of the dataset SFT depends on, and what everything that reads pairs or their prompts does."""
     data = point.dataset
-    common: dict[str, Any] = {"source": data.source, "seed": data.seed}
+    common: dict[str, Any] = {
+        "source": data.source,
+        "seed": data.seed,
+        "max_tokens": data.max_tokens,
+        "max_prompt_tokens": data.max_prompt_tokens,
+    }
     if data.path is not None:
         common["path"] = fingerprint(data.path, key="dataset.path")
     pairs = {**common, "train_size": data.train_size, "validation_size": data.validation_size}
-    if data.source == "hub":
-        pairs["preference"] = asdict(data.preference) if data.preference else None
-    lengths = {"max_tokens": data.max_tokens, "max_prompt_tokens": data.max_prompt_tokens}
     # JSON lines have no SFT table of their own: their SFT data are the chosen responses of the training pairs.
-    sft = (
-        {**common, "sft_size": data.sft_size, **lengths}
-        if data.source != "jsonl"
-        else {**pairs, "sft_size": data.sft_size, **lengths}
-    )
+    sft = {**(pairs if data.source == "jsonl" else common), "sft_size": data.sft_size}
     if data.source == "hub":
-        sft["sft"] = asdict(data.sft) if data.sft else None
-    return {"sft": sft, "preference": {**pairs, **lengths}, "prompts": {**pairs, **lengths}}
+        assert data.sft is not None and data.preference is not None
+        sft["sft"], pairs["preference"] = asdict(data.sft), asdict(data.preference)
+    return sft, pairs
 
 
 @dataclass

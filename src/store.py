@@ -154,7 +154,7 @@ class Store:
         checkpoints.mkdir(exist_ok=True)
         return Attempt(out, checkpoints, lease, report, stage.label, stage.identity, self.output_dir)
 
-    def publish(self, stage: Stage, attempt: Attempt) -> Path:
+    def publish(self, stage: Stage, attempt: Attempt) -> None:
         """Make the artefacts visible: everything on disk, DONE last, then one rename."""
         attempt.lease.check()
         write_json(attempt.out / STAGE_FILE, stage.description)
@@ -179,7 +179,6 @@ class Store:
             if not (final / DONE).exists():
                 raise
             # Somebody published the same identity meanwhile; equal by construction.
-        return final
 
     def clear_work(self, stage: Stage) -> None:
         shutil.rmtree(self.work(stage), ignore_errors=True)

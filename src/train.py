@@ -15,26 +15,21 @@ from omegaconf import DictConfig
 from src.checks import point_from
 from src.config import GRID_WORDS, USER_ERRORS, ConfigError, Point, as_sweeps, one_line, register
 from src.failure import EXPECTED, one_line_failure
-from src.plan import make_plan
+from src.plan import Plan, make_plan
 from src.progress import RunProgress
 from src.retention import tidy
 from src.store import Report, Store, read_json
 
 
-def run_point(point: Point, store: Store, report: Report) -> dict[str, Any]:
-    """sft -> reference -> align -> generate -> evaluate: what is done is reused, the rest runs here.
-
-    Returns result.json.
-    """
+def run_stages(plan: Plan, store: Store, report: Report) -> None:
+    """sft -> reference -> align -> generate -> evaluate: what is done is reused, the rest runs here."""
     from src.models import use_threads
     from src.stages import ensure
 
-    use_threads(point.engine)
-    plan = make_plan([point], store)
+    use_threads(plan.points[0].engine)
     for identity, stage in plan.stages.items():
         if identity in plan.needed:
             ensure(stage, store, report)
-    return read_json(store.artefacts(plan.stages[plan.results[0]]) / "result.json")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -47,15 +42,13 @@ def run(cfg: DictConfig) -> None:
         if point.dry_run:
             print(plan.text())
             return
-        folder = store.dir(plan.stages[plan.results[0]])
         if plan.needed:
             with RunProgress() as report:
-                result = run_point(point, store, report)
-        else:
-            result = read_json(store.artefacts(plan.stages[plan.results[0]]) / "result.json")
+                run_stages(plan, store, report)
         tidy(store, plan, point.keep, set(plan.results))
-        print(result_text(point, result))
-        print(f"result: {folder / 'result.json'}")
+        path = store.artefacts(plan.stages[plan.results[0]]) / "result.json"
+        print(result_text(point, read_json(path)))
+        print(f"result: {path}")
 
 
 @contextmanager

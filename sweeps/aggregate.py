@@ -17,14 +17,8 @@ from sweeps.statistics import best_points
 
 COLUMNS = [
     *("setup", "method", "kind", "init", "variant", "beta", "lr", "seed", "state", "metric"),
-    *(
-        "quality",
-        "quality_se",
-        "quality_selection",
-        "quality_selection_se",
-        "quality_reporting",
-        "quality_reporting_se",
-    ),
+    *("quality", "quality_se", "quality_selection", "quality_selection_se"),
+    *("quality_reporting", "quality_reporting_se"),
     *("kl_sequence", "kl_sequence_se", "kl_token", "kl_token_se", "reward_accuracy", "reward_margin"),
     *("response_tokens", "seconds", "identity", "checkpoint", "error"),
 ]

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -62,11 +62,11 @@ class GridSweeper(Sweeper):
         if points[0].dry_run:
             print(plan.text())
             return
-        record = SweepRecord.start(
-            store, name, plan, shlex.join(["python", "-m", "src.train", *as_typed(sys.argv[1:])])
-        )
+        command = shlex.join(["python", "-m", "src.train", *as_typed(sys.argv[1:])])
+        record = SweepRecord(store, plan, name, command)
+        record.start()
         failures = self.launcher.launch_plan(plan, store, record.folder)
-        record.finish(store, plan, failures)
+        record.finish(failures)
 
         from sweeps.aggregate import aggregate  # pandas: only when there is something to aggregate
 
@@ -100,22 +100,12 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
     Raises ConfigError naming the overrides of the first bad point.
     """
     axes: list[list[str]] = []  # per override: what it may be, as override strings
-    # Keys whose values can be set one after the other on one composition: no groups, and no dicts, which would merge.
-    simple: set[str] = set()
+    simple: set[str] = set()  # keys whose values can be set one after the other on one composition
     for override in parse_overrides(arguments, loader):
         strings = _strings(override)
         axes.append(strings)
-        key = override.key_or_group
-        plain = override.type is not None and override.type.name == "CHANGE" and override.package is None
-        own = key.partition(".")[0] not in GRIDS.values()  # a grid is read from the composition
-        if (
-            plain
-            and own
-            and len(strings) > 1
-            and not loader.get_group_options(key)
-            and not any("{" in s for s in strings)
-        ):
-            simple.add(key)
+        if _is_simple(override, strings, loader):
+            simple.add(override.key_or_group)
     simple |= {k for k in GRIDS if any(s == f"{k}=grid" for axis in axes for s in axis)}
 
     composed: dict[tuple[str, ...], DictConfig] = {}
@@ -131,6 +121,15 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
     if not points:
         raise ConfigError("the sweep has no points")
     return list(points.values())
+
+
+def _is_simple(override: Override, strings: list[str], loader: Any) -> bool:
+    """Whether it sweeps over plain values: not groups, not dicts (which would merge into each other), not the grids
+    (which are read from the composition)."""
+    key = override.key_or_group
+    plain = override.type == OverrideType.CHANGE and override.package is None and len(strings) > 1
+    grid = key.partition(".")[0] in GRIDS.values()
+    return plain and not grid and not loader.get_group_options(key) and not any("{" in s for s in strings)
 
 
 def _strings(override: Override) -> list[str]:

@@ -17,21 +17,24 @@ SCHEMA = 1
 
 @dataclass
 class SweepRecord:
-    folder: Path
+    store: Store
+    plan: Plan
+    name: str
+    command: str
 
-    @classmethod
-    def start(cls, store: Store, name: str, plan: Plan, command: str) -> SweepRecord:
+    @property
+    def folder(self) -> Path:
+        return self.store.sweep_dir(self.name)
+
+    def start(self) -> None:
         """Write the points down before anything runs. A folder that names points this sweep has not is kept aside."""
-        record = cls(store.sweep_dir(name))
-        record._make_room(set(plan.results))
-        record.folder.mkdir(parents=True, exist_ok=True)
-        record._write(store, plan, name, command, {}, finished=None)
-        return record
+        self._make_room(set(self.plan.results))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write({}, finished=None)
 
-    def finish(self, store: Store, plan: Plan, failures: dict[str, str]) -> None:
+    def finish(self, failures: dict[str, str]) -> None:
         """failures: identity of a point's evaluate stage -> why it was not reached."""
-        before = read_json(self.folder / FILE)
-        self._write(store, plan, before["name"], before["command"], failures, finished=_now())
+        self._write(failures, finished=_now())
 
     def _make_room(self, coming: set[str]) -> None:
         if not (self.folder / FILE).exists():
@@ -44,12 +47,11 @@ class SweepRecord:
             aside = self.folder.rename(self.folder.with_name(f"{self.folder.name}.{number}"))
             print(f"{self.folder} named {other} points that are not in this sweep: kept as {aside.name}")
 
-    def _write(
-        self, store: Store, plan: Plan, name: str, command: str, failures: dict[str, str], finished: str | None
-    ) -> None:
+    def _write(self, failures: dict[str, str], finished: str | None) -> None:
+        plan = self.plan
         points = []
         for point, own, result in zip(plan.points, plan.point_stages, plan.results, strict=True):
-            state = "failed" if result in failures else "done" if store.is_done(plan.stages[result]) else "to do"
+            state = "failed" if result in failures else "done" if self.store.is_done(plan.stages[result]) else "to do"
             points.append(
                 {
                     "setup": point.setup.name,
@@ -69,9 +71,9 @@ class SweepRecord:
             self.folder / FILE,
             {
                 "schema": SCHEMA,
-                "name": name,
-                "command": command,
-                "store": str(store.root),
+                "name": self.name,
+                "command": self.command,
+                "store": str(self.store.root),
                 "written": _now(),
                 "finished": finished,
                 "points": points,
