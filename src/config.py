@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,8 @@ def one_line(error: BaseException) -> str:
         # OmegaConf appends its own coordinates; of those only the full key tells a user something.
         keep = [t.strip() for t in text if t.strip() and not t.strip().startswith(("object_type=", "reference_type="))]
         message = " ".join(keep).replace("full_key: ", "at key ")
+        # Hydra proposes `+key=value`, which a typed config refuses as well.
+        message = re.sub(r"\. To append to your config use \+\S+", "", message)
         if message and not any(message in part or part in message for part in parts):
             parts.append(message)
         seen = seen.__cause__

@@ -144,6 +144,7 @@ def test_a_bad_request_is_one_line_exit_code_two_and_nothing_runs(arguments, mes
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     assert message in lines[0]
+    assert "To append to your config" not in lines[0]
     assert not (tmp_path / "store").exists() and not (tmp_path / "sweeps").exists()
 
 
