@@ -18,6 +18,7 @@ from launchers.live import LiveTable
 from launchers.schedule import Schedule
 from launchers.worker import DIED, Place, Worker
 from src.config import ConfigError
+from src.failure import Lost
 from src.machine import cores, visible_gpus
 from src.plan import Plan, Stage
 from src.retention import release
@@ -40,8 +41,12 @@ class LocalLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         raise ConfigError("hydra/launcher=local runs plans, which hydra/sweeper=grid makes; choose that sweeper")
 
-    def launch_plan(self, plan: Plan, store: Store, folder: Path) -> dict[str, str]:
-        """Compute what the plan needs. Returns the points (by identity) that were not reached, each with the reason.
+    def check(self, plan: Plan) -> None:
+        """What can be wrong before anything is written down: nothing, here."""
+
+    def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, Lost]:
+        """Compute what the plan needs. Returns the points (by identity) that were not reached, each with the reason;
+        `finish` is for launchers that end after this process does.
 
         Raises KeyboardInterrupt on Ctrl-C or SIGTERM, workers stopped; what was done stays done.
         """
@@ -81,7 +86,7 @@ class LocalLauncher(Launcher):
             for worker in workers:
                 worker.stop()
             signal.signal(signal.SIGTERM, before)
-        return schedule.failed_points()
+        return {result: Lost("failed", why) for result, why in schedule.failed_points().items()}
 
     @staticmethod
     def _settle(worker: Worker, schedule: Schedule) -> list[tuple[Stage, str | None]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from src.distributed import world
 from src.store import read_json, sync, write_json
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,21 @@ def save(folder: Path, step: int, state: dict[str, Any], accelerator: Any, metri
 
 
 def resume(folder: Path, accelerator: Any, metrics: Path) -> dict[str, Any] | None:
-    """Load the newest checkpoint into the prepared objects; its state, or None when there is none."""
+    """Load the newest checkpoint into the prepared objects, in every process; its state, or None when there is none."""
+    here = world()
+    checkpoint = here.tell(_newest(folder) if here.leads else None)
+    if checkpoint is None:
+        return None
+    accelerator.load_state(str(checkpoint))
+    if here.leads:
+        shutil.copy(checkpoint / metrics.name, metrics)
+    state = read_json(checkpoint / _STATE)
+    log.info("resuming from step %d", state["step"])
+    return state
+
+
+def _newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; what is not whole is removed."""
     for draft in folder.glob(".draft-*"):
         shutil.rmtree(draft, ignore_errors=True)
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
@@ -47,11 +62,7 @@ def resume(folder: Path, accelerator: Any, metrics: Path) -> dict[str, Any] | No
             log.warning("%s: %s; going on from the one before", checkpoint, damage)
             shutil.rmtree(checkpoint, ignore_errors=True)
             continue
-        accelerator.load_state(str(checkpoint))
-        shutil.copy(checkpoint / metrics.name, metrics)
-        state = read_json(checkpoint / _STATE)
-        log.info("resuming from step %d", state["step"])
-        return state
+        return checkpoint
     return None
 
 

@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "trainer.align.schedule": ("linear", "cosine", "constant"),
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.precision": ("fp32", "bf16"),
+    "engine.parallel": ("none", "ddp"),
     "evaluation.quality": ("win_rate", "reward_accuracy"),
     "evaluation.judge": (None, "gold"),
     "keep": ("all", "best", "none"),

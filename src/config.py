@@ -111,6 +111,7 @@ class Engine:
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "fp32"  # fp32 | bf16: of the computation; weights and optimiser are float32 always
     threads: int | None = None
+    parallel: str = "none"  # none | ddp
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from src.config import USER_ERRORS, one_line
 
 
@@ -11,6 +13,14 @@ class StageError(RuntimeError):
 
 class SweepFailed(RuntimeError):
     """Some points failed; the others are done and aggregated."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What became of a point that has no result."""
+
+    state: str  # failed, cancelled
+    reason: str
 
 
 EXPECTED = (*USER_ERRORS, StageError, SweepFailed)

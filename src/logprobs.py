@@ -55,6 +55,17 @@ def sequence_logps(model: Any, batch: PackedBatch, precision: str = "fp32") -> t
     return zeros.index_add(0, batch.sequence, logps), zeros.index_add(0, batch.sequence, torch.ones_like(logps))
 
 
+class SequenceLogps(torch.nn.Module):
+    """`sequence_logps` of one model as a module: what data parallelism wraps, for it acts on calls of a module."""
+
+    def __init__(self, model: Any, precision: str) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return sequence_logps(self.model, batch, self.precision)
+
+
 def _token_logps(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """(t, d), (t,) -> (t,) float32 log-probs."""
     return -F.cross_entropy(head(hidden).float(), targets, reduction="none")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from src import attention
 from src.config import ConfigError, Engine, Model, Point
 from src.data.templates import Template
+from src.distributed import world
 from src.identity import locate
 from src.machine import cores
 
@@ -31,7 +32,7 @@ def device_of(engine: Engine) -> torch.device:
 
 def use_threads(engine: Engine, share: int = 1) -> None:
     """CPU threads of this process: as configured, or its share of the cores."""
-    torch.set_num_threads(engine.threads or max(1, cores() // share))
+    torch.set_num_threads(engine.threads or max(1, cores() // max(share, world().local_size)))
 
 
 def load_base(point: Point) -> Any:

@@ -105,6 +105,15 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
     )
 
 
+def share(lengths: Sequence[int], indices: Sequence[int], rank: int, size: int) -> list[int]:
+    """The part of a step's examples that process `rank` of `size` computes: alike in number and length for all."""
+    if size == 1:
+        return list(indices)
+    order = sorted(indices, key=lambda i: (-lengths[i], i))
+    # There and back again, so that nobody always gets the longer one of neighbours.
+    return [i for n, i in enumerate(order) if (n % size if n // size % 2 == 0 else size - 1 - n % size) == rank]
+
+
 def partition(lengths: Sequence[int], indices: Iterable[int], token_budget: int) -> list[list[int]]:
     """Split examples into micro-batches of at most `token_budget` tokens (a longer example goes alone).
 

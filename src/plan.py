@@ -153,13 +153,27 @@ class Plan:
     points: list[Point]
     stages: dict[str, Stage]  # identity -> stage
     point_stages: list[list[str]]  # per point: the identities of its stages, upstream first, `evaluate` last
-    done: set[str]  # identities whose artefacts are there
-    needed: set[str]  # identities that must be computed for the points to be complete
+    done: set[str] = field(default_factory=set)  # identities whose artefacts are there
+    needed: set[str] = field(default_factory=set)  # identities that must be computed for the points to be complete
 
     @property
     def results(self) -> list[str]:
         """Per point: the identity of its evaluate stage."""
         return [own[-1] for own in self.point_stages]
+
+    def look(self, store: Store) -> None:
+        """See what is done and what is therefore needed, now."""
+        self.done = {identity for identity, stage in self.stages.items() if store.is_done(stage)}
+        self.needed = set()
+        todo = [result for result in self.results if result not in self.done]
+        while todo:
+            identity = todo.pop()
+            if identity not in self.needed:
+                self.needed.add(identity)
+                for role, up in self.stages[identity].upstream.items():
+                    # Samples need the model itself, which `keep` may have removed since.
+                    if up.identity not in self.done or (role == "checkpoint" and not store.has_weights(up)):
+                        todo.append(up.identity)
 
     def text(self) -> str:
         """What would run, for `dry_run=true`."""
@@ -193,15 +207,6 @@ def make_plan(points: Iterable[Point], store: Store) -> Plan:
         for stage in own:
             stages.setdefault(stage.identity, stage)
         point_stages.append([stage.identity for stage in own])
-    done = {identity for identity, stage in stages.items() if store.is_done(stage)}
-    needed: set[str] = set()
-    todo = [own[-1] for own in point_stages if own[-1] not in done]
-    while todo:
-        identity = todo.pop()
-        if identity not in needed:
-            needed.add(identity)
-            for role, up in stages[identity].upstream.items():
-                # Samples need the model itself, which `keep` may have removed since.
-                if up.identity not in done or (role == "checkpoint" and not store.has_weights(up)):
-                    todo.append(up.identity)
-    return Plan(points, stages, point_stages, done, needed)
+    plan = Plan(points, stages, point_stages)
+    plan.look(store)
+    return plan

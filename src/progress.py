@@ -23,7 +23,8 @@ def seconds_text(seconds: float) -> str:
 class RunProgress:
     """`with RunProgress() as report:` then report(label, step, total) as stages advance."""
 
-    def __init__(self) -> None:
+    def __init__(self, line_seconds: float = LINE_SECONDS) -> None:
+        self.line_seconds = line_seconds
         self.console = Console()
         self._bars: Progress | None = None
         if self.console.is_terminal:
@@ -57,7 +58,7 @@ class RunProgress:
             return
         now = time.monotonic()
         begun = self._begun.setdefault(label, now)
-        if now - self._told >= LINE_SECONDS or (step == total and total):
+        if now - self._told >= self.line_seconds or (step == total and total):
             self._told = now
             left = f", {seconds_text((now - begun) / step * (total - step))} left" if 0 < step < total else ""
             print(f"{label}: {step}/{total}{left}", flush=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src import interruption
 from src.config import ConfigError
 from src.lease import Lease
 
@@ -57,7 +58,7 @@ class Attempt:
 
     out: Path  # private until published
     checkpoints: Path  # outlives the attempt; the next one resumes from it
-    lease: Lease
+    lease: Lease | None  # of the process that leads; others follow it and write nothing
     report: Report
     label: str
     identity: str
@@ -66,10 +67,18 @@ class Attempt:
     spent_before: float = 0.0  # seconds of earlier attempts that a checkpoint carried over
     tokens: int = 0
     _told: float = 0.0
+    _first: int | None = None
 
-    def step(self, step: int, total: int) -> None:
-        """Say how far the stage is. Raises LeaseLost when another process has taken it over."""
+    def step(self, step: int, total: int, interruptible: bool = True) -> None:
+        """Say how far the stage is. Raises LeaseLost when another process has taken it over, and Interrupted when
+        this one is asked to stop (unless the stage is not `interruptible` here: it saves itself first)."""
+        if self.lease is None:
+            return
         self.lease.check()
+        if interruptible and step < total and (reason := interruption.requested()):
+            raise interruption.Interrupted(f"{self.label} stopped at {step}/{total}: {reason}")
+        if self._first is None:
+            self._first = step
         now = time.monotonic()
         if now - self._told >= 0.5 or step >= total:
             self._told = now
@@ -78,6 +87,7 @@ class Attempt:
                     "label": self.label,
                     "step": step,
                     "total": total,
+                    "first": self._first,  # where this attempt went on from
                     "started": self.started,
                     "now": time.time(),
                 }
@@ -85,8 +95,21 @@ class Attempt:
             self.report(self.label, step, total)
 
     @property
+    def leads(self) -> bool:
+        """Whether this process writes the artefacts; of several that train together, one does."""
+        return self.lease is not None
+
+    @property
     def seconds(self) -> float:
         return self.spent_before + time.time() - self.started
+
+
+@dataclass(frozen=True)
+class StageName:
+    """Enough of a stage to find it in a store."""
+
+    kind: str
+    identity: str
 
 
 class Store:
@@ -96,10 +119,10 @@ class Store:
         self.output_dir = Path(output_dir).absolute()
         self.root = self.output_dir / "store"
 
-    def dir(self, stage: Stage) -> Path:
+    def dir(self, stage: Stage | StageName) -> Path:
         return self.root / stage.kind / stage.identity
 
-    def work(self, stage: Stage) -> Path:
+    def work(self, stage: Stage | StageName) -> Path:
         return self.root / stage.kind / ".work" / stage.identity
 
     @property
@@ -109,7 +132,7 @@ class Store:
     def sweep_dir(self, name: str) -> Path:
         return self.sweeps / name
 
-    def is_done(self, stage: Stage) -> bool:
+    def is_done(self, stage: Stage | StageName) -> bool:
         return (self.dir(stage) / DONE).exists()
 
     def has_weights(self, stage: Stage) -> bool:
@@ -135,7 +158,7 @@ class Store:
             )
         return folder
 
-    def progress(self, stage: Stage) -> dict[str, Any] | None:
+    def progress(self, stage: Stage | StageName) -> dict[str, Any] | None:
         """How far a running stage is, as its process last said; None when it has not."""
         try:
             return read_json(self.work(stage) / "progress.json")
@@ -154,8 +177,14 @@ class Store:
         checkpoints.mkdir(exist_ok=True)
         return Attempt(out, checkpoints, lease, report, stage.label, stage.identity, self.output_dir)
 
+    def follow(self, stage: Stage, out: Path) -> Attempt:
+        """The attempt another process leads, as one that takes part sees it."""
+        checkpoints = self.work(stage) / "checkpoints"
+        return Attempt(out, checkpoints, None, lambda *_: None, stage.label, stage.identity, self.output_dir)
+
     def publish(self, stage: Stage, attempt: Attempt) -> None:
         """Make the artefacts visible: everything on disk, DONE last, then one rename."""
+        assert attempt.lease is not None
         attempt.lease.check()
         write_json(attempt.out / STAGE_FILE, stage.description)
         sync(attempt.out)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import Point
@@ -23,8 +24,8 @@ class Tracker:
     """`log(step, values)` appends a line to metrics.jsonl and hands the same to W&B when that is on."""
 
     def __init__(self, point: Point, kind: str, attempt: Attempt) -> None:
-        self._file = (attempt.out / METRICS_FILE).open("a")
-        self._run = _start_wandb(point, kind, attempt) if point.tracking.wandb else None
+        self._file = (attempt.out / METRICS_FILE if attempt.leads else Path(os.devnull)).open("a")
+        self._run = _start_wandb(point, kind, attempt) if point.tracking.wandb and attempt.leads else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

@@ -21,15 +21,23 @@ from src.retention import tidy
 from src.store import Report, Store, read_json
 
 
-def run_stages(plan: Plan, store: Store, report: Report) -> None:
-    """sft -> reference -> align -> generate -> evaluate: what is done is reused, the rest runs here."""
+def run_stages(plan: Plan, store: Store, report: Report) -> bool:
+    """sft -> reference -> align -> generate -> evaluate: what is done is reused, the rest runs here.
+
+    Of several processes (torchrun) all take part; returns whether this is the one that speaks for them.
+    """
+    from src.distributed import join, leave
     from src.models import use_threads
     from src.stages import ensure
 
+    here = join(plan.points[0].engine.parallel)
     use_threads(plan.points[0].engine)
+    needed = here.tell(plan.needed)  # a later look at the store may have seen more
     for identity, stage in plan.stages.items():
-        if identity in plan.needed:
+        if identity in needed:
             ensure(stage, store, report)
+    leave()
+    return here.leads
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -42,9 +50,10 @@ def run(cfg: DictConfig) -> None:
         if point.dry_run:
             print(plan.text())
             return
-        if plan.needed:
+        if plan.needed or "WORLD_SIZE" in os.environ:
             with RunProgress() as report:
-                run_stages(plan, store, report)
+                if not run_stages(plan, store, report):
+                    return
         tidy(store, plan, point.keep, set(plan.results))
         path = store.artefacts(plan.stages[plan.results[0]]) / "result.json"
         print(result_text(point, read_json(path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -13,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from src import checkpoints
-from src.config import Optimisation, Point
+from src import checkpoints, interruption
+from src.config import ConfigError, Optimisation, Point
+from src.distributed import world
 from src.failure import StageError
-from src.logprobs import sequence_logps
-from src.pairs import Example, PackedBatch, pack, partition
+from src.logprobs import SequenceLogps
+from src.pairs import Example, PackedBatch, pack, partition, share
 from src.tracking import METRICS_FILE, Tracker
 
 if TYPE_CHECKING:
@@ -74,13 +76,16 @@ def batch_indices(step: int, examples: int, batch_size: int, seed: int) -> list[
 
 
 def make_accelerator(device: torch.device) -> Accelerator:
-    """One process's accelerator. A warm worker meets several engines, and accelerate keeps the first as a singleton.
+    """This process's accelerator. A warm worker meets several engines, and accelerate keeps the first as a singleton.
 
     Precision is the log-prob path's business, so that all that goes through it agrees.
     """
     AcceleratorState._reset_state()
     PartialState._reset_state()
-    return Accelerator(cpu=device.type == "cpu")
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    # It has been seen to go on alone where several processes were meant.
+    assert accelerator.num_processes == world().size, f"{accelerator.num_processes} processes, not {world().size}"
+    return accelerator
 
 
 def train(
@@ -93,10 +98,10 @@ def train(
     tracker: Tracker,
 ) -> None:
     """Run all optimiser steps of the point's `sft` or `align` on `model`, in place, resuming from the attempt's newest
-    checkpoint.
+    checkpoint; in every process of the run, each of which computes its share of a step's examples.
 
-    Losses are computed in float32; master weights are float32. Logs every step. Raises LeaseLost, and StageError when
-    a loss or gradient is not finite.
+    Losses are computed in float32; master weights are float32. Logs every step. Raises LeaseLost,
+    Interrupted after saving, and StageError when a loss or gradient is not finite.
     """
     trainer = point.trainer
     optimisation, lr = (trainer.sft, trainer.sft.lr) if kind == "sft" else (trainer.align, point.lr)
@@ -109,16 +114,32 @@ def train(
         weight_decay=optimisation.weight_decay,
         fused=True,
     )
-    model, optimiser = accelerator.prepare(model, optimiser)
+    here = world()
+    policy, optimiser = accelerator.prepare(SequenceLogps(model, point.engine.precision), optimiser)
     metrics_file = attempt.out / METRICS_FILE
     state = checkpoints.resume(attempt.checkpoints, accelerator, metrics_file) or {"step": 0, "seconds": 0, "tokens": 0}
     attempt.spent_before, attempt.tokens = state["seconds"], state["tokens"]
 
+    def save(step: int) -> None:
+        if attempt.lease is None:
+            return
+        attempt.lease.check()
+        now = {"seconds": attempt.seconds, "tokens": attempt.tokens}
+        checkpoints.save(attempt.checkpoints, step, now, accelerator, metrics_file)
+
     total = total_steps(len(examples), optimisation)
     lengths = [e.length for e in examples]
+    if optimisation.batch_size < here.size:
+        raise ConfigError(
+            f"trainer.{kind}.batch_size={optimisation.batch_size}: below the number of processes, {here.size}"
+        )
     model.train()
+    stopping = 0.0  # how many processes were asked to stop, known to all
     for step in range(state["step"], total):
-        attempt.step(step, total)
+        if stopping:
+            save(step)
+            raise interruption.Interrupted(f"{attempt.label} stopped at {step}/{total}: {interruption.requested()}")
+        attempt.step(step, total, interruptible=False)
         started = time.perf_counter()
         chosen = batch_indices(step, len(examples), optimisation.batch_size, point.seed)
         size = StepSize(len(chosen), sum(len(r) for i in chosen for r in examples[i].responses))
@@ -127,27 +148,34 @@ def train(
             group["lr"] = rate
 
         sums: dict[str, Tensor] = {}
-        tokens = 0
-        for indices in partition(lengths, chosen, trainer.tokens_per_batch):
+        own = share(lengths, chosen, here.rank, here.size)
+        micro_batches = partition(lengths, own, trainer.tokens_per_batch)
+        for number, indices in enumerate(micro_batches):
             batch = pack(examples, indices).to(device)
-            logps, counts = sequence_logps(model, batch, point.engine.precision)
-            loss, logged = objective(batch, logps, counts, size)
-            accelerator.backward(loss)
-            tokens += batch.tokens
-            for name, value in {"loss": loss, **logged}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach()
-        norm = accelerator.clip_grad_norm_(model.parameters(), optimisation.max_grad_norm)
-        if not math.isfinite(sums["loss"].item() + float(norm)):
-            raise StageError(f"diverged at step {step}: loss {sums['loss'].item():g}, gradient norm {float(norm):g}")
+            # Gradients are summed over processes once a step, in the last backward pass, and come out as their mean.
+            with contextlib.nullcontext() if number == len(micro_batches) - 1 else accelerator.no_sync(policy):
+                logps, counts = policy(batch)
+                loss, logged = objective(batch, logps, counts, size)
+                accelerator.backward(loss * here.size if here.size > 1 else loss)
+            for name, value in {"loss": loss, "tokens": torch.tensor(batch.tokens), **logged}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), optimisation.max_grad_norm))
+        sums["stopping"] = torch.tensor(float(interruption.requested() is not None))
+        everything = torch.stack([value.to(device, torch.float64) for value in sums.values()])
+        values = dict(zip(sums, here.total(everything).tolist(), strict=True))
+        stopping, tokens, loss_value = values.pop("stopping"), int(values.pop("tokens")), values.pop("loss")
+        if not math.isfinite(loss_value + norm):
+            raise StageError(f"diverged at step {step}: loss {loss_value:g}, gradient norm {norm:g}")
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-        values = {name: value.item() / (1 if name == "loss" else size.examples) for name, value in sums.items()}
         attempt.tokens += tokens
+        means = {name: value / size.examples for name, value in values.items()}
         speed = tokens / (time.perf_counter() - started)
-        tracker.log(step, {**values, "lr": rate, "grad_norm": float(norm), "tokens_per_second": round(speed, 1)})
+        tracker.log(
+            step,
+            {"loss": loss_value, **means, "lr": rate, "grad_norm": norm, "tokens_per_second": round(speed, 1)},
+        )
         if (step + 1) % trainer.checkpoint_steps == 0 and step + 1 < total:
-            now = {"seconds": attempt.seconds, "tokens": attempt.tokens}
-            attempt.lease.check()
-            checkpoints.save(attempt.checkpoints, step + 1, now, accelerator, metrics_file)
+            save(step + 1)
     attempt.step(total, total)

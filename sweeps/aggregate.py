@@ -11,8 +11,9 @@ import pandas as pd
 import yaml
 
 from src.methods import METHODS
-from src.store import DONE, read_json
-from sweeps.record import FILE, read_sweep
+from src.store import DONE, Store, read_json
+from src.train import answering
+from sweeps.record import check_sweep, read_sweep
 from sweeps.statistics import best_points
 
 COLUMNS = [
@@ -83,6 +84,15 @@ def aggregate(folder: Path, quiet: bool = False) -> pd.DataFrame:
     return best
 
 
+def chosen_anywhere(store: Store) -> set[str]:
+    """Results that a sweep of this store has found best."""
+    best: set[str] = set()
+    for path in store.sweeps.glob("*/best.yaml"):
+        for methods in (yaml.safe_load(path.read_text()) or {}).values():
+            best.update(identity for entry in methods.values() for identity in entry.get("identities") or [])
+    return best
+
+
 def best_yaml(best: pd.DataFrame) -> str:
     """setup -> method -> {lr, beta, ...}; `best_from=FILE` makes a run take its beta and lr from it."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
@@ -116,10 +126,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
     folder: Path = parser.parse_args().dir
-    if not (folder / FILE).is_file():
-        print(f"error: {folder}: no {FILE} there; give a sweep's folder, such as outputs/sweeps/demo", file=sys.stderr)
-        return 2
-    aggregate(folder)
+    with answering():
+        check_sweep(folder)
+        aggregate(folder)
     return 0
 
 

@@ -7,20 +7,18 @@ import shlex
 import sys
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.checks import check_grid, point_from
 from src.config import USER_ERRORS, ConfigError, Point, as_typed, one_line, parse_overrides
-from src.failure import SweepFailed
 from src.identity import digest
 from src.methods import METHODS
 from src.plan import make_plan
-from src.retention import tidy
 from src.store import Store
 from sweeps.record import SweepRecord
 from sweeps.variants import name_variants, varying_settings
@@ -37,14 +35,19 @@ class GridSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
         self.loader = hydra_context.config_loader
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        try:
+            self.launcher = Plugins.instance().instantiate_launcher(
+                hydra_context=hydra_context, task_function=task_function, config=config
+            )
+        except InstantiationException as error:
+            if isinstance(error.__cause__, ConfigError):
+                raise error.__cause__ from None
+            raise
 
     def sweep(self, arguments: list[str]) -> None:
         if not hasattr(self.launcher, "launch_plan"):
             kind = type(self.launcher).__name__
-            raise ConfigError(f"hydra/launcher: {kind} cannot run planned stages; use hydra/launcher=local")
+            raise ConfigError(f"hydra/launcher: {kind} cannot run planned stages; use hydra/launcher=local or slurm")
         overrides = self._merged(arguments)
         points = expand(overrides, self.config, self.loader)
         if different := varying_settings(points):
@@ -62,35 +65,21 @@ class GridSweeper(Sweeper):
         if points[0].dry_run:
             print(plan.text())
             return
+        self.launcher.check(plan)
         command = shlex.join(["python", "-m", "src.train", *as_typed(sys.argv[1:])])
         record = SweepRecord(store, plan, name, command)
         record.start()
-        failures = self.launcher.launch_plan(plan, store, record.folder)
-        record.finish(failures)
-
-        from sweeps.aggregate import aggregate  # pandas: only when there is something to aggregate
-
-        best = aggregate(record.folder)
-        tidy(store, plan, points[0].keep, chosen_anywhere(store) | {i for seeds in best.identities for i in seeds})
-        if failures:
-            raise SweepFailed(
-                f"{len(failures)} of {len(points)} points failed; the same command again runs those alone"
-            )
+        failures = self.launcher.launch_plan(plan, store, record.folder, record.conclude)
+        if failures is None:
+            record.submitted()  # a job calls conclude when all have ended
+        else:
+            record.conclude(failures)
 
     def _merged(self, arguments: list[str]) -> list[str]:
         """hydra.sweeper.params (of +sweep=NAME) as overrides, those of the command line taking their place."""
         params = {} if self.params is None else {str(k): v for k, v in self.params.items()}
         given = {override.key_or_group for override in parse_overrides(arguments, self.loader)}
         return [f"{key}={value}" for key, value in params.items() if key.lstrip("+~") not in given] + arguments
-
-
-def chosen_anywhere(store: Store) -> set[str]:
-    """Results that a sweep of this store has found best."""
-    best: set[str] = set()
-    for path in store.sweeps.glob("*/best.yaml"):
-        for methods in (yaml.safe_load(path.read_text()) or {}).values():
-            best.update(identity for entry in methods.values() for identity in entry.get("identities") or [])
-    return best
 
 
 def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]:

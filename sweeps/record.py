@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launchers.slurm.ledger import submissions
+from src.config import ConfigError
+from src.failure import Lost, SweepFailed
 from src.plan import Plan
+from src.retention import tidy
+from src.revision import revision
 from src.store import Store, read_json, write_json
 
 FILE = "sweep.json"
 SCHEMA = 1
+RESULTS = (FILE, "points.csv", "best.yaml", "report.html", "tables", "figures")
 
 
 @dataclass
@@ -21,20 +27,38 @@ class SweepRecord:
     plan: Plan
     name: str
     command: str
+    code: dict[str, Any] = field(default_factory=revision)
 
     @property
     def folder(self) -> Path:
         return self.store.sweep_dir(self.name)
 
     def start(self) -> None:
-        """Write the points down before anything runs. A folder that names points this sweep has not is kept aside."""
+        """Write the points down before anything runs. A record that names points this sweep has not is kept aside."""
         self._make_room(set(self.plan.results))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write({}, finished=None)
+        self._write("running", {})
 
-    def finish(self, failures: dict[str, str]) -> None:
-        """failures: identity of a point's evaluate stage -> why it was not reached."""
-        self._write(failures, finished=_now())
+    def submitted(self) -> None:
+        """Jobs do the rest: note which."""
+        self._write("submitted", {})
+
+    def conclude(self, lost: dict[str, Lost]) -> None:
+        """All has ended: write down what became of every point, choose the best, remove what need not be kept.
+
+        lost: identity of a point's evaluate stage -> why it was not reached. Raises SweepFailed when there are any.
+        """
+        self._write("failed" if lost else "done", lost)
+
+        from sweeps.aggregate import aggregate, chosen_anywhere  # pandas: only when there is something to aggregate
+
+        best = aggregate(self.folder)
+        chosen = chosen_anywhere(self.store) | {i for seeds in best.identities for i in seeds}
+        tidy(self.store, self.plan, self.plan.points[0].keep, chosen)
+        if lost:
+            raise SweepFailed(
+                f"{len(lost)} of {len(self.plan.points)} points failed; the same command again runs those alone"
+            )
 
     def _make_room(self, coming: set[str]) -> None:
         if not (self.folder / FILE).exists():
@@ -44,14 +68,27 @@ class SweepRecord:
             number = next(
                 n for n in itertools.count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists()
             )
-            aside = self.folder.rename(self.folder.with_name(f"{self.folder.name}.{number}"))
-            print(f"{self.folder} named {other} points that are not in this sweep: kept as {aside.name}")
+            aside = self.folder.with_name(f"{self.folder.name}.{number}")
+            aside.mkdir()
+            for name in RESULTS:  # not its jobs, which may be running, nor their code and logs
+                if (self.folder / name).exists():
+                    (self.folder / name).rename(aside / name)
+            print(
+                f"{self.folder} named {other} points that are not in this sweep: its results are kept as {aside.name}"
+            )
 
-    def _write(self, failures: dict[str, str], finished: str | None) -> None:
+    def _write(self, whole: str, lost: dict[str, Lost]) -> None:
         plan = self.plan
+        jobs = {
+            identity: task.job
+            for submission in submissions(self.store.sweeps.glob("*"))
+            for task in submission.tasks
+            for _, identity in task.stages
+        }
         points = []
         for point, own, result in zip(plan.points, plan.point_stages, plan.results, strict=True):
-            state = "failed" if result in failures else "done" if self.store.is_done(plan.stages[result]) else "to do"
+            done, waiting = self.store.is_done(plan.stages[result]), whole == "submitted" and result in jobs
+            state = "done" if done else "queued" if waiting else "to do"
             points.append(
                 {
                     "setup": point.setup.name,
@@ -61,8 +98,10 @@ class SweepRecord:
                     "beta": point.beta,
                     "lr": point.lr,
                     "seed": point.seed,
-                    "state": state,
-                    "error": failures.get(result),
+                    "label": point.label,
+                    "state": lost[result].state if result in lost else state,
+                    "error": lost[result].reason if result in lost else None,
+                    "job": jobs.get(result),
                     "identity": result,
                     "stages": {plan.stages[i].role: i for i in own},
                 }
@@ -73,12 +112,20 @@ class SweepRecord:
                 "schema": SCHEMA,
                 "name": self.name,
                 "command": self.command,
+                "code": self.code,
                 "store": str(self.store.root),
                 "written": _now(),
-                "finished": finished,
+                "finished": _now() if whole in ("done", "failed") else None,
+                "state": whole,
                 "points": points,
             },
         )
+
+
+def check_sweep(folder: Path) -> None:
+    """Raises ConfigError when a folder is no sweep's."""
+    if not (folder / FILE).is_file():
+        raise ConfigError(f"{folder}: no {FILE} there; give a sweep's folder, such as outputs/sweeps/demo")
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:

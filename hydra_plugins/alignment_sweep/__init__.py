@@ -1,6 +1,7 @@
 """What Hydra discovers, for it takes plugins from this namespace only; the code is in sweeps and launchers."""
 
 from launchers.local import LocalLauncher as _LocalLauncher
+from launchers.slurm.launcher import SlurmLauncher as _SlurmLauncher
 from sweeps.grid import GridSweeper as _GridSweeper
 
 
@@ -9,4 +10,8 @@ class GridSweeper(_GridSweeper):
 
 
 class LocalLauncher(_LocalLauncher):
+    pass
+
+
+class SlurmLauncher(_SlurmLauncher):
     pass

@@ -9,15 +9,18 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from src.distributed import world
 from src.failure import StageError
 from src.lease import Lease, LeaseLost
-from src.store import Report
+from src.store import Attempt, Report
 
 if TYPE_CHECKING:
     from src.plan import Stage
     from src.store import Store
 
 log = logging.getLogger(__name__)
+
+TOGETHER = ("sft", "align")  # kinds that all processes of a run compute together; the leader computes the others
 
 
 def _silent(label: str, step: int, total: int) -> None:
@@ -28,12 +31,17 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
     """The artefacts of `stage`: found, waited for while another process computes them, or computed here.
 
     What the stage needs must be there already (a plan's stages are in that order). Several processes may call
-    this for one stage at once; one computes. Raises whatever the stage raises; nothing is published then.
+    this for one stage at once; one computes. The processes of one run (src.distributed) all call it and compute
+    together what trains. Raises whatever the stage raises; nothing is published then.
     """
+    if not world().leads:
+        return _follow(stage, store)
     while not store.has_weights(stage):
         try:
             _compute(stage, store, report)
         except LeaseLost as lost:
+            if world().size > 1:
+                raise  # the others are in the middle of a step that will not end
             log.warning("%s: %s", stage.label, lost)  # it is being computed elsewhere: wait for that
         except Exception as error:
             if _disk_full(error, store.output_dir):
@@ -41,6 +49,7 @@ def ensure(stage: Stage, store: Store, report: Report = _silent) -> Path:
                     f"disk full while computing {stage.label} under {store.root}: free some space and run again"
                 ) from error
             raise
+    world().tell(None)
     return store.artefacts(stage)
 
 
@@ -55,14 +64,26 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
     with Lease(store.work(stage), waiting) as lease:
         mine = lease.held
         if mine and not store.has_weights(stage):
-            upstream = {role: store.artefacts(up) for role, up in stage.upstream.items()}
             attempt = store.begin(stage, lease, report)
-            run = importlib.import_module(f"src.stages.{stage.kind}").run
-            run(stage.point, stage.fields, upstream, attempt)
+            if stage.kind in TOGETHER:
+                world().tell(attempt.out)
+            _run(stage, store, attempt)
             store.publish(stage, attempt)
             log.info("%s: done in %.1f s", stage.label, attempt.seconds)
     if mine:
         store.clear_work(stage)
+
+
+def _follow(stage: Stage, store: Store) -> Path:
+    """What a process that does not lead does for a stage: train along when the leader does, else wait."""
+    while (out := world().tell()) is not None:
+        _run(stage, store, store.follow(stage, out))
+    return store.artefacts(stage)
+
+
+def _run(stage: Stage, store: Store, attempt: Attempt) -> None:
+    upstream = {role: store.artefacts(up) for role, up in stage.upstream.items()}
+    importlib.import_module(f"src.stages.{stage.kind}").run(stage.point, stage.fields, upstream, attempt)
 
 
 def _disk_full(error: Exception, root: Path) -> bool:

@@ -72,6 +72,8 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     objective = objective_of(point, references.get("train"))
     with Tracker(point, "align", attempt) as tracker:
         train(model, data.examples, objective, point, "align", attempt, tracker)
+    if not attempt.leads:
+        return
     _validate(point, model, validation, references.get("validation"), attempt)
     save_checkpoint(model, template, attempt.out)
     dropped = {"train": data.dropped, "validation": validation.dropped}

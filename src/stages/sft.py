@@ -32,5 +32,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     model = load_base(point)
     with Tracker(point, "sft", attempt) as tracker:
         train(model, data.examples, token_mean_loss, point, "sft", attempt, tracker)
+    if not attempt.leads:
+        return
     save_checkpoint(model, template, attempt.out)
     write_json(attempt.out / "data.json", {"rows": len(data.examples), "dropped": data.dropped})

@@ -1,0 +1,132 @@
+"""What a job does once SLURM has started it: the stages of one task, or the conclusion of a sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers.slurm import ledger
+from src import interruption
+from src.failure import one_line_failure
+from src.interruption import Interrupted
+from src.progress import RunProgress
+from src.store import Store, write_json
+
+if TYPE_CHECKING:
+    from src.plan import Stage
+
+AGAIN = 75  # exit code: interrupted, to be queued again (EX_TEMPFAIL of sysexits.h)
+LINE_SECONDS = 60.0  # between lines of progress in a job's output
+
+log = logging.getLogger(__name__)
+
+
+def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int) -> None:
+    """Compute stages in order, resuming what an earlier run of this job had begun; runs in each of its processes.
+
+    Whatever a stage raises goes on to SLURM, which then says FAILED, and its line to the task's file. On USR2 (the
+    time limit is near) and TERM the stage saves what it can resume from and the job asks to be queued again.
+    """
+    with speaking(ledger.read(Path(folder)), index):
+        _meet(stages[0].point.engine.parallel)
+
+        from src.distributed import leave
+        from src.models import use_threads
+        from src.stages import ensure
+
+        use_threads(stages[0].point.engine)
+        with RunProgress(LINE_SECONDS) as report:
+            for stage in stages:
+                ensure(stage, Store(output_dir), report)
+        leave()
+
+
+def _meet(parallel: str) -> None:
+    """Rank and rendezvous of a job with several processes, from SLURM."""
+    if int(os.environ["SLURM_NTASKS"]) == 1:
+        return
+    from submitit.helpers import TorchDistributedEnvironment
+
+    from src.distributed import join
+
+    # Which GPU is whose: the local rank, among those SLURM gave the job.
+    here = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    if os.environ.get("SLURM_JOB_NUM_NODES") == "1":
+        os.environ["MASTER_ADDR"] = "localhost"  # a node's name need not resolve on itself
+    joined = join(parallel)
+    assert joined.size == here.world_size, f"{joined.size} processes met, {here.world_size} were started"
+
+
+def conclude(finish: Callable[[dict[str, Any]], None], sweep: str, folder: str) -> None:
+    """All jobs of a sweep have ended: say of each point what became of it, choose the best. Raises SweepFailed."""
+    from launchers.slurm.states import lost_points
+
+    with speaking(ledger.read(Path(folder)), 0):
+        finish(lost_points(Path(sweep)))
+
+
+@contextlib.contextmanager
+def speaking(submission: ledger.Submission, index: int) -> Any:
+    """Keeps the task's file true: running, done, stopped or failed and why. Of several processes the first speaks,
+    and any that fails."""
+    _prepare()
+    path, rank = submission.task_file(index), os.environ.get("SLURM_PROCID", "0")
+    before = submission.said(index)
+    now = {
+        "host": os.uname().nodename,
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "starts": before.get("starts", 0) + 1,
+        "started": time.time(),
+        "stalls": before.get("stalls", 0),
+        "mark": before.get("mark"),
+    }
+    if rank == "0":
+        write_json(path, {**now, "state": "running"})
+    try:
+        yield
+    except Interrupted as stop:
+        log.warning("%s; to be queued again", stop)
+        # TERM also comes when another process of the job has failed: that remains what happened.
+        if rank == "0" and submission.said(index).get("state") != "failed":
+            write_json(path, {**now, "state": "stopped", "reason": str(stop)})
+        sys.exit(AGAIN)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # a full disk must not hide what happened
+            where = "" if rank == "0" else f"process {rank}: "
+            if rank == "0" or submission.said(index).get("state") == "running":
+                write_json(path, {**now, "state": "failed", "error": where + one_line_failure(error)})
+        raise
+    if rank == "0":
+        write_json(path, {**now, "state": "done"})
+
+
+def _prepare() -> None:
+    # submitit's own handlers would queue the job again before anything was saved.
+    signal.signal(signal.SIGUSR2, _ask_to_stop)
+    signal.signal(signal.SIGTERM, _ask_to_stop)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+    logging.getLogger("submitit").setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    _clear_half_written_results()
+
+
+def _clear_half_written_results() -> None:
+    """submitit refuses to write its result beside what an earlier, killed run of this job left half-written."""
+    from submitit import JobEnvironment
+
+    with contextlib.suppress(OSError, RuntimeError):
+        result = JobEnvironment().paths.result_pickle
+        result.with_suffix(result.suffix + ".save_tmp").unlink(missing_ok=True)
+
+
+def _ask_to_stop(signum: int, frame: Any) -> None:
+    interruption.request("the time limit is near" if signum == signal.SIGUSR2 else "SLURM wants the place back")

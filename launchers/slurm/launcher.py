@@ -1,0 +1,117 @@
+"""The SLURM launcher: submits what a plan needs as jobs and returns; the jobs do the rest, its conclusion included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from launchers.slurm.options import RETRY, resources_of
+from src.config import ConfigError
+from src.failure import Lost
+from src.lease import Lease
+from src.plan import Plan
+from src.store import Store
+
+if TYPE_CHECKING:
+    from launchers.slurm.submit import Submitted
+
+
+class SlurmLauncher(Launcher):
+    """Hydra discovers and builds it from conf/hydra/launcher/slurm.yaml."""
+
+    def __init__(
+        self,
+        kinds: Any = None,
+        array_parallelism: int | None = None,
+        signal_delay_s: int = 120,
+        retry: str = "failed",
+        wait: bool = False,
+        **common: Any,
+    ) -> None:
+        self.resources = resources_of(_plain(common), _plain(kinds or {}))
+        if array_parallelism is not None and array_parallelism < 1:
+            raise ConfigError(f"hydra.launcher.array_parallelism={array_parallelism}: must be >= 1, or null")
+        if not 1 <= signal_delay_s <= 65535:
+            raise ConfigError(f"hydra.launcher.signal_delay_s={signal_delay_s}: must be between 1 and 65535 seconds")
+        if retry not in RETRY:
+            raise ConfigError(f"hydra.launcher.retry={retry}: must be one of {', '.join(RETRY)}")
+        self.array_parallelism, self.signal_delay_s = array_parallelism, signal_delay_s
+        self.retry, self.wait = retry, wait
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        pass  # a plan brings all there is to know
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        raise ConfigError("hydra/launcher=slurm runs plans, which hydra/sweeper=grid makes; choose that sweeper")
+
+    def check(self, plan: Plan) -> None:
+        """What can be wrong before anything is written down. Raises ConfigError."""
+        from launchers.slurm import cluster
+
+        for kind in ("sft", "reference", "baseline", "point"):
+            for point in plan.points:
+                if self.resources[kind].tasks > 1 and point.engine.parallel == "none":
+                    raise ConfigError(
+                        f"hydra.launcher: {kind} jobs have {self.resources[kind].tasks} GPUs, but engine="
+                        f"{point.engine.name} uses one: choose engine=ddp, or give the job gpus_per_node=1"
+                    )
+        if plan.needed:
+            cluster.check_there()
+
+    def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, Lost] | None:
+        """Submit what is neither done nor on its way. Returns the points that were not reached once all has ended;
+        None when jobs go on, the last of which calls `finish` with them.
+
+        Raises ConfigError when SLURM refuses a job, ClusterSilent when it does not answer.
+        """
+        if not plan.needed:
+            return {}
+        from launchers.slurm.states import look, lost_points
+        from launchers.slurm.submit import submit
+        from launchers.slurm.table import announce, watch
+
+        def leave() -> set[str]:
+            if self.retry == "failed":
+                return set()
+            return {p.identity for p in look(folder).points if p.state in ("failed", "cancelled")}
+
+        with Lease(store.sweeps / ".submitting", _waiting):
+            submitted = submit(
+                plan,
+                store,
+                folder,
+                finish,
+                self.resources,
+                leave(),
+                self.array_parallelism,
+                self.signal_delay_s,
+            )
+        announce(plan, folder, submitted)
+        if _nothing_to_wait_for(submitted):
+            return lost_points(folder)
+        if not self.wait:
+            return None
+        watch(folder)
+        return lost_points(folder)
+
+
+def _nothing_to_wait_for(submitted: Submitted) -> bool:
+    return not submitted.submissions and not submitted.on_their_way
+
+
+def _waiting(holder: str) -> bool:
+    print(f"waiting for another submission to this store ({holder})", flush=True)
+    return False
+
+
+def _plain(node: Any) -> Any:
+    """Without OmegaConf's containers."""
+    if OmegaConf.is_config(node):
+        return OmegaConf.to_container(node)
+    return {key: _plain(value) for key, value in node.items()} if isinstance(node, dict) else node

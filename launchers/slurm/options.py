@@ -1,0 +1,125 @@
+"""What a user says about jobs in hydra.launcher, checked, as sbatch options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from src.config import ConfigError
+
+KINDS = ("sft", "reference", "baseline", "point", "aggregate")
+RETRY = ("failed", "none")
+
+# sbatch options that are the launcher's own business: it relies on their values.
+_OURS = {
+    "array": "hydra.launcher.array_parallelism",
+    "dependency": "the plan",
+    "kill-on-invalid-dep": "the plan",
+    "job-name": "the sweep's name (sweep.name=NAME)",
+    "requeue": "the launcher",
+    "no-requeue": "the launcher",
+    "signal": "hydra.launcher.signal_delay_s",
+    "output": "the launcher",
+    "error": "the launcher",
+    "open-mode": "the launcher",
+    "chdir": "the launcher",
+    "ntasks": "hydra.launcher.nodes and gpus_per_node (one task a GPU)",
+    "ntasks-per-node": "hydra.launcher.gpus_per_node (one task a GPU)",
+    "nodes": "hydra.launcher.nodes",
+    "gpus-per-node": "hydra.launcher.gpus_per_node",
+    "cpus-per-task": "hydra.launcher.cpus_per_task",
+    "mem": "hydra.launcher.mem_gb",
+    "time": "hydra.launcher.timeout_min",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kind of job."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: int = 1
+    gpus_per_node: int | str = 1  # 8, or with a type h100:8
+    cpus_per_task: int = 8
+    mem_gb: float | None = None
+    timeout_min: int = 1440
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    setup: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gpus(self) -> int:
+        """Of one node."""
+        return int(str(self.gpus_per_node).rpartition(":")[2])
+
+    @property
+    def tasks_per_node(self) -> int:
+        return max(1, self.gpus)
+
+    @property
+    def tasks(self) -> int:
+        """Processes of a job: one a GPU."""
+        return self.nodes * self.tasks_per_node
+
+    def sbatch(self) -> dict[str, Any]:
+        """Options of sbatch by their long names; True for one without a value."""
+        values: dict[str, Any] = {
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "nodes": self.nodes,
+            "ntasks-per-node": self.tasks_per_node,
+            "cpus-per-task": self.cpus_per_task,
+            "mem": None if self.mem_gb is None else f"{round(self.mem_gb * 1024)}M",
+            "time": self.timeout_min,
+            "gpus-per-node": self.gpus_per_node if self.gpus else None,
+        }
+        given = {key: value for key, value in values.items() if value is not None}
+        return given | {key.replace("_", "-"): value for key, value in self.additional_parameters.items()}
+
+    def shell(self) -> list[str]:
+        """Lines that run before the job's own command."""
+        exports = [f"export {name}={shlex.quote(str(value))}" for name, value in self.environment.items()]
+        return [*exports, *self.setup]
+
+
+def resources_of(common: dict[str, Any], kinds: dict[str, dict[str, Any] | None]) -> dict[str, Resources]:
+    """kind -> its resources. Raises ConfigError naming the key of the first bad value."""
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise ConfigError(f"hydra.launcher.kinds.{unknown[0]}: no such kind of job; there are {', '.join(KINDS)}")
+    every = _checked(Resources(), common, "hydra.launcher")
+    return {kind: _checked(every, kinds.get(kind) or {}, f"hydra.launcher.kinds.{kind}") for kind in KINDS}
+
+
+def _checked(base: Resources, values: dict[str, Any], where: str) -> Resources:
+    known = {f.name for f in fields(Resources)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}.{key}: no such key; there are {', '.join(sorted(known))}")
+    for key in ("additional_parameters", "environment"):  # what a kind adds joins what every job has
+        values = {**values, key: {**getattr(base, key), **(values.get(key) or {})}}
+    resources = replace(base, **values)
+    for key, lowest in (("nodes", 1), ("cpus_per_task", 1), ("timeout_min", 1)):
+        value = getattr(resources, key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            raise ConfigError(f"{where}.{key}={value}: must be a whole number >= {lowest}")
+    if not re.fullmatch(r"(\w+:)?\d+", str(resources.gpus_per_node)):
+        raise ConfigError(f"{where}.gpus_per_node={resources.gpus_per_node}: must be a number, or TYPE:NUMBER")
+    if resources.mem_gb is not None and not (isinstance(resources.mem_gb, int | float) and resources.mem_gb > 0):
+        raise ConfigError(f"{where}.mem_gb={resources.mem_gb}: must be > 0, or null for the site's default")
+    if not isinstance(resources.setup, list):
+        raise ConfigError(f"{where}.setup={resources.setup}: must be a list of shell lines")
+    for key in resources.additional_parameters:
+        name = str(key).lstrip("-").replace("_", "-")
+        if name in _OURS:
+            raise ConfigError(f"{where}.additional_parameters.{key}: decided by {_OURS[name]}")
+    for name in resources.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
+            raise ConfigError(f"{where}.environment.{name}: not a name of an environment variable")
+    return resources

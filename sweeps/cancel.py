@@ -1,0 +1,39 @@
+"""End a sweep's jobs: `python -m sweeps.cancel DIR [--removed]`. What is done stays; the same sweep again goes on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from launchers.slurm import cluster
+from launchers.slurm.states import look
+from src.train import answering
+from sweeps.record import check_sweep
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m sweeps.cancel", description=__doc__)
+    parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
+    parser.add_argument("--removed", action="store_true", help="only jobs of points the sweep no longer has")
+    arguments = parser.parse_args()
+    with answering():
+        check_sweep(arguments.dir)
+        picture = look(arguments.dir, patience=0.0)
+        if picture.silent:
+            raise cluster.ClusterSilent(picture.silent)
+        # The aggregation stays, to write down what has become of every point.
+        jobs = (
+            list(picture.removed)
+            if arguments.removed
+            else [j.id for j in picture.jobs if j.id not in picture.aggregation]
+        )
+        cluster.cancel(jobs)
+        print(
+            f"{arguments.dir.name}: {len(jobs)} jobs cancelled" if jobs else f"{arguments.dir.name}: no jobs to cancel"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""How a sweep stands: `python -m sweeps.status DIR [--watch] [--all]`. Exit code 1 when points failed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from launchers.slurm.states import look
+from launchers.slurm.table import render, watch
+from src.train import answering
+from sweeps.record import check_sweep
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m sweeps.status", description=__doc__)
+    parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
+    parser.add_argument("--watch", action="store_true", help="until all its jobs have ended")
+    parser.add_argument("--all", action="store_true", help="every point on a line of its own")
+    arguments = parser.parse_args()
+    with answering():
+        check_sweep(arguments.dir)
+        # In a file or a pipe nothing is gained by cutting lines at 80 columns.
+        console = Console(width=None if sys.stdout.isatty() else 240)
+        if arguments.watch:
+            picture = watch(arguments.dir, console)
+        else:
+            picture = look(arguments.dir)
+            console.print(render(picture, arguments.dir, arguments.all))
+    return 1 if picture.count("failed") + picture.count("cancelled") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
