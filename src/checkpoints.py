@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import xxhash
 
 from src.distributed import world
-from src.store import read_json, sync, write_json
+from src.store import is_full, read_json, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,11 @@ def save(folder: Path, step: int, state: dict[str, Any], accelerator: Any, metri
         write_json(draft / _STATE, {"step": step, **state, "files": digests})
         sync(draft)
         os.rename(draft, final)
+    except Exception as error:
+        # Asked before the draft goes and makes room: torch reports a full disk as a wrong position in its file.
+        if is_full(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft)) from error
+        raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     for old in sorted(folder.glob("step-*"))[:-KEEP]:

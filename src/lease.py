@@ -3,7 +3,8 @@
 Leases are numbered files in a folder; whoever holds the highest number holds the lease. Taking over a dead
 holder's number n means creating n + 1 exclusively, so of several takers exactly one wins and a late heartbeat
 of the old holder can disturb nobody. A holder is dead when its process is (same machine) or when its
-heartbeat has stood still for STALE_SECONDS by the observer's own clock (other machines; no clock is compared).
+heartbeat has stood still for STALE_SECONDS by the observer's own clock (other machines; no clock is compared), or
+when it was an earlier run of the same SLURM job.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def _machine() -> str:
     except OSError:
         boot = namespace = ""
     return f"{os.uname().nodename}/{boot}/{namespace}"
+
+
+def _slurm_run() -> tuple[str | None, int]:
+    """Job id, and how often SLURM had queued the job again before this run of it."""
+    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _process_start(pid: int) -> str | None:
@@ -131,7 +137,11 @@ class Lease:
 
     @staticmethod
     def _dead(holder: dict[str, Any]) -> bool:
-        return holder.get("machine") == _machine() and _process_start(holder["pid"]) != holder.get("start")
+        if holder.get("machine") == _machine():
+            return _process_start(holder["pid"]) != holder.get("start")
+        # SLURM queues a job again when its former run has ended, or its node is lost to the cluster.
+        job, run = _slurm_run()
+        return job is not None and holder.get("job") == job and holder.get("run", 0) < run
 
     def _create(self, number: int) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -156,12 +166,14 @@ class Lease:
         return True
 
     def _text(self, **more: object) -> str:
-        pid = os.getpid()
+        pid, (job, run) = os.getpid(), _slurm_run()
         return json.dumps(
             {
                 "pid": pid,
                 "start": _process_start(pid),
                 "machine": _machine(),
+                "job": job,
+                "run": run,
                 "token": self.token,
                 "beat": self._beats,
                 **more,

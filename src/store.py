@@ -44,6 +44,11 @@ def write_json(path: Path, value: Any) -> None:
         draft.unlink(missing_ok=True)
 
 
+def is_full(folder: Path) -> bool:
+    """Whether the disk under `folder` has less than a megabyte left."""
+    return shutil.disk_usage(folder).free < 2**20
+
+
 def sync(folder: Path) -> None:
     """Bring the content of every file to disk, so that a rename afterwards cannot show half of one."""
     for path in folder.rglob("*"):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from src.checks import point_from
@@ -44,6 +45,9 @@ def run_stages(plan: Plan, store: Store, report: Report) -> bool:
 def run(cfg: DictConfig) -> None:
     """The single run; with -m Hydra calls the sweeper instead."""
     with answering():
+        launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+        if launcher != "local":
+            raise ConfigError(f"hydra/launcher={launcher} runs sweeps: add -m (a sweep may be of one point)")
         point = point_from(cfg)
         store = Store(point.output_dir)
         plan = make_plan([point], store)

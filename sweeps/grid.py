@@ -14,6 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from src import hub
 from src.checks import check_grid, point_from
 from src.config import USER_ERRORS, ConfigError, Point, as_typed, one_line, parse_overrides
 from src.identity import digest
@@ -65,6 +66,9 @@ class GridSweeper(Sweeper):
         if points[0].dry_run:
             print(plan.text())
             return
+        if plan.needed:
+            for warning in hub.check(points):
+                print(f"warning: {warning}", file=sys.stderr)
         self.launcher.check(plan)
         command = shlex.join(["python", "-m", "src.train", *as_typed(sys.argv[1:])])
         record = SweepRecord(store, plan, name, command)

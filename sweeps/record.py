@@ -48,13 +48,14 @@ class SweepRecord:
 
         lost: identity of a point's evaluate stage -> why it was not reached. Raises SweepFailed when there are any.
         """
-        self._write("failed" if lost else "done", lost)
+        self._write("aggregating", lost)
 
         from sweeps.aggregate import aggregate, chosen_anywhere  # pandas: only when there is something to aggregate
 
         best = aggregate(self.folder)
         chosen = chosen_anywhere(self.store) | {i for seeds in best.identities for i in seeds}
         tidy(self.store, self.plan, self.plan.points[0].keep, chosen)
+        self._write("failed" if lost else "done", lost)  # only now: whoever waits for it finds everything
         if lost:
             raise SweepFailed(
                 f"{len(lost)} of {len(self.plan.points)} points failed; the same command again runs those alone"

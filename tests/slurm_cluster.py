@@ -241,10 +241,18 @@ class Cluster:
     def start_node(self, name: str) -> None:
         self._daemon("slurmd", "-N", name, log=name)
 
-    def kill_node(self, name: str) -> None:
-        """kill -9 of its slurmd: jobs run on, as when a node's daemon crashes."""
+    def kill_node(self, name: str, jobs: bool = False) -> None:
+        """kill -9 of its slurmd: jobs run on, as when a node's daemon crashes. With `jobs`, of everything on it, as
+        when it loses power: nobody is left to report an end."""
+        ids = self.run("squeue", "-h", "-w", name, "-o", "%A", check=False).split() if jobs else []
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(int((self.root / "run" / f"slurmd-{name}.pid").read_text()), signal.SIGKILL)
+        for mark in (*(f"slurmstepd: [{i}." for i in ids), *(f"SLURM_JOB_ID={i}\0" for i in ids)):
+            where = "cmdline" if mark.startswith("slurmstepd") else "environ"
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if mark.encode() in (process / where).read_bytes():
+                        os.kill(int(process.name), signal.SIGKILL)
 
     def down(self) -> None:
         if (self.root / "env.sh").exists():

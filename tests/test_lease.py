@@ -66,6 +66,22 @@ def test_a_killed_holder_on_this_machine_is_replaced_at_once(tmp_path):
     assert time.monotonic() - begun < 2
 
 
+@pytest.mark.parametrize(("holders_run", "at_once"), [(0, True), (1, False), (2, False)])
+def test_a_job_queued_again_on_another_node_does_not_wait_for_its_own_former_run(
+    tmp_path, impatient, monkeypatch, holders_run, at_once
+):
+    foreign(tmp_path)
+    path = tmp_path / "lease-000001"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"job": "7", "run": holders_run}))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    begun = time.monotonic()
+    with Lease(tmp_path) as lease:
+        assert lease.held
+    # A process of the same run (another node of the job, say) is somebody else.
+    assert (time.monotonic() - begun < 0.5) == at_once
+
+
 def test_a_holder_elsewhere_is_replaced_only_after_its_heartbeat_stood_still(tmp_path, impatient):
     foreign(tmp_path)
     begun = time.monotonic()

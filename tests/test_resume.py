@@ -15,33 +15,11 @@ from src.checks import point_from
 from src.config import ConfigError
 from src.plan import Stage, make_plan
 from src.store import Store
+from tests.artefacts import results
 from tests.conftest import ROOT, SMALL, environment, start, train
 from tests.test_config import composed
 
 POINT = [*SMALL, "dataset.sft_size=960", "dataset.train_size=256", "trainer.align.epochs=2"]
-
-
-def results(output_dir: Path) -> dict[str, object]:
-    """Everything a finished run computed, without its timings."""
-    found: dict[str, object] = {}
-    for done in sorted((output_dir / "store").glob("*/*/DONE")):
-        folder = done.parent
-        for path in sorted(folder.iterdir()):
-            key = f"{folder.parent.name}/{folder.name}/{path.name}"
-            if path.name == "metrics.jsonl":
-                lines = [json.loads(line) for line in path.read_text().splitlines()]
-                found[key] = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-            elif path.name == "result.json":
-                result = json.loads(path.read_text())
-                result["stages"] = [{k: v for k, v in s.items() if k != "seconds"} for s in result["stages"]]
-                found[key] = result
-            elif path.name == "DONE":
-                found[key] = {
-                    k: v for k, v in json.loads(path.read_text()).items() if k in ("stage", "identity", "tokens")
-                }
-            else:
-                found[key] = path.read_bytes()
-    return found
 
 
 @pytest.fixture(scope="module")

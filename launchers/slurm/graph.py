@@ -11,6 +11,11 @@ from src.plan import Plan, Stage
 SHARED = ("sft", "reference", "baseline")
 
 
+def kind_of(stage: Stage) -> str:
+    """Which resources it is computed with."""
+    return stage.role if stage.role in SHARED else "point"
+
+
 @dataclass
 class Work:
     """What one job, or one task of an array, computes."""
@@ -59,8 +64,7 @@ def groups(plan: Plan, elsewhere: Collection[str], leave: Collection[str], array
 
     for identity, stage in plan.stages.items():
         if identity in left and shared(identity):
-            kind = stage.role if stage.role in SHARED else "point"
-            yield Group(kind, [work(stage.label, [stage])], needs([stage]))
+            yield Group(kind_of(stage), [work(stage.label, [stage])], needs([stage]))
     points: dict[tuple[str, ...], list[Work]] = defaultdict(list)
     for point, own in zip(plan.points, plan.point_stages, strict=True):
         if own[-1] in left and own[-1] not in leave:
@@ -83,7 +87,7 @@ def shares(total: int | None, sizes: list[int]) -> list[int | None]:
         return [None] * len(sizes)
     everything = sum(sizes)
     exact = [total * size / everything for size in sizes]
-    given = [max(1, int(e)) for e in exact]
+    given = [min(size, max(1, int(e))) for size, e in zip(sizes, exact, strict=True)]
     by_rest = sorted(range(len(sizes)), key=lambda i: int(exact[i]) - exact[i])
     for i in by_rest:
         if sum(given) < total and given[i] < sizes[i]:

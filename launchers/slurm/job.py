@@ -34,7 +34,8 @@ def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int) -
     Whatever a stage raises goes on to SLURM, which then says FAILED, and its line to the task's file. On USR2 (the
     time limit is near) and TERM the stage saves what it can resume from and the job asks to be queued again.
     """
-    with speaking(ledger.read(Path(folder)), index):
+    submission, store = ledger.read(Path(folder)), Store(output_dir)
+    with speaking(submission, index):
         _meet(stages[0].point.engine.parallel)
 
         from src.distributed import leave
@@ -44,7 +45,13 @@ def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int) -
         use_threads(stages[0].point.engine)
         with RunProgress(LINE_SECONDS) as report:
             for stage in stages:
-                ensure(stage, Store(output_dir), report)
+                ensure(stage, store, report)
+        if rank() == 0 and stages[0].point.keep == "none":
+            # No other point waits for a model that is this task's own; the conclusion would come too late for the disk.
+            own = {identity for _, identity in submission.tasks[index].stages}
+            for stage in stages:
+                if stage.kind == "align" and {stage.identity, stages[-1].identity} <= own:
+                    store.remove_weights(stage)
         leave()
 
 
@@ -64,6 +71,11 @@ def _meet(parallel: str) -> None:
     assert joined.size == here.world_size, f"{joined.size} processes met, {here.world_size} were started"
 
 
+def rank() -> int:
+    """Of this process among those of the job."""
+    return int(os.environ.get("SLURM_PROCID", "0"))
+
+
 def conclude(finish: Callable[[dict[str, Any]], None], sweep: str, folder: str) -> None:
     """All jobs of a sweep have ended: say of each point what became of it, choose the best. Raises SweepFailed."""
     from launchers.slurm.states import lost_points
@@ -77,7 +89,7 @@ def speaking(submission: ledger.Submission, index: int) -> Any:
     """Keeps the task's file true: running, done, stopped or failed and why. Of several processes the first speaks,
     and any that fails."""
     _prepare()
-    path, rank = submission.task_file(index), os.environ.get("SLURM_PROCID", "0")
+    path, leads = submission.task_file(index), rank() == 0
     before = submission.said(index)
     now = {
         "host": os.uname().nodename,
@@ -89,23 +101,23 @@ def speaking(submission: ledger.Submission, index: int) -> Any:
         "stalls": before.get("stalls", 0),
         "mark": before.get("mark"),
     }
-    if rank == "0":
+    if leads:
         write_json(path, {**now, "state": "running"})
     try:
         yield
     except Interrupted as stop:
         log.warning("%s; to be queued again", stop)
         # TERM also comes when another process of the job has failed: that remains what happened.
-        if rank == "0" and submission.said(index).get("state") != "failed":
+        if leads and submission.said(index).get("state") != "failed":
             write_json(path, {**now, "state": "stopped", "reason": str(stop)})
         sys.exit(AGAIN)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what happened
-            where = "" if rank == "0" else f"process {rank}: "
-            if rank == "0" or submission.said(index).get("state") == "running":
+            where = "" if leads else f"process {rank()}: "
+            if leads or submission.said(index).get("state") == "running":
                 write_json(path, {**now, "state": "failed", "error": where + one_line_failure(error)})
         raise
-    if rank == "0":
+    if leads:
         write_json(path, {**now, "state": "done"})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from launchers.slurm.graph import kind_of
 from launchers.slurm.options import RETRY, resources_of
 from src.config import ConfigError
 from src.failure import Lost
@@ -27,14 +28,14 @@ class SlurmLauncher(Launcher):
 
     def __init__(
         self,
-        kinds: Any = None,
-        array_parallelism: int | None = None,
-        signal_delay_s: int = 120,
-        retry: str = "failed",
-        wait: bool = False,
+        kinds: Any,
+        array_parallelism: int | None,
+        signal_delay_s: int,
+        retry: str,
+        wait: bool,
         **common: Any,
     ) -> None:
-        self.resources = resources_of(_plain(common), _plain(kinds or {}))
+        self.resources = resources_of(_plain(common), _plain(kinds))
         if array_parallelism is not None and array_parallelism < 1:
             raise ConfigError(f"hydra.launcher.array_parallelism={array_parallelism}: must be >= 1, or null")
         if not 1 <= signal_delay_s <= 65535:
@@ -52,17 +53,21 @@ class SlurmLauncher(Launcher):
 
     def check(self, plan: Plan) -> None:
         """What can be wrong before anything is written down. Raises ConfigError."""
-        from launchers.slurm import cluster
-
-        for kind in ("sft", "reference", "baseline", "point"):
+        if not plan.needed:
+            return
+        kinds = {kind_of(plan.stages[identity]) for identity in plan.needed} | {"point", "aggregate"}
+        for kind in sorted(kinds - {"aggregate"}):
             for point in plan.points:
                 if self.resources[kind].tasks > 1 and point.engine.parallel == "none":
                     raise ConfigError(
                         f"hydra.launcher: {kind} jobs have {self.resources[kind].tasks} GPUs, but engine="
                         f"{point.engine.name} uses one: choose engine=ddp, or give the job gpus_per_node=1"
                     )
-        if plan.needed:
-            cluster.check_there()
+        from launchers.slurm import cluster
+
+        cluster.check_there()
+        for kind in sorted(kinds):
+            cluster.check_request(kind, self.resources[kind].sbatch())
 
     def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, Lost] | None:
         """Submit what is neither done nor on its way. Returns the points that were not reached once all has ended;
@@ -81,7 +86,7 @@ class SlurmLauncher(Launcher):
                 return set()
             return {p.identity for p in look(folder).points if p.state in ("failed", "cancelled")}
 
-        with Lease(store.sweeps / ".submitting", _waiting):
+        with Lease(store.sweeps / ".submitting", _say_once()):
             submitted = submit(
                 plan,
                 store,
@@ -105,9 +110,17 @@ def _nothing_to_wait_for(submitted: Submitted) -> bool:
     return not submitted.submissions and not submitted.on_their_way
 
 
-def _waiting(holder: str) -> bool:
-    print(f"waiting for another submission to this store ({holder})", flush=True)
-    return False
+def _say_once() -> Callable[[str], bool]:
+    """For a lease: whom it waits for, told as often as that changes."""
+    told: set[str] = set()
+
+    def waiting(holder: str) -> bool:
+        if holder not in told:
+            told.add(holder)
+            print(f"waiting for another submission to this store ({holder})", flush=True)
+        return False
+
+    return waiting
 
 
 def _plain(node: Any) -> Any:

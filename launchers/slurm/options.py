@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from src.config import ConfigError
 
@@ -33,6 +35,66 @@ _OURS = {
     "mem": "hydra.launcher.mem_gb",
     "time": "hydra.launcher.timeout_min",
 }
+
+
+@dataclass
+class KindOptions:
+    """What differs for one kind of job; None: as for every job."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: int | None = None
+    gpus_per_node: Any = None
+    cpus_per_task: int | None = None
+    mem_gb: float | None = None
+    timeout_min: int | None = None
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    setup: list[str] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Kinds:
+    sft: KindOptions = field(default_factory=KindOptions)
+    reference: KindOptions = field(default_factory=KindOptions)
+    baseline: KindOptions = field(default_factory=KindOptions)
+    point: KindOptions = field(default_factory=KindOptions)
+    aggregate: KindOptions = field(default_factory=KindOptions)
+
+
+@dataclass
+class SlurmOptions:
+    """The schema of conf/hydra/launcher/slurm.yaml, which has the values and says what they mean."""
+
+    _target_: str = "hydra_plugins.alignment_sweep.SlurmLauncher"
+    partition: str | None = MISSING
+    account: str | None = MISSING
+    qos: str | None = MISSING
+    constraint: str | None = MISSING
+    nodes: int = MISSING
+    gpus_per_node: Any = MISSING
+    cpus_per_task: int = MISSING
+    mem_gb: float | None = MISSING
+    timeout_min: int = MISSING
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    setup: list[str] = MISSING
+    environment: dict[str, str] = field(default_factory=dict)
+    kinds: Kinds = field(default_factory=Kinds)
+    array_parallelism: int | None = MISSING
+    signal_delay_s: int = MISSING
+    retry: str = MISSING
+    wait: bool = MISSING
+
+
+def schema() -> DictConfig:
+    """SlurmOptions for Hydra, open where any key may be given: `hydra.launcher.environment.NAME=VALUE`."""
+    node = OmegaConf.structured(SlurmOptions)
+    for options in (node, *node.kinds.values()):
+        for name in ("additional_parameters", "environment"):
+            OmegaConf.set_struct(options[name], False)
+    return node
 
 
 @dataclass(frozen=True)
@@ -80,8 +142,8 @@ class Resources:
             "time": self.timeout_min,
             "gpus-per-node": self.gpus_per_node if self.gpus else None,
         }
-        given = {key: value for key, value in values.items() if value is not None}
-        return given | {key.replace("_", "-"): value for key, value in self.additional_parameters.items()}
+        more = {str(key).lstrip("-").replace("_", "-"): value for key, value in self.additional_parameters.items()}
+        return {key: value for key, value in {**values, **more}.items() if value is not None and value is not False}
 
     def shell(self) -> list[str]:
         """Lines that run before the job's own command."""
@@ -91,30 +153,23 @@ class Resources:
 
 def resources_of(common: dict[str, Any], kinds: dict[str, dict[str, Any] | None]) -> dict[str, Resources]:
     """kind -> its resources. Raises ConfigError naming the key of the first bad value."""
-    if unknown := sorted(set(kinds) - set(KINDS)):
-        raise ConfigError(f"hydra.launcher.kinds.{unknown[0]}: no such kind of job; there are {', '.join(KINDS)}")
     every = _checked(Resources(), common, "hydra.launcher")
     return {kind: _checked(every, kinds.get(kind) or {}, f"hydra.launcher.kinds.{kind}") for kind in KINDS}
 
 
 def _checked(base: Resources, values: dict[str, Any], where: str) -> Resources:
-    known = {f.name for f in fields(Resources)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where}.{key}: no such key; there are {', '.join(sorted(known))}")
+    values = {key: value for key, value in values.items() if value is not None}
     for key in ("additional_parameters", "environment"):  # what a kind adds joins what every job has
         values = {**values, key: {**getattr(base, key), **(values.get(key) or {})}}
     resources = replace(base, **values)
     for key, lowest in (("nodes", 1), ("cpus_per_task", 1), ("timeout_min", 1)):
         value = getattr(resources, key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ConfigError(f"{where}.{key}={value}: must be a whole number >= {lowest}")
+        if value < lowest:
+            raise ConfigError(f"{where}.{key}={value}: must be >= {lowest}")
     if not re.fullmatch(r"(\w+:)?\d+", str(resources.gpus_per_node)):
         raise ConfigError(f"{where}.gpus_per_node={resources.gpus_per_node}: must be a number, or TYPE:NUMBER")
-    if resources.mem_gb is not None and not (isinstance(resources.mem_gb, int | float) and resources.mem_gb > 0):
+    if resources.mem_gb is not None and resources.mem_gb <= 0:
         raise ConfigError(f"{where}.mem_gb={resources.mem_gb}: must be > 0, or null for the site's default")
-    if not isinstance(resources.setup, list):
-        raise ConfigError(f"{where}.setup={resources.setup}: must be a list of shell lines")
     for key in resources.additional_parameters:
         name = str(key).lstrip("-").replace("_", "-")
         if name in _OURS:

@@ -12,6 +12,7 @@ from launchers.slurm import cluster, ledger
 from launchers.slurm.cluster import Queued
 from launchers.slurm.graph import SHARED
 from launchers.slurm.ledger import Submission
+from src.config import ConfigError
 from src.failure import Lost
 from src.lease import in_use
 from src.store import StageName, Store, read_json
@@ -28,6 +29,7 @@ _ENDS = {
     "BOOT_FAIL": "its node did not start",
     "DEADLINE": "its deadline passed",
 }
+_NOT_YET = ("", "PENDING", "RUNNING", "COMPLETED")  # not what accounting says in the end of a job without a result
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 
 
@@ -95,7 +97,10 @@ def look(folder: Path, patience: float = PATIENCE_SECONDS) -> Picture:
     if known:
         try:
             queue = cluster.queue()
-        except Exception as error:  # not a submit host, or a controller that is down: the store still answers
+        except (
+            cluster.ClusterSilent,
+            ConfigError,
+        ) as error:  # not a submit host, or a controller that is down: the store still answers
             silent = str(error)
     view = _View(store, sweep, known, queue, silent)
     end = time.monotonic() + patience
@@ -109,10 +114,9 @@ def look(folder: Path, patience: float = PATIENCE_SECONDS) -> Picture:
 
 def lost_points(folder: Path) -> dict[str, Lost]:
     """Of a sweep whose jobs have ended: the points without a result, each with what became of it."""
-    words = {"cancelled": "cancelled"}
     return {
-        point.identity: Lost(words.get(point.state, "failed"), point.detail or point.state)
-        for point in look(folder).points
+        point.identity: Lost("cancelled" if point.state == "cancelled" else "failed", point.detail or point.state)
+        for point in look(folder, patience=5 * PATIENCE_SECONDS).points
         if point.state != "done"
     }
 
@@ -136,7 +140,7 @@ class _View:
             if owned is None or owned.job is None or owned.job in self.queue or owned.said.get("state") == "failed":
                 continue
             state = self.accounted.get(owned.job, "")
-            if state in ("", "PENDING", "RUNNING", "COMPLETED") and not self._done(stages[-1]):
+            if state in _NOT_YET and not self._done(stages[-1]):
                 jobs[owned.job] = None
         return list(jobs)
 
@@ -235,7 +239,7 @@ class _View:
             state.state, state.detail = "cancelled", "its job was cancelled"
         else:
             line = _last_line(owned.log)
-            why = _ENDS.get(word) or (f"SLURM says {word}" if word else "SLURM does not say why")
+            why = _ENDS.get(word) or ("SLURM does not say why" if word in _NOT_YET else f"SLURM says {word}")
             state.detail = f"its job ended without a result: {why}" + (f"; {line}" if line else "")
 
     def _upstream_failure(self, identity: str, stages: list[tuple[str, str]]) -> tuple[str, Path] | None:

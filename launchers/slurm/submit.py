@@ -58,8 +58,6 @@ def submit(
     outcome = Submitted(on_their_way=sum(result in running for result in plan.results))
 
     todo = list(groups(plan, running, leave, cluster.max_array_size()))
-    for kind in dict.fromkeys([*(g.kind for g in todo), *(["aggregate"] if todo else [])]):
-        cluster.check_request(kind, resources[kind].sbatch())
     code = snapshot(folder / "code", exclude=store.output_dir) if todo else None
 
     points = [group for group in todo if group.kind == "point"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src.distributed import world
 from src.failure import StageError
 from src.lease import Lease, LeaseLost
-from src.store import Attempt, Report
+from src.store import Attempt, Report, is_full
 
 if TYPE_CHECKING:
     from src.plan import Stage
@@ -90,4 +89,4 @@ def _disk_full(error: Exception, root: Path) -> bool:
     """Libraries report it in ways of their own, some as nothing but a failed write."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return "No space left" in str(error) or shutil.disk_usage(root).free < 2**20
+    return "No space left" in str(error) or is_full(root)

@@ -1,0 +1,108 @@
+"""What can be said of the SLURM launcher without a cluster."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from launchers.slurm.graph import shares
+from src import hub
+from src.checks import point_from
+from src.config import ConfigError
+from tests.conftest import ROOT, SMALL, environment, train
+from tests.test_config import composed
+
+
+def test_without_sbatch_the_command_says_so_and_writes_nothing(tmp_path):
+    python = tmp_path / "bin"
+    python.mkdir()
+    for name in ("git", "env"):
+        os.symlink(f"/usr/bin/{name}", python / name)
+    command = [sys.executable, "-m", "src.train", "-m", "hydra/launcher=slurm", f"output_dir={tmp_path / 'out'}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**environment(), "PATH": str(python)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "there is no sbatch here" in done.stderr and "hydra/launcher=local" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_run_does_not_ignore_the_launcher_it_was_given(tmp_path):
+    done = train("hydra/launcher=slurm", *SMALL, f"output_dir={tmp_path}", check=False)
+    assert done.returncode == 2 and "add -m" in done.stderr
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("total", "sizes", "expected"),
+    [
+        (None, [3, 5], [None, None]),
+        (8, [30, 10], [6, 2]),
+        (4, [8, 8, 4], [2, 1, 1]),
+        (1, [5, 5], [1, 1]),
+        (100, [3, 5], [3, 5]),
+    ],
+)
+def test_arrays_share_the_places_of_a_sweep_by_their_size(total, sizes, expected):
+    assert shares(total, sizes) == expected
+
+
+def test_hub_names_that_cannot_be_checked_are_named_in_one_warning(monkeypatch, tmp_path):
+    point = point_from(composed("setup=llama32_3b_tldr"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (warning,) = hub.check([point, point])
+    assert warning.count("model.path=meta-llama/Llama-3.2-3B") == 1 and "HF_HUB_OFFLINE" in warning
+    folder = tmp_path / "models--meta-llama--Llama-3.2-3B" / "snapshots"
+    folder.mkdir(parents=True)
+    (warning,) = hub.check([point])
+    assert "model.path" not in warning, "what is in the cache is there"
+    assert hub.check([point_from(composed())]) == []
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The answers of the hub that matter here, by the repository's name."""
+
+    def do_GET(self) -> None:
+        if "/gated/" in self.path and self.path.endswith("auth-check"):
+            self.answer(403, "GatedRepo")
+        elif "/gated/" in self.path:
+            self.answer(200, "", {"id": "gated/model", "gated": "manual", "siblings": [], "tags": []})
+        elif "/open/" in self.path:
+            self.answer(200, "", {"id": "open/model", "siblings": [], "tags": []})
+        else:
+            self.answer(404, "RepoNotFound")
+
+    def answer(self, status: int, code: str, body: dict | None = None) -> None:
+        text = json.dumps(body or {}).encode()
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def reachable_hub(monkeypatch, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+
+
+def test_a_name_the_hub_does_not_have_or_give_is_an_error(reachable_hub):
+    with pytest.raises(ConfigError, match=r"model\.path=some/where: neither a local path nor on the hub"):
+        hub.check([point_from(composed("model.path=some/where"))])
+    with pytest.raises(ConfigError, match=r"model\.path=gated/model: gated on the hub"):
+        hub.check([point_from(composed("model.path=gated/model"))])
+    assert hub.check([point_from(composed("model.path=open/model"))]) == []
