@@ -30,7 +30,7 @@ SlurmctldPort={ctld_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# cred_expire (default 120 s) is also how long a requeued job waits before it may start again
+# cred_expire (default 120 s, at least 5) is also how long a requeued job waits before it may start again
 AuthInfo=socket={root}/run/munge.socket,cred_expire=5
 CredType=cred/munge
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
@@ -60,7 +60,7 @@ DefMemPerCPU=512
 GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=100000,bf_interval=2,bf_window=1440
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000,bf_interval=1,bf_window=1440
 PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -11,13 +11,15 @@ from tests.conftest import ROOT, SMALL, environment, train
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+CLUSTER = COMMANDS[COMMANDS.index("make slurm-install") : COMMANDS.index("make slurm-down") + 1]
 RUNS = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m src.train")]
 
 
 def test_no_command_is_left_out_of_these_tests():
     others = {c for c in COMMANDS if not c.startswith("python -m src.train")}
-    assert others == {"make demo", "make test", "make smollm2", "source .venv/bin/activate"}
-    assert len(RUNS) == 8
+    # Those of the cluster run in test_slurm.
+    assert others - set(CLUSTER) == {"make demo", "make test", "make smollm2", "source .venv/bin/activate"}
+    assert len(RUNS) == 10
 
 
 def test_a_shell_takes_every_command_as_it_is_written():
@@ -48,7 +50,7 @@ def test_make_demo_sweeps_all_methods_and_shows_the_best_table(tmp_path):
 
 def test_make_help_lists_every_target():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("help", "demo", "test", "lint", "bench", "clean", "smollm2"):
+    for target in ("help", "demo", "test", "lint", "bench", "clean", "smollm2", "slurm-up", "chaos"):
         assert f"make {target} " in listed
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tests.artefacts import results
 from tests.conftest import ROOT, SMALL, environment, start, train
 from tests.slurm_cluster import Cluster, missing
+from tests.test_readme import CLUSTER
 
 MAX_ARRAY = 8
 SLURM = [
@@ -439,3 +441,35 @@ def test_a_bad_request_is_refused_before_anything_is_written_or_submitted(slurm,
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not queue(slurm) and not list(tmp_path.iterdir())
+
+
+def test_the_readmes_way_to_a_cluster_and_back(tmp_path):
+    if reason := missing():
+        pytest.skip(reason)
+    root, out = tmp_path / "cluster", tmp_path / "out"
+    lines = []
+    for line in CLUSTER[1:]:  # what comes before is the installation, which .ci/run does
+        line = re.sub(r"^python ", f"{sys.executable} ", line).replace("outputs/", f"{out}/")
+        if line.startswith("make"):
+            line += f" ARGS='--root {root} --nodes 2'"
+        if "src.train" in line:
+            line += f" {' '.join(SMALL)} method=dpo,orpo beta=0.1 output_dir={out}"
+        lines.append(line.replace(".slurm/env.sh", str(root / "env.sh")))
+    assert [line.split()[:3][-1] for line in lines if line.startswith(sys.executable)] == [
+        "src.train",
+        "sweeps.status",
+        "sweeps.cancel",
+    ]
+    try:
+        script = ["bash", "-ec", "\n".join(lines[:-1])]
+        done = subprocess.run(
+            script, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 submitted now" in done.stdout and "2 points: 2 done" in done.stdout
+        assert "no jobs to cancel" in done.stdout and (out / "sweeps" / "demo" / "report.html").exists()
+    finally:
+        subprocess.run(["bash", "-ec", lines[-1]], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert not list(root.glob("run/*.pid")) or not any(
+        Path(f"/proc/{p.read_text().strip()}").exists() for p in root.glob("run/*.pid")
+    )

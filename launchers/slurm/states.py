@@ -17,7 +17,7 @@ from src.failure import Lost
 from src.lease import in_use
 from src.store import StageName, Store, read_json
 
-STATES = ("running", "queued", "to do", "done", "failed", "cancelled")
+STATES = ("failed", "cancelled", "running", "queued", "to do", "done")  # as one wants to read them
 PATIENCE_SECONDS = 6.0  # with accounting, which lags behind
 
 # What SLURM's words for an end mean to a user.
@@ -184,7 +184,7 @@ class _View:
         """Of what the last of the stages is there for."""
         identity = stages[-1][1]
         if self._done(stages[-1]):
-            return State(label, identity, "done")
+            return State(label, identity, "done", self._result(stages[-1]))
         owned = self.owner.get(identity)
         if owned is None or owned.job is None:
             return self._elsewhere(State(label, identity, "to do"), stages, recorded)
@@ -200,6 +200,14 @@ class _View:
         else:
             self._ended(state, owned, stages)
         return state
+
+    def _result(self, stage: tuple[str, str]) -> str:
+        try:
+            result = read_json(self.store.dir(_name(stage)) / "result.json")
+        except FileNotFoundError:  # a shared stage's
+            return ""
+        quality, kl = result["quality"], result["kl"]["per_sequence"]
+        return f"{quality['metric']} {quality['value']:.3f}, KL {kl['value']:.2f}"
 
     def _elsewhere(self, state: State, stages: list[tuple[str, str]], recorded: dict[str, Any]) -> State:
         """No job of ours: a local process may be at it, or an earlier run has failed."""

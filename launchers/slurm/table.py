@@ -18,7 +18,7 @@ from src.progress import seconds_text
 
 REFRESH_SECONDS = 2.0
 LINE_SECONDS = 15.0  # between plain lines when nothing changes
-ROWS = 30  # of points in one state; the rest is counted
+ROWS = 30  # points of a sweep up to which each has a row; of larger ones what fails and runs
 _STYLES = {"running": "green", "failed": "red", "cancelled": "yellow", "queued": "", "done": "dim", "to do": "dim"}
 
 
@@ -92,11 +92,12 @@ def render(picture: Picture, folder: Path, everything: bool = False) -> Group:
         table.add_column(name, overflow="fold", no_wrap=name != "what")
     for state in STATES:
         rows = [s for s in [*picture.shared, *picture.points] if s.state == state]
-        shown = rows if everything or state in ("running", "failed") else rows[: ROWS if len(rows) <= ROWS else 0]
+        alone = everything or len(picture.points) <= ROWS or state in ("failed", "running")
+        shown = rows if alone else []
         for row in shown:
             table.add_row(*_cells(row))
         if len(rows) > len(shown):
-            reasons = Counter(row.detail for row in rows if row.detail)
+            reasons = Counter(row.detail for row in rows if row.detail and state != "done")
             table.add_row(
                 Text(state, style=_STYLES[state]),
                 f"{len(rows)} points",
