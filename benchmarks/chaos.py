@@ -52,7 +52,7 @@ class Chaos:
             "slurmd killed and restarted": self.kill_slurmd,
             "node lost: its processes killed, then down": self.lose_node,
             "newest checkpoint damaged": self.damage,
-            "driver killed while it submits": self.kill_driver,
+            "driver killed": self.kill_driver,
         }
 
     def driver(self) -> subprocess.Popen[str]:
@@ -126,17 +126,25 @@ class Chaos:
         return True
 
     def damage(self) -> bool:
-        files = sorted((self.folder / "store").glob("align/.work/*/checkpoints/step-*/*.safetensors"))
-        if not files:
+        folders = {path.parent for path in (self.folder / "store").glob("align/.work/*/checkpoints/step-*")}
+        if not folders:
             return False
-        with contextlib.suppress(OSError), self.random.choice(files).open("r+b") as handle:
-            handle.seek(self.random.randrange(1000, 100_000))
-            handle.write(b"\xff" * 64)
+        newest = max(self.random.choice(sorted(folders)).glob("step-*"), default=None)
+        try:
+            with (newest or self.folder).joinpath("model.safetensors").open("r+b") as handle:
+                handle.seek(self.random.randrange(1000, 100_000))
+                handle.write(b"\xff" * 64)
+        except OSError:  # gone meanwhile
+            return False
         return True
 
     def kill_driver(self) -> bool:
+        """Between writing down that something is submitted and SLURM's answer, when it has something to submit."""
         driver = self.driver()
-        time.sleep(self.random.uniform(0.3, 0.9))
+        end = time.monotonic() + 3
+        while time.monotonic() < end and driver.poll() is None:
+            if any(s.state == "preparing" for s in ledger.submissions([self.sweep])):
+                break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(driver.pid, signal.SIGKILL)
         driver.communicate()
@@ -158,7 +166,7 @@ class Chaos:
         """Strike until there were enough blows and all is done; how many times the command had to be given."""
         for _ in range(3):  # the first submission is where a driver has most to lose
             self.kill_driver()
-            self.count["driver killed while it submits"] += 1
+            self.count["driver killed"] += 1
         self.submit()
         submissions = 1
         while sum(self.count.values()) < blows or self.done() < POINTS:

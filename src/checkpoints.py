@@ -78,8 +78,8 @@ def _damage(checkpoint: Path) -> str | None:
         for name, digest in read_json(checkpoint / _STATE)["files"].items():
             if _digest(checkpoint / name) != digest:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError) as error:
-        return f"cannot be read ({error})"
+    except (FileNotFoundError, ValueError, KeyError) as error:  # a server that does not answer is no damage
+        return f"is not whole ({error})"
     return None
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # What leader and followers tell each other between stages may take as long as the leader samples alone.
 _PATIENCE = timedelta(days=7)
+# A step, during which the leader may write a checkpoint of a large model to a slow disk.
+_STEP = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def join(parallel: str) -> World:
 
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        # A site may show every process all GPUs of the job, or its own alone.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_STEP)
     _world = World(
         dist.get_rank(),
         dist.get_world_size(),

@@ -27,13 +27,13 @@ def revision() -> dict[str, Any]:
     }
 
 
-def snapshot(folder: Path, exclude: Path) -> Path:
+def snapshot(folder: Path, output_dir: Path) -> Path:
     """A whole copy of the code below `folder`, named by its content: equal code is copied once.
 
     Copied is what git tracks or could track (not what it ignores), or where there is no git this project's packages;
-    nothing below `exclude`. Raises ConfigError when that is too much to be code.
+    nothing that was written below `output_dir`. Raises ConfigError when that is too much to be code.
     """
-    files = _files(exclude.resolve())
+    files = _files(_written(output_dir.resolve()))
     if (total := sum(f.stat().st_size for f in files)) > LIMIT:
         largest = max(files, key=lambda f: f.stat().st_size)
         raise ConfigError(
@@ -65,13 +65,21 @@ def snapshot(folder: Path, exclude: Path) -> Path:
     return final
 
 
-def _files(exclude: Path) -> list[Path]:
+def _written(output_dir: Path) -> set[Path]:
+    """Folders of results: all of output_dir where it is a subfolder of the checkout, else what is known there."""
+    if ROOT in output_dir.parents:
+        return {output_dir}
+    sweeps = {path.parent for path in output_dir.glob("sweeps/*/sweep.json")}
+    return {output_dir / "store", output_dir / "runs", output_dir / "wandb", *sweeps}
+
+
+def _files(exclude: set[Path]) -> list[Path]:
     listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listed is not None:
         paths = {ROOT / name for name in listed.split("\0") if name}
     else:
         paths = {p for package in PACKAGES for p in (ROOT / package).rglob("*") if "__pycache__" not in p.parts}
-    return sorted(p for p in paths if p.is_file() and exclude not in p.resolve().parents)
+    return sorted(p for p in paths if p.is_file() and exclude.isdisjoint(p.resolve().parents))
 
 
 def _git(*arguments: str) -> str | None:

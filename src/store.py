@@ -33,10 +33,15 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` whole: a reader sees the old text or the new, never half of it."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same for text."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with draft.open("w") as handle:
-            handle.write(json.dumps(value, indent=1) + "\n")
+            handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(draft, path)

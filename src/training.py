@@ -138,6 +138,7 @@ def train(
     for step in range(state["step"], total):
         if stopping:
             save(step)
+            here.tell()  # the others must not end, and take this one with them, before all is on disk
             raise interruption.Interrupted(f"{attempt.label} stopped at {step}/{total}: {interruption.requested()}")
         attempt.step(step, total, interruptible=False)
         started = time.perf_counter()

@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 
 from src.methods import METHODS
-from src.store import DONE, Store, read_json
+from src.store import DONE, Store, read_json, write_text
 from src.train import answering
 from sweeps.record import check_sweep, read_sweep
 from sweeps.statistics import best_points
@@ -76,7 +76,7 @@ def aggregate(folder: Path, quiet: bool = False) -> pd.DataFrame:
     points = collect(folder)
     best = best_points(points)
     points.to_csv(folder / "points.csv", index=False)
-    (folder / "best.yaml").write_text(best_yaml(best))
+    write_text(folder / "best.yaml", best_yaml(best))
     write_tables(folder, best)
     write_report(folder, points, best, figures.write(folder, points, best))
     if not quiet:

@@ -6,8 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from launchers.slurm import cluster
+from launchers.slurm import cluster, ledger
 from launchers.slurm.states import look
+from launchers.slurm.submit import abandon
+from src.lease import Lease
 from src.train import answering
 from sweeps.record import check_sweep
 
@@ -19,6 +21,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with answering():
         check_sweep(arguments.dir)
+        with Lease(arguments.dir.resolve().parent / ".submitting"):
+            abandon(ledger.submissions([arguments.dir.resolve()]), cluster.queue())
         picture = look(arguments.dir, patience=0.0)
         if picture.silent:
             raise cluster.ClusterSilent(picture.silent)

@@ -1,4 +1,4 @@
-"""How a sweep stands: `python -m sweeps.status DIR [--watch] [--all]`. Exit code 1 when points failed."""
+"""How a sweep stands: `python -m sweeps.status DIR [--watch] [--all]`. Exit code 1 when something failed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> int:
         else:
             picture = look(arguments.dir)
             console.print(render(picture, arguments.dir, arguments.all))
-    return 1 if picture.count("failed") + picture.count("cancelled") else 0
+    return 1 if picture.count("failed") or picture.count("cancelled") or picture.unconcluded else 0
 
 
 if __name__ == "__main__":

@@ -9,10 +9,15 @@ import threading
 
 import pytest
 
+from launchers.slurm import cluster, ledger
 from launchers.slurm.graph import shares
-from src import hub
+from launchers.slurm.ledger import Task
+from launchers.slurm.submit import _on_their_way
+from src import hub, revision
 from src.checks import point_from
 from src.config import ConfigError
+from src.plan import make_plan
+from src.store import Store
 from tests.conftest import ROOT, SMALL, environment, train
 from tests.test_config import composed
 
@@ -48,6 +53,41 @@ def test_a_single_run_does_not_ignore_the_launcher_it_was_given(tmp_path):
 )
 def test_arrays_share_the_places_of_a_sweep_by_their_size(total, sizes, expected):
     assert shares(total, sizes) == expected
+
+
+def test_what_waits_for_a_job_that_has_failed_is_not_on_its_way(monkeypatch, tmp_path):
+    """Between the failure of a shared stage and SLURM's next look at dependencies, its children still stand in the
+    queue: a moment too short to meet on a cluster on purpose."""
+    store = Store(tmp_path)
+    point = point_from(composed("method=orpo"))
+    plan = make_plan([point], store)
+    sft, align = (next(s for s in plan.stages.values() if s.kind == kind) for kind in ("sft", "align"))
+    tasks = [Task("sft", [["sft", sft.identity]], "1"), Task("point", [["align", align.identity]], "2")]
+    known = [ledger.new(tmp_path / "sweeps" / "x", task.label, [task]) for task in tasks]
+    ended: set[str] = set()
+    monkeypatch.setattr("launchers.slurm.cluster.cancel", ended.update)
+    waiting = cluster.Queued("2", "x-point", "PENDING", "Dependency")
+    running = cluster.Queued("1", "x-sft", "RUNNING", "None")
+    assert _on_their_way(plan, known, {"1": running, "2": waiting}) == {sft.identity: "1", align.identity: "2"}
+    assert not ended
+    assert _on_their_way(plan, known, {"2": waiting}) == {} and ended == {"2"}
+
+
+@pytest.mark.parametrize("name", ["SBATCH_TIMELIMIT", "SBATCH_PARTITION", "SLURM_ARRAY_TASK_ID", "MASTER_PORT"])
+def test_variables_of_the_shell_do_not_overrule_what_is_submitted(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_CONF", "kept")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "kept")
+    with cluster.clean_environment({"partition": "gpu"}):
+        assert name not in os.environ and os.environ["SLURM_CONF"] == os.environ["SBATCH_ACCOUNT"] == "kept"
+    assert os.environ[name] == "1"
+
+
+def test_the_code_is_copied_whole_wherever_results_go(tmp_path):
+    for output_dir in (ROOT / "outputs", tmp_path, ROOT.parent, ROOT):
+        code = revision.snapshot(tmp_path / "code", output_dir)
+        assert (code / "src" / "train.py").exists() and (code / "sweeps" / "grid.py").exists()
+    assert len(list((tmp_path / "code").iterdir())) == 1
 
 
 def test_hub_names_that_cannot_be_checked_are_named_in_one_warning(monkeypatch, tmp_path):

@@ -364,6 +364,79 @@ def test_two_processes_of_a_job_train_one_point_as_one_process_does(slurm, calm,
         assert [m[name] for m in metrics] == pytest.approx([m[name] for m in wanted], abs=1e-4)
 
 
+def test_processes_of_a_job_told_to_stop_wait_for_the_one_that_saves(slurm, undisturbed, tmp_path):
+    # A checkpoint that takes longer than SLURM leaves the processes of a step of which one has ended.
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(
+        "import os, shutil, time\n"
+        "copy = shutil.copy\n"
+        "def slow(*a, **k):\n"
+        "    if '/checkpoints/.draft' in str(a[1]): time.sleep(4)\n"
+        "    return copy(*a, **k)\n"
+        "shutil.copy = slow\n"
+    )
+    arguments = [
+        "-m",
+        "method=dpo",
+        "beta=0.1",
+        *LONG,
+        "trainer.checkpoint_steps=10000",
+        "engine=ddp",
+        "sweep.name=stop",
+    ]
+    gpus = [
+        "hydra.launcher.kinds.point.gpus_per_node=2",
+        f"hydra.launcher.kinds.point.setup=['export PYTHONPATH={slow}']",
+    ]
+    shutil.copytree(undisturbed / "store" / "sft", tmp_path / "out" / "store" / "sft")
+    train(*arguments, *SLURM, *gpus, f"output_dir={tmp_path / 'out'}")
+    folder = tmp_path / "out" / "sweeps" / "stop"
+    job = submissions(folder)["point"]["tasks"][0]["job"]
+
+    def progress() -> int:
+        files = list((tmp_path / "out" / "store").glob("align/.work/*/progress.json"))
+        return json.loads(files[0].read_text())["step"] if files else 0
+
+    until(lambda: progress() > 0)
+    slurm.run("scancel", "--signal=USR2", job)
+    until(lambda: next(t for t in said(folder) if t["job"] == job)["state"] != "running")
+    task = next(t for t in said(folder) if t["job"] == job)
+    assert task["state"] in ("stopped", "requeued"), task
+    until(lambda: step_of(tmp_path / "out") > 0, 10)
+    until(lambda: next(t for t in said(folder) if t["job"] == job).get("mark"), 20)
+    assert next(t for t in said(folder) if t["job"] == job)["mark"][1] == step_of(tmp_path / "out")
+
+
+def test_an_aggregation_that_fails_is_not_mistaken_for_a_sweep_that_is_done(slurm, calm, tmp_path):
+    shutil.copytree(calm / "store", tmp_path / "store")
+    broken = "hydra.launcher.kinds.aggregate.environment.PYTHONHOME=/nowhere"
+    arguments = ["-m", "method=dpo,orpo", "beta=0.1,1,3", *SMALL, "sweep.name=four"]
+    train(*arguments, *SLURM, broken, f"output_dir={tmp_path}")
+    until(lambda: not queue(slurm))
+    status = tool("status", tmp_path / "sweeps" / "four")
+    assert status.returncode == 1 and "6 points: 6 done" in status.stdout
+    assert "the aggregation failed" in status.stdout
+    train(*arguments, *SLURM, f"output_dir={tmp_path}")
+    assert tool("status", tmp_path / "sweeps" / "four").returncode == 0
+    assert sweep_json(tmp_path / "sweeps" / "four")["state"] == "done" and not queue(slurm)
+
+
+def test_a_sweep_made_smaller_until_all_is_done_is_not_overwritten_later(slurm, calm, tmp_path):
+    shutil.copytree(calm / "store", tmp_path / "store")
+
+    def submit(betas: str) -> str:
+        arguments = ["-m", "method=dpo", f"beta={betas}", *SMALL, "sweep.name=less", LATER]
+        return train(*arguments, *SLURM, f"output_dir={tmp_path}").stdout
+
+    assert "1 done, 0 on their way, 1 submitted now" in submit("0.1,3")
+    point = submissions(tmp_path / "sweeps" / "less")["point"]["tasks"][0]["job"]
+    assert len(queue(slurm)) == 2
+    assert "dpo beta=3 lr=0.001" in submit("0.1")
+    until(lambda: queue(slurm) == [point], 10)
+    assert sweep_json(tmp_path / "sweeps" / "less")["state"] == "done"
+
+
 def test_a_full_disk_is_named_and_the_same_command_goes_on_with_more_space(slurm, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -431,6 +504,7 @@ def test_leaving_a_waiting_command_leaves_the_jobs(slurm, tmp_path):
         ("hydra.launcher.additional_parameters.array=1", "decided by hydra.launcher.array_parallelism"),
         ("hydra.launcher.timeout_min=0", "hydra.launcher.timeout_min=0: must be >= 1"),
         ("hydra.launcher.gpus_per_node=many", "must be a number, or TYPE:NUMBER"),
+        ("hydra.launcher.timeout_min=2", "would be told to stop as they start"),
         ("hydra.launcher.retry=sometimes", "must be one of failed, none"),
         ("hydra.launcher.partion=gpu", "Key 'partion' not in 'SlurmOptions'"),
         ("beta=-1", "beta=-1: must be > 0"),

@@ -7,6 +7,7 @@ checkpoint, for as long as it advances.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from launchers.slurm import cluster, ledger
 from launchers.slurm.job import AGAIN
+from src.config import ConfigError
 from src.failure import StageError
 from src.store import StageName, Store, write_json
 
@@ -28,18 +30,22 @@ def main(arguments: list[str]) -> int:
     # A batch script is not told why its step ended. Cancelled, preempted or out of time: SLURM has decided already.
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
-    if cluster.state_of(name) != "RUNNING":
-        return 0
-    stopped = code == AGAIN or said.get("state") == "stopped"
+    stopped = said.get("state") == "stopped" and bool(said.get("limit"))
     if said.get("state") == "failed":
         return 0
-    if not stopped and code <= 128:
+    with contextlib.suppress(cluster.ClusterSilent):  # then it is asked to queue the job again all the same
+        if cluster.state_of(name) != "RUNNING":
+            return 0
+    if code != AGAIN and code <= 128:
         _fail(submission, index, said, f"exit code {code}; see {submission.log(index)}")
         return 0
     store = Store(folder.parents[3])
     mark = progress_mark(store, submission.tasks[index].stages)
     stalls = 0 if mark > (said.get("mark") or [0, 0]) else said.get("stalls", 0) + 1
-    how = "was stopped before its time limit" if stopped else f"was killed (exit code {code})"
+    if stopped:
+        how = "was stopped before its time limit"
+    else:
+        how = "was told to end" if code == AGAIN else f"was killed (exit code {code})"
     if stalls >= STALLS[stopped]:
         where = f"after {mark[0]} of {len(submission.tasks[index].stages)} stages, at checkpoint {mark[1]}"
         advice = "raise hydra.launcher.timeout_min or lower trainer.checkpoint_steps" if stopped else "see its log"
@@ -50,7 +56,7 @@ def main(arguments: list[str]) -> int:
     )
     try:
         cluster.requeue(name)
-    except StageError as error:
+    except (StageError, ConfigError) as error:
         _fail(submission, index, said, f"{how} and cannot be queued again ({error})")
     return 0
 

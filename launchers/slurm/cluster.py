@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from src.config import ConfigError
@@ -43,12 +46,30 @@ def check_there() -> None:
 def check_request(kind: str, options: dict[str, object]) -> None:
     """Ask SLURM whether such a job could ever run (`sbatch --test-only`). Raises ConfigError with its answer."""
     command = ["sbatch", "--test-only", *flags(options), "--wrap", "true"]
-    done = _run(command)
+    with clean_environment(options):
+        done = _run(command)
     if done.returncode != 0:
         said = " ".join(done.stderr.split())
         raise ConfigError(
             f"hydra.launcher: SLURM refuses the {kind} job ({said}); asked for: {' '.join(command[2:-2])}"
         )
+
+
+@contextlib.contextmanager
+def clean_environment(options: dict[str, object]) -> Iterator[None]:
+    """Without variables that would overrule the options of a submission, or tell its jobs of another job."""
+    decided = {"TIMELIMIT", "SIGNAL", "REQUEUE", "NO_REQUEUE", "WAIT", "EXPORT", "JOB_NAME", "OPEN_MODE", "ARRAY_INX"}
+    decided |= {key.upper().replace("-", "_") for key in options}
+    foreign = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+    before = dict(os.environ)
+    for name in before:
+        other_job = name.startswith("SLURM_") and name != "SLURM_CONF"
+        if other_job or name in foreign or (name.removeprefix("SBATCH_") in decided and name.startswith("SBATCH_")):
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ |= before
 
 
 def flags(options: dict[str, object]) -> list[str]:
@@ -101,28 +122,32 @@ def cancel(jobs: Iterable[str]) -> None:
 
 
 def state_of(job: str) -> str | None:
-    """Of one job or array task; None when the queue has it no more."""
-    done = _run(["squeue", "--noheader", "--jobs", job, "--format=%T"])
-    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+    """Of one job or array task; None when the queue has it no more. Raises ClusterSilent."""
+    text = _patiently(["squeue", "--noheader", "--jobs", job, "--format=%T"], known="Invalid job id")
+    return text.split()[0] if text.strip() else None
 
 
 def requeue(job: str) -> None:
-    """Raises StageError with SLURM's answer when it will not."""
-    done = _run(["scontrol", "requeue", job])
-    if done.returncode != 0:
-        raise StageError(f"scontrol requeue {job}: {' '.join((done.stdout + done.stderr).split())}")
+    """Raises StageError with SLURM's answer when it will not, not even after a while."""
+    _patiently(["scontrol", "requeue", job])
 
 
-def _patiently(command: list[str]) -> str:
-    """Output of a command that a busy or restarting controller may leave unanswered for a while."""
+def _patiently(command: list[str], known: str | None = None) -> str:
+    """Output of a command that a busy or restarting controller may leave unanswered for a while.
+
+    known: an error that is an answer: nothing. Raises ClusterSilent.
+    """
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
         done = _run(command)
         if done.returncode == 0:
             return done.stdout
+        if known is not None and known in done.stderr:
+            return ""
         if time.monotonic() > end:
-            raise ClusterSilent(f"SLURM does not answer ({command[0]}: {' '.join(done.stderr.split())}); try again")
-        time.sleep(1)
+            said = " ".join((done.stdout + done.stderr).split())
+            raise ClusterSilent(f"SLURM does not answer ({' '.join(command[:2])}: {said}); try again")
+        time.sleep(random.uniform(0.5, 2))  # hundreds of jobs may ask at once
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -88,7 +88,7 @@ def shares(total: int | None, sizes: list[int]) -> list[int | None]:
     everything = sum(sizes)
     exact = [total * size / everything for size in sizes]
     given = [min(size, max(1, int(e))) for size, e in zip(sizes, exact, strict=True)]
-    by_rest = sorted(range(len(sizes)), key=lambda i: int(exact[i]) - exact[i])
+    by_rest = sorted(range(len(sizes)), key=lambda i: given[i] - exact[i])
     for i in by_rest:
         if sum(given) < total and given[i] < sizes[i]:
             given[i] += 1

@@ -17,7 +17,7 @@ from src import interruption
 from src.failure import one_line_failure
 from src.interruption import Interrupted
 from src.progress import RunProgress
-from src.store import Store, write_json
+from src.store import Store, read_json, write_json
 
 if TYPE_CHECKING:
     from src.plan import Stage
@@ -80,7 +80,15 @@ def conclude(finish: Callable[[dict[str, Any]], None], sweep: str, folder: str) 
     """All jobs of a sweep have ended: say of each point what became of it, choose the best. Raises SweepFailed."""
     from launchers.slurm.states import lost_points
 
-    with speaking(ledger.read(Path(folder)), 0):
+    if rank() != 0:
+        return
+    submission = ledger.read(Path(folder))
+    with speaking(submission, 0):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever ends this has a better conclusion coming
+        now = [point["identity"] for point in read_json(Path(sweep) / "sweep.json")["points"]]
+        if now != submission.results:
+            log.warning("the sweep has other points by now: nothing to conclude")
+            return
         finish(lost_points(Path(sweep)))
 
 
@@ -109,12 +117,12 @@ def speaking(submission: ledger.Submission, index: int) -> Any:
         log.warning("%s; to be queued again", stop)
         # TERM also comes when another process of the job has failed: that remains what happened.
         if leads and submission.said(index).get("state") != "failed":
-            write_json(path, {**now, "state": "stopped", "reason": str(stop)})
-        sys.exit(AGAIN)
+            write_json(path, {**now, "state": "stopped", "reason": str(stop), "limit": _near_its_limit})
+        sys.exit(AGAIN if leads else 0)  # a bad exit of one process ends the others at once
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what happened
             where = "" if leads else f"process {rank()}: "
-            if leads or submission.said(index).get("state") == "running":
+            if submission.said(index).get("state") == "running":  # who fails first knows why
                 write_json(path, {**now, "state": "failed", "error": where + one_line_failure(error)})
         raise
     if leads:
@@ -140,5 +148,10 @@ def _clear_half_written_results() -> None:
         result.with_suffix(result.suffix + ".save_tmp").unlink(missing_ok=True)
 
 
+_near_its_limit = False  # whether it was the time limit that this job was told to stop for
+
+
 def _ask_to_stop(signum: int, frame: Any) -> None:
-    interruption.request("the time limit is near" if signum == signal.SIGUSR2 else "SLURM wants the place back")
+    global _near_its_limit
+    _near_its_limit = signum == signal.SIGUSR2
+    interruption.request("the time limit is near" if _near_its_limit else "SLURM wants the place back")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launchers.slurm.graph import kind_of
 from launchers.slurm.options import RETRY, resources_of
-from src.config import ConfigError
+from src.config import ConfigError, Point
 from src.failure import Lost
 from src.lease import Lease
 from src.plan import Plan
@@ -40,6 +40,13 @@ class SlurmLauncher(Launcher):
             raise ConfigError(f"hydra.launcher.array_parallelism={array_parallelism}: must be >= 1, or null")
         if not 1 <= signal_delay_s <= 65535:
             raise ConfigError(f"hydra.launcher.signal_delay_s={signal_delay_s}: must be between 1 and 65535 seconds")
+        for kind, of_kind in self.resources.items():
+            if kind != "aggregate" and of_kind.timeout_min * 60 <= signal_delay_s + 60:
+                raise ConfigError(
+                    f"hydra.launcher: {kind} jobs of timeout_min={of_kind.timeout_min} would be told to stop as they"
+                    f" start (signal_delay_s={signal_delay_s} before the end, and up to 60 s earlier): raise the one or"
+                    " lower the other"
+                )
         if retry not in RETRY:
             raise ConfigError(f"hydra.launcher.retry={retry}: must be one of {', '.join(RETRY)}")
         self.array_parallelism, self.signal_delay_s = array_parallelism, signal_delay_s
@@ -58,6 +65,7 @@ class SlurmLauncher(Launcher):
         kinds = {kind_of(plan.stages[identity]) for identity in plan.needed} | {"point", "aggregate"}
         for kind in sorted(kinds - {"aggregate"}):
             for point in plan.points:
+                self._check_share(kind, point)
                 if self.resources[kind].tasks > 1 and point.engine.parallel == "none":
                     raise ConfigError(
                         f"hydra.launcher: {kind} jobs have {self.resources[kind].tasks} GPUs, but engine="
@@ -69,13 +77,26 @@ class SlurmLauncher(Launcher):
         for kind in sorted(kinds):
             cluster.check_request(kind, self.resources[kind].sbatch())
 
+    def _check_share(self, kind: str, point: Point) -> None:
+        tasks, trainer = self.resources[kind].tasks, point.trainer
+        key, size = {"sft": ("sft", trainer.sft.batch_size), "point": ("align", trainer.align.batch_size)}.get(
+            kind, ("", tasks)
+        )
+        if size < tasks:
+            raise ConfigError(
+                f"trainer.{key}.batch_size={size}: below the {tasks} processes of a {kind} job, each of which needs an"
+                " example a step; lower hydra.launcher.gpus_per_node or nodes"
+            )
+
     def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, Lost] | None:
         """Submit what is neither done nor on its way. Returns the points that were not reached once all has ended;
         None when jobs go on, the last of which calls `finish` with them.
 
         Raises ConfigError when SLURM refuses a job, ClusterSilent when it does not answer.
         """
-        if not plan.needed:
+        from launchers.slurm import cluster, ledger
+
+        if not plan.needed and not ledger.submissions([folder]):
             return {}
         from launchers.slurm.states import look, lost_points
         from launchers.slurm.submit import submit
@@ -86,17 +107,22 @@ class SlurmLauncher(Launcher):
                 return set()
             return {p.identity for p in look(folder).points if p.state in ("failed", "cancelled")}
 
-        with Lease(store.sweeps / ".submitting", _say_once()):
-            submitted = submit(
-                plan,
-                store,
-                folder,
-                finish,
-                self.resources,
-                leave(),
-                self.array_parallelism,
-                self.signal_delay_s,
-            )
+        try:
+            with Lease(store.sweeps / ".submitting", _say_once()):
+                submitted = submit(
+                    plan,
+                    store,
+                    folder,
+                    finish,
+                    self.resources,
+                    leave(),
+                    self.array_parallelism,
+                    self.signal_delay_s,
+                )
+        except (ConfigError, cluster.ClusterSilent):
+            if plan.needed:
+                raise
+            return {}  # all is there, and SLURM not to be asked
         announce(plan, folder, submitted)
         if _nothing_to_wait_for(submitted):
             return lost_points(folder)

@@ -39,6 +39,7 @@ class Submission:
     kind: str  # sft, reference, baseline, point, aggregate
     tasks: list[Task]
     results: list[str] = field(default_factory=list)  # of an aggregation: the points it concludes
+    waits_for: list[str] = field(default_factory=list)  # of an aggregation: the jobs that end before it
     code: str = ""
     written: float = field(default_factory=time.time)
     state: str = "preparing"  # preparing, submitted, abandoned

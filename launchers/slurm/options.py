@@ -26,6 +26,7 @@ _OURS = {
     "output": "the launcher",
     "error": "the launcher",
     "open-mode": "the launcher",
+    "export": "hydra.launcher.environment",
     "chdir": "the launcher",
     "ntasks": "hydra.launcher.nodes and gpus_per_node (one task a GPU)",
     "ntasks-per-node": "hydra.launcher.gpus_per_node (one task a GPU)",
@@ -166,7 +167,7 @@ def _checked(base: Resources, values: dict[str, Any], where: str) -> Resources:
         value = getattr(resources, key)
         if value < lowest:
             raise ConfigError(f"{where}.{key}={value}: must be >= {lowest}")
-    if not re.fullmatch(r"(\w+:)?\d+", str(resources.gpus_per_node)):
+    if not re.fullmatch(r"([^:\s]+:)?\d+", str(resources.gpus_per_node)):
         raise ConfigError(f"{where}.gpus_per_node={resources.gpus_per_node}: must be a number, or TYPE:NUMBER")
     if resources.mem_gb is not None and resources.mem_gb <= 0:
         raise ConfigError(f"{where}.mem_gb={resources.mem_gb}: must be > 0, or null for the site's default")

@@ -75,7 +75,7 @@ class Picture:
     jobs: list[Queued]  # of this sweep's own submissions, not ended
     aggregation: list[str]  # those of them that conclude the sweep
     removed: dict[str, str]  # job -> label: own jobs whose points the sweep no longer has
-    finished: str | None  # when it was concluded
+    unconcluded: str | None  # why the aggregation, which has ended, did not write the results
     silent: str | None = None  # why SLURM could not be asked
 
     def count(self, state: str) -> int:
@@ -89,8 +89,9 @@ class Picture:
 
 def look(folder: Path, patience: float = PATIENCE_SECONDS) -> Picture:
     """Ask the store and SLURM. patience: seconds to wait for accounting to catch up with jobs that have just ended."""
+    folder = folder.resolve()
     sweep = read_json(folder / "sweep.json")
-    store = Store(folder.absolute().parent.parent)
+    store = Store(folder.parent.parent)
     known = [s for s in ledger.submissions(store.sweeps.glob("*")) if s.state == "submitted"]
     silent = None
     queue: dict[str, Queued] = {}
@@ -150,7 +151,7 @@ class _View:
     def picture(self, folder: Path) -> Picture:
         points = [self._state(point["label"], _stages(point), point) for point in self.sweep["points"]]
         mine = {identity for point in self.sweep["points"] for identity in point["stages"].values()}
-        own = [s for s in self.known if s.folder.parent.parent == folder.absolute()]
+        own = [s for s in self.known if s.folder.parent.parent == folder]
         jobs = [job for s in own for job in s.jobs if job in self.queue]
         removed = {
             task.job: task.label
@@ -164,8 +165,17 @@ class _View:
             [self.queue[job] for job in jobs],
             [job for s in own if s.kind == "aggregate" for job in s.jobs if job in self.queue],
             {job: label for job, label in removed.items() if job is not None},
-            self.sweep["finished"],
+            self._unconcluded([s for s in own if s.kind == "aggregate"]),
             self.silent,
+        )
+
+    def _unconcluded(self, aggregations: list[Submission]) -> str | None:
+        if self.sweep["finished"] or not aggregations or aggregations[-1].jobs[0] in self.queue or self.silent:
+            return None
+        last = aggregations[-1]
+        why = last.said(0).get("error") or _last_line(last.log(0)) or "it did not start"
+        return (
+            f"the aggregation failed ({why}; log: {last.log(0)}); the same command again, or sweeps.aggregate, does it"
         )
 
     def _shared_stages(self) -> Iterable[tuple[str, list[tuple[str, str]]]]:
@@ -207,7 +217,11 @@ class _View:
         except FileNotFoundError:  # a shared stage's
             return ""
         quality, kl = result["quality"], result["kl"]["per_sequence"]
-        return f"{quality['metric']} {quality['value']:.3f}, KL {kl['value']:.2f}"
+        return ", ".join(
+            f"{name} {entry['value']:.{digits}f}"
+            for name, entry, digits in ((quality["metric"], quality, 3), ("KL", kl, 2))
+            if entry["value"] is not None
+        )
 
     def _elsewhere(self, state: State, stages: list[tuple[str, str]], recorded: dict[str, Any]) -> State:
         """No job of ours: a local process may be at it, or an earlier run has failed."""
@@ -227,7 +241,7 @@ class _View:
         return (job.reason if job.reason != "None" else "") + (f" (queued again after {again} starts)" if again else "")
 
     def _progress(self, state: State, stages: list[tuple[str, str]]) -> None:
-        stage = next(s for s in stages if not self._done(s))
+        stage = next((s for s in stages if not self._done(s)), stages[-1])  # it may be done by now
         state.detail = stage[0]
         progress = self.store.progress(_name(stage))
         if progress and progress["total"]:
@@ -250,13 +264,16 @@ class _View:
             why = _ENDS.get(word) or ("SLURM does not say why" if word in _NOT_YET else f"SLURM says {word}")
             state.detail = f"its job ended without a result: {why}" + (f"; {line}" if line else "")
 
-    def _upstream_failure(self, identity: str, stages: list[tuple[str, str]]) -> tuple[str, Path] | None:
+    def _upstream_failure(self, identity: str, stages: list[tuple[str, str]]) -> tuple[str, Path | None] | None:
+        """What the first stage below that will not come says of itself."""
         for role, up in stages:
             owned = self.owner.get(up)
-            if up == identity or owned is None or self._done((role, up)) or owned.job in self.queue:
+            if up == identity or role not in SHARED or owned is None or self._done((role, up)):
                 continue
-            if owned.said.get("state") == "failed":
-                return f"{owned.submission.tasks[owned.index].label} failed: {owned.said['error']}", owned.log
+            label = owned.submission.tasks[owned.index].label
+            state = self._state(label, [*(s for s in stages if s[0] == "sft" != role), (role, up)], {})
+            if state.state in ("failed", "cancelled"):
+                return f"{label} {state.state}: {state.detail}", state.log
         return None
 
 

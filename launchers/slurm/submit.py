@@ -52,17 +52,17 @@ def submit(
     """
     known = ledger.submissions(store.sweeps.glob("*"))
     queue = cluster.queue()
-    _abandon(known, queue)
+    abandon(known, queue)
     plan.look(store)  # only now: a job that the queue has no more has published by now
-    running = {i: task.job for s in known for task in s.tasks if task.job in queue for _, i in task.stages}
+    running = _on_their_way(plan, known, queue)
     outcome = Submitted(on_their_way=sum(result in running for result in plan.results))
 
     todo = list(groups(plan, running, leave, cluster.max_array_size()))
-    code = snapshot(folder / "code", exclude=store.output_dir) if todo else None
+    code = snapshot(folder / "code", output_dir=store.output_dir) if todo else None
 
     points = [group for group in todo if group.kind == "point"]
     limits = dict(zip(map(id, points), shares(array_parallelism, [len(g.work) for g in points]), strict=True))
-    jobs: dict[str, str] = {i: job for i, job in running.items() if job is not None}
+    jobs = dict(running)
     for group in todo:
         assert code is not None
         executor = _Sbatch(folder, group.kind, resources[group.kind], code, signal_delay_s)
@@ -81,18 +81,48 @@ def submit(
                 outcome.removed[task.job] = task.label
     waited_for = sorted({jobs[i] for i in mine if i in jobs})
     former = [s for s in own if s.kind == "aggregate" and any(job in queue for job in s.jobs)]
-    if waited_for and (todo or not any(s.results == plan.results for s in former)):
+    kept = [s for s in former if waited_for and s.results == plan.results and set(waited_for) <= set(s.waits_for)]
+    if waited_for and not kept:
         executor = _Sbatch(folder, "aggregate", resources["aggregate"], code or _code_of(own, folder, store), 60)
         outcome.submissions.append(executor.submit_aggregation(plan.results, finish, waited_for))
-        cluster.cancel(job for s in former for job in s.jobs)  # the new one concludes for them
+    cluster.cancel(job for s in former if s not in kept for job in s.jobs)  # others conclude for them
     return outcome
 
 
+def _on_their_way(plan: Plan, known: list[Submission], queue: dict[str, cluster.Queued]) -> dict[str, str]:
+    """stage -> the queued or running job that will compute it. Jobs that wait in vain are ended."""
+    live: dict[str, str] = {}
+    for submission in known:
+        for index, task in enumerate(submission.tasks):
+            job = queue.get(task.job or "")
+            # SLURM may take long to clean up after a job that has failed.
+            if job is not None and not (job.state == "COMPLETING" and submission.said(index).get("state") == "failed"):
+                live |= {identity: job.id for _, identity in task.stages}
+    vain: set[str] = set()
+    while True:
+        # SLURM ends the children of a failed job when it next looks at dependencies; this driver may be faster.
+        lost = {
+            identity
+            for identity, job in live.items()
+            if identity in plan.stages
+            and queue[job].reason.startswith("Dependency")
+            and any(
+                up.identity not in plan.done and up.identity not in live
+                for up in plan.stages[identity].upstream.values()
+            )
+        }
+        if not lost:
+            break
+        vain |= {live.pop(identity) for identity in lost}
+    cluster.cancel(vain)
+    return live
+
+
 def _code_of(own: list[Submission], folder: Path, store: Store) -> Path:
-    return Path(own[-1].code) if own else snapshot(folder / "code", exclude=store.output_dir)
+    return Path(own[-1].code) if own else snapshot(folder / "code", output_dir=store.output_dir)
 
 
-def _abandon(known: list[Submission], queue: dict[str, cluster.Queued]) -> None:
+def abandon(known: list[Submission], queue: dict[str, cluster.Queued]) -> None:
     """End what a driver that died in the middle of a submission left in the queue: such a job would wait for its
     orders in vain."""
     for submission in known:
@@ -122,7 +152,8 @@ class _Sbatch:
         return self._sbatch(submission, compute, arguments, _dependency("afterok", after), parallel)
 
     def submit_aggregation(self, results: list[str], finish: Finish, after: list[str]) -> Submission:
-        submission = ledger.new(self.folder, self.kind, [Task("aggregation", [])], code=str(self.code), results=results)
+        more = {"code": str(self.code), "results": results, "waits_for": after}
+        submission = ledger.new(self.folder, self.kind, [Task("aggregation", [])], **more)
         arguments = ([finish], [str(self.folder)], [str(submission.folder)])
         return self._sbatch(submission, conclude, arguments, _dependency("afterany", after), None)
 
@@ -147,7 +178,7 @@ class _Sbatch:
             array_parallelism=parallel or count,
             wckey=None,  # submitit's own would be refused where accounting knows it not
             # Since 22.05 srun does not take cpus-per-task over from sbatch.
-            srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"],
+            srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={resources.cpus_per_task}"],
             additional_parameters={"requeue": True, **dependency, **options},
             setup=[
                 *resources.shell(),
@@ -163,8 +194,11 @@ class _Sbatch:
             ],
         )
         try:
-            jobs = executor.map_array(function, *arguments)
+            with cluster.clean_environment(options):
+                jobs = executor.map_array(function, *arguments)
         except (FailedSubmissionError, FailedJobError) as error:
+            # An answer that did not come is no refusal: what SLURM has taken after all must not wait for orders.
+            abandon([submission], cluster.queue())
             shutil.rmtree(submission.folder, ignore_errors=True)
             said = " ".join(str(error.__cause__ or error).split())
             raise ConfigError(f"hydra/launcher=slurm: sbatch refused the {self.kind} job ({said})") from error

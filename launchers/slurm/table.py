@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +25,7 @@ _STYLES = {"running": "green", "failed": "red", "cancelled": "yellow", "queued":
 
 def announce(plan: Plan, folder: Path, submitted: Submitted) -> None:
     """Say what a submission did, and how to follow it."""
-    done = sum(result in plan.done for result in plan.results)
+    done, where = sum(result in plan.done for result in plan.results), shlex.quote(str(folder))
     new = sum(len(s.tasks) for s in submitted.submissions if s.kind == "point")
     print(
         f"{folder.name}: {len(plan.points)} points: {done} done, {submitted.on_their_way} on their way,"
@@ -38,10 +39,10 @@ def announce(plan: Plan, folder: Path, submitted: Submitted) -> None:
         print(
             f"{len(submitted.removed)} jobs of points that are not in this sweep any more go on"
             f" ({_some(list(submitted.removed.values()))}); to end them:\n"
-            f"  python -m sweeps.cancel {folder} --removed"
+            f"  python -m sweeps.cancel {where} --removed"
         )
     if submitted.submissions or submitted.on_their_way:
-        print(f"follow: python -m sweeps.status {folder} --watch\ncancel: python -m sweeps.cancel {folder}", flush=True)
+        print(f"follow: python -m sweeps.status {where} --watch\ncancel: python -m sweeps.cancel {where}", flush=True)
 
 
 def _some(labels: list[str]) -> str:
@@ -75,7 +76,7 @@ def watch(folder: Path, console: Console | None = None) -> Picture:
                     break
                 time.sleep(REFRESH_SECONDS)
     except KeyboardInterrupt:
-        print(f"\njobs go on; python -m sweeps.status {folder} --watch looks again")
+        print(f"\njobs go on; python -m sweeps.status {shlex.quote(str(folder))} --watch looks again")
         raise
     return look(folder)
 
@@ -119,6 +120,8 @@ def render(picture: Picture, folder: Path, everything: bool = False) -> Group:
         and not any(p.state in ("running", "queued") for p in picture.points)
     ):
         parts.append(Text("all points have ended; the aggregation is on its way"))
+    if picture.unconcluded:
+        parts.append(Text(picture.unconcluded, style="red"))
     if picture.silent:
         parts.append(Text(picture.silent, style="yellow"))
     return Group(*parts)
