@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.slurm_cluster import Cluster, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,3 +71,51 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def shared_outputs(tmp_path_factory) -> Path:
     """One output_dir for tests that may reuse each other's finished stages."""
     return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """A real SLURM cluster on loopback, for the whole suite. Skips, with the reason, where there can be none."""
+    from tests.on_slurm import MAX_ARRAY
+
+    if reason := missing():
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=2, max_array=MAX_ARRAY)
+    cluster.up()
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = cluster.environment()["SLURM_CONF"]
+    try:
+        yield cluster
+    finally:
+        os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
+        cluster.down()
+
+
+@pytest.fixture
+def slurm(cluster) -> Iterator[Cluster]:
+    """The cluster, with nothing in its queue before and after."""
+    from tests.on_slurm import queue, until
+
+    yield cluster
+    cluster.run("scancel", "--full", "--user", str(os.geteuid()), check=False)
+    until(lambda: not queue(cluster))
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory) -> Path:
+    """The points of tests.on_slurm.FOUR as the local launcher computes them."""
+    from tests.on_slurm import FOUR
+
+    folder = tmp_path_factory.mktemp("calm")
+    train(*FOUR, f"output_dir={folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory) -> Path:
+    """The point of tests.on_slurm.LONG as the local launcher computes it."""
+    from tests.on_slurm import LONG
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train("-m", "method=dpo", "beta=0.1", *LONG, f"output_dir={folder}")
+    return folder

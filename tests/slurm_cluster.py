@@ -23,81 +23,7 @@ from pathlib import Path
 PACKAGES = "slurmctld slurmd slurm-client slurmdbd munge mariadb-server slurm-wlm-basic-plugins slurm-wlm-mysql-plugin"
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db")
 
-SLURM_CONF = """\
-ClusterName=loopback
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ctld_port}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-# cred_expire (default 120 s, at least 5) is also how long a requeued job waits before it may start again
-AuthInfo=socket={root}/run/munge.socket,cred_expire=5
-CredType=cred/munge
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
-MpiDefault=none
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherFrequency=5
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=localhost
-AccountingStoragePort={dbd_port}
-AccountingStoragePass={root}/run/munge.socket
-AccountingStorageTRES=gres/gpu
-StateSaveLocation={root}/ctld
-SlurmdSpoolDir={root}/spool-%n
-SlurmctldPidFile={root}/run/slurmctld.pid
-SlurmdPidFile={root}/run/slurmd-%n.pid
-SlurmctldLogFile={root}/log/slurmctld.log
-SlurmdLogFile={root}/log/slurmd-%n.log
-SlurmctldDebug=info
-SlurmdDebug=info
-ReturnToService=2
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
-DefMemPerCPU=512
-GresTypes=gpu
-SlurmdParameters=config_overrides
-SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000,bf_interval=1,bf_window=1440
-PriorityType=priority/basic
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-JobRequeue=1
-MessageTimeout=10
-KillWait=5
-CompleteWait=0
-EpilogMsgTime=0
-SlurmctldTimeout=30
-SlurmdTimeout=60
-InactiveLimit=0
-MinJobAge=300
-MaxJobCount=20000
-MaxArraySize={max_array}
-UnkillableStepTimeout=20
-{nodes}
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10 PreemptMode=OFF
-PartitionName=preempt Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
-"""
-
-SLURMDBD_CONF = """\
-AuthType=auth/munge
-AuthInfo={root}/run/munge.socket
-DbdHost=localhost
-DbdPort={dbd_port}
-SlurmUser=root
-DebugLevel=info
-LogFile={root}/log/slurmdbd.log
-PidFile={root}/run/slurmdbd.pid
-StorageType=accounting_storage/mysql
-StorageHost=127.0.0.1
-StoragePort={db_port}
-StorageUser=slurm
-StoragePass=slurm
-StorageLoc=slurm_acct_db
-CommitDelay=1
-"""
+TEMPLATES = Path(__file__).resolve().parent / "slurm_conf"
 
 
 def missing() -> str | None:
@@ -168,10 +94,11 @@ class Cluster:
             f"Gres=gpu:{self.gpus} State=UNKNOWN"
             for i in range(self.nodes)
         )
-        values = {"root": self.root, "host": host, "ctld_port": ports[0], "dbd_port": ports[1], "db_port": ports[2]}
+        values = {"root": self.root, "host": host, "nodes": nodes, "max_array": self.max_array}
+        values |= {"ctld_port": ports[0], "dbd_port": ports[1], "db_port": ports[2]}
         etc = self.root / "etc"
-        (etc / "slurm.conf").write_text(SLURM_CONF.format(**values, nodes=nodes, max_array=self.max_array))
-        (etc / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(**values))
+        (etc / "slurm.conf").write_text((TEMPLATES / "slurm.conf").read_text().format(**values))
+        (etc / "slurmdbd.conf").write_text((TEMPLATES / "slurmdbd.conf").read_text().format(**values))
         (etc / "slurmdbd.conf").chmod(0o600)
         gres = f"NodeName=n[1-{self.nodes}] Name=gpu File={self.root}/dev/gpu[0-{self.gpus - 1}]\n"
         (etc / "gres.conf").write_text(gres)

@@ -4,10 +4,13 @@ import json
 import re
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, SMALL, environment, train
+from tests.slurm_cluster import missing
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
@@ -17,7 +20,7 @@ RUNS = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m src.trai
 
 def test_no_command_is_left_out_of_these_tests():
     others = {c for c in COMMANDS if not c.startswith("python -m src.train")}
-    # Those of the cluster run in test_slurm.
+    # Those of the cluster have a test of their own.
     assert others - set(CLUSTER) == {"make demo", "make test", "make smollm2", "source .venv/bin/activate"}
     assert len(RUNS) == 10
 
@@ -62,3 +65,35 @@ def test_make_test_runs_the_suite():
 def test_files_the_readme_links_exist():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_readmes_way_to_a_cluster_and_back(tmp_path):
+    if reason := missing():
+        pytest.skip(reason)
+    root, out = tmp_path / "cluster", tmp_path / "out"
+    lines = []
+    for line in CLUSTER[1:]:  # what comes before is the installation, which .ci/run does
+        line = re.sub(r"^python ", f"{sys.executable} ", line).replace("outputs/", f"{out}/")
+        if line.startswith("make"):
+            line += f" ARGS='--root {root} --nodes 2'"
+        if "src.train" in line:
+            line += f" {' '.join(SMALL)} method=dpo,orpo beta=0.1 output_dir={out}"
+        lines.append(line.replace(".slurm/env.sh", str(root / "env.sh")))
+    assert [line.split()[:3][-1] for line in lines if line.startswith(sys.executable)] == [
+        "src.train",
+        "sweeps.status",
+        "sweeps.cancel",
+    ]
+    try:
+        script = ["bash", "-ec", "\n".join(lines[:-1])]
+        done = subprocess.run(
+            script, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 submitted now" in done.stdout and "2 points: 2 done" in done.stdout
+        assert "no jobs to cancel" in done.stdout and (out / "sweeps" / "demo" / "report.html").exists()
+    finally:
+        subprocess.run(["bash", "-ec", lines[-1]], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert not list(root.glob("run/*.pid")) or not any(
+        Path(f"/proc/{p.read_text().strip()}").exists() for p in root.glob("run/*.pid")
+    )

@@ -1,113 +1,34 @@
-"""Sweeps on a real SLURM cluster (loopback): what is submitted, what survives, what a user is told."""
+"""Sweeps on a real SLURM cluster (loopback): what is submitted, what is not, and what a user is told."""
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from safetensors.torch import load_file
 
 from tests.artefacts import results
 from tests.conftest import ROOT, SMALL, environment, start, train
-from tests.slurm_cluster import Cluster, missing
-from tests.test_readme import CLUSTER
-
-MAX_ARRAY = 8
-SLURM = [
-    *("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=60"),
-    "hydra.launcher.array_parallelism=2",
-]
-FOUR = ["-m", "method=dpo,orpo", "beta=0.1,1", *SMALL, "sweep.name=four"]
-# Long enough to be hit in the middle.
-LONG = [*SMALL, "dataset.train_size=256", "trainer.align.epochs=16", "trainer.checkpoint_steps=5"]
-LATER = "hydra.launcher.additional_parameters.begin=now+1hour"  # queued, and no CPU spent
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    if reason := missing():
-        pytest.skip(reason)
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=2, max_array=MAX_ARRAY)
-    cluster.up()
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = cluster.environment()["SLURM_CONF"]
-    try:
-        yield cluster
-    finally:
-        os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
-        cluster.down()
-
-
-@pytest.fixture
-def slurm(cluster) -> Iterator[Cluster]:
-    """The cluster, with nothing in its queue before and after."""
-    yield cluster
-    cluster.run("scancel", "--full", "--user", str(os.geteuid()), check=False)
-    until(lambda: not queue(cluster))
-
-
-def queue(cluster: Cluster, *options: str) -> list[str]:
-    return cluster.run("squeue", "-h", "-r", "-o", "%i", *options).split()
-
-
-def accounted(cluster: Cluster, jobs: list[str]) -> dict[str, dict[str, str]]:
-    """sacct's row of each job, waited for: it lags."""
-    fields = "JobID,JobName,State,Submit,Start,End"
-    rows: dict[str, dict[str, str]] = {}
-
-    def there() -> bool:
-        lines = cluster.run("sacct", "-X", "-P", "-o", fields, "-j", ",".join(jobs)).splitlines()
-        rows.update({p[0]: dict(zip(fields.split(","), p, strict=True)) for p in (x.split("|") for x in lines[1:])})
-        return set(jobs) <= {r.partition("_[")[0] for r in rows} and all(r["End"] != "Unknown" for r in rows.values())
-
-    until(there)
-    return rows
-
-
-def until(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.2)
-
-
-def tool(name: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"sweeps.{name}", str(folder), *options]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-
-
-def submissions(folder: Path) -> dict[str, dict]:
-    found = [json.loads(path.read_text()) for path in folder.glob("jobs/*/submission.json")]
-    return {s["kind"]: s for s in sorted(found, key=lambda s: s["written"]) if s["state"] == "submitted"}
-
-
-def said(folder: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in folder.glob("jobs/*/task-*.json")]
-
-
-def sweep_json(folder: Path) -> dict:
-    return json.loads((folder / "sweep.json").read_text())
-
-
-def finished(folder: Path) -> bool:
-    return sweep_json(folder)["finished"] is not None
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory) -> Path:
-    """The four points as the local launcher computes them."""
-    folder = tmp_path_factory.mktemp("calm")
-    train(*FOUR, f"output_dir={folder}")
-    return folder
+from tests.on_slurm import (
+    FOUR,
+    LATER,
+    MAX_ARRAY,
+    SLURM,
+    accounted,
+    finished,
+    queue,
+    said,
+    submissions,
+    sweep_json,
+    tool,
+    until,
+)
 
 
 def test_the_same_sweep_gives_the_same_numbers_on_slurm_as_here(slurm, calm, tmp_path):
@@ -224,7 +145,7 @@ def test_only_what_is_new_is_submitted_and_what_is_gone_is_offered(slurm, tmp_pa
     slurm.run("scontrol", "update", f"jobid={left}", "starttime=now")
     until(lambda: finished(folder))
     reasons = [(p["state"], p["error"]) for p in sweep_json(folder)["points"]]
-    assert reasons == [("cancelled", "its job was cancelled")] * 2
+    assert reasons == [("cancelled", "mini_tldr sft cancelled: its job was cancelled")] * 2
 
 
 def test_arrays_are_split_at_the_sites_limit_and_run_as_many_at_once_as_asked(slurm, tmp_path):
@@ -271,143 +192,6 @@ def test_two_drivers_at_once_submit_every_stage_once(slurm, tmp_path):
     assert len(queue(slurm)) == 3 + 4 + 1
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    train("-m", "method=dpo", "beta=0.1", *LONG, f"output_dir={folder}")
-    return folder
-
-
-def step_of(folder: Path) -> int:
-    """Step of the newest checkpoint of an alignment that is running."""
-    return max((int(p.name[5:]) for p in (folder / "store").glob("align/.work/*/checkpoints/step-*")), default=0)
-
-
-def test_kills_requeues_preemption_and_the_time_limit_change_nothing(slurm, undisturbed, tmp_path):
-    arguments = ["-m", "method=dpo", "beta=0.1", *LONG, "sweep.name=hit", "hydra.launcher.partition=preempt"]
-    train(*arguments, *SLURM, f"output_dir={tmp_path}")
-    folder = tmp_path / "sweeps" / "hit"
-    job = submissions(folder)["point"]["tasks"][0]["job"]
-
-    def task() -> dict:
-        return next((t for t in said(folder) if t["job"] == job), {})
-
-    def strike(*command: str) -> None:
-        """When the alignment has a checkpoint it had not before."""
-        before = step_of(tmp_path)
-        until(lambda: step_of(tmp_path) > before)
-        starts = task()["starts"]
-        slurm.run(*command)
-        until(lambda: task()["starts"] == starts + 1)
-
-    strike("scancel", "--signal=KILL", f"{job}.0")
-    assert task()["mark"][1] > 0, "the kill was noted with what was safe on disk"
-    strike("scancel", "--signal=USR2", job)  # as --signal does before the time limit
-    status = tool("status", folder)
-    assert status.returncode == 0 and "1 running" in status.stdout and "/256" in status.stdout
-    strike("scontrol", "requeue", job)
-    strike("sbatch", "-p", "gpu", "-N", "2", "--exclusive", "-t", "1", "-o", "/dev/null", "--wrap", "sleep 1")
-    before = step_of(tmp_path)
-    until(lambda: step_of(tmp_path) > before)
-    newest = max((tmp_path / "store").glob("align/.work/*/checkpoints/step-*/model.safetensors"))
-    damaged = newest.stat().st_size // 2
-    with newest.open("r+b") as handle:
-        handle.seek(damaged)
-        handle.write(b"\xff" * 64)
-    slurm.run("scancel", "--signal=KILL", f"{job}.0")
-    until(lambda: finished(folder))
-    assert sweep_json(folder)["state"] == "done"
-    assert results(tmp_path) == results(undisturbed)
-    log = "".join(p.read_text() for p in folder.glob(f"jobs/*/{job}_0_log.err"))
-    assert "is not what was written; going on from the one before" in log
-    assert "stopped at" in log and "resuming from step" in log
-
-
-def test_a_job_that_never_advances_is_stopped_with_a_clear_state(slurm, tmp_path):
-    killer = "hydra.launcher.kinds.sft.setup=['(sleep 0.5; scancel --signal=KILL $SLURM_JOB_ID.0) &']"
-    train(*FOUR, *SLURM, killer, f"output_dir={tmp_path}")
-    folder = tmp_path / "sweeps" / "four"
-    until(lambda: finished(folder))
-    errors = {point["error"] for point in sweep_json(folder)["points"]}
-    assert len(errors) == 1
-    (error,) = errors
-    assert "was killed (exit code 137) 5 times in a row without progress" in error
-    until(lambda: not queue(slurm), 10)
-
-
-def test_a_job_that_cannot_start_says_where_to_look(slurm, tmp_path):
-    broken = "hydra.launcher.kinds.sft.environment.PYTHONHOME=/nowhere"
-    train(*FOUR, *SLURM, broken, f"output_dir={tmp_path}")
-    folder = tmp_path / "sweeps" / "four"
-    until(lambda: finished(folder))
-    status = tool("status", folder)
-    assert "its job ended without a result: SLURM says FAILED" in status.stdout
-    assert "No module named 'encodings'" in status.stdout or "Python" in status.stdout
-
-
-def test_two_processes_of_a_job_train_one_point_as_one_process_does(slurm, calm, tmp_path):
-    arguments = ["-m", "method=dpo", "beta=0.1", *SMALL, "engine=ddp", "sweep.name=two"]
-    alone = train(*arguments, *SLURM, "hydra.launcher.gpus_per_node=2", "engine=single", check=False)
-    assert alone.returncode == 2 and "choose engine=ddp" in alone.stderr
-    gpus = ["hydra.launcher.gpus_per_node=2", "hydra.launcher.wait=true"]
-    train(*arguments, *SLURM, *gpus, f"output_dir={tmp_path}")
-    (two,) = (tmp_path / "store").glob("align/*/model.safetensors")
-    one = calm / two.relative_to(tmp_path)
-    weights, expected = load_file(two), load_file(one)
-    assert max(float((weights[name] - expected[name]).abs().max()) for name in expected) < 1e-4
-    points = [t for t in said(tmp_path / "sweeps" / "two") if (t["cuda_visible_devices"] or "").count(",") == 1]
-    assert points, "a job had two GPUs"
-    metrics = [json.loads(line) for line in (two.parent / "metrics.jsonl").read_text().splitlines()]
-    wanted = [json.loads(line) for line in (one.parent / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics] == [m["step"] for m in wanted]
-    for name in ("loss", "reward_accuracy", "reward_margin", "grad_norm"):
-        assert [m[name] for m in metrics] == pytest.approx([m[name] for m in wanted], abs=1e-4)
-
-
-def test_processes_of_a_job_told_to_stop_wait_for_the_one_that_saves(slurm, undisturbed, tmp_path):
-    # A checkpoint that takes longer than SLURM leaves the processes of a step of which one has ended.
-    slow = tmp_path / "slow"
-    slow.mkdir()
-    (slow / "sitecustomize.py").write_text(
-        "import os, shutil, time\n"
-        "copy = shutil.copy\n"
-        "def slow(*a, **k):\n"
-        "    if '/checkpoints/.draft' in str(a[1]): time.sleep(4)\n"
-        "    return copy(*a, **k)\n"
-        "shutil.copy = slow\n"
-    )
-    arguments = [
-        "-m",
-        "method=dpo",
-        "beta=0.1",
-        *LONG,
-        "trainer.checkpoint_steps=10000",
-        "engine=ddp",
-        "sweep.name=stop",
-    ]
-    gpus = [
-        "hydra.launcher.kinds.point.gpus_per_node=2",
-        f"hydra.launcher.kinds.point.setup=['export PYTHONPATH={slow}']",
-    ]
-    shutil.copytree(undisturbed / "store" / "sft", tmp_path / "out" / "store" / "sft")
-    train(*arguments, *SLURM, *gpus, f"output_dir={tmp_path / 'out'}")
-    folder = tmp_path / "out" / "sweeps" / "stop"
-    job = submissions(folder)["point"]["tasks"][0]["job"]
-
-    def progress() -> int:
-        files = list((tmp_path / "out" / "store").glob("align/.work/*/progress.json"))
-        return json.loads(files[0].read_text())["step"] if files else 0
-
-    until(lambda: progress() > 0)
-    slurm.run("scancel", "--signal=USR2", job)
-    until(lambda: next(t for t in said(folder) if t["job"] == job)["state"] != "running")
-    task = next(t for t in said(folder) if t["job"] == job)
-    assert task["state"] in ("stopped", "requeued"), task
-    until(lambda: step_of(tmp_path / "out") > 0, 10)
-    until(lambda: next(t for t in said(folder) if t["job"] == job).get("mark"), 20)
-    assert next(t for t in said(folder) if t["job"] == job)["mark"][1] == step_of(tmp_path / "out")
-
-
 def test_an_aggregation_that_fails_is_not_mistaken_for_a_sweep_that_is_done(slurm, calm, tmp_path):
     shutil.copytree(calm / "store", tmp_path / "store")
     broken = "hydra.launcher.kinds.aggregate.environment.PYTHONHOME=/nowhere"
@@ -435,24 +219,6 @@ def test_a_sweep_made_smaller_until_all_is_done_is_not_overwritten_later(slurm, 
     assert "dpo beta=3 lr=0.001" in submit("0.1")
     until(lambda: queue(slurm) == [point], 10)
     assert sweep_json(tmp_path / "sweeps" / "less")["state"] == "done"
-
-
-def test_a_full_disk_is_named_and_the_same_command_goes_on_with_more_space(slurm, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
-    try:
-        arguments = ["-m", "method=dpo", "beta=0.1", *SMALL, "trainer.checkpoint_steps=1", "sweep.name=full"]
-        train(*arguments, *SLURM, f"output_dir={disk}")
-        folder = disk / "sweeps" / "full"
-        until(lambda: "disk full while computing" in tool("status", folder).stdout)
-        until(lambda: not queue(slurm))
-        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
-        train(*arguments, *SLURM, "hydra.launcher.wait=true", f"output_dir={disk}")
-        assert sweep_json(folder)["state"] == "done"
-    finally:
-        until(lambda: not queue(slurm))
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_what_was_submitted_is_what_runs(slurm, tmp_path):
@@ -515,35 +281,3 @@ def test_a_bad_request_is_refused_before_anything_is_written_or_submitted(slurm,
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not queue(slurm) and not list(tmp_path.iterdir())
-
-
-def test_the_readmes_way_to_a_cluster_and_back(tmp_path):
-    if reason := missing():
-        pytest.skip(reason)
-    root, out = tmp_path / "cluster", tmp_path / "out"
-    lines = []
-    for line in CLUSTER[1:]:  # what comes before is the installation, which .ci/run does
-        line = re.sub(r"^python ", f"{sys.executable} ", line).replace("outputs/", f"{out}/")
-        if line.startswith("make"):
-            line += f" ARGS='--root {root} --nodes 2'"
-        if "src.train" in line:
-            line += f" {' '.join(SMALL)} method=dpo,orpo beta=0.1 output_dir={out}"
-        lines.append(line.replace(".slurm/env.sh", str(root / "env.sh")))
-    assert [line.split()[:3][-1] for line in lines if line.startswith(sys.executable)] == [
-        "src.train",
-        "sweeps.status",
-        "sweeps.cancel",
-    ]
-    try:
-        script = ["bash", "-ec", "\n".join(lines[:-1])]
-        done = subprocess.run(
-            script, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "2 submitted now" in done.stdout and "2 points: 2 done" in done.stdout
-        assert "no jobs to cancel" in done.stdout and (out / "sweeps" / "demo" / "report.html").exists()
-    finally:
-        subprocess.run(["bash", "-ec", lines[-1]], cwd=ROOT, env=environment(), check=True, capture_output=True)
-    assert not list(root.glob("run/*.pid")) or not any(
-        Path(f"/proc/{p.read_text().strip()}").exists() for p in root.glob("run/*.pid")
-    )
