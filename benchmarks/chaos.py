@@ -96,7 +96,8 @@ class Chaos:
     def _on_job(self, *command: str) -> bool:
         if (victim := self.victim()) is None:
             return False
-        self.cluster.run(*(word.format(victim[0]) for word in command), check=False)
+        # scancel waits for a node that does not answer longer than a blow may take.
+        self.cluster.run(*(word.format(victim[0]) for word in command), check=False, timeout=10)
         return True
 
     def preempt(self) -> bool:
