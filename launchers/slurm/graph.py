@@ -32,6 +32,7 @@ class Group:
     kind: str  # which resources: sft, reference, baseline, point
     work: list[Work]
     needs: tuple[str, ...]  # identities of stages that other jobs compute first
+    parallel: int | None = None  # how many of its tasks may run at once; None: all
 
 
 def groups(plan: Plan, elsewhere: Collection[str], leave: Collection[str], array_size: int) -> Iterator[Group]:

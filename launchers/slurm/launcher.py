@@ -78,14 +78,15 @@ class SlurmLauncher(Launcher):
             cluster.check_request(kind, self.resources[kind].sbatch())
 
     def _check_share(self, kind: str, point: Point) -> None:
-        tasks, trainer = self.resources[kind].tasks, point.trainer
-        key, size = {"sft": ("sft", trainer.sft.batch_size), "point": ("align", trainer.align.batch_size)}.get(
-            kind, ("", tasks)
-        )
+        """Every process of a job that trains must have an example of each step."""
+        stage = {"sft": "sft", "point": "align"}.get(kind)
+        if stage is None:
+            return
+        size, tasks = getattr(point.trainer, stage).batch_size, self.resources[kind].tasks
         if size < tasks:
             raise ConfigError(
-                f"trainer.{key}.batch_size={size}: below the {tasks} processes of a {kind} job, each of which needs an"
-                " example a step; lower hydra.launcher.gpus_per_node or nodes"
+                f"trainer.{stage}.batch_size={size}: below the {tasks} processes of a {kind} job, each of which needs"
+                " an example a step; lower hydra.launcher.gpus_per_node or nodes"
             )
 
     def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, Lost] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,16 @@ def read(folder: Path) -> Submission:
     values = read_json(folder / FILE)
     tasks = [Task(**task) for task in values.pop("tasks")]
     return Submission(folder=folder, tasks=tasks, **values)
+
+
+def strays(own: Iterable[Submission], wanted: Container[str], live: Container[str]) -> dict[str, str]:
+    """job -> label of a sweep's live jobs that compute nothing it still wants (stage identities)."""
+    return {
+        task.job: task.label
+        for submission in own
+        for task in submission.tasks
+        if task.job is not None and task.job in live and task.stages and not any(i in wanted for _, i in task.stages)
+    }
 
 
 def submissions(sweeps: Iterable[Path]) -> list[Submission]:

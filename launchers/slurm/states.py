@@ -153,18 +153,12 @@ class _View:
         mine = {identity for point in self.sweep["points"] for identity in point["stages"].values()}
         own = [s for s in self.known if s.folder.parent.parent == folder]
         jobs = [job for s in own for job in s.jobs if job in self.queue]
-        removed = {
-            task.job: task.label
-            for s in own
-            for task in s.tasks
-            if task.job in self.queue and task.stages and not any(i in mine for _, i in task.stages)
-        }
         return Picture(
             points,
             [self._state(label, stages, {}) for label, stages in self._shared_stages()],
             [self.queue[job] for job in jobs],
             [job for s in own if s.kind == "aggregate" for job in s.jobs if job in self.queue],
-            {job: label for job, label in removed.items() if job is not None},
+            ledger.strays(own, mine, self.queue),
             self._unconcluded([s for s in own if s.kind == "aggregate"]),
             self.silent,
         )

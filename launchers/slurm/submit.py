@@ -61,12 +61,13 @@ def submit(
     code = snapshot(folder / "code", output_dir=store.output_dir) if todo else None
 
     points = [group for group in todo if group.kind == "point"]
-    limits = dict(zip(map(id, points), shares(array_parallelism, [len(g.work) for g in points]), strict=True))
+    for group, share in zip(points, shares(array_parallelism, [len(g.work) for g in points]), strict=True):
+        group.parallel = share
     jobs = dict(running)
     for group in todo:
         assert code is not None
         executor = _Sbatch(folder, group.kind, resources[group.kind], code, signal_delay_s)
-        made = executor.submit_group(group, store, [jobs[i] for i in group.needs if i in jobs], limits.get(id(group)))
+        made = executor.submit_group(group, store, [jobs[i] for i in group.needs if i in jobs])
         outcome.submissions.append(made)
         for work, task in zip(group.work, made.tasks, strict=True):
             assert task.job is not None
@@ -74,11 +75,7 @@ def submit(
 
     own = [s for s in known if s.folder.parent.parent == folder]
     mine = {i for own_stages in plan.point_stages for i in own_stages}
-    for submission in own:
-        for task in submission.tasks:
-            if task.job in queue and submission.kind != "aggregate" and not any(i in mine for _, i in task.stages):
-                assert task.job is not None
-                outcome.removed[task.job] = task.label
+    outcome.removed = ledger.strays(own, mine, queue)
     waited_for = sorted({jobs[i] for i in mine if i in jobs})
     former = [s for s in own if s.kind == "aggregate" and any(job in queue for job in s.jobs)]
     kept = [s for s in former if waited_for and s.results == plan.results and set(waited_for) <= set(s.waits_for)]
@@ -139,7 +136,7 @@ class _Sbatch:
         self.folder, self.kind, self.resources, self.code = folder, kind, resources, code
         self.signal_delay_s = signal_delay_s
 
-    def submit_group(self, group: Group, store: Store, after: list[str], parallel: int | None) -> Submission:
+    def submit_group(self, group: Group, store: Store, after: list[str]) -> Submission:
         tasks = [Task(work.label, [[s.kind, s.identity] for s in work.own]) for work in group.work]
         submission = ledger.new(self.folder, self.kind, tasks, code=str(self.code))
         count = len(tasks)
@@ -149,7 +146,7 @@ class _Sbatch:
             [str(submission.folder)] * count,
             range(count),
         )
-        return self._sbatch(submission, compute, arguments, _dependency("afterok", after), parallel)
+        return self._sbatch(submission, compute, arguments, _dependency("afterok", after), group.parallel)
 
     def submit_aggregation(self, results: list[str], finish: Finish, after: list[str]) -> Submission:
         more = {"code": str(self.code), "results": results, "waits_for": after}
