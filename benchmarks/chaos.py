@@ -127,7 +127,7 @@ class Chaos:
         return True
 
     def damage(self) -> bool:
-        folders = {path.parent for path in (self.folder / "store").glob("align/.work/*/checkpoints/step-*")}
+        folders = {path.parent for path in (self.folder / "store").glob("align/.work/*/checkpoints/*/step-*")}
         if not folders:
             return False
         newest = max(self.random.choice(sorted(folders)).glob("step-*"), default=None)

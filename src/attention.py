@@ -1,7 +1,9 @@
-"""Attention over a packed, shared-prefix batch, registered with transformers as `packed`."""
+"""Attention over a packed, shared-prefix batch, registered with transformers once for every kernel that can do it."""
 
 from __future__ import annotations
 
+import importlib.util
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,45 +15,137 @@ from src.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from src.pairs import Segment
-
-NAME = "packed"
+    from src.pairs import Layout
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    segments: tuple[Segment, ...] = (),
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Each segment attends to itself causally and to its prefix; nothing else is seen.
-
-    query: (1, heads, n, d); key, value: (1, kv_heads, n, d). Returns (1, n, heads, d), as transformers expects.
-    """
-    assert segments, "a packed batch passes its segments to the model"
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+    """torch's scaled_dot_product_attention, segment by segment: any device, any precision."""
+    # torch's CPU kernel computes what it then masks; on a GPU blocks would be more launches.
+    segments = layout.blocks if query.device.type == "cpu" else layout.segments
+    # One split, whose gradient is one concatenation; slices would each give one of the size of the whole.
+    cuts = sorted({0, *(c for s in segments for c in (s.start, s.end, s.prefix_start, s.prefix_end))})
+    place = {cut: number for number, cut in enumerate(cuts)}
+    sizes = [end - start for start, end in pairwise(cuts)]
+    keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
+    queries = query.split([s.end - s.start for s in segments], dim=2)
     outputs = []
-    for s in segments:
-        q, k, v = (x[:, :, s.start : s.end] for x in (query, key, value))
+    for s, q in zip(segments, queries, strict=True):
+        prefix = s.prefix_end - s.prefix_start
+        seen = [*range(place[s.prefix_start], place[s.prefix_end])] if prefix else []
+        seen += range(place[s.start], place[s.end])
+        k, v = (torch.cat([pieces[i] for i in seen], dim=2) for pieces in (keys, values))
         mask = None
-        if s.prefix_end > s.prefix_start:
-            prefix = s.prefix_end - s.prefix_start
-            k = torch.cat([key[:, :, s.prefix_start : s.prefix_end], k], dim=2)
-            v = torch.cat([value[:, :, s.prefix_start : s.prefix_end], v], dim=2)
+        if prefix:
             # Causal aligned to the bottom right: query i sees the whole prefix and itself up to i.
-            mask = torch.ones(s.end - s.start, prefix + s.end - s.start, dtype=torch.bool, device=q.device).tril(prefix)
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
+        grouped = q.shape[1] != k.shape[1]
         outputs.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(NAME, packed_attention)
+def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+    """torch's own variable-length kernel (FlashAttention inside): one call for all segments, 16 bit, CUDA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = _flat(query, key, value, layout)
+    grouped = q.shape[1] != k.shape[1]
+    starts = layout.query_starts, layout.key_starts
+    # (-1, 0): causal, which with fewer queries than keys means aligned to the bottom right.
+    output: Any = varlen_attn(q, k, v, *starts, *layout.longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+    return output[None]
+
+
+def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+    """The same through the package flash-attn."""
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = _flat(query, key, value, layout)
+    starts = layout.query_starts, layout.key_starts
+    # Without deterministic=True the gradient of the queries is summed in any order.
+    return flash_attn_varlen_func(
+        q, k, v, *starts, *layout.longest, softmax_scale=scaling, causal=True, deterministic=True
+    )[None]
+
+
+def _flat(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """(1, heads, n, d) -> (tokens, heads, d), keys and values of every segment in a row, in the kernels' precision."""
+    q, k, v = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
+    # A position is in two segments at most, and a sum of two does not depend on their order: deterministic.
+    return q, k.index_select(0, layout.keys), v.index_select(0, layout.keys)
+
+
+KERNELS = {kernel.__name__: kernel for kernel in (sdpa, varlen, flash_attention_2)}
+
+
+def registered_name(kernel: str) -> str:
+    return f"packed_{kernel}"
+
+
+def _register(name: str) -> None:
+    @torch.compiler.disable  # segments differ with every batch; what is around them is worth compiling
+    def packed_attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        layout: Layout | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Each segment attends to itself causally and to its prefix; nothing else is seen.
+
+        query: (1, heads, n, d); key, value: (1, kv_heads, n, d). Returns (1, n, heads, d), as transformers expects.
+        """
+        assert layout is not None, "a packed batch passes its layout to the model"
+        return KERNELS[name](query, key, value, scaling, layout), None
+
+    AttentionInterface.register(registered_name(name), packed_attention)
+
+
+for _name in KERNELS:
+    _register(_name)
+
+
+def choose(wanted: str, device: torch.device, precision: str) -> tuple[str, str]:
+    """The kernel for model.attention=`wanted` on this device, and why. Raises ConfigError when it cannot be had."""
+    missing = {
+        "sdpa": None,
+        "varlen": _without_varlen(device, precision),
+        "flash_attention_2": _without_flash(device, precision),
+    }
+    if wanted != "auto":
+        if missing[wanted]:
+            raise ConfigError(f"model.attention={wanted}: {missing[wanted]}; use model.attention=auto")
+        return wanted, "as configured"
+    for name in ("flash_attention_2", "varlen"):
+        if missing[name] is None:
+            return name, "the fastest there is here"
+    return "sdpa", "; ".join(f"no {name}: {why}" for name, why in missing.items() if why)
+
+
+def _without_kernels(device: torch.device, precision: str) -> str | None:
+    if device.type != "cuda":
+        return f"it needs CUDA, this is {device.type}"
+    if precision != "bf16":
+        return f"it computes in 16 bits, engine.precision is {precision}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+def _without_varlen(device: torch.device, precision: str) -> str | None:
+    found = importlib.util.find_spec("torch.nn.attention.varlen")
+    return _without_kernels(device, precision) or (None if found else f"torch {torch.__version__} has none")
+
+
+def _without_flash(device: torch.device, precision: str) -> str | None:
+    found = importlib.util.find_spec("flash_attn")
+    return _without_kernels(device, precision) or (None if found else "the package flash-attn is not installed")
 
 
 def check_supported(config: Any, longest: int) -> None:

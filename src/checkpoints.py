@@ -8,12 +8,15 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from src.distributed import world
 from src.store import is_full, read_json, sync, write_json
+
+if TYPE_CHECKING:
+    from src.engine import TrainingEngine
 
 log = logging.getLogger(__name__)
 
@@ -21,37 +24,48 @@ _STATE = "trainer.json"
 KEEP = 2  # the last one, and one before it
 
 
-def save(folder: Path, step: int, state: dict[str, Any], accelerator: Any, metrics: Path) -> None:
-    """Model, optimiser, RNG and metrics so far under `folder/step-N`, renamed into place whole."""
-    final = folder / f"step-{step:08d}"
-    if final.exists():
+def save(folder: Path, step: int, state: dict[str, Any], engine: TrainingEngine, metrics: Path) -> None:
+    """Model, optimiser, RNG and metrics so far under `folder/LAYOUT/step-N`, renamed into place whole. Every process
+    of the run writes its part; none goes on before all of it is on disk."""
+    here, place = world(), folder / engine.layout
+    final = place / f"step-{step:08d}"
+    draft = here.tell(place / f".draft-{uuid.uuid4().hex[:8]}" if here.leads and not final.exists() else None)
+    if draft is None:
         return
-    draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
     try:
-        accelerator.save_state(str(draft))
-        shutil.copy(metrics, draft / metrics.name)
-        digests = {path.name: _digest(path) for path in draft.iterdir()}
-        write_json(draft / _STATE, {"step": step, **state, "files": digests})
-        sync(draft)
-        os.rename(draft, final)
+        draft.mkdir(parents=True, exist_ok=True)
+        engine.save(draft)
+        here.meet()
+        if here.leads:
+            shutil.copy(metrics, draft / metrics.name)
+            digests = {str(path.relative_to(draft)): _digest(path) for path in draft.rglob("*") if path.is_file()}
+            write_json(draft / _STATE, {"step": step, **state, "files": digests})
+            sync(draft)
+            os.rename(draft, final)
     except Exception as error:
         # Asked before the draft goes and makes room: torch reports a full disk as a wrong position in its file.
         if is_full(folder):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft)) from error
         raise
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+        if here.leads:
+            shutil.rmtree(draft, ignore_errors=True)
+    if here.leads:
+        for old in sorted(place.glob("step-*"))[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+    here.meet()
 
 
-def resume(folder: Path, accelerator: Any, metrics: Path) -> dict[str, Any] | None:
+def resume(folder: Path, engine: TrainingEngine, metrics: Path) -> dict[str, Any] | None:
     """Load the newest checkpoint into the prepared objects, in every process; its state, or None when there is none."""
     here = world()
-    checkpoint = here.tell(_newest(folder) if here.leads else None)
+    checkpoint = here.tell(_newest(folder / engine.layout) if here.leads else None)
     if checkpoint is None:
+        others = sorted({path.parent.name for path in folder.glob("*/step-*")}) if here.leads else []
+        if others:
+            log.warning("checkpoints of %s are there, which %s cannot read: from the start", others, engine.layout)
         return None
-    accelerator.load_state(str(checkpoint))
+    engine.load(checkpoint)
     if here.leads:
         shutil.copy(checkpoint / metrics.name, metrics)
     state = read_json(checkpoint / _STATE)

@@ -22,7 +22,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "trainer.align.schedule": ("linear", "cosine", "constant"),
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.precision": ("fp32", "bf16"),
-    "engine.parallel": ("none", "ddp"),
+    "engine.parallel": ("none", "ddp", "zero1", "zero2", "zero3", "zero3_offload"),
+    "model.attention": ("auto", "flash_attention_2", "varlen", "sdpa"),
     "evaluation.quality": ("win_rate", "reward_accuracy"),
     "evaluation.judge": (None, "gold"),
     "keep": ("all", "best", "none"),
@@ -41,6 +42,8 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "dataset.validation_size": (2, True, math.inf),  # one to select, one to report
     "dataset.max_tokens": (2, True, math.inf),
     "dataset.max_prompt_tokens": (1, True, math.inf),
+    "model.lora.rank": (1, True, math.inf),
+    "model.lora.alpha": (0, False, math.inf),
     "trainer.sft.lr": (0, False, math.inf),
     "trainer.tokens_per_batch": (1, True, math.inf),
     "trainer.checkpoint_steps": (1, True, math.inf),

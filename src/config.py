@@ -50,11 +50,20 @@ class MethodFields:
 
 
 @dataclass
+class Lora:
+    rank: int | None = None
+    alpha: float = 32.0
+    targets: list[str] | None = None  # names of linear layers
+
+
+@dataclass
 class Model:
     name: str = MISSING
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
     template: str = "plain"  # plain | tokenizer | llama3
     revision: str | None = None
+    attention: str = "auto"  # auto | flash_attention_2 | varlen | sdpa
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass
@@ -101,7 +110,7 @@ class Trainer:
     name: str = MISSING
     sft: SftOptimisation = field(default_factory=SftOptimisation)
     align: Optimisation = field(default_factory=Optimisation)
-    tokens_per_batch: int = 16384
+    tokens_per_batch: int | None = None
     checkpoint_steps: int = 100
 
 
@@ -111,7 +120,14 @@ class Engine:
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "fp32"  # fp32 | bf16: of the computation; weights and optimiser are float32 always
     threads: int | None = None
-    parallel: str = "none"  # none | ddp
+    parallel: str = "none"  # none | ddp | zero1 | zero2 | zero3 | zero3_offload
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+def zero_stage(engine: Engine) -> int:
+    """1, 2 or 3 of an engine that is DeepSpeed ZeRO; 0 of any other."""
+    return int(engine.parallel[4]) if engine.parallel.startswith("zero") else 0
 
 
 @dataclass

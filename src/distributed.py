@@ -42,6 +42,23 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def meet(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier(group=self.control)
+
+    def least(self, number: int) -> int:
+        """The smallest of all processes' numbers, in every process."""
+        if self.size == 1:
+            return number
+        import torch.distributed as dist
+
+        numbers: list[Any] = [None] * self.size
+        dist.all_gather_object(numbers, number, group=self.control)
+        return min(numbers)
+
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all processes, in every process."""
         if self.size > 1:
@@ -63,7 +80,8 @@ def join(parallel: str) -> World:
     """Meet the other processes when the environment names any. Raises ConfigError when the engine knows of one only."""
     global _world
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or _world is not None:
+    # DeepSpeed wants to meet even when it is alone.
+    if _world is not None or (size == 1 and not parallel.startswith("zero")):
         return world()
     if parallel == "none":
         raise ConfigError(f"{size} processes were started, but engine.parallel=none uses one: choose engine=ddp")
@@ -74,7 +92,10 @@ def join(parallel: str) -> World:
     if cuda:
         # A site may show every process all GPUs of the job, or its own alone.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_STEP)
+    if size == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_STEP, **alone)
     _world = World(
         dist.get_rank(),
         dist.get_world_size(),

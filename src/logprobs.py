@@ -4,53 +4,67 @@ alignment, validation and KL all go through it."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from src import attention
+from src.config import ConfigError
+from src.head import Head
+from src.linear import Linear
 from src.pairs import Example, PackedBatch, pack, partition
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Logits held at once: this many positions times the vocabulary, in float32.
-HEAD_CHUNK = 1024
+
+@dataclass(frozen=True)
+class Compute:
+    """How everything of a run computes: policy, reference and samples alike, or log-ratios would carry the difference
+    of two roundings."""
+
+    precision: str = "fp32"  # or bf16, over float32 weights
+    attention: str = "sdpa"  # a kernel of src.attention
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The precision everything of a run computes in: policy, reference and samples alike, or log-ratios would
-    carry the difference of two roundings."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+FLOAT32 = Compute()
+_BUDGET = 16384  # tokens scored at once when none is set: without gradients a layer's activations are all there is
 
 
-def sequence_logps(model: Any, batch: PackedBatch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
+def prepare(model: Any) -> Any:
+    """Let a transformers causal decoder take this path, in place: its linear layers and its head learn what the path
+    asks of them. Parameters and their names stay. Raises ConfigError for a head that is not one linear layer."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Head if module is head else Linear
+    if not isinstance(head, Head):
+        raise ConfigError(f"model {model.config.model_type}: its head is {type(head).__name__}, not one linear layer")
+    return model
+
+
+def sequence_logps(model: Any, batch: PackedBatch, compute: Compute = FLOAT32) -> tuple[Tensor, Tensor]:
     """Sum of log-probs and number of response tokens of every sequence of the batch.
 
-    model: a transformers causal decoder with a linear head. Returns ((sequences,) float32 in nats,
-    (sequences,) float32 counts). The head sees only positions that predict a response token, in chunks
-    recomputed in the backward pass; the softmax is float32 whatever `precision` (fp32, bf16) the model computes in.
+    model: a transformers causal decoder, prepared. Returns ((sequences,) float32 in nats,
+    (sequences,) float32 counts). The head sees only positions that predict a response
+    token; the softmax is float32 whatever precision the model computes in.
     """
-    if model.config._attn_implementation != attention.NAME:
-        model.set_attn_implementation(attention.NAME)
-    with autocast(precision, batch.input_ids.device):
+    name = attention.registered_name(compute.attention)
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+    with compute.autocast(batch.input_ids.device):
         hidden = model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            segments=batch.segments,
+            layout=batch.layout,
         ).last_hidden_state[0]
-        hidden = hidden[batch.predict_from]
-        head = model.get_output_embeddings()
-        chunks = []
-        for h, t in zip(hidden.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK), strict=True):
-            recompute = torch.is_grad_enabled()
-            chunks.append(
-                checkpoint(_token_logps, head, h, t, use_reentrant=False) if recompute else _token_logps(head, h, t)
-            )
-    logps = torch.cat(chunks)
+        logps = model.get_output_embeddings()(hidden[batch.predict_from], batch.targets)
     zeros = logps.new_zeros(batch.sequences)
     return zeros.index_add(0, batch.sequence, logps), zeros.index_add(0, batch.sequence, torch.ones_like(logps))
 
@@ -58,27 +72,31 @@ def sequence_logps(model: Any, batch: PackedBatch, precision: str = "fp32") -> t
 class SequenceLogps(torch.nn.Module):
     """`sequence_logps` of one model as a module: what data parallelism wraps, for it acts on calls of a module."""
 
-    def __init__(self, model: Any, precision: str) -> None:
+    def __init__(self, model: Any, compute: Compute) -> None:
         super().__init__()
-        self.model, self.precision = model, precision
+        self.model, self.compute = model, compute
+        # A checkpoint to resume from holds what is trained: with LoRA little beside the model it starts from.
+        self.frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        if self.frozen:
+            self.register_state_dict_post_hook(_drop_frozen)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        return sequence_logps(self.model, batch, self.precision)
+        return sequence_logps(self.model, batch, self.compute)
 
 
-def _token_logps(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """(t, d), (t,) -> (t,) float32 log-probs."""
-    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+def _drop_frozen(module: Any, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    for name in module.frozen:
+        state.pop(prefix + name, None)
 
 
 @torch.no_grad()
 def score(
-    model: Any, examples: Sequence[Example], token_budget: int, precision: str = "fp32"
+    model: Any, examples: Sequence[Example], token_budget: int | None, compute: Compute = FLOAT32
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Log-prob sums of many examples: yields (indices, logps, tokens), sequences in order of (example, response)."""
     model.eval()
     device = next(model.parameters()).device
     lengths = [e.length for e in examples]
-    for indices in partition(lengths, range(len(examples)), token_budget):
-        logps, tokens = sequence_logps(model, pack(examples, indices).to(device), precision)
+    for indices in partition(lengths, range(len(examples)), token_budget or _BUDGET):
+        logps, tokens = sequence_logps(model, pack(examples, indices).to(device), compute)
         yield indices, logps.cpu(), tokens.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from src.config import ConfigError, Engine, Model, Point
 from src.data.templates import Template
 from src.distributed import world
 from src.identity import locate
+from src.logprobs import Compute, prepare
 from src.machine import cores
+
+log = logging.getLogger(__name__)
 
 # Weights come from files; what a library prints while it reads them says nothing a user can act on.
 transformers.logging.set_verbosity_error()
@@ -28,6 +32,18 @@ def device_of(engine: Engine) -> torch.device:
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device=cuda: torch sees no GPU here; use engine.device=auto or cpu")
     return torch.device("cpu" if engine.device == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def compute_of(point: Point) -> Compute:
+    """How the point's log-probs and samples are computed on this machine; says why, once. Raises ConfigError."""
+    return _compute(point.engine.precision, point.model.attention, device_of(point.engine))
+
+
+@lru_cache(maxsize=4)
+def _compute(precision: str, wanted: str, device: torch.device) -> Compute:
+    kernel, reason = attention.choose(wanted, device, precision)
+    log.info("attention: %s (%s)", kernel, reason)
+    return Compute(precision, kernel)
 
 
 def use_threads(engine: Engine, share: int = 1) -> None:
@@ -58,7 +74,7 @@ def _load(spec: Model, folder: Path | None, point: Point) -> Any:
         model.config.architectures = [type(model).__name__]
     data, generation = point.dataset, point.evaluation.generation
     attention.check_supported(model.config, max(data.max_tokens, data.max_prompt_tokens + generation.max_new_tokens))
-    return model.to(device_of(point.engine))
+    return prepare(model.to(device_of(point.engine)))
 
 
 def _source(spec: Model) -> tuple[str, dict[str, Any]]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Queries of a block. Half of what a causal segment would look at is masked away; of blocks, little.
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,62 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Which positions attend to which: segments that cover the batch one after the other, as the kernels take them.
+
+    The tensors are those of variable-length attention: segment i owns the queries from query_starts[i] to
+    query_starts[i + 1] and the keys keys[key_starts[i]:key_starts[i + 1]], causal aligned to the bottom right.
+    """
+
+    segments: tuple[Segment, ...]
+    keys: Tensor  # (k,) positions whose keys and values are seen, segment by segment
+    query_starts: Tensor  # (segments + 1,) int32
+    key_starts: Tensor  # (segments + 1,) int32
+
+    @staticmethod
+    def of(segments: Sequence[Segment]) -> Layout:
+        ranges = [(range(s.prefix_start, s.prefix_end), range(s.start, s.end)) for s in segments]
+        keys = [position for prefix, own in ranges for part in (prefix, own) for position in part]
+        counts = [len(prefix) + len(own) for prefix, own in ranges]
+        return Layout(
+            tuple(segments),
+            torch.tensor(keys),
+            torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32),
+            torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
+        )
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """Most queries and most keys of a segment."""
+        queries = [s.end - s.start for s in self.segments]
+        prefixes = [s.prefix_end - s.prefix_start for s in self.segments]
+        return max(queries), max(q + p for q, p in zip(queries, prefixes, strict=True))
+
+    @cached_property
+    def blocks(self) -> tuple[Segment, ...]:
+        """The segments, long ones cut up: each block sees what comes before it as its prefix."""
+        blocks = []
+        for s in self.segments:
+            count = 1 if s.prefix_end > s.prefix_start else max(1, round((s.end - s.start) / _BLOCK))
+            cuts = [s.start + (s.end - s.start) * number // count for number in range(count + 1)]
+            blocks += [Segment(s.start, cuts[1], s.prefix_start, s.prefix_end)]
+            blocks += [Segment(a, b, s.start, a) for a, b in pairwise(cuts[1:])]
+        return tuple(blocks)
+
+    def to(self, device: torch.device) -> Layout:
+        keys, queries, starts = (
+            t.to(device, non_blocking=True) for t in (self.keys, self.query_starts, self.key_starts)
+        )
+        return Layout(self.segments, keys, queries, starts)
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Examples laid end to end, `n` tokens in all; `t` of the positions predict a response token."""
 
     input_ids: Tensor  # (1, n)
     position_ids: Tensor  # (1, n), restarting after the prompt for every response
-    segments: tuple[Segment, ...]
+    layout: Layout
     predict_from: Tensor  # (t,) positions whose hidden state predicts
     targets: Tensor  # (t,) the token predicted there
     sequence: Tensor  # (t,) which sequence it belongs to, in order of (example, response)
@@ -62,7 +118,7 @@ class PackedBatch:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("input_ids", "position_ids", "predict_from", "targets", "sequence")
         }
-        return PackedBatch(**moved, segments=self.segments, sequences=self.sequences, examples=self.examples)
+        return PackedBatch(**moved, layout=self.layout.to(device), sequences=self.sequences, examples=self.examples)
 
 
 def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
@@ -96,7 +152,7 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
     return PackedBatch(
         torch.tensor([ids]),
         torch.tensor([positions]),
-        tuple(segments),
+        Layout.of(segments),
         torch.tensor(predict_from),
         torch.tensor(targets),
         torch.tensor(sequence),
@@ -105,13 +161,41 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
     )
 
 
-def share(lengths: Sequence[int], indices: Sequence[int], rank: int, size: int) -> list[int]:
-    """The part of a step's examples that process `rank` of `size` computes: alike in number and length for all."""
-    if size == 1:
-        return list(indices)
-    order = sorted(indices, key=lambda i: (-lengths[i], i))
-    # There and back again, so that nobody always gets the longer one of neighbours.
-    return [i for n, i in enumerate(order) if (n % size if n // size % 2 == 0 else size - 1 - n % size) == rank]
+@dataclass(frozen=True)
+class MicroBatch:
+    """Examples computed at once by one process; `counts` is False for one that only keeps it in step with others."""
+
+    indices: tuple[int, ...]
+    counts: bool = True
+
+
+def split_step(
+    lengths: Sequence[int], indices: Sequence[int], token_budget: int, processes: int
+) -> list[list[MicroBatch]]:
+    """Who computes which of a step's examples, and when: the micro-batches of every process, as many for each.
+
+    Longest first, each to the process with the fewest tokens so far, so all have alike much to do. A process with fewer
+    micro-batches than others splits its own, and repeats one that does not count when it has nothing left to split:
+    processes that hold parts of one model must call it equally often. At least `processes` examples.
+    """
+    assert len(indices) >= processes, "every process has an example"
+    own: list[list[int]] = [[] for _ in range(processes)]
+    tokens = [0] * processes
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        process = min(range(processes), key=lambda p: (tokens[p], p))
+        own[process].append(index)
+        tokens[process] += lengths[index]
+    split = [partition(lengths, mine, token_budget) for mine in own]
+    most = max(len(batches) for batches in split)
+    steps = []
+    for batches in split:
+        while len(batches) < most and max(len(b) for b in batches) > 1:
+            largest = max(range(len(batches)), key=lambda b: (len(batches[b]), -b))
+            batches[largest : largest + 1] = [batches[largest][::2], batches[largest][1::2]]
+        fillers = [MicroBatch((batches[-1][0],), counts=False)] * (most - len(batches))
+        # Gradients are exchanged in the last backward pass: let that be a real one.
+        steps.append(fillers + [MicroBatch(tuple(b)) for b in batches])
+    return steps
 
 
 def partition(lengths: Sequence[int], indices: Iterable[int], token_budget: int) -> list[list[int]]:

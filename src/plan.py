@@ -14,7 +14,7 @@ from src.methods import METHODS
 from src.store import Store
 
 # Raise a stage's number when what it computes changes: old artefacts are then not its own any more.
-VERSIONS = {"sft": 1, "reference": 1, "align": 1, "generate": 1, "evaluate": 1}
+VERSIONS = {"sft": 2, "reference": 2, "align": 2, "generate": 2, "evaluate": 1}
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,15 @@ def stages_of(point: Point) -> list[Stage]:
         "template": point.model.template,
         "precision": point.engine.precision,
     }
+    training = {"lora": None if point.model.lora.rank is None else asdict(point.model.lora)}
     (sft_data, pairs), evaluation = _data_fields(point), point.evaluation
     judged = evaluation.judge is not None
 
     sft = init = None
     if point.init.name == "sft" or judged:
-        sft = add("sft", {**model, "data": sft_data, "trainer": _trainer(point.trainer.sft), "seed": point.seed})
+        sft = add(
+            "sft", {**model, **training, "data": sft_data, "trainer": _trainer(point.trainer.sft), "seed": point.seed}
+        )
     if point.init.name == "sft":
         init = sft
     # The base model has no stage: it is part of the fields of whoever starts from it.
@@ -85,6 +88,7 @@ def stages_of(point: Point) -> list[Stage]:
         "align",
         {
             **start,
+            **training,
             "data": pairs,
             "method": {"name": point.method.name, **method_options(point)},
             "beta": point.beta,

@@ -18,7 +18,7 @@ from transformers import (
 
 from src.config import Generation
 from src.data.templates import Template
-from src.logprobs import autocast
+from src.logprobs import FLOAT32, Compute
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ def sample(
     prompts: Sequence[list[int]],
     seed: str,
     generation: Generation,
-    precision: str = "fp32",
+    compute: Compute = FLOAT32,
 ) -> Iterator[tuple[int, list[int], bool]]:
     """Yields (index, response ids, finished) of every prompt; the end token is part of a finished response."""
     model.eval()
@@ -94,7 +94,7 @@ def sample(
             mask[row, longest - len(prompts[i]) :] = 1
         uniforms = _uniforms([f"{seed}/{i}" for i in indices], generation.max_new_tokens, device)
         draw = _Draw(generation, uniforms, longest)
-        with autocast(precision, device):
+        with compute.autocast(device):
             output = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),

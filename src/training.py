@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,25 +9,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 
+from src import budget as token_budget
 from src import checkpoints, interruption
 from src.config import ConfigError, Optimisation, Point
 from src.distributed import world
+from src.engine import TrainingEngine
 from src.failure import StageError
 from src.logprobs import SequenceLogps
-from src.pairs import Example, PackedBatch, pack, partition, share
+from src.models import compute_of, device_of
+from src.pairs import Example, PackedBatch, pack, split_step
 from src.tracking import METRICS_FILE, Tracker
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from src.store import Attempt
-
-log = logging.getLogger(__name__)
-# It reports every file of every checkpoint, and warns of the tied weights that safetensors stores once.
-logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,11 @@ class StepSize:
 
 # (batch, logps, tokens, step) -> (this micro-batch's share of the step's loss, sums over examples of what to log)
 Objective = Callable[[PackedBatch, "Tensor", "Tensor", StepSize], tuple["Tensor", dict[str, "Tensor"]]]
+
+
+def optimisation_of(point: Point, kind: str) -> tuple[Optimisation, float]:
+    """How `sft` or `align` is optimised, and its peak learning rate: alignment's is the point's."""
+    return (point.trainer.sft, point.trainer.sft.lr) if kind == "sft" else (point.trainer.align, point.lr)
 
 
 def total_steps(examples: int, optimisation: Optimisation) -> int:
@@ -75,20 +75,8 @@ def batch_indices(step: int, examples: int, batch_size: int, seed: int) -> list[
     return indices
 
 
-def make_accelerator(device: torch.device) -> Accelerator:
-    """This process's accelerator. A warm worker meets several engines, and accelerate keeps the first as a singleton.
-
-    Precision is the log-prob path's business, so that all that goes through it agrees.
-    """
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    # It has been seen to go on alone where several processes were meant.
-    assert accelerator.num_processes == world().size, f"{accelerator.num_processes} processes, not {world().size}"
-    return accelerator
-
-
 def train(
+    engine: TrainingEngine,
     model: Any,
     examples: Sequence[Example],
     objective: Objective,
@@ -100,45 +88,47 @@ def train(
     """Run all optimiser steps of the point's `sft` or `align` on `model`, in place, resuming from the attempt's newest
     checkpoint; in every process of the run, each of which computes its share of a step's examples.
 
-    Losses are computed in float32; master weights are float32. Logs every step. Raises LeaseLost,
-    Interrupted after saving, and StageError when a loss or gradient is not finite.
+    Losses are computed in float32. Logs every step. Raises LeaseLost, Interrupted after saving, and StageError when a
+    loss or gradient is not finite.
     """
-    trainer = point.trainer
-    optimisation, lr = (trainer.sft, trainer.sft.lr) if kind == "sft" else (trainer.align, point.lr)
-    device = next(model.parameters()).device
-    accelerator = make_accelerator(device)
-    optimiser = torch.optim.AdamW(
-        model.parameters(),
-        lr=lr,
-        betas=(optimisation.adam_betas[0], optimisation.adam_betas[1]),
-        weight_decay=optimisation.weight_decay,
-        fused=True,
-    )
-    here = world()
-    policy, optimiser = accelerator.prepare(SequenceLogps(model, point.engine.precision), optimiser)
-    metrics_file = attempt.out / METRICS_FILE
-    state = checkpoints.resume(attempt.checkpoints, accelerator, metrics_file) or {"step": 0, "seconds": 0, "tokens": 0}
-    attempt.spent_before, attempt.tokens = state["seconds"], state["tokens"]
-
-    def save(step: int) -> None:
-        if attempt.lease is None:
-            return
-        attempt.lease.check()
-        now = {"seconds": attempt.seconds, "tokens": attempt.tokens}
-        checkpoints.save(attempt.checkpoints, step, now, accelerator, metrics_file)
-
-    total = total_steps(len(examples), optimisation)
-    lengths = [e.length for e in examples]
+    trainer, here = point.trainer, world()
+    optimisation, lr = optimisation_of(point, kind)
     if optimisation.batch_size < here.size:
         raise ConfigError(
             f"trainer.{kind}.batch_size={optimisation.batch_size}: below the number of processes, {here.size}"
         )
+    compute = compute_of(point)
+    device = device_of(point.engine)
+    policy, optimiser = engine.prepare(
+        SequenceLogps(model, compute),
+        torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=lr,
+            betas=(optimisation.adam_betas[0], optimisation.adam_betas[1]),
+            weight_decay=optimisation.weight_decay,
+            fused=True,
+        ),
+    )
+    metrics_file = attempt.out / METRICS_FILE
+    state = checkpoints.resume(attempt.checkpoints, engine, metrics_file) or {"step": 0, "seconds": 0, "tokens": 0}
+    attempt.spent_before, attempt.tokens = state["seconds"], state["tokens"]
+
+    def save(step: int) -> None:
+        if attempt.lease is not None:
+            attempt.lease.check()
+        now = {"seconds": attempt.seconds, "tokens": attempt.tokens}
+        checkpoints.save(attempt.checkpoints, step, now, engine, metrics_file)
+
+    total = total_steps(len(examples), optimisation)
+    lengths = [e.length for e in examples]
+    budget = trainer.tokens_per_batch or (
+        token_budget.on_gpu(engine, policy, examples, device) if device.type == "cuda" else token_budget.ON_CPU
+    )
     model.train()
     stopping = 0.0  # how many processes were asked to stop, known to all
     for step in range(state["step"], total):
         if stopping:
             save(step)
-            here.tell()  # the others must not end, and take this one with them, before all is on disk
             raise interruption.Interrupted(f"{attempt.label} stopped at {step}/{total}: {interruption.requested()}")
         attempt.step(step, total, interruptible=False)
         started = time.perf_counter()
@@ -148,34 +138,39 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate
 
-        sums: dict[str, Tensor] = {}
-        own = share(lengths, chosen, here.rank, here.size)
-        micro_batches = partition(lengths, own, trainer.tokens_per_batch)
-        for number, indices in enumerate(micro_batches):
-            batch = pack(examples, indices).to(device)
-            # Gradients are summed over processes once a step, in the last backward pass, and come out as their mean.
-            with contextlib.nullcontext() if number == len(micro_batches) - 1 else accelerator.no_sync(policy):
+        names: tuple[str, ...] = ()
+        sums: Tensor | None = None  # of this process's micro-batches, float64, on the device until the step is over
+        micro_batches = split_step(lengths, chosen, budget, here.size)[here.rank]
+        for number, micro_batch in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            batch = pack(examples, micro_batch.indices).to(device)
+            with engine.micro_step(last):
                 logps, counts = policy(batch)
                 loss, logged = objective(batch, logps, counts, size)
-                accelerator.backward(loss * here.size if here.size > 1 else loss)
-            for name, value in {"loss": loss, "tokens": torch.tensor(batch.tokens), **logged}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), optimisation.max_grad_norm))
-        sums["stopping"] = torch.tensor(float(interruption.requested() is not None))
-        everything = torch.stack([value.to(device, torch.float64) for value in sums.values()])
-        values = dict(zip(sums, here.total(everything).tolist(), strict=True))
-        stopping, tokens, loss_value = values.pop("stopping"), int(values.pop("tokens")), values.pop("loss")
-        if not math.isfinite(loss_value + norm):
-            raise StageError(f"diverged at step {step}: loss {loss_value:g}, gradient norm {norm:g}")
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+                if not micro_batch.counts:
+                    loss = 0.0 * loss
+                engine.backward(loss, last)
+            if micro_batch.counts:
+                names = ("loss", *logged)
+                values = torch.stack([loss, *logged.values()]).detach().double()
+                sums = values if sums is None else sums + values
+        norm = engine.step()
+        assert sums is not None
+        # Everything that is logged crosses to the CPU once a step, after all work of the step is queued.
+        seen = sum(lengths[i] for m in micro_batches if m.counts for i in m.indices)
+        own = torch.tensor([seen, interruption.requested() is not None])
+        everything = torch.cat([sums, own.to(device, torch.float64)])
+        *totals, tokens, stopping = here.total(everything).tolist()
+        loss_value, norm_value = totals[0], float(norm)
+        if not math.isfinite(loss_value + norm_value):
+            raise StageError(f"diverged at step {step}: loss {loss_value:g}, gradient norm {norm_value:g}")
 
-        attempt.tokens += tokens
-        means = {name: value / size.examples for name, value in values.items()}
+        attempt.tokens += int(tokens)
+        means = {name: value / size.examples for name, value in zip(names[1:], totals[1:], strict=True)}
         speed = tokens / (time.perf_counter() - started)
         tracker.log(
             step,
-            {"loss": loss_value, **means, "lr": rate, "grad_norm": norm, "tokens_per_second": round(speed, 1)},
+            {"loss": loss_value, **means, "lr": rate, "grad_norm": norm_value, "tokens_per_second": round(speed, 1)},
         )
         if (step + 1) % trainer.checkpoint_steps == 0 and step + 1 < total:
             save(step + 1)

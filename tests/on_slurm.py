@@ -70,4 +70,4 @@ def finished(folder: Path) -> bool:
 
 def step_of(folder: Path) -> int:
     """Step of the newest checkpoint of an alignment that is running."""
-    return max((int(p.name[5:]) for p in (folder / "store").glob("align/.work/*/checkpoints/step-*")), default=0)
+    return max((int(p.name[5:]) for p in (folder / "store").glob("align/.work/*/checkpoints/*/step-*")), default=0)

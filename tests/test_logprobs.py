@@ -18,8 +18,8 @@ from transformers import (
 
 from src import attention
 from src.config import ConfigError
-from src.logprobs import score, sequence_logps
-from src.pairs import Example, Segment, pack, partition
+from src.logprobs import Compute, prepare, score, sequence_logps
+from src.pairs import Example, Layout, Segment, pack, partition
 from tests.padded import padded_logps
 
 VOCABULARY = 211
@@ -37,7 +37,7 @@ def make_model(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, **changes):
         "max_position_embeddings": 256,
         "initializer_range": 0.2,  # far from uniform, so that a wrong neighbour shows
     }
-    return cls(config(**(shape | changes))).eval()
+    return prepare(cls(config(**(shape | changes))).eval())
 
 
 def random_pairs(count, seed):
@@ -86,16 +86,16 @@ def without_restart(batch):
 def leaking(batch):
     """The second response also sees the first: one causal segment per pair."""
     segments = []
-    for s in batch.segments:
+    for s in batch.layout.segments:
         if s.prefix_end > s.prefix_start:
             segments[-1] = Segment(segments[-1].start, s.end)
         else:
             segments.append(s)
-    return dataclasses.replace(batch, segments=tuple(segments))
+    return dataclasses.replace(batch, layout=Layout.of(segments))
 
 
 def across_examples(batch):
-    return dataclasses.replace(batch, segments=(Segment(0, batch.tokens),))
+    return dataclasses.replace(batch, layout=Layout.of([Segment(0, batch.tokens)]))
 
 
 @pytest.mark.parametrize("spoil", [without_restart, leaking, across_examples])
@@ -128,7 +128,7 @@ def test_the_head_in_chunks_gives_the_head_at_once(monkeypatch):
     batch = pack(examples, range(len(examples)))
     whole, _ = sequence_logps(model, batch)
     gradient = loss_and_gradient(model, whole)
-    monkeypatch.setattr("src.logprobs.HEAD_CHUNK", 7)
+    monkeypatch.setattr("src.head.CHUNK", 7)
     chunked, _ = sequence_logps(model, batch)
     assert relative(chunked, whole) < 1e-6
     assert relative(loss_and_gradient(model, chunked), gradient) < 1e-5
@@ -166,9 +166,9 @@ def test_policy_and_reference_agree_in_bf16_as_they_do_in_fp32():
     """Both go through one path in one precision: at step 0 log-ratios are rounding noise and DPO's loss is log 2."""
     model, examples = make_model(initializer_range=0.02), random_pairs(16, 6)
     reference = torch.empty(len(examples), 2)
-    for indices, logps, _ in score(model, examples, 200, "bf16"):
+    for indices, logps, _ in score(model, examples, 200, Compute("bf16")):
         reference[indices] = logps.view(-1, 2)
-    policy, _ = sequence_logps(model, pack(examples, range(len(examples))), "bf16")
+    policy, _ = sequence_logps(model, pack(examples, range(len(examples))), Compute("bf16"))
     margin = (policy.view(-1, 2) - reference).detach()
     loss = F.softplus(-0.1 * (margin[:, 0] - margin[:, 1])).mean()
     assert loss.item() == pytest.approx(0.693147, abs=1e-3)

@@ -31,7 +31,7 @@ def undisturbed(tmp_path_factory) -> dict[str, object]:
 
 def checkpoint(stage: str, step: int) -> Callable[[Path], bool]:
     """A checkpoint of `stage` at `step` or later is there."""
-    return lambda store: any(int(p.name[5:]) >= step for p in store.glob(f"{stage}/.work/*/checkpoints/step-*"))
+    return lambda store: any(int(p.name[5:]) >= step for p in store.glob(f"{stage}/.work/*/checkpoints/*/step-*"))
 
 
 def begun(stage: str) -> Callable[[Path], bool]:
@@ -138,7 +138,7 @@ def test_a_resumed_run_really_resumes(tmp_path):
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, undisturbed):
     arguments = [*POINT, f"output_dir={tmp_path}"]
     assert kill_when(checkpoint("sft", 10), tmp_path, *arguments)
-    newest = max((tmp_path / "store").glob("sft/.work/*/checkpoints/step-*"))
+    newest = max((tmp_path / "store").glob("sft/.work/*/checkpoints/*/step-*"))
     optimiser = newest / "optimizer.bin"
     optimiser.write_bytes(optimiser.read_bytes()[:-100])
     train(*arguments, f"hydra.run.dir={tmp_path}/runs/again")

@@ -50,7 +50,7 @@ def test_kills_requeues_preemption_and_the_time_limit_change_nothing(slurm, undi
     strike("sbatch", "-p", "gpu", "-N", "2", "--exclusive", "-t", "1", "-o", "/dev/null", "--wrap", "sleep 1")
     before = step_of(tmp_path)
     until(lambda: step_of(tmp_path) > before)
-    newest = max((tmp_path / "store").glob("align/.work/*/checkpoints/step-*/model.safetensors"))
+    newest = max((tmp_path / "store").glob("align/.work/*/checkpoints/*/step-*/model.safetensors"))
     damaged = newest.stat().st_size // 2
     with newest.open("r+b") as handle:
         handle.seek(damaged)

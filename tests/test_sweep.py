@@ -224,7 +224,7 @@ LONGER += ["hydra.launcher.workers=2"]
 def test_ctrl_c_stops_cleanly_says_how_to_continue_and_the_same_command_does(tmp_path):
     arguments = [*LONGER, f"output_dir={tmp_path}", "sweep.name=stopped"]
     process = start(*arguments)
-    wait_for(lambda: list((tmp_path / "store" / "align").glob(".work/*/checkpoints/step-*")))
+    wait_for(lambda: list((tmp_path / "store" / "align").glob(".work/*/checkpoints/*/step-*")))
     workers = workers_of(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
     output = process.communicate(timeout=30)[0]
@@ -237,7 +237,7 @@ def test_ctrl_c_stops_cleanly_says_how_to_continue_and_the_same_command_does(tmp
 
 def test_a_killed_worker_is_replaced_and_its_stage_resumed(tmp_path):
     process = start(*LONGER, f"output_dir={tmp_path}", "sweep.name=killed")
-    wait_for(lambda: list((tmp_path / "store" / "align").glob(".work/*/checkpoints/step-*")))
+    wait_for(lambda: list((tmp_path / "store" / "align").glob(".work/*/checkpoints/*/step-*")))
     for worker in workers_of(process):
         os.kill(worker, signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
@@ -249,7 +249,7 @@ def test_a_killed_worker_is_replaced_and_its_stage_resumed(tmp_path):
 
 def test_workers_do_not_outlive_a_killed_launcher(tmp_path):
     process = start(*LONGER, f"output_dir={tmp_path}", "sweep.name=orphans")
-    wait_for(lambda: list((tmp_path / "store").glob("*/.work/*/checkpoints/step-*")))
+    wait_for(lambda: list((tmp_path / "store").glob("*/.work/*/checkpoints/*/step-*")))
     workers = workers_of(process)
     process.kill()
     process.communicate()

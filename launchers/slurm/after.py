@@ -67,7 +67,7 @@ def progress_mark(store: Store, stages: list[list[str]]) -> list[int]:
     done = next((n for n, stage in enumerate(names) if not store.is_done(stage)), len(names))
     if done == len(names):
         return [done, 0]
-    return [done, max((int(p.name[5:]) for p in (store.work(names[done]) / "checkpoints").glob("step-*")), default=0)]
+    return [done, max((int(p.name[5:]) for p in (store.work(names[done]) / "checkpoints").glob("*/step-*")), default=0)]
 
 
 def _fail(submission: ledger.Submission, index: int, said: dict[str, Any], error: str) -> None:

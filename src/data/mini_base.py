@@ -19,7 +19,9 @@ from src.data import mini_tldr
 from src.data.rows import text_prompt
 from src.data.templates import Template
 from src.data.tokenised import tokenise
+from src.engine import TrainingEngine
 from src.lease import Lease
+from src.logprobs import prepare
 from src.models import save_checkpoint, use_threads
 from src.progress import RunProgress
 from src.stages.sft import token_mean_loss
@@ -91,13 +93,13 @@ def main() -> None:
     out: Path = parser.parse_args().out
     use_threads(POINT.engine)
     template = Template("plain", make_tokenizer())
-    model = make_model(len(template.tokenizer))
+    model = prepare(make_model(len(template.tokenizer)))
     rows = mini_tldr.demonstrations(EXAMPLES, seed=98, quality=QUALITY)
     data = tokenise([(text_prompt(post.text), (summary,)) for post, summary in rows], template, 160, 112)
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
-        with Tracker(POINT, "base", attempt) as tracker:
-            train(model, data.examples, token_mean_loss, POINT, "sft", attempt, tracker)
+        with TrainingEngine(POINT, POINT.trainer.sft) as engine, Tracker(POINT, "base", attempt) as tracker:
+            train(engine, engine.take(model), data.examples, token_mean_loss, POINT, "sft", attempt, tracker)
         print((Path(work) / "metrics.jsonl").read_text().splitlines()[-1])
     save_checkpoint(model, template, out)
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from src.config import Point, method_options
 from src.data.tokenised import Tokenised, examples_of
+from src.engine import TrainingEngine
 from src.logprobs import score
 from src.methods import METHODS, PairLoss, preference_loss
-from src.models import load_base, load_checkpoint, save_checkpoint, template_of
+from src.models import compute_of, load_base, load_checkpoint, save_checkpoint, template_of
 from src.stages import reference
 from src.store import Attempt, write_json
 from src.tracking import Tracker
@@ -68,10 +69,11 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     template = template_of(point)
     data, validation = examples_of(point, "train", template), examples_of(point, "validation", template)
     references = reference.read(upstream["reference"]) if METHODS[point.method.name].needs_reference else {}
-    model = load_checkpoint(upstream["init"], point) if "init" in upstream else load_base(point)
     objective = objective_of(point, references.get("train"))
-    with Tracker(point, "align", attempt) as tracker:
-        train(model, data.examples, objective, point, "align", attempt, tracker)
+    with TrainingEngine(point, point.trainer.align) as engine, Tracker(point, "align", attempt) as tracker:
+        model = engine.take(load_checkpoint(upstream["init"], point) if "init" in upstream else load_base(point))
+        train(engine, model, data.examples, objective, point, "align", attempt, tracker)
+        model = engine.whole(model)
     if not attempt.leads:
         return
     _validate(point, model, validation, references.get("validation"), attempt)
@@ -86,7 +88,7 @@ def _validate(point: Point, model: Any, data: Tokenised, references: Tensor | No
     numbers: dict[tuple[int, ...], int] = {}
     prompts = [numbers.setdefault(example.prompt, len(numbers)) for example in data.examples]
     lines: dict[int, dict[str, Any]] = {}
-    scored = score(model, data.examples, point.trainer.tokens_per_batch, point.engine.precision)
+    scored = score(model, data.examples, point.trainer.tokens_per_batch, compute_of(point))
     for indices, logps, tokens in scored:
         pairs = pair_losses(point, logps, tokens, None if references is None else references[indices])
         margins = point.beta * (pairs.chosen_score - pairs.rejected_score)

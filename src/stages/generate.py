@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from src.config import Point
 from src.data import source_of
 from src.logprobs import score
-from src.models import load_base, load_checkpoint, template_of
+from src.models import compute_of, load_base, load_checkpoint, template_of
 from src.pairs import Example
 from src.sampling import sample
 from src.store import Attempt
@@ -45,7 +45,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     count = len(rows)
     responses: dict[int, tuple[list[int], bool]] = {}
     for index, ids, finished in sample(
-        model, template, prompt_ids, seed, point.evaluation.generation, point.engine.precision
+        model, template, prompt_ids, seed, point.evaluation.generation, compute_of(point)
     ):
         responses[index] = (ids, finished)
         attempt.tokens += len(ids)
@@ -76,5 +76,5 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
 
 
 def _logps(point: Point, model: Any, examples: list[Example]) -> Iterator[tuple[int, float]]:
-    for indices, values, _ in score(model, examples, point.trainer.tokens_per_batch, point.engine.precision):
+    for indices, values, _ in score(model, examples, point.trainer.tokens_per_batch, compute_of(point)):
         yield from zip(indices, values.tolist(), strict=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from src.config import Point
 from src.data.tokenised import examples_of
 from src.logprobs import score
-from src.models import load_base, load_checkpoint, template_of
+from src.models import compute_of, load_base, load_checkpoint, template_of
 from src.store import Attempt
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     for part, examples in parts.items():
         logps = torch.empty(len(examples), 2)
         counts = torch.empty(len(examples), 2)
-        for indices, values, tokens in score(model, examples, point.trainer.tokens_per_batch, point.engine.precision):
+        for indices, values, tokens in score(model, examples, point.trainer.tokens_per_batch, compute_of(point)):
             logps[indices], counts[indices] = values.view(-1, 2), tokens.view(-1, 2)
             attempt.tokens += sum(examples[i].length for i in indices)
             finished += len(indices)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config import Point
 from src.data.tokenised import examples_of
+from src.engine import TrainingEngine
 from src.models import load_base, save_checkpoint, template_of
 from src.store import Attempt, write_json
 from src.tracking import Tracker
@@ -29,9 +30,10 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     template = template_of(point)
     data = examples_of(point, "sft", template)
     examples_of(point, "validation", template)  # the pairs come later: what is wrong with them shows now, not then
-    model = load_base(point)
-    with Tracker(point, "sft", attempt) as tracker:
-        train(model, data.examples, token_mean_loss, point, "sft", attempt, tracker)
+    with TrainingEngine(point, point.trainer.sft) as engine, Tracker(point, "sft", attempt) as tracker:
+        model = engine.take(load_base(point))
+        train(engine, model, data.examples, token_mean_loss, point, "sft", attempt, tracker)
+        model = engine.whole(model)
     if not attempt.leads:
         return
     save_checkpoint(model, template, attempt.out)
