@@ -56,9 +56,9 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(t, d), (vocabulary, d) -> (t, vocabulary) float32, multiplied in `dtype`."""
-    logits = product(hidden.to(dtype), weight.to(dtype)).float()
-    return logits if bias is None else logits.add_(bias.float())
+    """(t, d), (vocabulary, d) -> (t, vocabulary), multiplied in `dtype`, in float32 at least."""
+    logits = product(hidden.to(dtype), weight.to(dtype)).to(torch.promote_types(dtype, torch.float32))
+    return logits if bias is None else logits.add_(bias)
 
 
 class Head(Linear):

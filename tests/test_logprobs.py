@@ -6,14 +6,18 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from src import attention
@@ -66,6 +70,8 @@ def relative(a, b):
         (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
         (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
         (Qwen2ForCausalLM, Qwen2Config, {}),
+        (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+        (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -132,6 +138,32 @@ def test_the_head_in_chunks_gives_the_head_at_once(monkeypatch):
     chunked, _ = sequence_logps(model, batch)
     assert relative(chunked, whole) < 1e-6
     assert relative(loss_and_gradient(model, chunked), gradient) < 1e-5
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.seen = max(self.seen, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("chunk", [16, 10**6])
+def test_nothing_of_tokens_times_vocabulary_is_ever_whole(chunk, monkeypatch):
+    monkeypatch.setattr("src.head.CHUNK", chunk)
+    model, examples = make_model(vocab_size=5000), random_pairs(12, 7)
+    batch = pack(examples, range(len(examples)))
+    predictions = len(batch.targets)
+    with Largest() as largest:
+        sequence_logps(model, batch)[0].sum().backward()
+    whole = largest.seen >= predictions * 5000
+    assert whole == (chunk > predictions), "and the control: in one chunk it is"
+    assert model.get_output_embeddings().weight.numel() < predictions * 5000
 
 
 def test_the_head_sees_only_positions_that_predict_a_response_token():

@@ -1,0 +1,185 @@
+"""What benchmarks.against_trl measured, as tables and figures for docs/performance.md:
+`python -m benchmarks.performance`.
+
+Writes outputs/benchmarks/performance.md and docs/images/performance.png, and nothing it has no measurement for.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.against_trl import MODEL, PAIRS, RESULTS
+from benchmarks.pairs import SHAPES, make_pairs
+
+NAMES = {"tldr": "TL;DR", "ultrafeedback": "UltraFeedback"}
+LEVERS = {
+    "onednn": "oneDNN instead of MKL",
+    "head": "the head in place, not through autograd",
+    "prefix": "one prompt for both responses",
+    "packing": "several pairs a micro-batch",
+}
+
+
+def seconds(jobs: list[dict[str, Any]], **wanted: Any) -> float:
+    """Median wall seconds of a step, over all measurements of such a job."""
+    taken = [s[0] for job in jobs if all(job.get(k) == v for k, v in wanted.items()) for s in job["seconds"]]
+    return statistics.median(taken)
+
+
+def useful_flops(shape: str, scale: float = 1.0, pairs: int = PAIRS, layers: int | None = None) -> float:
+    """Of a mean step: 6 x parameters of the layers x (prompt once + both responses), 6 x head x response tokens, and
+    for attention 12 x layers x width x (query, key) pairs that are seen. What is computed twice counts once."""
+    config = json.loads((MODEL / "config.json").read_text())
+    width, depth = config["hidden_size"], layers or config["num_hidden_layers"]
+    heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
+    layer = width * width * (2 + 2 * kv / heads) + 3 * width * config["intermediate_size"]
+    examples = make_pairs(shape, pairs * 3, scale)
+    total = 0.0
+    for e in examples:
+        lengths = [len(r) for r in e.responses]
+        seen = len(e.prompt) ** 2 / 2 + sum(r * len(e.prompt) + r * r / 2 for r in lengths)
+        total += (
+            6 * depth * layer * e.length + 6 * width * config["vocab_size"] * sum(lengths) + 12 * depth * width * seen
+        )
+    return total / 3
+
+
+def sweep_tokens() -> tuple[float, float]:
+    """Token passes (a forward pass of one token is 1, forward and backward 3) of the 200 runs of llama32_3b_tldr: each
+    job with its own SFT, pairs of two rows and an online reference; and planned. At the medians of the TL;DR shape."""
+    prompt, response = SHAPES["tldr"]
+    sft_rows, pairs, validation, points = 41_947, 73_396, 21_198, 200
+    sft = 3 * sft_rows * (prompt + response)
+    apart, shared = 2 * (prompt + response), prompt + 2 * response
+    naive = points * (sft + (3 + 1) * pairs * apart + (1 + 1) * validation * apart)
+    planned = sft + (pairs + validation) * shared + points * (3 * pairs * shared + validation * shared)
+    return naive, planned
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| pairs, a step of 16 | ours, pairs/s | TRL, pairs/s | times as fast | ours, tokens/s | ours, MFU |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for shape in SHAPES:
+        if shape in results:
+            jobs = results[shape]["jobs"]
+            a, b = seconds(jobs, who="ours"), seconds(jobs, who="trl")
+            tokens = next(j["tokens"] for j in jobs if j["who"] == "ours")
+            mfu = useful_flops(shape) / a / results[shape]["peak"]
+            lines.append(
+                f"| {NAMES[shape]}, float32, reference precomputed | {PAIRS / a:.2f} | {PAIRS / b:.3f} | {b / a:.1f} |"
+                f" {tokens / a:.0f} | {100 * mfu:.0f} % |"
+            )
+    others = {
+        "online_reference": "TL;DR, float32, TRL with its reference online",
+        "defaults": "TL;DR, float32, TRL with its default gradient checkpointing",
+        "bf16": "TL;DR, bf16",
+        "orpo": "TL;DR, ORPO (TRL's experimental trainer)",
+        "simpo": "TL;DR, SimPO (TRL's experimental trainer)",
+    }
+    for row, name in others.items():
+        if row in results and "tldr" in results:
+            jobs = results[row]["jobs"]
+            a = (
+                seconds(jobs, who="ours")
+                if row in ("bf16", "orpo", "simpo")
+                else seconds(results["tldr"]["jobs"], who="ours")
+            )
+            b = seconds(jobs, who="trl")
+            lines.append(f"| {name} | {PAIRS / a:.2f} | {PAIRS / b:.3f} | {b / a:.1f} | | |")
+    if "micro_batch" in results:
+        for job in results["micro_batch"]["jobs"]:
+            b = statistics.median(s[0] for s in job["seconds"])
+            lines.append(
+                f"| TL;DR, float32, TRL with {job['micro_batch']} pairs a micro-batch | | {PAIRS / b:.3f} | | | |"
+            )
+    return "\n".join(lines)
+
+
+def memory_table(results: dict[str, Any]) -> str:
+    lines = ["| two pairs a micro-batch | ours, GB | TRL, GB | ratio |", "|---|---:|---:|---:|"]
+    for shape in SHAPES:
+        taken = {j["who"]: j["bytes"] / 1e9 for j in results["memory"]["jobs"] if j["shape"] == shape}
+        lines.append(
+            f"| {NAMES[shape]} | {taken['ours']:.2f} | {taken['trl']:.2f} | {taken['ours'] / taken['trl']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def ablation_table(results: dict[str, Any]) -> str:
+    whole = seconds(results["tldr"]["jobs"], who="ours")
+    lines = ["| without | seconds a step | times as slow |", "|---|---:|---:|", f"| nothing | {whole:.1f} | 1.00 |"]
+    for lever, name in LEVERS.items():
+        taken = seconds(results["ablation"]["jobs"], without=lever)
+        lines.append(f"| {name} | {taken:.1f} | {taken / whole:.2f} |")
+    return "\n".join(lines)
+
+
+def growth_table(results: dict[str, Any]) -> str:
+    lines = ["| | seconds a step | pairs/s | MFU |", "|---|---:|---:|---:|"]
+
+    def add(name: str, row: str, pairs: int = PAIRS, **job: Any) -> None:
+        if row in results:
+            taken = seconds(results[row]["jobs"], who="ours", **job)
+            shape = {"scale": job.get("scale", 1.0), "pairs": pairs, "layers": job.get("layers")}
+            mfu = useful_flops("tldr", **shape) / taken / results[row]["peak"]
+            lines.append(f"| {name} | {taken:.1f} | {pairs / taken:.2f} | {100 * mfu:.0f} % |")
+
+    add("16 pairs, 30 layers, median 416 tokens", "tldr")
+    add("half as long", "length", scale=0.5)
+    add("twice as long", "length", scale=2.0)
+    add("8 pairs", "batch", 8, pairs=8)
+    add("32 pairs", "batch", 32, pairs=32)
+    add("10 layers", "size", layers=10)
+    add("20 layers", "size", layers=20)
+    return "\n".join(lines)
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [
+        (f"{NAMES[shape]}: {who}", PAIRS / seconds(results[shape]["jobs"], who=key), key)
+        for shape in SHAPES
+        if shape in results
+        for who, key in (("this project", "ours"), ("TRL 1.16", "trl"))
+    ]
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.45 * len(bars)), layout="constrained")
+    colours = {"ours": "#0072B2", "trl": "#999999"}
+    names, values, keys = zip(*reversed(bars), strict=True)
+    drawn = axes.barh(names, values, color=[colours[k] for k in keys])
+    axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.set_xlabel("preference pairs a second, whole optimiser steps, float32, two CPU cores")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    results = json.loads(RESULTS.read_text())
+    parts = [table(results)]
+    if "memory" in results:
+        parts.append(memory_table(results))
+    if {"ablation", "tldr"} <= results.keys():
+        parts.append(ablation_table(results))
+    parts.append(growth_table(results))
+    if "gradients" in results:
+        found = results["gradients"]["jobs"][0]
+        keys = ("float64", "float32", "ours_rounding", "trl_rounding")
+        parts.append("gradients: " + ", ".join(f"{key} {found[key]:.1e}" for key in keys))
+    naive, planned = sweep_tokens()
+    parts.append(
+        f"200 runs: {naive:.3g} token passes each on its own, {planned:.3g} planned: {naive / planned:.1f} times less"
+    )
+    text = "\n\n".join(parts) + "\n"
+    RESULTS.with_name("performance.md").write_text(text)
+    print(text)
+    figure(results, Path("docs/images/performance.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The kernels over packed segments are one another's equals, and what cannot be had is said before anything runs."""
+
+import pytest
+import torch
+
+from src import attention
+from src.config import ConfigError
+from src.pairs import Layout, Segment
+
+CPU = torch.device("cpu")
+# Two pairs: prompt and chosen, rejected; the second prompt is longer than a block.
+LAYOUT = Layout.of([Segment(0, 9), Segment(9, 13, 0, 5), Segment(13, 413), Segment(413, 431, 13, 360)])
+PREFIX = {1: range(5), 3: range(13, 360)}
+
+
+def tensors(heads=6, kv_heads=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    n = LAYOUT.segments[-1].end
+    return [torch.randn(1, h, n, 16, generator=generator).requires_grad_() for h in (heads, kv_heads, kv_heads)]
+
+
+def dense(query, key, value, scaling):
+    """Every position against every other, with what may be seen written out."""
+    n = query.shape[2]
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    for number, segment in enumerate(LAYOUT.segments):
+        for position in range(segment.start, segment.end):
+            seen[position, segment.start : position + 1] = True
+            seen[position, list(PREFIX.get(number, []))] = True
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def varlen_kernel(q, k, v, query_starts, key_starts, longest_query, longest_key, *, scale, window_size, enable_gqa):
+    """What torch documents of varlen_attn, as a loop: segments by cumulative starts, causal to the bottom right."""
+    assert window_size == (-1, 0) and enable_gqa == (q.shape[1] != k.shape[1])
+    assert query_starts.dtype == key_starts.dtype == torch.int32
+    lengths = [starts.diff().max().item() for starts in (query_starts, key_starts)]
+    assert lengths == [longest_query, longest_key]
+    out = []
+    for i in range(len(query_starts) - 1):
+        rows, columns = slice(*query_starts[i : i + 2].tolist()), slice(*key_starts[i : i + 2].tolist())
+        queries, keys, values = q[rows].float(), k[columns].float(), v[columns].float()
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + keys.shape[0] - queries.shape[0])
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
+    return torch.cat(out).to(q.dtype)
+
+
+def outputs_and_gradients(kernel, inputs):
+    out = kernel(*inputs)
+    return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(1) / out.shape[1])]
+
+
+def test_sdpa_by_segments_and_blocks_is_dense_attention_with_everything_else_hidden():
+    assert len(LAYOUT.blocks) > len(LAYOUT.segments), "long segments are cut up on a CPU"
+    inputs = tensors()
+    expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
+    found = outputs_and_gradients(lambda *x: attention.sdpa(*x, 0.25, LAYOUT), inputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_variable_length_kernels_are_asked_for_the_same(monkeypatch):
+    """Their arguments, against the documented meaning; the kernels themselves run on GPUs alone."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_kernel)
+    inputs = tensors()
+    expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
+    found = outputs_and_gradients(lambda *x: attention.varlen(*x, 0.25, LAYOUT), inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert ((a.float() - b).norm() / b.norm()) < 0.02  # 16 bits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on GPUs alone")
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
+def test_kernels_on_a_gpu(name):
+    device = torch.device("cuda")
+    wanted, _ = attention.choose(name, device, "bf16")
+    inputs = tensors()
+    expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
+    there = [x.detach().to(device).requires_grad_() for x in inputs]
+    found = outputs_and_gradients(lambda *x: attention.KERNELS[wanted](*x, 0.25, LAYOUT.to(device)), there)
+    for a, b in zip(found, expected, strict=True):
+        assert ((a.float().cpu() - b).norm() / b.norm()) < 0.02
+
+
+def test_auto_takes_what_there_is_and_says_why():
+    kernel, reason = attention.choose("auto", CPU, "bf16")
+    assert kernel == "sdpa" and "no varlen: it needs CUDA, this is cpu" in reason
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
+def test_a_kernel_that_cannot_be_had_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=rf"model.attention={name}: it needs CUDA, this is cpu; use model.attention="):
+        attention.choose(name, CPU, "bf16")
