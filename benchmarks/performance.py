@@ -11,7 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.against_trl import MODEL, PAIRS, RESULTS
+from benchmarks.against_trl import RESULTS
+from benchmarks.our_side import MODEL, PAIRS
 from benchmarks.pairs import SHAPES, make_pairs
 
 NAMES = {"tldr": "TL;DR", "ultrafeedback": "UltraFeedback"}

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.against_trl import trl_trainer
+from benchmarks.trl_side import trl_trainer
 from src.checks import point_from
 from src.data.tokenised import examples_of
 from src.models import template_of

