@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -100,12 +102,33 @@ def check(point: Point) -> None:
         raise ConfigError(f"sweep.name={point.sweep.name}: names a folder; letters, digits and . _ - = + only")
     _check_method(point)
     _check_dataset(point)
+    if point.model.attention in ("varlen", "flash_attention_2"):
+        if point.engine.precision != "bf16":
+            raise ConfigError(f"model.attention={point.model.attention} computes in 16 bits: add engine.precision=bf16")
+        if point.engine.device == "cpu":
+            raise ConfigError(f"model.attention={point.model.attention} needs CUDA, and engine.device=cpu")
     for name in ("beta_grid", "lr_grid"):
         check_grid(name, getattr(point, name))
     if point.evaluation.quality == "win_rate" and point.evaluation.judge is None:
         raise ConfigError("evaluation.quality=win_rate needs evaluation.judge; without one use reward_accuracy")
     if point.evaluation.judge == "gold" and point.dataset.source != "mini_tldr":
         raise ConfigError("evaluation.judge=gold knows the facts of dataset=mini_tldr only; use evaluation=preference")
+
+
+def check_packages(points: Iterable[Point]) -> None:
+    """Whether the optional packages that points need are installed: asked before a launch, not before a plan.
+    Raises ConfigError."""
+    for point in points:
+        engine = point.engine
+        wanted = {"deepspeed": engine.parallel.startswith("zero") and f"engine.parallel={engine.parallel}"}
+        wanted["flash_attn"] = point.model.attention == "flash_attention_2" and "model.attention=flash_attention_2"
+        for package, key in wanted.items():
+            if key and importlib.util.find_spec(package) is None:
+                extra = "zero" if package == "deepspeed" else "flash"
+                raise ConfigError(
+                    f"{key} needs the package {package}: pip install --no-build-isolation '.[{extra}]', "
+                    "in the environment that jobs use"
+                )
 
 
 def check_grid(name: str, grid: dict[str, list[float]]) -> None:

@@ -19,6 +19,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
 
 from src import lora
+from src.checks import check_packages
 from src.config import ConfigError, Optimisation, Point, zero_stage
 from src.distributed import join, world
 from src.logprobs import prepare
@@ -35,7 +36,7 @@ class TrainingEngine:
     """Loads, trains and gives back one model; every process of the run does the same with its own."""
 
     def __init__(self, point: Point, optimisation: Optimisation) -> None:
-        """Raises ConfigError when the engine's package is missing."""
+        """Raises ConfigError when the package it needs is missing."""
         device = device_of(point.engine)
         self.point = point
         self.zero = zero_stage(point.engine)
@@ -47,6 +48,7 @@ class TrainingEngine:
         if self.zero:
             if device.type == "cpu" and torch.cuda.is_available():
                 raise ConfigError("engine.device=cpu: ZeRO takes the GPU it sees; hide it with CUDA_VISIBLE_DEVICES=")
+            check_packages([point])
             join(point.engine.parallel)
             _load_deepspeed(device)
             plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(point, optimisation, device))
@@ -173,11 +175,7 @@ def _quiet_deepspeed(device: torch.device) -> None:
 
 def _load_deepspeed(device: torch.device) -> None:
     """Import it, without the compiler it would start for a faster sum on CPUs."""
-    try:
-        import deepspeed
-    except ImportError:
-        raise ConfigError(
-            "engine: ZeRO needs the package deepspeed (pip install --no-build-isolation '.[zero]'); or use engine=ddp"
-        ) from None
+    import deepspeed
+
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

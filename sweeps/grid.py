@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src import hub
-from src.checks import check_grid, point_from
+from src.checks import check_grid, check_packages, point_from
 from src.config import USER_ERRORS, ConfigError, Point, as_typed, one_line, parse_overrides
 from src.identity import digest
 from src.methods import METHODS
@@ -67,6 +67,7 @@ class GridSweeper(Sweeper):
             print(plan.text())
             return
         if plan.needed:
+            check_packages(points)
             for warning in hub.check(points):
                 print(f"warning: {warning}", file=sys.stderr)
         self.launcher.check(plan)

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from src.checks import point_from
-from src.config import CONF_DIR, register
+from src.checks import check_packages, point_from
+from src.config import CONF_DIR, ConfigError, register
 from src.methods import METHODS
 from tests.conftest import train
 
@@ -120,6 +120,9 @@ BAD = [
     (["-m", "beta=1,2", "sweep.name=../x"], "sweep.name=../x: names a folder"),
     (["init=base", "method=orpo"], "init=base names no best beta"),
     (["engine.precision=fp8"], "must be one of fp32, bf16"),
+    (["engine.parallel=zero4"], "must be one of none, ddp, zero1, zero2, zero3, zero3_offload"),
+    (["model.attention=varlen"], "model.attention=varlen computes in 16 bits: add engine.precision=bf16"),
+    (["model.lora.rank=0"], "model.lora.rank=0: must be >= 1"),
     (["best_from=/nowhere.yaml"], "best_from=/nowhere.yaml"),
     (["-m", "method=dpo,ipo", "beta=0.1,-1"], "beta=-1: must be > 0"),
     (["-m", "beta=0.1,abc"], "beta=abc"),
@@ -134,6 +137,15 @@ BAD = [
     (["-m", "hydra/sweeper=basic", "beta=1,2"], "hydra/sweeper=grid"),
     (["+sweep=nosuch"], "sweep/nosuch"),
 ]
+
+
+def test_a_package_that_is_not_there_is_named_before_a_launch_and_a_plan_does_without(monkeypatch):
+    point = point_from(composed("engine=zero3"))
+    check_packages([point])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"engine.parallel=zero3 needs the package deepspeed: pip install"):
+        check_packages([point])
+    check_packages([point_from(composed())])
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
