@@ -140,7 +140,14 @@ def test_lora_of_two_processes_is_that_of_one(tmp_path):
 
 def test_steps_of_3e_7_move_weights_in_bf16_as_they_do_in_float32(tmp_path):
     """Master weights are float32: in bf16 ones such a step is below half of the last place, and nothing would move."""
-    arguments = [*POINT, "lr=3e-7", "trainer.align.epochs=13", "trainer.align.max_steps=100", "trainer.sft.max_steps=4"]
+    arguments = [
+        *POINT,
+        "lr=3e-7",
+        "trainer.align.batch_size=8",
+        "trainer.align.epochs=7",
+        "trainer.align.max_steps=100",
+        "trainer.sft.max_steps=4",
+    ]
     moves = {}
     for precision in ("fp32", "bf16"):
         folder = tmp_path / precision
