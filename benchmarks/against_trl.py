@@ -1,5 +1,5 @@
 """The training engine against TRL's trainers, same model, pairs, threads and whole optimiser steps:
-`python -m benchmarks.against_trl [ROW ...]`; without rows, all of them (about half an hour on two cores).
+`python -m benchmarks.against_trl [ROW ...]`; without rows, all of them (most of an hour on two cores).
 
 Each measurement is a process of its own, ours and TRL's taking turns; results are kept in
 outputs/benchmarks/against_trl.json, from which `python -m benchmarks.performance` makes tables and figures.

@@ -104,12 +104,12 @@ def leave_out(lever: str, model: Any) -> None:
 
     if lever == "onednn":
         linear._ONEDNN = False
-    elif lever == "head":  # full logits of every position, log-softmax, gather
+    elif lever == "head":  # the same positions, with what autograd keeps of their logits
 
-        def every_position(self: Any, x: Any, targets: Any = None) -> Any:
+        def through_autograd(self: Any, x: Any, targets: Any = None) -> Any:
             return -F.cross_entropy(linear.Linear.forward(self, x).float(), targets, reduction="none")
 
-        head.Head.forward = every_position  # type: ignore[method-assign]
+        head.Head.forward = through_autograd  # type: ignore[method-assign]
     elif lever == "prefix":  # one copy of the prompt for each response
         import src.training as training
 

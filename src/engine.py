@@ -83,16 +83,16 @@ class TrainingEngine:
         self.policy, self.optimiser = self.accelerator.prepare(policy, optimiser)
         return self.policy, self.optimiser
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Gradients of one micro-batch; with the last one of a step they are exchanged (and under ZeRO, used)."""
-        self.accelerator.sync_gradients = last
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, inside its micro_step."""
         # Gradients are summed over processes and come out as their mean.
         self.accelerator.backward(loss * world().size if world().size > 1 else loss)
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
-        """What a micro-batch is computed in: only the last of a step exchanges gradients."""
-        with contextlib.nullcontext() if last or self.zero >= 2 else self.accelerator.no_sync(self.policy):
+        """What a micro-batch is computed in: the last of a step exchanges gradients (and under ZeRO, uses them)."""
+        self.accelerator.sync_gradients = last
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
             yield
 
     def step(self) -> Tensor:

@@ -149,7 +149,7 @@ def train(
                 loss, logged = objective(batch, logps, counts, size)
                 if not micro_batch.counts:
                     loss = 0.0 * loss
-                engine.backward(loss, last)
+                engine.backward(loss)
             if micro_batch.counts:
                 names = ("loss", *logged)
                 values = torch.stack([loss, *logged.values()]).detach().double()

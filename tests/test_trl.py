@@ -50,5 +50,5 @@ def test_fifty_steps_have_the_losses_that_trl_has(tmp_path):
     theirs = [loss.item() for loss in losses]
     assert len(ours) == len(theirs) == STEPS and ours[0] == pytest.approx(0.693147, abs=1e-5)
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
-    # The control: the curve goes somewhere, and no step's loss is its neighbour's.
-    assert ours[-1] < 0.6 and min(abs(a - b) for a, b in zip(ours[1:], theirs, strict=False)) < 1e-2
+    # The control: the curve goes somewhere, and a step too late it would not be the same.
+    assert ours[-1] < 0.6 and max(abs(a - b) for a, b in zip(ours[1:], theirs, strict=False)) > 1e-2
