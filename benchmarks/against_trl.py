@@ -35,7 +35,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "orpo": [{"who": who, "shape": "tldr", "method": "orpo"} for who in ("ours", "trl")],
     "simpo": [{"who": who, "shape": "tldr", "method": "simpo"} for who in ("ours", "trl")],
     "ablation": [
-        {"who": "ours", "shape": "tldr", "without": lever} for lever in ("onednn", "head", "prefix", "packing")
+        {"who": "ours", "shape": "tldr", "without": lever}
+        for lever in (None, "onednn", "attention", "norm", "memory", "head", "prefix", "packing")
     ],
     "memory": [
         {"who": who, "shape": shape, "measure": "memory", "micro_batch": 2}
@@ -61,13 +62,16 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
 
     examples = make_pairs(job["shape"], job["micro_batch"])
     if job["who"] == "ours":
+        from src.config import Point
         from src.logprobs import sequence_logps
+        from src.models import compute_of, use_machine
         from src.pairs import pack
 
-        model = model_of()
+        use_machine(Point().engine)
+        model, compute = model_of(), compute_of(Point())
 
         def step() -> None:
-            logps = sequence_logps(model, pack(examples, range(len(examples))))[0].view(-1, 2)
+            logps = sequence_logps(model, pack(examples, range(len(examples))), compute)[0].view(-1, 2)
             (-torch.nn.functional.logsigmoid(BETA * (logps[:, 0] - logps[:, 1]))).mean().backward()
     else:
         model = plain(model_of())
@@ -93,19 +97,21 @@ def gradients(job: dict[str, Any]) -> dict[str, Any]:
 
     import torch
 
+    from src.config import Point
     from src.logprobs import prepare, sequence_logps
+    from src.models import compute_of
     from src.pairs import pack
 
     examples = make_pairs(job["shape"], 2)
-    model = model_of()
+    model, compute = model_of(), compute_of(Point())
     with torch.no_grad():
-        logps = sequence_logps(model, pack(examples, range(2)))[0].view(-1, 2)
+        logps = sequence_logps(model, pack(examples, range(2)), compute)[0].view(-1, 2)
     rng = random.Random(0)
     references = [(a + rng.gauss(0, 3), b + rng.gauss(0, 3)) for a, b in logps.tolist()]
     found = {}
     for precision in (torch.float32, torch.float64):
         prepare(model.to(precision)).zero_grad()
-        ratios = sequence_logps(model, pack(examples, range(2)))[0].view(-1, 2) - torch.tensor(references)
+        ratios = sequence_logps(model, pack(examples, range(2)), compute)[0].view(-1, 2) - torch.tensor(references)
         (-torch.nn.functional.logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1]))).mean().backward()
         found["ours", precision] = torch.cat([p.grad.flatten().double() for p in model.parameters()])
         model.zero_grad()

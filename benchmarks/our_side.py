@@ -12,8 +12,7 @@ from benchmarks.pairs import make_pairs
 
 MODEL = Path("outputs/benchmarks/smollm2")  # unpacked once: reading the GGUF file takes longer than a step of ours
 PAIRS = 16  # of a step
-STEPS = 3  # of a measurement; the first is not counted
-BUDGET = 2048  # tokens of a micro-batch
+STEPS = 3  # of a measurement, all of the same pairs; the first is not counted
 BETA = 0.1
 
 
@@ -51,6 +50,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     """Steps of src.training as a stage runs them, checkpoints apart."""
     import torch
 
+    from src import models
     from src.config import Engine, MethodFields, Optimisation, Point, Trainer
     from src.engine import TrainingEngine
     from src.lease import Lease
@@ -59,13 +59,13 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     from src.training import train
 
     count = job.get("pairs", PAIRS)
-    examples = make_pairs(job["shape"], count * STEPS, job.get("scale", 1.0))
+    examples = make_pairs(job["shape"], count, job.get("scale", 1.0))
     point = Point(
         method=MethodFields(job.get("method", "dpo"), gamma_beta_ratio=0.5 if job.get("method") == "simpo" else None),
         engine=Engine("benchmark", precision=job.get("precision", "fp32")),
         trainer=Trainer(
-            align=Optimisation(batch_size=count, max_grad_norm=2.0),
-            tokens_per_batch=1 if job.get("without") == "packing" else BUDGET,
+            align=Optimisation(batch_size=count, epochs=STEPS, max_grad_norm=2.0),
+            tokens_per_batch=1 if job.get("without") == "packing" else None,  # what the engine finds best
             checkpoint_steps=10**6,
         ),
         beta=BETA,
@@ -81,6 +81,9 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             self.times.append((time.perf_counter(), time.process_time()))
 
     clock = Clock()
+    if job.get("without") == "memory":
+        models.keep_memory = lambda: None
+    models.use_machine(point.engine)
     with (
         tempfile.TemporaryDirectory() as work,
         Lease(Path(work)) as lease,
@@ -92,18 +95,24 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         attempt = Attempt(Path(work), Path(work), lease, lambda *_: None, "benchmark", "benchmark", Path(work))
         clock.times.append((time.perf_counter(), time.process_time()))
         train(engine, model, examples, objective_of(point, references), point, "align", attempt, clock)  # type: ignore
-    return {"seconds": between(clock.times), "tokens": sum(e.length for e in examples) / STEPS}
+    return {"seconds": between(clock.times), "tokens": sum(e.length for e in examples)}
 
 
 def leave_out(lever: str, model: Any) -> None:
-    """The engine without one of its levers; packing is left out by a token budget of one."""
+    """The engine without one of its levers; packing and memory are left out above."""
     import torch.nn.functional as F
 
-    from src import head, linear
+    from src import attention, head, layers, linear
     from src.pairs import Example
 
     if lever == "onednn":
-        linear._ONEDNN = False
+        linear.ONEDNN = False
+    elif lever == "attention":
+        attention.KERNELS["onednn"] = attention.sdpa
+    elif lever == "norm":
+        for module in model.modules():
+            if isinstance(module, layers.RMSNorm):
+                module.forward = super(layers.RMSNorm, module).forward  # type: ignore[method-assign]
     elif lever == "head":  # the same positions, with what autograd keeps of their logits
 
         def through_autograd(self: Any, x: Any, targets: Any = None) -> Any:

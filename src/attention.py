@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from src.config import ConfigError
+from src.cpu_attention import BlockedAttention
+from src.linear import ONEDNN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,26 +20,28 @@ if TYPE_CHECKING:
     from src.pairs import Layout
 
 
+# Queries of a mean block below which calling a product costs more than multiplying: measured, at 64 dimensions a head.
+_FEW = 112
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
     """torch's scaled_dot_product_attention, segment by segment: any device, any precision."""
     # torch's CPU kernel computes what it then masks; on a GPU blocks would be more launches.
     segments = layout.blocks if query.device.type == "cpu" else layout.segments
     # One split, whose gradient is one concatenation; slices would each give one of the size of the whole.
-    cuts = sorted({0, *(c for s in segments for c in (s.start, s.end, s.prefix_start, s.prefix_end))})
+    cuts = sorted({0, *(c for s in segments for c in (s.first, s.end, s.prefix_start, s.prefix_end))})
     place = {cut: number for number, cut in enumerate(cuts)}
     sizes = [end - start for start, end in pairwise(cuts)]
     keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
     queries = query.split([s.end - s.start for s in segments], dim=2)
     outputs = []
     for s, q in zip(segments, queries, strict=True):
-        prefix = s.prefix_end - s.prefix_start
-        seen = [*range(place[s.prefix_start], place[s.prefix_end])] if prefix else []
-        seen += range(place[s.start], place[s.end])
+        seen = [*range(place[s.prefix_start], place[s.prefix_end]), *range(place[s.first], place[s.end])]
         k, v = (torch.cat([pieces[i] for i in seen], dim=2) for pieces in (keys, values))
         mask = None
-        if prefix:
-            # Causal aligned to the bottom right: query i sees the whole prefix and itself up to i.
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
+        if earlier := k.shape[2] - q.shape[2]:
+            # Causal aligned to the bottom right: query i sees all that is earlier and itself up to i.
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(earlier)
         grouped = q.shape[1] != k.shape[1]
         outputs.append(
             F.scaled_dot_product_attention(
@@ -45,6 +49,13 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layou
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def onednn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+    """Blocks of queries through oneDNN's products: float32 on a CPU."""
+    if query.dtype != torch.float32 or query.shape[2] < _FEW * len(layout.blocks):
+        return sdpa(query, key, value, scaling, layout)
+    return BlockedAttention.apply(query, key, value, scaling or query.shape[3] ** -0.5, layout.blocks)
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
@@ -78,7 +89,7 @@ def _flat(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Te
     return q, k.index_select(0, layout.keys), v.index_select(0, layout.keys)
 
 
-KERNELS = {kernel.__name__: kernel for kernel in (sdpa, varlen, flash_attention_2)}
+KERNELS = {kernel.__name__: kernel for kernel in (sdpa, onednn, varlen, flash_attention_2)}
 
 
 def registered_name(kernel: str) -> str:
@@ -115,6 +126,7 @@ def choose(wanted: str, device: torch.device, precision: str) -> tuple[str, str]
     """The kernel for model.attention=`wanted` on this device, and why. Raises ConfigError when it cannot be had."""
     missing = {
         "sdpa": None,
+        "onednn": _without_onednn(device, precision),
         "varlen": _without_varlen(device, precision),
         "flash_attention_2": _without_flash(device, precision),
     }
@@ -122,10 +134,18 @@ def choose(wanted: str, device: torch.device, precision: str) -> tuple[str, str]
         if missing[wanted]:
             raise ConfigError(f"model.attention={wanted}: {missing[wanted]}; use model.attention=auto")
         return wanted, "as configured"
-    for name in ("flash_attention_2", "varlen"):
+    for name in ("flash_attention_2", "varlen", "onednn"):
         if missing[name] is None:
             return name, "the fastest there is here"
     return "sdpa", "; ".join(f"no {name}: {why}" for name, why in missing.items() if why)
+
+
+def _without_onednn(device: torch.device, precision: str) -> str | None:
+    if device.type != "cpu":
+        return f"it is for a CPU, this is {device.type}"
+    if precision != "fp32":
+        return f"it computes in float32, engine.precision is {precision}"
+    return None if ONEDNN else "this torch is built without oneDNN"
 
 
 def _without_kernels(device: torch.device, precision: str) -> str | None:

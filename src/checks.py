@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.precision": ("fp32", "bf16"),
     "engine.parallel": ("none", "ddp", "zero1", "zero2", "zero3", "zero3_offload"),
-    "model.attention": ("auto", "flash_attention_2", "varlen", "sdpa"),
+    "model.attention": ("auto", "flash_attention_2", "varlen", "onednn", "sdpa"),
     "evaluation.quality": ("win_rate", "reward_accuracy"),
     "evaluation.judge": (None, "gold"),
     "keep": ("all", "best", "none"),

@@ -62,7 +62,7 @@ class Model:
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
     template: str = "plain"  # plain | tokenizer | llama3
     revision: str | None = None
-    attention: str = "auto"  # auto | flash_attention_2 | varlen | sdpa
+    attention: str = "auto"  # auto | flash_attention_2 | varlen | onednn | sdpa
     lora: Lora = field(default_factory=Lora)
 
 

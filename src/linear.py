@@ -10,13 +10,15 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_PIECE = 512  # rows transposed at once: they stay in the cache
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(t, k), (n, k) -> rows @ weight.T + bias, (t, n). Each contiguous, or the transposed view of what is: strides of
     any other kind send oneDNN into a reference loop."""
-    if _ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32:
+    if ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return torch.nn.functional.linear(rows, weight, bias)
 
@@ -32,9 +34,22 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradients[0].reshape(-1, weight.shape[0]).contiguous()
         of_x = product(rows, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
-        of_weight = product(rows.t(), x.reshape(rows.shape[0], -1).t()) if ctx.needs_input_grad[1] else None
+        of_weight = _of_weight(rows, x.reshape(rows.shape[0], -1)) if ctx.needs_input_grad[1] else None
         of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return of_x, of_weight, of_bias
+
+
+def _of_weight(rows: Tensor, x: Tensor) -> Tensor:
+    """(t, n), (t, k) -> rows.T @ x, (n, k)."""
+    total = None
+    for piece, inputs in zip(rows.split(_PIECE), x.split(_PIECE), strict=True):
+        # oneDNN wants it laid out like this and would call torch's copy of a transposed matrix, which one thread does;
+        # that of three dimensions is another.
+        turned = piece[None].transpose(1, 2).contiguous()[0]
+        part = product(turned, inputs.t())
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 class Linear(torch.nn.Linear):
@@ -42,6 +57,6 @@ class Linear(torch.nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        if plain or not _ONEDNN or torch.compiler.is_compiling():
+        if plain or not ONEDNN or torch.compiler.is_compiling():
             return super().forward(x)
         return _Product.apply(x, self.weight, self.bias)

@@ -12,6 +12,7 @@ import torch
 from src import attention
 from src.config import ConfigError
 from src.head import Head
+from src.layers import LastLayer, prepare_layers
 from src.linear import Linear
 from src.pairs import Example, PackedBatch, pack, partition
 
@@ -36,14 +37,15 @@ _BUDGET = 16384  # tokens scored at once when none is set: without gradients a l
 
 
 def prepare(model: Any) -> Any:
-    """Let a transformers causal decoder take this path, in place: its linear layers and its head learn what the path
-    asks of them. Parameters and their names stay. Raises ConfigError for a head that is not one linear layer."""
+    """Let a transformers causal decoder take this path, in place: its layers and its head learn what the path asks of
+    them. Parameters and their names stay. Raises ConfigError for a head that is not one linear layer."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Head if module is head else Linear
     if not isinstance(head, Head):
         raise ConfigError(f"model {model.config.model_type}: its head is {type(head).__name__}, not one linear layer")
+    prepare_layers(model)
     return model
 
 
@@ -57,14 +59,16 @@ def sequence_logps(model: Any, batch: PackedBatch, compute: Compute = FLOAT32) -
     name = attention.registered_name(compute.attention)
     if model.config._attn_implementation != name:
         model.set_attn_implementation(name)
+    selects = isinstance(model.base_model.layers[-1], LastLayer)
     with compute.autocast(batch.input_ids.device):
         hidden = model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             layout=batch.layout,
+            only=batch.predict_from if selects else None,
         ).last_hidden_state[0]
-        logps = model.get_output_embeddings()(hidden[batch.predict_from], batch.targets)
+        logps = model.get_output_embeddings()(hidden if selects else hidden[batch.predict_from], batch.targets)
     zeros = logps.new_zeros(batch.sequences)
     return zeros.index_add(0, batch.sequence, logps), zeros.index_add(0, batch.sequence, torch.ones_like(logps))
 

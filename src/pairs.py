@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 # Queries of a block. Half of what a causal segment would look at is masked away; of blocks, little.
-_BLOCK = 128
+BLOCK = 176
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries [start, end) attend causally to themselves and to all of [prefix_start, prefix_end)."""
+    """Queries [start, end) attend causally to themselves, to `before` positions that come right before them and to all
+    of [prefix_start, prefix_end)."""
 
     start: int
     end: int
     prefix_start: int = 0
     prefix_end: int = 0
+    before: int = 0
+
+    @property
+    def first(self) -> int:
+        """Where the positions begin that are seen beside the prefix."""
+        return self.start - self.before
 
 
 @dataclass(frozen=True)
@@ -78,13 +85,13 @@ class Layout:
 
     @cached_property
     def blocks(self) -> tuple[Segment, ...]:
-        """The segments, long ones cut up: each block sees what comes before it as its prefix."""
+        """The segments, long ones cut up."""
         blocks = []
         for s in self.segments:
-            count = 1 if s.prefix_end > s.prefix_start else max(1, round((s.end - s.start) / _BLOCK))
-            cuts = [s.start + (s.end - s.start) * number // count for number in range(count + 1)]
-            blocks += [Segment(s.start, cuts[1], s.prefix_start, s.prefix_end)]
-            blocks += [Segment(a, b, s.start, a) for a, b in pairwise(cuts[1:])]
+            length = s.end - s.start
+            count = max(1, round(length / BLOCK))
+            for a, b in pairwise(length * number // count for number in range(count + 1)):
+                blocks.append(Segment(s.start + a, s.start + b, s.prefix_start, s.prefix_end, a))
         return tuple(blocks)
 
     def to(self, device: torch.device) -> Layout:

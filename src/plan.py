@@ -14,7 +14,7 @@ from src.methods import METHODS
 from src.store import Store
 
 # Raise a stage's number when what it computes changes: old artefacts are then not its own any more.
-VERSIONS = {"sft": 2, "reference": 2, "align": 2, "generate": 2, "evaluate": 1}
+VERSIONS = {"sft": 3, "reference": 3, "align": 3, "generate": 3, "evaluate": 1}
 
 
 @dataclass(frozen=True)

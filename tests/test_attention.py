@@ -9,7 +9,7 @@ from src.pairs import Layout, Segment
 
 CPU = torch.device("cpu")
 # Two pairs: prompt and chosen, rejected; the second prompt is longer than a block.
-LAYOUT = Layout.of([Segment(0, 9), Segment(9, 13, 0, 5), Segment(13, 413), Segment(413, 431, 13, 360)])
+LAYOUT = Layout.of([Segment(0, 9), Segment(9, 13, 0, 5), Segment(13, 413), Segment(413, 733, 13, 360)])
 PREFIX = {1: range(5), 3: range(13, 360)}
 
 
@@ -54,11 +54,14 @@ def outputs_and_gradients(kernel, inputs):
     return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(1) / out.shape[1])]
 
 
-def test_sdpa_by_segments_and_blocks_is_dense_attention_with_everything_else_hidden():
-    assert len(LAYOUT.blocks) > len(LAYOUT.segments), "long segments are cut up on a CPU"
-    inputs = tensors()
+@pytest.mark.parametrize("name", ["sdpa", "onednn"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_kernels_on_a_cpu_are_dense_attention_with_everything_else_hidden(name, kv_heads, monkeypatch):
+    monkeypatch.setattr("src.attention._FEW", 0)  # through oneDNN however short
+    assert len(LAYOUT.blocks) > len(LAYOUT.segments) + 1, "long segments are cut up, one with a prefix too"
+    inputs = tensors(kv_heads=kv_heads)
     expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
-    found = outputs_and_gradients(lambda *x: attention.sdpa(*x, 0.25, LAYOUT), inputs)
+    found = outputs_and_gradients(lambda *x: attention.KERNELS[name](*x, 0.25, LAYOUT), inputs)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -86,9 +89,20 @@ def test_kernels_on_a_gpu(name):
         assert ((a.float().cpu() - b).norm() / b.norm()) < 0.02
 
 
+def test_short_blocks_are_left_to_torch():
+    """Below a size calling costs more than multiplying; there both kernels are one, to the last bit."""
+    layout = Layout.of([Segment(20 * i, 20 * i + 20) for i in range(8)])
+    inputs = [x[:, :, :160] for x in tensors()]
+    assert torch.equal(attention.onednn(*inputs, 0.25, layout), attention.sdpa(*inputs, 0.25, layout))
+    long, inputs = Layout.of([Segment(0, 160)]), [x.detach() for x in inputs]
+    assert not torch.equal(attention.onednn(*inputs, 0.25, long), attention.sdpa(*inputs, 0.25, long))
+
+
 def test_auto_takes_what_there_is_and_says_why():
     kernel, reason = attention.choose("auto", CPU, "bf16")
     assert kernel == "sdpa" and "no varlen: it needs CUDA, this is cpu" in reason
+    assert "no onednn: it computes in float32, engine.precision is bf16" in reason
+    assert attention.choose("auto", CPU, "fp32")[0] == "onednn"
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])

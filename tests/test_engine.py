@@ -109,7 +109,9 @@ def test_compiled_layers_train_the_same_model(alone, tmp_path):
     )
     plain = tmp_path / "plain"
     train(*POINT, "trainer.sft.max_steps=2", "trainer.align.max_steps=2", f"output_dir={plain}")
-    assert distance(weights(tmp_path), weights(plain)) < TOLERANCE
+    # The first steps of Adam go by a gradient's sign, and where it is nearly zero rounding decides that.
+    assert distance(weights(tmp_path), weights(plain)) < 3 * TOLERANCE
+    assert distance(weights(plain), weights(alone)) > 20 * TOLERANCE
 
 
 def test_lora_trains_low_rank_differences_and_starts_at_the_reference(alone, tmp_path):

@@ -22,6 +22,9 @@ from transformers import (
 
 from src import attention
 from src.config import ConfigError
+from src.head import Head
+from src.layers import LastLayer, RMSNorm
+from src.linear import Linear
 from src.logprobs import Compute, prepare, score, sequence_logps
 from src.pairs import Example, Layout, Segment, pack, partition
 from tests.padded import padded_logps
@@ -29,7 +32,7 @@ from tests.padded import padded_logps
 VOCABULARY = 211
 
 
-def make_model(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, **changes):
+def make_model(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, prepared=True, **changes):
     torch.manual_seed(seed)
     shape = {
         "vocab_size": VOCABULARY,
@@ -41,7 +44,12 @@ def make_model(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, **changes):
         "max_position_embeddings": 256,
         "initializer_range": 0.2,  # far from uniform, so that a wrong neighbour shows
     }
-    return prepare(cls(config(**(shape | changes))).eval())
+    model = cls(config(**(shape | changes))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # not all ones, as they are before training
+                parameter.uniform_(0.5, 1.5)
+    return prepare(model) if prepared else model
 
 
 def random_pairs(count, seed):
@@ -76,9 +84,11 @@ def relative(a, b):
 )
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(cls, config, changes, seed):
-    model, examples = make_model(cls, config, seed, **changes), random_pairs(7, seed)
+    model, examples = make_model(cls, config, seed, prepared=False, **changes), random_pairs(7, seed)
     expected = padded_logps(model, examples)
     expected_gradient = loss_and_gradient(model, expected)
+    prepare(model)
+    assert {LastLayer, RMSNorm, Linear, Head} <= {b for m in model.modules() for b in type(m).__mro__}
     logps, tokens = sequence_logps(model, pack(examples, range(len(examples))))
     assert relative(logps, expected) < 1e-5
     assert relative(loss_and_gradient(model, logps), expected_gradient) < 1e-5

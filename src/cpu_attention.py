@@ -1,0 +1,102 @@
+"""Attention in float32 on a CPU, its products through oneDNN. torch's own CPU kernel multiplies small tiles through MKL
+at a sixth of the rate; here a block of queries meets all its keys at once, for all query heads that share them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from src.linear import product
+from src.pairs import BLOCK
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from src.pairs import Segment
+
+
+class BlockedAttention(torch.autograd.Function):
+    """query (1, heads, n, d), key and value (1, kv_heads, n, d), float32, and the blocks that cover the n positions
+    -> (1, n, heads, d). Of the probabilities nothing is kept: they are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, blocks: tuple[Segment, ...]
+    ) -> Tensor:
+        (heads, n, d), kv_heads = query.shape[1:], key.shape[1]
+        # Rows in order of (position, head of the group): those of a block are one piece of memory.
+        q = query.new_empty(kv_heads, n, heads // kv_heads, d)
+        torch.mul(query[0].view(kv_heads, -1, n, d).transpose(1, 2), scaling, out=q)
+        k, v = key[0].contiguous(), value[0].contiguous()
+        out = torch.empty_like(q)
+        for block in blocks:
+            rows = slice(block.start, block.end)
+            for queries, keys, values, to in zip(
+                q[:, rows], _seen(k, block), _seen(v, block), out[:, rows], strict=True
+            ):
+                to.copy_(product(_probabilities(queries, keys), values.t()).view(to.shape))
+        out = out.transpose(0, 1).contiguous()
+        ctx.save_for_backward(q, k, v, out)
+        ctx.scaling, ctx.blocks = scaling, blocks
+        return out.view(1, n, heads, d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out = ctx.saved_tensors
+        kv_heads, n, group, d = q.shape
+        gradient = gradients[0].view(n, kv_heads, group, d)
+        # Of a softmax: dS = P * (dP - sum of P * dP), and that sum is the one of out * gradient.
+        inner = (gradient * out).sum(-1).transpose(0, 1).contiguous()
+        of_out = gradient.transpose(0, 1).contiguous()
+        of_q = torch.empty_like(q)
+        of_k, of_v = k.new_zeros(kv_heads, d, n), k.new_zeros(kv_heads, d, n)  # the faster way round for a product
+        for block in ctx.blocks:
+            rows = slice(block.start, block.end)
+            pieces = (x[:, rows] for x in (q, of_out, inner, of_q))
+            for queries, of_rows, own, to, keys, values, to_k, to_v in zip(
+                *pieces, _seen(k, block), _seen(v, block), of_k, of_v, strict=True
+            ):
+                p = _probabilities(queries, keys)
+                of_rows = of_rows.view(-1, d)
+                _add(to_v, product(of_rows.t(), p.t()), block)
+                of_scores = product(of_rows, values).sub_(own.view(-1, 1)).mul_(p)
+                to.copy_(product(of_scores, keys.t()).view(to.shape))
+                _add(to_k, product(queries.view(-1, d).t(), of_scores.t()), block)
+        of_query = torch.mul(of_q.transpose(0, 1), ctx.scaling, out=torch.empty_like(out)).view(n, -1, d)
+        of_key, of_value = (x.permute(2, 0, 1).contiguous() for x in (of_k, of_v))
+        return *(x.transpose(0, 1)[None] for x in (of_query, of_key, of_value)), None, None
+
+
+def _probabilities(queries: Tensor, keys: Tensor) -> Tensor:
+    """(block, group, d), (seen, d) -> (block * group, seen)."""
+    block, group, d = queries.shape
+    scores = product(queries.view(-1, d), keys)
+    # Only a block's own positions, its last keys, are in part hidden from it.
+    scores.view(block, group, -1)[:, :, -block:] += _hidden()[:block, :, :block]
+    return scores.softmax(1)
+
+
+@lru_cache(maxsize=1)
+def _hidden() -> Tensor:
+    """(size, 1, size) for the largest block, and in its corner for all others: -inf where a position comes after the
+    one that looks."""
+    return torch.full((2 * BLOCK, 2 * BLOCK), -torch.inf).triu_(1)[:, None]
+
+
+def _seen(x: Tensor, block: Segment) -> Tensor:
+    """(kv_heads, n, d) -> (kv_heads, seen, d): what the block sees, its own positions last."""
+    own = x[:, block.first : block.end]
+    if block.prefix_start == block.prefix_end:
+        return own
+    return torch.cat([x[:, block.prefix_start : block.prefix_end], own], dim=1)
+
+
+def _add(total: Tensor, part: Tensor, block: Segment) -> None:
+    """(d, seen) added where it belongs in (d, n)."""
+    prefix = block.prefix_end - block.prefix_start
+    total[:, block.prefix_start : block.prefix_end] += part[:, :prefix]
+    total[:, block.first : block.end] += part[:, prefix:]
