@@ -14,7 +14,7 @@ demo: $(VENV)/.run ## set up, sweep eight methods on the embedded setup, show th
 	$(PY) -m src.train -m +sweep=demo $(ARGS)
 
 test: $(VENV)/.dev ## the whole test suite
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/.dev ## ruff (lint, format) and mypy
 	$(PY) -m ruff check .

@@ -19,6 +19,7 @@ BETA = 0.1
 def model_of(layers: int | None = None) -> Any:
     """SmolLM2-135M itself, or its first layers."""
     from src.config import Model, Point
+    from src.logprobs import prepare
     from src.models import load_base
 
     point = Point(model=Model("smollm2", str(MODEL), "tokenizer"))
@@ -27,6 +28,7 @@ def model_of(layers: int | None = None) -> Any:
     if layers:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
+        prepare(model)
     return model
 
 

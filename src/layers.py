@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ def prepare_layers(model: Any) -> None:
         last.__class__ = _subclass(type(last), LastLayer)
 
 
+@cache
 def _subclass(base: type, extension: type) -> type:
     return type(f"{extension.__name__}Of{base.__name__}", (extension, base), {})
 

@@ -28,6 +28,16 @@ SMALL = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run in parallel (`make test`), a file stays together, for its fixtures; and so do all that use the cluster, which
+    are most of the time and therefore come first."""
+    on_cluster = [item for item in items if {"slurm", "cluster"} & set(getattr(item, "fixturenames", ()))]
+    others = [item for item in items if item not in on_cluster]
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if item in on_cluster else item.path.stem))
+    items[:] = on_cluster + others
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "src.train", *arguments]
 
