@@ -20,10 +20,10 @@ def prepare_layers(model: Any) -> None:
     are: slower, not wrong."""
     for module in model.modules():
         if type(module).__name__ in {f"{family}RMSNorm" for family in _FAMILIES}:
-            module.__class__ = _subclass(type(module), RMSNorm)
+            module.__class__ = _subclass(type(module), RMSNorm)  # type: ignore[arg-type]
     last = model.base_model.layers[-1]
     if type(last).__name__ in {f"{family}DecoderLayer" for family in _FAMILIES}:
-        last.__class__ = _subclass(type(last), LastLayer)
+        last.__class__ = _subclass(type(last), LastLayer)  # type: ignore[arg-type]
 
 
 @cache
