@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.against_trl import RESULTS
-from benchmarks.our_side import MODEL, PAIRS
+from benchmarks.our_side import MODEL, PAIRS, STEPS
 from benchmarks.pairs import SHAPES, make_pairs
 
 NAMES = {"tldr": "TL;DR", "ultrafeedback": "UltraFeedback"}
 LEVERS = {
-    "onednn": "oneDNN instead of MKL, and attention through it",
-    "attention": "attention through oneDNN, torch's kernel instead",
+    "onednn": "oneDNN: MKL, and torch's attention",
+    "attention": "attention through oneDNN: torch's",
     "norm": "norms in few passes",
+    "last_layer": "a last layer only where it predicts",
     "memory": "memory kept for the next micro-batch",
     "head": "the head in place, not through autograd",
     "prefix": "one prompt for both responses",
@@ -40,7 +41,7 @@ def useful_flops(shape: str, scale: float = 1.0, pairs: int = PAIRS, layers: int
     width, depth = config["hidden_size"], layers or config["num_hidden_layers"]
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     layer = width * width * (2 + 2 * kv / heads) + 3 * width * config["intermediate_size"]
-    examples = make_pairs(shape, pairs, scale)
+    examples = make_pairs(shape, pairs * STEPS, scale)[pairs:]
     total = 0.0
     for e in examples:
         lengths = [len(r) for r in e.responses]

@@ -6,10 +6,8 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.our_side import BETA, PAIRS, between, model_of, tokenizer
+from benchmarks.our_side import BETA, PAIRS, STEPS, between, model_of, tokenizer
 from benchmarks.pairs import make_pairs
-
-STEPS = 2  # of a measurement, both of the same pairs; the first is not counted
 
 
 def plain(model: Any) -> Any:
@@ -116,9 +114,7 @@ def trl_trainer(
 def trl(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import TrainerCallback
 
-    slow = job.get("micro_batch", 1) > 1 or job.get("reference") or job.get("method") or job.get("checkpointing")
-    steps = 1 if slow else STEPS
-    examples = make_pairs(job["shape"], PAIRS)
+    examples = make_pairs(job["shape"], PAIRS * STEPS)
     times: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
@@ -128,7 +124,7 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append((time.perf_counter(), time.process_time()))
 
-    trainer = trl_trainer(job, plain(model_of()), tokenizer(), examples, steps)
+    trainer = trl_trainer(job, plain(model_of()), tokenizer(), examples, STEPS)
     trainer.add_callback(Clock())
     trainer.train()
     return {"seconds": between(times)}

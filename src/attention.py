@@ -53,7 +53,8 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layou
 
 def onednn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
     """Blocks of queries through oneDNN's products: float32 on a CPU."""
-    if query.dtype != torch.float32 or query.shape[2] < _FEW * len(layout.blocks):
+    alike = query.dtype == torch.float32 and query.shape[3] == value.shape[3]
+    if not alike or query.shape[2] < _FEW * len(layout.blocks):
         return sdpa(query, key, value, scaling, layout)
     return BlockedAttention.apply(query, key, value, scaling or query.shape[3] ** -0.5, layout.blocks)
 

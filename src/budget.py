@@ -1,4 +1,5 @@
-"""How many tokens a micro-batch may have (trainer.tokens_per_batch=null): as many as fit into a GPU's free memory.
+"""How many tokens a micro-batch may have (trainer.tokens_per_batch=null): in training on a GPU, as many as fit into its
+free memory.
 
 Results do not depend on it beyond rounding: every example keeps its weight however it is packed.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ON_CPU = 4096  # caches are small there, and nothing is gained by more
+SCORING = 16384  # without gradients, anywhere: a layer's activations are all there is
 _STEP = 1024  # budgets are multiples of it, so that a little more or less free memory gives the same one
 _SHARE = 0.8  # of the free memory; the rest is for fragments and what backward passes hold for a moment
 

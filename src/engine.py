@@ -141,6 +141,7 @@ class TrainingEngine:
 
             if wrapped := self.accelerator.deepspeed_engine_wrapped:
                 wrapped.engine.destroy()
+                self.accelerator.deepspeed_engine_wrapped = None
             unset_hf_deepspeed_config()
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 

@@ -21,9 +21,10 @@ def prepare_layers(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__ in {f"{family}RMSNorm" for family in _FAMILIES}:
             module.__class__ = _subclass(type(module), RMSNorm)  # type: ignore[arg-type]
-    last = model.base_model.layers[-1]
-    if type(last).__name__ in {f"{family}DecoderLayer" for family in _FAMILIES}:
-        last.__class__ = _subclass(type(last), LastLayer)  # type: ignore[arg-type]
+        if type(module).__name__ in {f"{family}Model" for family in _FAMILIES}:
+            last = module.layers[-1]
+            if not isinstance(last, LastLayer):
+                last.__class__ = _subclass(type(last), LastLayer)  # type: ignore[arg-type]
 
 
 @cache
@@ -39,10 +40,9 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
-        if x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.compiler.is_compiling():
+        plain = x.device.type != "cpu" or torch.compiler.is_compiling()
+        if plain or x.dtype != torch.float32 or weight.dtype != torch.float32:
             return super().forward(x)
-        if x.device.type != "cpu":
-            return torch.nn.functional.rms_norm(x, weight.shape, weight, self.variance_epsilon)
         return _RMSNorm.apply(x, weight, self.variance_epsilon)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from src import attention
+from src import attention, budget
 from src.config import ConfigError
 from src.head import Head
 from src.layers import LastLayer, prepare_layers
@@ -33,7 +33,6 @@ class Compute:
 
 
 FLOAT32 = Compute()
-_BUDGET = 16384  # tokens scored at once when none is set: without gradients a layer's activations are all there is
 
 
 def prepare(model: Any) -> Any:
@@ -59,16 +58,16 @@ def sequence_logps(model: Any, batch: PackedBatch, compute: Compute = FLOAT32) -
     name = attention.registered_name(compute.attention)
     if model.config._attn_implementation != name:
         model.set_attn_implementation(name)
-    selects = isinstance(model.base_model.layers[-1], LastLayer)
+    only = {"only": batch.predict_from} if any(isinstance(m, LastLayer) for m in model.modules()) else {}
     with compute.autocast(batch.input_ids.device):
         hidden = model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             layout=batch.layout,
-            only=batch.predict_from if selects else None,
+            **only,
         ).last_hidden_state[0]
-        logps = model.get_output_embeddings()(hidden if selects else hidden[batch.predict_from], batch.targets)
+        logps = model.get_output_embeddings()(hidden if only else hidden[batch.predict_from], batch.targets)
     zeros = logps.new_zeros(batch.sequences)
     return zeros.index_add(0, batch.sequence, logps), zeros.index_add(0, batch.sequence, torch.ones_like(logps))
 
@@ -101,6 +100,6 @@ def score(
     model.eval()
     device = next(model.parameters()).device
     lengths = [e.length for e in examples]
-    for indices in partition(lengths, range(len(examples)), token_budget or _BUDGET):
+    for indices in partition(lengths, range(len(examples)), token_budget or budget.SCORING):
         logps, tokens = sequence_logps(model, pack(examples, indices).to(device), compute)
         yield indices, logps.cpu(), tokens.cpu()

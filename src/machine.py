@@ -23,8 +23,10 @@ def keep_memory() -> None:
     mapped anew, page by page, in the next one. Does nothing where the C library is not glibc."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        for option, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD
-            library.mallopt(option, value)
+        # M_MMAP_THRESHOLD, of which older versions take 32 MiB at most; M_TRIM_THRESHOLD; M_TOP_PAD.
+        if library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25):
+            library.mallopt(-1, 2**31 - 1)
+            library.mallopt(-2, 2**26)
 
 
 def visible_gpus() -> list[str]:

@@ -66,6 +66,7 @@ class Layout:
 
     @staticmethod
     def of(segments: Sequence[Segment]) -> Layout:
+        assert not any(s.before for s in segments), "a block of a segment is not one"
         ranges = [(range(s.prefix_start, s.prefix_end), range(s.start, s.end)) for s in segments]
         keys = [position for prefix, own in ranges for part in (prefix, own) for position in part]
         counts = [len(prefix) + len(own) for prefix, own in ranges]

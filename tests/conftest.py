@@ -29,8 +29,8 @@ SMALL = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run in parallel (`make test`), a file stays together, for its fixtures; and so do all that use the cluster, which
-    are most of the time and therefore come first."""
+    """Run in parallel (`make test`), what uses the cluster stays together, as does the rest of a file for its fixtures;
+    the cluster comes first, for it takes longest."""
     on_cluster = [item for item in items if {"slurm", "cluster"} & set(getattr(item, "fixturenames", ()))]
     others = [item for item in items if item not in on_cluster]
     for item in items:

@@ -82,14 +82,19 @@ def relative(a, b):
         (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
     ],
 )
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(cls, config, changes, seed):
+@pytest.mark.parametrize(("seed", "kernel"), [(0, "sdpa"), (1, "sdpa"), (2, "onednn")])
+def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(cls, config, changes, seed, kernel, monkeypatch):
+    monkeypatch.setattr("src.attention._FEW", 0)  # short as they are
     model, examples = make_model(cls, config, seed, prepared=False, **changes), random_pairs(7, seed)
     expected = padded_logps(model, examples)
     expected_gradient = loss_and_gradient(model, expected)
     prepare(model)
     assert {LastLayer, RMSNorm, Linear, Head} <= {b for m in model.modules() for b in type(m).__mro__}
-    logps, tokens = sequence_logps(model, pack(examples, range(len(examples))))
+    seen = []
+    model.base_model.layers[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1]))
+    batch = pack(examples, range(len(examples)))
+    logps, tokens = sequence_logps(model, batch, Compute("fp32", kernel))
+    assert seen == [len(batch.targets)], "the last layer looks at what predicts, nothing else"
     assert relative(logps, expected) < 1e-5
     assert relative(loss_and_gradient(model, logps), expected_gradient) < 1e-5
     assert tokens.tolist() == [len(r) for e in examples for r in e.responses]
