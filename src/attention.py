@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from src.config import ConfigError
-from src.cpu_attention import BlockedAttention
+from src.cpu_attention import BlockedAttention, blocks_of
 from src.linear import ONEDNN
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Queries of a mean block below which calling a product costs more than multiplying: measured, at 64 dimensions a head.
-_FEW = 112
+_FEW = 128
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
@@ -54,9 +54,10 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layou
 def onednn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
     """Blocks of queries through oneDNN's products: float32 on a CPU."""
     alike = query.dtype == torch.float32 and query.shape[3] == value.shape[3]
-    if not alike or query.shape[2] < _FEW * len(layout.blocks):
+    blocks = blocks_of(layout.segments)
+    if not alike or query.shape[2] < _FEW * len(blocks):
         return sdpa(query, key, value, scaling, layout)
-    return BlockedAttention.apply(query, key, value, scaling or query.shape[3] ** -0.5, layout.blocks)
+    return BlockedAttention.apply(query, key, value, scaling or query.shape[3] ** -0.5, blocks)
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:

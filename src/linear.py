@@ -41,15 +41,20 @@ class _Product(torch.autograd.Function):
 
 def _of_weight(rows: Tensor, x: Tensor) -> Tensor:
     """(t, n), (t, k) -> rows.T @ x, (n, k)."""
+    if rows.shape[1] > x.shape[1]:  # the narrower of the two is the cheaper one to turn
+        return turned(_of_weight(x, rows))
     total = None
     for piece, inputs in zip(rows.split(_PIECE), x.split(_PIECE), strict=True):
-        # oneDNN wants it laid out like this and would call torch's copy of a transposed matrix, which one thread does;
-        # that of three dimensions is another.
-        turned = piece[None].transpose(1, 2).contiguous()[0]
-        part = product(turned, inputs.t())
+        part = product(turned(piece), inputs.t())
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
+
+
+def turned(x: Tensor) -> Tensor:
+    """x.T, laid out in memory as oneDNN wants it. It would call torch's copy of a transposed matrix, which one thread
+    does; the copy of three dimensions is another."""
+    return x[None].transpose(1, 2).contiguous()[0]
 
 
 class Linear(torch.nn.Linear):

@@ -71,16 +71,19 @@ def _numbers(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
 def aggregate(folder: Path, quiet: bool = False) -> pd.DataFrame:
     """Write everything a sweep's folder holds besides sweep.json and say what was best. Returns the best rows."""
     from sweeps import figures
+    from sweeps.comparison import pairwise_against_pointwise
     from sweeps.report import print_best, write_report, write_tables
 
     points = collect(folder)
     best = best_points(points)
     points.to_csv(folder / "points.csv", index=False)
     write_text(folder / "best.yaml", best_yaml(best))
+    groups = pairwise_against_pointwise(best)
     write_tables(folder, best)
-    write_report(folder, points, best, figures.write(folder, points, best))
+    groups.to_csv(folder / "tables" / "pairwise_pointwise.csv", index=False)
+    write_report(folder, points, best, groups, figures.write(folder, points, best))
     if not quiet:
-        print_best(folder, points, best)
+        print_best(folder, points, best, groups)
     return best
 
 

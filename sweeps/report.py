@@ -47,6 +47,18 @@ def _with_error(value: float | None, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + ("" if error is None or pd.isna(error) else f" ± {error:.{digits}f}")
 
 
+def group_lines(groups: pd.DataFrame) -> list[str]:
+    """What the permutation test found, a sentence a setup, init and variant."""
+    lines = []
+    for row in groups.to_dict("records"):
+        where = ", ".join(str(row[k]) for k in ("setup", "init", "variant") if len(groups) > 1 and row[k])
+        lines.append(
+            f"{where + ': ' if where else ''}{row['pairwise']} pairwise methods against {row['pointwise']} pointwise: "
+            f"{row['difference']:+.3f}, p = {row['p']:.3f} ({row['splits']} splits, one-sided)"
+        )
+    return lines
+
+
 def write_tables(folder: Path, best: pd.DataFrame) -> None:
     """tables/best.md, .csv, .tex"""
     target = folder / "tables"
@@ -73,7 +85,9 @@ def write_tables(folder: Path, best: pd.DataFrame) -> None:
     (target / "best.tex").write_text("\n".join(tex) + "\n")
 
 
-def write_report(folder: Path, points: pd.DataFrame, best: pd.DataFrame, svgs: list[Path]) -> None:
+def write_report(
+    folder: Path, points: pd.DataFrame, best: pd.DataFrame, groups: pd.DataFrame, svgs: list[Path]
+) -> None:
     """report.html: one file that needs nothing beside it."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     graphics = []
@@ -91,6 +105,7 @@ def write_report(folder: Path, points: pd.DataFrame, best: pd.DataFrame, svgs: l
         sweep=read_sweep(folder),
         counts=points.state.value_counts().to_dict(),
         best=best_table(best),
+        groups=group_lines(groups),
         chosen={identity for seeds in best.identities for identity in seeds},
         seeds=int(best.seeds.max()) if len(best) else 0,
         points=shown.to_dict("records"),
@@ -101,7 +116,7 @@ def write_report(folder: Path, points: pd.DataFrame, best: pd.DataFrame, svgs: l
     (folder / "report.html").write_text(html)
 
 
-def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
+def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame, groups: pd.DataFrame) -> None:
     console = Console()
     if len(best):
         shown = best_table(best).drop(columns=["Kind", "KL / token", "Reward accuracy", "Length"])
@@ -115,6 +130,8 @@ def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame) -> None:
         for row in shown.itertuples(index=False):
             table.add_row(*map(str, row))
         console.print(table)
+        for line in group_lines(groups):
+            console.print(line, highlight=False, soft_wrap=True)
     for missing in points[points.state != "done"].to_dict("records"):
         label = f"{missing['method']} beta={missing['beta']:g} lr={missing['lr']:g} {missing['variant']}".rstrip()
         console.print(f"{missing['state']}: {label}: {missing['error'] or 'not run'}", style="red", highlight=False)
