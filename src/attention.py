@@ -26,22 +26,20 @@ _FEW = 128
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
     """torch's scaled_dot_product_attention, segment by segment: any device, any precision."""
-    # torch's CPU kernel computes what it then masks; on a GPU blocks would be more launches.
-    segments = layout.blocks if query.device.type == "cpu" else layout.segments
     # One split, whose gradient is one concatenation; slices would each give one of the size of the whole.
-    cuts = sorted({0, *(c for s in segments for c in (s.first, s.end, s.prefix_start, s.prefix_end))})
+    cuts = sorted({0, *(c for s in layout.segments for c in (s.start, s.end, s.prefix_start, s.prefix_end))})
     place = {cut: number for number, cut in enumerate(cuts)}
     sizes = [end - start for start, end in pairwise(cuts)]
     keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
-    queries = query.split([s.end - s.start for s in segments], dim=2)
+    queries = query.split([s.end - s.start for s in layout.segments], dim=2)
     outputs = []
-    for s, q in zip(segments, queries, strict=True):
-        seen = [*range(place[s.prefix_start], place[s.prefix_end]), *range(place[s.first], place[s.end])]
+    for s, q in zip(layout.segments, queries, strict=True):
+        seen = [*range(place[s.prefix_start], place[s.prefix_end]), *range(place[s.start], place[s.end])]
         k, v = (torch.cat([pieces[i] for i in seen], dim=2) for pieces in (keys, values))
         mask = None
-        if earlier := k.shape[2] - q.shape[2]:
-            # Causal aligned to the bottom right: query i sees all that is earlier and itself up to i.
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(earlier)
+        if prefix := s.prefix_end - s.prefix_start:
+            # Causal aligned to the bottom right: query i sees the whole prefix and itself up to i.
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
         grouped = q.shape[1] != k.shape[1]
         outputs.append(
             F.scaled_dot_product_attention(

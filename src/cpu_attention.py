@@ -12,7 +12,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from src.linear import product, turned
-from src.pairs import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from src.pairs import Segment
 
 
+_BLOCK = 176  # queries: half of what a causal segment would look at is masked away; of blocks, little
 _HIDDEN_AREA = 20_000  # (query, key) pairs computed for nothing that cost as much as one more block, measured
 
 
@@ -105,7 +105,7 @@ def blocks_of(segments: tuple[Segment, ...]) -> tuple[Block, ...]:
     blocks = []
     for head, more in runs:
         end = more[-1].end if more else head.end
-        count = max(1, round((end - head.start) / BLOCK))
+        count = max(1, round((end - head.start) / _BLOCK))
         cuts = [head.start + (end - head.start) * number // count for number in range(count + 1)]
         for a, b in pairwise(cuts):
             inside = [s for s in more if s.start < b and s.end > a]

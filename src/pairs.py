@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-# Queries of a block. Half of what a causal segment would look at is masked away; of blocks, little.
-BLOCK = 176
 
 
 @dataclass(frozen=True)
@@ -36,19 +32,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries [start, end) attend causally to themselves, to `before` positions that come right before them and to all
-    of [prefix_start, prefix_end)."""
+    """Queries [start, end) attend causally to themselves and to all of [prefix_start, prefix_end)."""
 
     start: int
     end: int
     prefix_start: int = 0
     prefix_end: int = 0
-    before: int = 0
-
-    @property
-    def first(self) -> int:
-        """Where the positions begin that are seen beside the prefix."""
-        return self.start - self.before
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,6 @@ class Layout:
 
     @staticmethod
     def of(segments: Sequence[Segment]) -> Layout:
-        assert not any(s.before for s in segments), "a block of a segment is not one"
         ranges = [(range(s.prefix_start, s.prefix_end), range(s.start, s.end)) for s in segments]
         keys = [position for prefix, own in ranges for part in (prefix, own) for position in part]
         counts = [len(prefix) + len(own) for prefix, own in ranges]
@@ -83,17 +71,6 @@ class Layout:
         queries = [s.end - s.start for s in self.segments]
         prefixes = [s.prefix_end - s.prefix_start for s in self.segments]
         return max(queries), max(q + p for q, p in zip(queries, prefixes, strict=True))
-
-    @cached_property
-    def blocks(self) -> tuple[Segment, ...]:
-        """The segments, long ones cut up."""
-        blocks = []
-        for s in self.segments:
-            length = s.end - s.start
-            count = max(1, round(length / BLOCK))
-            for a, b in pairwise(length * number // count for number in range(count + 1)):
-                blocks.append(Segment(s.start + a, s.start + b, s.prefix_start, s.prefix_end, a))
-        return tuple(blocks)
 
     def to(self, device: torch.device) -> Layout:
         keys, queries, starts = (

@@ -5,12 +5,22 @@ import torch
 
 from src import attention
 from src.config import ConfigError
+from src.cpu_attention import blocks_of
 from src.pairs import Layout, Segment
 
 CPU = torch.device("cpu")
-# Two pairs: prompt and chosen, rejected; the second prompt is longer than a block.
-LAYOUT = Layout.of([Segment(0, 9), Segment(9, 13, 0, 5), Segment(13, 413), Segment(413, 733, 13, 360)])
-PREFIX = {1: range(5), 3: range(13, 360)}
+# Pairs: one in a single block; a long rejected response; a short one after a chosen one longer than a block.
+LAYOUT = Layout.of(
+    [
+        Segment(0, 9),
+        Segment(9, 13, 0, 5),
+        Segment(13, 413),
+        Segment(413, 733, 13, 300),
+        Segment(733, 1133),
+        Segment(1133, 1150, 733, 1100),
+    ]
+)
+PREFIX = {1: range(5), 3: range(13, 300), 5: range(733, 1100)}
 
 
 def tensors(heads=6, kv_heads=2, seed=0):
@@ -58,7 +68,8 @@ def outputs_and_gradients(kernel, inputs):
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_kernels_on_a_cpu_are_dense_attention_with_everything_else_hidden(name, kv_heads, monkeypatch):
     monkeypatch.setattr("src.attention._FEW", 0)  # through oneDNN however short
-    assert len(LAYOUT.blocks) > len(LAYOUT.segments) + 1, "long segments are cut up, one with a prefix too"
+    blocks = blocks_of(LAYOUT.segments)
+    assert len(blocks) == 1 + 2 + 2 + 2 and [b.prefix_end for b in blocks] == [0, 0, 0, 300, 300, 0, 0]
     inputs = tensors(kv_heads=kv_heads)
     expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
     found = outputs_and_gradients(lambda *x: attention.KERNELS[name](*x, 0.25, LAYOUT), inputs)
