@@ -37,7 +37,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "simpo": [{"who": who, "shape": "tldr", "method": "simpo"} for who in ("ours", "trl")],
     "ablation": [
         {"who": "ours", "shape": "tldr", "without": lever}
-        for lever in (None, "onednn", "attention", "norm", "last_layer", "memory", "head", "prefix", "packing")
+        for lever in (None, "onednn", "attention", "norm", "last_layer", "head", "prefix", "packing")
     ],
     "memory": [
         {"who": who, "shape": shape, "measure": "memory", "micro_batch": 2}
@@ -65,10 +65,10 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
     if job["who"] == "ours":
         from src.config import Point
         from src.logprobs import sequence_logps
-        from src.models import compute_of, use_machine
+        from src.models import compute_of, use_threads
         from src.pairs import pack
 
-        use_machine(Point().engine)
+        use_threads(Point().engine)
         model, compute = model_of(), compute_of(Point())
 
         def step() -> None:

@@ -52,10 +52,10 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     """Steps of src.training as a stage runs them, checkpoints apart."""
     import torch
 
-    from src import models
     from src.config import Engine, MethodFields, Optimisation, Point, Trainer
     from src.engine import TrainingEngine
     from src.lease import Lease
+    from src.models import use_threads
     from src.stages.align import objective_of
     from src.store import Attempt
     from src.training import batch_indices, train
@@ -86,9 +86,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             self.times.append((time.perf_counter(), time.process_time()))
 
     clock = Clock()
-    if job.get("without") == "memory":
-        models.keep_memory = lambda: None
-    models.use_machine(point.engine)
+    use_threads(point.engine)
     with (
         tempfile.TemporaryDirectory() as work,
         Lease(Path(work)) as lease,
@@ -104,7 +102,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def leave_out(lever: str, model: Any) -> None:
-    """The engine without one of its levers; packing and memory are left out above."""
+    """The engine without one of its levers; packing is left out above."""
     import torch.nn.functional as F
 
     from src import attention, head, layers, linear

@@ -21,7 +21,6 @@ LEVERS = {
     "attention": "attention through oneDNN: torch's",
     "norm": "norms in few passes",
     "last_layer": "a last layer only where it predicts",
-    "memory": "memory kept for the next micro-batch",
     "head": "the head in place, not through autograd",
     "prefix": "one prompt for both responses",
     "packing": "several pairs a micro-batch",

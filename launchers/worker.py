@@ -86,7 +86,7 @@ def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path, pare
     log = logging.getLogger(__name__)
 
     from src.failure import one_line_failure
-    from src.models import use_machine
+    from src.models import use_threads
     from src.stages import ensure
     from src.store import Store
 
@@ -97,7 +97,7 @@ def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path, pare
         except EOFError:
             return
         try:
-            use_machine(stage.point.engine, place.share)
+            use_threads(stage.point.engine, place.share)
             ensure(stage, store)
             outcome = None
         except Exception as error:

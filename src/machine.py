@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from pathlib import Path
 
@@ -16,17 +15,6 @@ def cores() -> int:
         if quota != "max":
             count = min(count, max(1, int(quota) // int(period)))
     return count
-
-
-def keep_memory() -> None:
-    """Let this process keep what it frees. Otherwise the activations of every micro-batch go back to the system and are
-    mapped anew, page by page, in the next one. Does nothing where the C library is not glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD, of which older versions take 32 MiB at most; M_TRIM_THRESHOLD; M_TOP_PAD.
-        if library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25):
-            library.mallopt(-1, 2**31 - 1)
-            library.mallopt(-2, 2**26)
 
 
 def visible_gpus() -> list[str]:

@@ -18,7 +18,7 @@ from src.data.templates import Template
 from src.distributed import world
 from src.identity import locate
 from src.logprobs import Compute, prepare
-from src.machine import cores, keep_memory
+from src.machine import cores
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,9 @@ def _compute(precision: str, wanted: str, device: torch.device) -> Compute:
     return Compute(precision, kernel)
 
 
-def use_machine(engine: Engine, share: int = 1) -> None:
-    """Settle what this process takes: CPU threads as configured or its share of the cores, and memory for good."""
+def use_threads(engine: Engine, share: int = 1) -> None:
+    """CPU threads of this process: as configured, or its share of the cores."""
     torch.set_num_threads(engine.threads or max(1, cores() // max(share, world().local_size)))
-    if device_of(engine).type == "cpu":
-        keep_memory()
 
 
 def load_base(point: Point) -> Any:

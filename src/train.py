@@ -28,11 +28,11 @@ def run_stages(plan: Plan, store: Store, report: Report) -> bool:
     Of several processes (torchrun) all take part; returns whether this is the one that speaks for them.
     """
     from src.distributed import join, leave
-    from src.models import use_machine
+    from src.models import use_threads
     from src.stages import ensure
 
     here = join(plan.points[0].engine.parallel)
-    use_machine(plan.points[0].engine)
+    use_threads(plan.points[0].engine)
     needed = here.tell(plan.needed)  # a later look at the store may have seen more
     for identity, stage in plan.stages.items():
         if identity in needed:

@@ -39,10 +39,10 @@ def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int) -
         _meet(stages[0].point.engine.parallel)
 
         from src.distributed import leave
-        from src.models import use_machine
+        from src.models import use_threads
         from src.stages import ensure
 
-        use_machine(stages[0].point.engine)
+        use_threads(stages[0].point.engine)
         with RunProgress(LINE_SECONDS) as report:
             for stage in stages:
                 ensure(stage, store, report)

@@ -22,7 +22,7 @@ from src.data.tokenised import tokenise
 from src.engine import TrainingEngine
 from src.lease import Lease
 from src.logprobs import prepare
-from src.models import save_checkpoint, use_machine
+from src.models import save_checkpoint, use_threads
 from src.progress import RunProgress
 from src.stages.sft import token_mean_loss
 from src.store import Attempt
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER)
     out: Path = parser.parse_args().out
-    use_machine(POINT.engine)
+    use_threads(POINT.engine)
     template = Template("plain", make_tokenizer())
     model = prepare(make_model(len(template.tokenizer)))
     rows = mini_tldr.demonstrations(EXAMPLES, seed=98, quality=QUALITY)
