@@ -11,24 +11,31 @@ from src.linear import Linear, product
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Logits held at once: this many positions times the vocabulary, in float32.
+# Logits held at once, in float32: this many positions times, on a CPU, this much of the vocabulary, which stays in its
+# cache; elsewhere times all of it.
 CHUNK = 1024
+SLAB = 2048
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Logits exist a chunk of positions at a time, in the forward pass and, computed again, in the backward pass,
-    where their memory becomes that of their gradient."""
+    """Logits exist a chunk of positions and a slab of the vocabulary at a time, in the forward pass and, computed
+    again, in the backward pass, where their memory becomes that of their gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        narrow, slabs = weight.to(ctx.dtype), _slabs(weight)
         logps, normalisers = [], []
-        for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            logits = _logits(h, weight, bias, ctx.dtype)
-            chosen = logits.gather(1, t[:, None])[:, 0]
-            largest = logits.amax(1)
-            normaliser = logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
+        for h, t in zip(hidden.to(ctx.dtype).split(CHUNK), targets.split(CHUNK), strict=True):
+            chosen, sums = torch.zeros_like(t, dtype=torch.promote_types(ctx.dtype, torch.float32)), []
+            for slab in slabs:
+                logits = _logits(h, narrow, bias, slab)
+                inside, place = _found(t, slab)
+                chosen = torch.where(inside, logits.gather(1, place[:, None])[:, 0], chosen)
+                largest = logits.amax(1)
+                sums.append(logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest))
+            normaliser = torch.stack(sums).logsumexp(0)
             logps.append(chosen - normaliser)
             normalisers.append(normaliser)
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
@@ -37,28 +44,48 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        of_hidden, of_weight, of_bias = [], None, None
-        pieces = (x.split(CHUNK) for x in (hidden, targets, normalisers, gradients[0]))
-        for h, t, normaliser, gradient in zip(*pieces, strict=True):
-            # d log p(t) / d logits = one-hot(t) - softmax(logits)
-            logits = _logits(h, weight, bias, ctx.dtype)
-            logits.sub_(normaliser[:, None]).exp_().mul_(-gradient[:, None])
-            logits.scatter_add_(1, t[:, None], gradient[:, None])
-            narrow = logits.to(ctx.dtype)
-            if ctx.needs_input_grad[0]:
-                of_hidden.append(product(narrow, weight.to(ctx.dtype).t()).to(hidden.dtype))
-            if ctx.needs_input_grad[1]:
-                part = product(narrow.t(), h.to(ctx.dtype).t()).to(weight.dtype)
-                of_weight = part if of_weight is None else of_weight.add_(part)
-            if ctx.needs_input_grad[2]:
-                of_bias = logits.sum(0) if of_bias is None else of_bias.add_(logits.sum(0))
-        return torch.cat(of_hidden) if of_hidden else None, of_weight, of_bias, None
+        narrow, slabs = weight.to(ctx.dtype), _slabs(weight)
+        of_hidden, of_weight, of_bias = (
+            torch.zeros_like(x, dtype=normalisers.dtype) if x is not None and needed else None
+            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        )
+        starts = range(0, len(hidden), CHUNK)
+        pieces = (x.split(CHUNK) for x in (hidden.to(ctx.dtype), targets, normalisers, gradients[0]))
+        for start, h, t, normaliser, gradient in zip(starts, *pieces, strict=True):
+            for slab in slabs:
+                # d log p(t) / d logits = one-hot(t) - softmax(logits)
+                logits = _logits(h, narrow, bias, slab)
+                logits.sub_(normaliser[:, None]).exp_().mul_(-gradient[:, None])
+                inside, place = _found(t, slab)
+                logits.scatter_add_(1, place[:, None], (gradient * inside)[:, None])
+                cast = logits.to(ctx.dtype)
+                if of_hidden is not None:
+                    of_hidden[start : start + CHUNK] += product(cast, narrow[slab].t())
+                if of_weight is not None:
+                    of_weight[slab] += product(cast.t(), h.t())
+                if of_bias is not None:
+                    of_bias[slab] += logits.sum(0)
+        like = ((of_hidden, hidden), (of_weight, weight), (of_bias, bias))
+        return *(None if x is None else x.to(its.dtype) for x, its in like), None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(t, d), (vocabulary, d) -> (t, vocabulary), multiplied in `dtype`, in float32 at least."""
-    logits = product(hidden.to(dtype), weight.to(dtype)).to(torch.promote_types(dtype, torch.float32))
-    return logits if bias is None else logits.add_(bias)
+def _slabs(weight: Tensor) -> list[slice]:
+    vocabulary = weight.shape[0]
+    width = SLAB if weight.device.type == "cpu" else vocabulary
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, slab: slice) -> Tensor:
+    """(t, d), (vocabulary, d) -> (t, slab), multiplied as they are, in float32 at least from then on."""
+    logits = product(hidden, weight[slab])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if bias is None else logits.add_(bias[slab])
+
+
+def _found(targets: Tensor, slab: slice) -> tuple[Tensor, Tensor]:
+    """Which targets lie in the slab, and where in it; those that do not: somewhere."""
+    inside = (targets >= slab.start) & (targets < slab.stop)
+    return inside, (targets - slab.start).clamp(0, slab.stop - slab.start - 1)
 
 
 class Head(Linear):

@@ -1,4 +1,4 @@
-"""What a decoder's layers do here beside their linear layers: the same values as transformers', at less cost."""
+"""What a decoder's layers do here around their linear layers: the same values as transformers', at less cost."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from src.linear import Linear, float32_on_cpu, product, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_ROWS = 1024  # of an MLP at once, measured: fewer make the products slower, more leave the cache
 
 # Those of transformers that are the same module under other names.
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
 def prepare_layers(model: Any) -> None:
-    """Norms and the last layer of a transformers decoder learn theirs, in place. Families unknown here stay as they
-    are: slower, not wrong."""
+    """Norms, MLPs and the last layer of a transformers decoder learn theirs, in place. Families unknown here stay as
+    they are: slower, not wrong."""
     for module in model.modules():
+        if type(module).__name__ in {f"{family}MLP" for family in _FAMILIES}:
+            module.__class__ = _subclass(type(module), GatedMLP)  # type: ignore[arg-type]
         if type(module).__name__ in {f"{family}RMSNorm" for family in _FAMILIES}:
             module.__class__ = _subclass(type(module), RMSNorm)  # type: ignore[arg-type]
         if type(module).__name__ in {f"{family}Model" for family in _FAMILIES}:
@@ -66,6 +73,67 @@ class _RMSNorm(torch.autograd.Function):
         # d x / rms: what changes the rms is taken out again.
         along = (product @ weight)[..., None].div_(x.shape[-1])
         return torch.addcmul(normed.mul_(along), gradient, weight, value=-1).mul_(-inverse), of_weight, None
+
+
+class GatedMLP(torch.nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    gate_proj: torch.nn.Module
+    up_proj: torch.nn.Module
+    down_proj: torch.nn.Module
+    act_fn: torch.nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.gate_proj, self.up_proj, self.down_proj
+        # Adapters, a bias or weights that ZeRO-3 gathers when their own module is called: one call after the other.
+        whole = all(type(p) is Linear and p.bias is None and not hasattr(p.weight, "ds_id") for p in parts)
+        if not whole or type(self.act_fn).__name__ not in ("SiLU", "SiLUActivation") or not float32_on_cpu(x):
+            return super().forward(x)
+        return _GatedMLP.apply(x, *(p.weight for p in parts), torch.is_grad_enabled())
+
+
+class _GatedMLP(torch.autograd.Function):
+    """On a CPU, some rows after the others: what is between the three products stays in the cache. Kept are gate and
+    up alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, keep: bool) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows)
+        kept: list[Tensor] = []
+        for piece, to in zip(rows.split(_ROWS), out.split(_ROWS), strict=True):
+            gates, ups = product(piece, gate), product(piece, up)
+            to.copy_(product(F.silu(gates).mul_(ups), down))
+            kept += [gates, ups] if keep else []
+        ctx.save_for_backward(rows, gate, up, down, *kept)
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate, up, down, *kept = ctx.saved_tensors
+        gradient, of_x = gradients[0].reshape(rows.shape), torch.empty_like(rows)
+        of_gate = of_up = of_down = None  # the first two turned: of two sides the narrower one is the cheaper to turn
+        pieces = (x.split(_ROWS) for x in (rows, gradient, of_x))
+        for piece, of_out, to, gates, ups in zip(*pieces, kept[::2], kept[1::2], strict=True):
+            of_hidden = product(of_out, down.t())
+            hidden = F.silu(gates)
+            of_ups = of_hidden * hidden
+            of_gates = torch.ops.aten.silu_backward(of_hidden.mul_(ups), gates)
+            torch.add(product(of_ups, up.t()), product(of_gates, gate.t()), out=to)
+            if ctx.needs_input_grad[3]:
+                of_down = _add(of_down, turned(of_out), hidden.mul_(ups))
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                across = turned(piece)
+                of_gate, of_up = _add(of_gate, across, of_gates), _add(of_up, across, of_ups)
+        of_gate, of_up = (None if total is None else turned(total) for total in (of_gate, of_up))
+        return of_x.view(gradients[0].shape), of_gate, of_up, of_down, None
+
+
+def _add(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """(n, t), (t, k) -> their product added to the total so far, (n, k)."""
+    part = product(a, b.t())
+    return part if total is None else total.add_(part)
 
 
 class LastLayer(torch.nn.Module):

@@ -144,12 +144,14 @@ def test_log_probs_do_not_depend_on_packing_order_or_token_budget():
     assert relative(all_logps(model, [examples[i] for i in shuffled], 400), together[shuffled]) < 1e-5
 
 
-def test_the_head_in_chunks_gives_the_head_at_once(monkeypatch):
+@pytest.mark.parametrize(("chunk", "slab"), [(7, 10**6), (10**6, 23), (7, 23)])
+def test_the_head_in_parts_gives_the_head_at_once(chunk, slab, monkeypatch):
     model, examples = make_model(), random_pairs(9, 4)
     batch = pack(examples, range(len(examples)))
     whole, _ = sequence_logps(model, batch)
     gradient = loss_and_gradient(model, whole)
-    monkeypatch.setattr("src.head.CHUNK", 7)
+    monkeypatch.setattr("src.head.CHUNK", chunk)
+    monkeypatch.setattr("src.head.SLAB", slab)
     chunked, _ = sequence_logps(model, batch)
     assert relative(chunked, whole) < 1e-6
     assert relative(loss_and_gradient(model, chunked), gradient) < 1e-5
@@ -168,16 +170,17 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("chunk", [16, 10**6])
-def test_nothing_of_tokens_times_vocabulary_is_ever_whole(chunk, monkeypatch):
+@pytest.mark.parametrize(("chunk", "slab"), [(16, 10**6), (10**6, 500), (10**6, 10**6)])
+def test_nothing_of_tokens_times_vocabulary_is_ever_whole(chunk, slab, monkeypatch):
     monkeypatch.setattr("src.head.CHUNK", chunk)
+    monkeypatch.setattr("src.head.SLAB", slab)
     model, examples = make_model(vocab_size=5000), random_pairs(12, 7)
     batch = pack(examples, range(len(examples)))
     predictions = len(batch.targets)
     with Largest() as largest:
         sequence_logps(model, batch)[0].sum().backward()
     whole = largest.seen >= predictions * 5000
-    assert whole == (chunk > predictions), "and the control: in one chunk it is"
+    assert whole == (chunk > predictions and slab > 5000), "and the control: in one part it is"
     assert model.get_output_embeddings().weight.numel() < predictions * 5000
 
 
