@@ -37,7 +37,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "simpo": [{"who": who, "shape": "tldr", "method": "simpo"} for who in ("ours", "trl")],
     "ablation": [
         {"who": "ours", "shape": "tldr", "without": lever}
-        for lever in (None, "onednn", "attention", "norm", "last_layer", "head", "prefix", "packing")
+        for lever in (None, "onednn", "attention", "mlp", "norm", "last_layer", "head", "prefix", "packing")
     ],
     "memory": [
         {"who": who, "shape": shape, "measure": "memory", "micro_batch": 2}

@@ -115,6 +115,10 @@ def leave_out(lever: str, model: Any) -> None:
     elif lever == "last_layer":
         last = model.base_model.layers[-1]
         last.__class__ = type(last).__bases__[1]
+    elif lever == "mlp":
+        for module in model.modules():
+            if isinstance(module, layers.GatedMLP):
+                module.__class__ = type(module).__bases__[1]
     elif lever == "norm":
         for module in model.modules():
             if isinstance(module, layers.RMSNorm):

@@ -14,13 +14,13 @@ def plain(model: Any) -> Any:
     """The model as TRL's users have it."""
     import torch
 
-    from src.layers import LastLayer, RMSNorm
+    from src.layers import GatedMLP, LastLayer, RMSNorm
     from src.linear import Linear
 
     for module in model.modules():
         if isinstance(module, Linear):
             module.__class__ = torch.nn.Linear
-        elif isinstance(module, RMSNorm | LastLayer):
+        elif isinstance(module, GatedMLP | LastLayer | RMSNorm):
             module.__class__ = type(module).__bases__[1]
     assert not any(type(module).__module__.startswith("src.") for module in model.modules())
     model.set_attn_implementation("sdpa")

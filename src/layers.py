@@ -14,7 +14,9 @@ from src.linear import Linear, float32_on_cpu, product, turned
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROWS = 1024  # of an MLP at once, measured: fewer make the products slower, more leave the cache
+# Rows at once, measured: fewer cost more calls, more leave the cache.
+_NORM_ROWS = 512
+_MLP_ROWS = 1024
 
 # Those of transformers that are the same module under other names.
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -54,25 +56,35 @@ class RMSNorm(torch.nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On a CPU, where it is memory that takes the time: few passes, and nothing kept but x."""
+    """On a CPU, where it is memory that takes the time: some rows after the others, and nothing kept but x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows)
+        inverse = rows.new_empty(len(rows), 1)
+        pieces = (tensor.split(_NORM_ROWS) for tensor in (rows, inverse, out))
+        for piece, own, to in zip(*pieces, strict=True):
+            torch.linalg.vector_norm(piece, dim=1, keepdim=True, out=own)
+            own.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+            torch.mul(piece, own, out=to).mul_(weight)
+        ctx.save_for_backward(rows, weight, inverse)
+        return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        gradient, normed = gradients[0], x * inverse
-        product = gradient * normed
-        of_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        # d x / rms: what changes the rms is taken out again.
-        along = (product @ weight)[..., None].div_(x.shape[-1])
-        return torch.addcmul(normed.mul_(along), gradient, weight, value=-1).mul_(-inverse), of_weight, None
+        rows, weight, inverse = ctx.saved_tensors
+        of_x, of_weight = torch.empty_like(rows), torch.zeros_like(weight)
+        pieces = (x.split(_NORM_ROWS) for x in (rows, inverse, gradients[0].reshape(rows.shape), of_x))
+        for piece, own, gradient, to in zip(*pieces, strict=True):
+            normed = piece * own
+            by_weight = gradient * normed
+            of_weight += by_weight.sum(0)
+            # d x / rms: what changes the rms is taken out again.
+            along = (by_weight @ weight)[:, None].div_(rows.shape[1])
+            torch.addcmul(normed.mul_(along), gradient, weight, value=-1, out=to).mul_(-own)
+        return of_x.view(gradients[0].shape), of_weight if ctx.needs_input_grad[1] else None, None
 
 
 class GatedMLP(torch.nn.Module):
@@ -101,7 +113,7 @@ class _GatedMLP(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         out = torch.empty_like(rows)
         kept: list[Tensor] = []
-        for piece, to in zip(rows.split(_ROWS), out.split(_ROWS), strict=True):
+        for piece, to in zip(rows.split(_MLP_ROWS), out.split(_MLP_ROWS), strict=True):
             gates, ups = product(piece, gate), product(piece, up)
             to.copy_(product(F.silu(gates).mul_(ups), down))
             kept += [gates, ups] if keep else []
@@ -114,7 +126,7 @@ class _GatedMLP(torch.autograd.Function):
         rows, gate, up, down, *kept = ctx.saved_tensors
         gradient, of_x = gradients[0].reshape(rows.shape), torch.empty_like(rows)
         of_gate = of_up = of_down = None  # the first two turned: of two sides the narrower one is the cheaper to turn
-        pieces = (x.split(_ROWS) for x in (rows, gradient, of_x))
+        pieces = (x.split(_MLP_ROWS) for x in (rows, gradient, of_x))
         for piece, of_out, to, gates, ups in zip(*pieces, kept[::2], kept[1::2], strict=True):
             of_hidden = product(of_out, down.t())
             hidden = F.silu(gates)

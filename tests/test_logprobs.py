@@ -23,7 +23,7 @@ from transformers import (
 from src import attention
 from src.config import ConfigError
 from src.head import Head
-from src.layers import LastLayer, RMSNorm
+from src.layers import GatedMLP, LastLayer, RMSNorm
 from src.linear import Linear
 from src.logprobs import Compute, prepare, score, sequence_logps
 from src.pairs import Example, Layout, Segment, pack, partition
@@ -85,11 +85,13 @@ def relative(a, b):
 @pytest.mark.parametrize(("seed", "kernel"), [(0, "sdpa"), (1, "sdpa"), (2, "onednn")])
 def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(cls, config, changes, seed, kernel, monkeypatch):
     monkeypatch.setattr("src.attention._FEW", 0)  # short as they are
+    for piece, rows in (("linear._PIECE", 32), ("layers._NORM_ROWS", 40), ("layers._MLP_ROWS", 50), ("head.SLAB", 90)):
+        monkeypatch.setattr(f"src.{piece}", rows)  # several of each, the last one smaller
     model, examples = make_model(cls, config, seed, prepared=False, **changes), random_pairs(7, seed)
     expected = padded_logps(model, examples)
     expected_gradient = loss_and_gradient(model, expected)
     prepare(model)
-    assert {LastLayer, RMSNorm, Linear, Head} <= {b for m in model.modules() for b in type(m).__mro__}
+    assert {LastLayer, GatedMLP, RMSNorm, Linear, Head} <= {b for m in model.modules() for b in type(m).__mro__}
     seen = []
     model.base_model.layers[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1]))
     batch = pack(examples, range(len(examples)))
