@@ -44,7 +44,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for shape in SHAPES
         for who in ("ours", "trl")
     ],
-    "gradients": [{"who": "both", "shape": "tldr", "measure": "gradients"}],
+    "gradients": [{"who": "both", "shape": "tldr", "measure": "gradients", "draw": draw} for draw in (0, 1, 2)],
     "length": [{"who": "ours", "shape": "tldr", "scale": scale} for scale in (0.5, 2.0)],
     "batch": [{"who": "ours", "shape": "tldr", "pairs": pairs} for pairs in (8, 32)],
     "size": [{"who": "ours", "shape": "tldr", "layers": layers} for layers in (10, 20)],
@@ -103,7 +103,7 @@ def gradients(job: dict[str, Any]) -> dict[str, Any]:
     from src.models import compute_of
     from src.pairs import pack
 
-    examples = make_pairs(job["shape"], 2)
+    examples = make_pairs(job["shape"], 2, draw=job["draw"])
     model, compute = model_of(), compute_of(Point())
     with torch.no_grad():
         logps = sequence_logps(model, pack(examples, range(2)), compute)[0].view(-1, 2)
@@ -184,9 +184,9 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for row in arguments.rows or ROWS:
         found = []
-        # Ours, TRL's, ours: what the machine does meanwhile meets both.
+        # In turn: what the machine does meanwhile meets both.
         jobs = ROWS[row]
-        for job in [jobs[0], *jobs, jobs[0], jobs[0]] if row in SHAPES else jobs:
+        for job in [*jobs, *jobs, jobs[0]] if row in SHAPES else jobs:
             outcome = measure(job)
             found.append({**job, **outcome})
             print(row, found[-1], flush=True)

@@ -12,8 +12,8 @@ SPREAD = 0.3  # sigma of the log-normal distribution of lengths
 VOCABULARY = 49152
 
 
-def make_pairs(shape: str, count: int, scale: float = 1.0) -> list[Example]:
-    rng = random.Random(0)
+def make_pairs(shape: str, count: int, scale: float = 1.0, draw: int = 0) -> list[Example]:
+    rng = random.Random(draw)
 
     def tokens(median: float) -> tuple[int, ...]:
         length = max(2, round(scale * median * rng.lognormvariate(0, SPREAD)))

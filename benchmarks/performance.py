@@ -19,6 +19,7 @@ NAMES = {"tldr": "TL;DR", "ultrafeedback": "UltraFeedback"}
 LEVERS = {
     "onednn": "oneDNN: MKL, and torch's attention",
     "attention": "attention through oneDNN: torch's",
+    "mlp": "MLPs in pieces of rows: product after product",
     "norm": "norms in few passes",
     "last_layer": "a last layer only where it predicts",
     "head": "the head in place, not through autograd",
@@ -112,6 +113,17 @@ def memory_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gradients_table(results: dict[str, Any]) -> str:
+    lines = [
+        "| two pairs | float64 | float32 | ours to float64 | TRL's to float64 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for job in results["gradients"]["jobs"]:
+        taken = (job[key] for key in ("float64", "float32", "ours_rounding", "trl_rounding"))
+        lines.append(f"| draw {job['draw']} | {' | '.join(f'{value:.1e}' for value in taken)} |")
+    return "\n".join(lines)
+
+
 def ablation_table(results: dict[str, Any]) -> str:
     whole = seconds(results["ablation"]["jobs"], without=None)
     lines = ["| without | seconds a step | times as slow |", "|---|---:|---:|", f"| nothing | {whole:.1f} | 1.00 |"]
@@ -173,9 +185,7 @@ def main() -> None:
         parts.append(ablation_table(results))
     parts.append(growth_table(results))
     if "gradients" in results:
-        found = results["gradients"]["jobs"][0]
-        keys = ("float64", "float32", "ours_rounding", "trl_rounding")
-        parts.append("gradients: " + ", ".join(f"{key} {found[key]:.1e}" for key in keys))
+        parts.append(gradients_table(results))
     naive, planned = sweep_tokens()
     parts.append(
         f"200 runs: {naive:.3g} token passes each on its own, {planned:.3g} planned: {naive / planned:.1f} times less"
