@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from src.linear import Linear, float32_on_cpu, product, turned
+from src.linear import Linear, added, float32_on_cpu, product, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,18 +134,12 @@ class _GatedMLP(torch.autograd.Function):
             of_gates = torch.ops.aten.silu_backward(of_hidden.mul_(ups), gates)
             torch.add(product(of_ups, up.t()), product(of_gates, gate.t()), out=to)
             if ctx.needs_input_grad[3]:
-                of_down = _add(of_down, turned(of_out), hidden.mul_(ups))
+                of_down = added(of_down, turned(of_out), hidden.mul_(ups))
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 across = turned(piece)
-                of_gate, of_up = _add(of_gate, across, of_gates), _add(of_up, across, of_ups)
+                of_gate, of_up = added(of_gate, across, of_gates), added(of_up, across, of_ups)
         of_gate, of_up = (None if total is None else turned(total) for total in (of_gate, of_up))
         return of_x.view(gradients[0].shape), of_gate, of_up, of_down, None
-
-
-def _add(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """(n, t), (t, k) -> their product added to the total so far, (n, k)."""
-    part = product(a, b.t())
-    return part if total is None else total.add_(part)
 
 
 class LastLayer(torch.nn.Module):

@@ -45,10 +45,15 @@ def _of_weight(rows: Tensor, x: Tensor) -> Tensor:
         return turned(_of_weight(x, rows))
     total = None
     for piece, inputs in zip(rows.split(_PIECE), x.split(_PIECE), strict=True):
-        part = product(turned(piece), inputs.t())
-        total = part if total is None else total.add_(part)
+        total = added(total, turned(piece), inputs)
     assert total is not None
     return total
+
+
+def added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """(n, t), (t, k) -> their product added to the total so far, (n, k)."""
+    part = product(a, b.t())
+    return part if total is None else total.add_(part)
 
 
 def turned(x: Tensor) -> Tensor:
