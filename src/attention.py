@@ -10,18 +10,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from src import kernels
 from src.config import ConfigError
-from src.cpu_attention import BlockedAttention, blocks_of
-from src.linear import ONEDNN
+from src.cpu_attention import PackedAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from src.pairs import Layout
-
-
-# Queries of a mean block below which calling a product costs more than multiplying: measured, at 64 dimensions a head.
-_FEW = 128
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
@@ -50,12 +46,10 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layou
 
 
 def onednn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
-    """Blocks of queries through oneDNN's products: float32 on a CPU."""
-    alike = query.dtype == torch.float32 and query.shape[3] == value.shape[3]
-    blocks = blocks_of(layout.segments)
-    if not alike or query.shape[2] < _FEW * len(blocks):
+    """One call for all segments, through oneDNN's products: float32 on a CPU."""
+    if query.dtype != torch.float32 or query.shape[3] != value.shape[3]:
         return sdpa(query, key, value, scaling, layout)
-    return BlockedAttention.apply(query, key, value, scaling or query.shape[3] ** -0.5, blocks)
+    return PackedAttention.apply(query, key, value, layout.table, scaling or query.shape[3] ** -0.5)
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
@@ -145,7 +139,11 @@ def _without_onednn(device: torch.device, precision: str) -> str | None:
         return f"it is for a CPU, this is {device.type}"
     if precision != "fp32":
         return f"it computes in float32, engine.precision is {precision}"
-    return None if ONEDNN else "this torch is built without oneDNN"
+    try:
+        kernels.load()
+    except kernels.NotBuiltError as error:
+        return str(error)
+    return None
 
 
 def _without_kernels(device: torch.device, precision: str) -> str | None:

@@ -32,7 +32,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries [start, end) attend causally to themselves and to all of [prefix_start, prefix_end)."""
+    """Queries [start, end) attend causally to themselves and to all of [prefix_start, prefix_end): the beginning of the
+    last segment before it that has no prefix itself."""
 
     start: int
     end: int
@@ -64,6 +65,11 @@ class Layout:
             torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32),
             torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
         )
+
+    @cached_property
+    def table(self) -> Tensor:
+        """(segments, 4) int64: start, end, prefix_start, prefix_end of each, on the CPU."""
+        return torch.tensor([[s.start, s.end, s.prefix_start, s.prefix_end] for s in self.segments])
 
     @cached_property
     def longest(self) -> tuple[int, int]:

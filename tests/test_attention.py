@@ -1,15 +1,19 @@
 """The kernels over packed segments are one another's equals, and what cannot be had is said before anything runs."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from src import attention
+from src import attention, kernels
 from src.config import ConfigError
-from src.cpu_attention import blocks_of
 from src.pairs import Layout, Segment
 
 CPU = torch.device("cpu")
-# Pairs: one in a single block; a long rejected response; a short one after a chosen one longer than a block.
+# Pairs: short ones, long ones (several blocks of queries and tiles of keys each), a short response to a long prompt.
 LAYOUT = Layout.of(
     [
         Segment(0, 9),
@@ -23,10 +27,10 @@ LAYOUT = Layout.of(
 PREFIX = {1: range(5), 3: range(13, 300), 5: range(733, 1100)}
 
 
-def tensors(heads=6, kv_heads=2, seed=0):
+def tensors(heads=6, kv_heads=2, seed=0, d=16):
     generator = torch.Generator().manual_seed(seed)
     n = LAYOUT.segments[-1].end
-    return [torch.randn(1, h, n, 16, generator=generator).requires_grad_() for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(1, h, n, d, generator=generator).requires_grad_() for h in (heads, kv_heads, kv_heads)]
 
 
 def dense(query, key, value, scaling):
@@ -66,11 +70,9 @@ def outputs_and_gradients(kernel, inputs):
 
 @pytest.mark.parametrize("name", ["sdpa", "onednn"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_kernels_on_a_cpu_are_dense_attention_with_everything_else_hidden(name, kv_heads, monkeypatch):
-    monkeypatch.setattr("src.attention._FEW", 0)  # through oneDNN however short
-    blocks = blocks_of(LAYOUT.segments)
-    assert len(blocks) == 1 + 2 + 2 + 2 and [b.prefix_end for b in blocks] == [0, 0, 0, 300, 300, 0, 0]
-    inputs = tensors(kv_heads=kv_heads)
+@pytest.mark.parametrize("d", [16, 10])
+def test_kernels_on_a_cpu_are_dense_attention_with_everything_else_hidden(name, kv_heads, d):
+    inputs = tensors(kv_heads=kv_heads, d=d)
     expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
     found = outputs_and_gradients(lambda *x: attention.KERNELS[name](*x, 0.25, LAYOUT), inputs)
     for a, b in zip(found, expected, strict=True):
@@ -100,13 +102,58 @@ def test_kernels_on_a_gpu(name):
         assert ((a.float().cpu() - b).norm() / b.norm()) < 0.02
 
 
-def test_short_blocks_are_left_to_torch():
-    """Below a size calling costs more than multiplying; there both kernels are one, to the last bit."""
-    layout = Layout.of([Segment(20 * i, 20 * i + 20) for i in range(8)])
-    inputs = [x[:, :, :160] for x in tensors()]
-    assert torch.equal(attention.onednn(*inputs, 0.25, layout), attention.sdpa(*inputs, 0.25, layout))
-    long, inputs = Layout.of([Segment(0, 160)]), [x.detach() for x in inputs]
-    assert not torch.equal(attention.onednn(*inputs, 0.25, long), attention.sdpa(*inputs, 0.25, long))
+def test_neither_threads_nor_strides_change_what_the_compiled_kernel_computes():
+    def run(inputs, threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return outputs_and_gradients(lambda *x: attention.onednn(*x, 0.25, LAYOUT), inputs)
+        finally:
+            torch.set_num_threads(before)
+
+    inputs = tensors()
+    expected = run(inputs, 1)
+    # As a projection leaves them: a position's heads side by side.
+    inputs = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+    for threads in (2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(run(inputs, threads), expected, strict=True))
+
+
+def test_what_overflows_is_seen_to():
+    """A diverged run must not look like a sound one."""
+    query, key, value = (x.detach() for x in tensors())
+    key[0, 0, 2] = torch.nan
+    out = attention.onednn(query, key, value, 0.25, LAYOUT)[0]
+    assert out[3, :3].isnan().all() and out[10, :3].isnan().all()  # after it, and a response to its prompt
+    assert not out[1].isnan().any() and not out[20:].isnan().any() and not out[:, 3:].isnan().any()
+
+
+def test_without_its_kernel_compiled_attention_is_torchs_and_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_BUILT", tmp_path / "none")
+    monkeypatch.setattr(kernels, "load", kernels.load.__wrapped__)
+    kernel, reason = attention.choose("auto", CPU, "fp32")
+    assert kernel == "sdpa" and "no onednn: its kernel is not compiled: run python -m src.kernels" in reason
+    with pytest.raises(ConfigError, match=r"model.attention=onednn: its kernel is not compiled: run python -m src"):
+        attention.choose("onednn", CPU, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("no-such-compiler", "no-such-compiler: No such file"), ("false", "false -std=c++20")],
+)
+def test_a_kernel_that_cannot_be_compiled_is_said_and_stops_nothing(compiler, said, tmp_path):
+    """What make calls, in a copy that is not compiled yet."""
+    shutil.copytree("src", tmp_path / "src", ignore=shutil.ignore_patterns("built"))
+    done = subprocess.run(
+        [sys.executable, "-m", "src.kernels"],
+        cwd=tmp_path,
+        env={**os.environ, "CXX": compiler},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("no compiled kernels") and said in done.stdout
+    assert not list((tmp_path / "src/kernels/built").iterdir())
 
 
 def test_auto_takes_what_there_is_and_says_why():

@@ -84,7 +84,6 @@ def relative(a, b):
 )
 @pytest.mark.parametrize(("seed", "kernel"), [(0, "sdpa"), (1, "sdpa"), (2, "onednn")])
 def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(cls, config, changes, seed, kernel, monkeypatch):
-    monkeypatch.setattr("src.attention._FEW", 0)  # short as they are
     for piece, rows in (("linear._PIECE", 32), ("layers._NORM_ROWS", 40), ("layers._MLP_ROWS", 50), ("head.SLAB", 90)):
         monkeypatch.setattr(f"src.{piece}", rows)  # several of each, the last one smaller
     model, examples = make_model(cls, config, seed, prepared=False, **changes), random_pairs(7, seed)

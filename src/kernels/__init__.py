@@ -1,0 +1,81 @@
+"""Kernels in C++, compiled once on the machine that sets the project up: `python -m src.kernels`, which `make` calls.
+Without them everything runs through torch's own, more slowly."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SOURCE = Path(__file__).with_name("attention.cpp")
+_BUILT = Path(__file__).with_name("built")
+# A sum may be taken in any order, one that overflows in any way: what lets a compiler use vectors. Not -ffast-math,
+# which changes how the whole process treats small numbers.
+_FLAGS = (
+    *("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
+)
+
+
+class NotBuiltError(Exception):
+    """Why there are no compiled kernels, and what to do about it."""
+
+
+def _library() -> Path:
+    """Where they are for this source and this torch: what was built for another is not found."""
+    said = hashlib.sha256(_SOURCE.read_bytes() + repr((_FLAGS, torch.__version__)).encode()).hexdigest()
+    return _BUILT / f"{_SOURCE.stem}-{said[:12]}.so"
+
+
+def build() -> Path:
+    """Compile them unless that is done. Raises NotBuiltError."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    library = _library()
+    if library.exists():
+        return library
+    names = ("g++", "c++", "clang++")
+    compiler = os.environ.get("CXX") or next((name for name in names if shutil.which(name)), None)
+    if compiler is None:
+        raise NotBuiltError("no C++ compiler here (g++, clang++): install one, then run python -m src.kernels")
+    _BUILT.mkdir(exist_ok=True)
+    draft = library.with_suffix(f".{os.getpid()}")
+    command = [
+        *(compiler, *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
+        *(f"-I{path}" for path in include_paths()),
+        *(str(_SOURCE), "-o", str(draft)),
+        *(f"-L{path}" for path in library_paths()),
+        *("-ltorch_cpu", "-lc10"),
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise NotBuiltError(f"{compiler}: {error.strerror}") from error
+    if done.returncode:
+        draft.unlink(missing_ok=True)
+        raise NotBuiltError(f"{' '.join(command)}\n{done.stderr.strip()}")
+    draft.replace(library)  # whole or not at all, whoever else builds it
+    for other in _BUILT.glob("*.so"):
+        if other != library:
+            other.unlink(missing_ok=True)
+    return library
+
+
+@cache
+def load() -> Any:
+    """Their operators, tried once on this processor. Raises NotBuiltError."""
+    if not _library().exists():
+        raise NotBuiltError("its kernel is not compiled: run python -m src.kernels")
+    try:
+        torch.ops.load_library(str(_library()))
+        x = torch.ones(1, 16, 16)
+        torch.ops.alignment_sweep.attention(x, x, x, torch.tensor([[0, 16, 0, 0]]), 1.0)
+    except (OSError, RuntimeError) as error:
+        raise NotBuiltError(f"its kernel does not run here: {str(error).splitlines()[0]}") from error
+    return torch.ops.alignment_sweep
