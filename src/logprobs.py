@@ -14,6 +14,7 @@ from src.config import ConfigError
 from src.head import Head
 from src.layers import LastLayer, prepare_layers
 from src.linear import Linear
+from src.machine import give_back_freed_memory
 from src.pairs import Example, PackedBatch, pack, partition
 
 if TYPE_CHECKING:
@@ -102,4 +103,5 @@ def score(
     lengths = [e.length for e in examples]
     for indices in partition(lengths, range(len(examples)), token_budget or budget.SCORING):
         logps, tokens = sequence_logps(model, pack(examples, indices).to(device), compute)
+        give_back_freed_memory()
         yield indices, logps.cpu(), tokens.cpu()

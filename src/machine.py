@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -24,3 +25,21 @@ def visible_gpus() -> list[str]:
         return [g for g in named.split(",") if g.strip() and g.strip() != "-1"]
     driver = Path("/proc/driver/nvidia/gpus")
     return [str(i) for i in range(len(list(driver.iterdir())))] if driver.is_dir() else []
+
+
+_GROWTH = 1 << 30  # bytes: giving back too often costs as much as fresh pages do
+_resident = 0  # after the last time
+
+
+def give_back_freed_memory() -> None:
+    """To be called where much is free. Batches of ever new lengths leave a heap in pieces: glibc holds on to what was
+    freed between what was not, and a process grows for hours. Once it has, what is free goes back."""
+    global _resident
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None and _resident_bytes() - _resident > _GROWTH:
+        trim(0)
+        _resident = _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,14 +1,15 @@
 """What happens to a stage when its disk fills up or another process takes it over."""
 
 import os
+import platform
 import subprocess
+import sys
 
 import pytest
 
-from src import stages
+from src import machine, stages
 from src.checks import point_from
 from src.lease import LeaseLost
-from src.machine import visible_gpus
 from src.plan import make_plan
 from src.store import Store, write_json
 from tests.conftest import SMALL, train
@@ -60,6 +61,23 @@ def test_a_stage_taken_over_by_another_process_is_waited_for(tmp_path, monkeypat
 
 def test_workers_share_out_the_gpus_they_may_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert visible_gpus() == ["3", "5"]
+    assert machine.visible_gpus() == ["3", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert visible_gpus() == []
+    assert machine.visible_gpus() == []
+
+
+def test_what_a_heap_in_pieces_holds_goes_back_once_it_has_grown(monkeypatch):
+    if not sys.platform.startswith("linux") or "glibc" not in platform.libc_ver()[0]:
+        pytest.skip("only glibc is asked to")
+    monkeypatch.setattr(machine, "_GROWTH", 100 << 20)
+    monkeypatch.setattr(machine, "_resident", machine._resident_bytes())
+    pieces = [bytearray(b"x" * 50_000) for _ in range(8_000)]  # 400 MB, each below what glibc maps by itself
+    full = machine._resident_bytes()
+    del pieces[:-1]  # the last one keeps the heap as long as it is
+    before = machine._resident
+    monkeypatch.setattr(machine, "_resident", full)
+    machine.give_back_freed_memory()
+    assert machine._resident_bytes() > full - (50 << 20)  # it has not grown
+    monkeypatch.setattr(machine, "_resident", before)
+    machine.give_back_freed_memory()
+    assert machine._resident_bytes() < full - (300 << 20)
