@@ -1,7 +1,6 @@
 """The kernels over packed segments are one another's equals, and what cannot be had is said before anything runs."""
 
-import os
-import shutil
+import re
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import torch
 from src import attention, kernels
 from src.config import ConfigError
 from src.pairs import Layout, Segment
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 # Pairs: short ones, long ones (several blocks of queries and tiles of keys each), a short response to a long prompt.
@@ -141,19 +141,25 @@ def test_without_its_kernel_compiled_attention_is_torchs_and_says_what_to_do(tmp
     ("compiler", "said"),
     [("no-such-compiler", "no-such-compiler: No such file"), ("false", "false -std=c++20")],
 )
-def test_a_kernel_that_cannot_be_compiled_is_said_and_stops_nothing(compiler, said, tmp_path):
-    """What make calls, in a copy that is not compiled yet."""
-    shutil.copytree("src", tmp_path / "src", ignore=shutil.ignore_patterns("built"))
-    done = subprocess.run(
-        [sys.executable, "-m", "src.kernels"],
-        cwd=tmp_path,
-        env={**os.environ, "CXX": compiler},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("no compiled kernels") and said in done.stdout
-    assert not list((tmp_path / "src/kernels/built").iterdir())
+def test_a_kernel_that_cannot_be_compiled_is_said_and_nothing_is_left_behind(compiler, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_BUILT", tmp_path)
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(kernels.NotBuiltError, match=re.escape(said)):
+        kernels.build()
+    assert not list(tmp_path.iterdir())
+
+
+def test_compiling_twice_at_once_leaves_one_kernel_that_runs(tmp_path):
+    """As make calls it, in an environment of its own without one."""
+    code = f"import pathlib, src.kernels as k; k._BUILT = pathlib.Path({str(tmp_path)!r}); import src.kernels.__main__"
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = {process.communicate(timeout=120)[0] for process in running}
+    (built,) = tmp_path.iterdir()
+    assert said == {f"compiled kernels: {built}\n"}
+    code = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.alignment_sweep.attention)"
+    subprocess.run([sys.executable, "-c", code, str(built)], check=True)
 
 
 def test_auto_takes_what_there_is_and_says_why():

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 
 _SOURCE = Path(__file__).with_name("attention.cpp")
-_BUILT = Path(__file__).with_name("built")
+# With the environment, not with the code: jobs run a copy of that, and every node has the environment.
+_BUILT = Path(sys.prefix) / "share" / "alignment-sweep"
 # A sum may be taken in any order, one that overflows in any way: what lets a compiler use vectors. Not -ffast-math,
 # which changes how the whole process treats small numbers.
 _FLAGS = (
@@ -28,8 +31,10 @@ class NotBuiltError(Exception):
 
 
 def _library() -> Path:
-    """Where they are for this source and this torch: what was built for another is not found."""
-    said = hashlib.sha256(_SOURCE.read_bytes() + repr((_FLAGS, torch.__version__)).encode()).hexdigest()
+    """Where they are for this source, torch and kind of machine: what was built for another is not found."""
+    said = hashlib.sha256(
+        _SOURCE.read_bytes() + repr((_FLAGS, torch.__version__, platform.machine())).encode()
+    ).hexdigest()
     return _BUILT / f"{_SOURCE.stem}-{said[:12]}.so"
 
 
@@ -44,7 +49,6 @@ def build() -> Path:
     compiler = os.environ.get("CXX") or next((name for name in names if shutil.which(name)), None)
     if compiler is None:
         raise NotBuiltError("no C++ compiler here (g++, clang++): install one, then run python -m src.kernels")
-    _BUILT.mkdir(exist_ok=True)
     draft = library.with_suffix(f".{os.getpid()}")
     command = [
         *(compiler, *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
@@ -54,16 +58,14 @@ def build() -> Path:
         *("-ltorch_cpu", "-lc10"),
     ]
     try:
+        _BUILT.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise NotBuiltError(f"{compiler}: {error.strerror}") from error
+        raise NotBuiltError(f"{error.filename}: {error.strerror}") from error
     if done.returncode:
         draft.unlink(missing_ok=True)
         raise NotBuiltError(f"{' '.join(command)}\n{done.stderr.strip()}")
     draft.replace(library)  # whole or not at all, whoever else builds it
-    for other in _BUILT.glob("*.so"):
-        if other != library:
-            other.unlink(missing_ok=True)
     return library
 
 
