@@ -109,7 +109,8 @@ def leave_out(lever: str, model: Any) -> None:
     from src.pairs import Example
 
     if lever == "onednn":
-        linear.ONEDNN = attention.ONEDNN = False
+        linear.ONEDNN = False
+        attention.KERNELS["onednn"] = attention.sdpa
     elif lever == "attention":
         attention.KERNELS["onednn"] = attention.sdpa
     elif lever == "last_layer":

@@ -20,6 +20,7 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling: float) -> Tensor:
+        assert query.shape[0] == 1, "a packed batch is one row"
         inputs = *(_rows(x[0]) for x in (query, key, value)), segments, scaling
         out, normaliser = kernels.load().attention(*inputs)
         ctx.save_for_backward(*inputs[:4], out, normaliser)

@@ -14,7 +14,7 @@ from src.config import ConfigError
 from src.head import Head
 from src.layers import LastLayer, prepare_layers
 from src.linear import Linear
-from src.machine import give_back_freed_memory
+from src.machine import FreedMemory
 from src.pairs import Example, PackedBatch, pack, partition
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def score(
     model.eval()
     device = next(model.parameters()).device
     lengths = [e.length for e in examples]
+    freed = FreedMemory()
     for indices in partition(lengths, range(len(examples)), token_budget or budget.SCORING):
         logps, tokens = sequence_logps(model, pack(examples, indices).to(device), compute)
-        give_back_freed_memory()
+        freed.give_back()
         yield indices, logps.cpu(), tokens.cpu()

@@ -27,19 +27,29 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(len(list(driver.iterdir())))] if driver.is_dir() else []
 
 
-_GROWTH = 1 << 30  # bytes: giving back too often costs as much as fresh pages do
-_resident = 0  # after the last time
+class FreedMemory:
+    """What the C library holds on to. Batches of ever new lengths leave a heap in pieces: glibc keeps what was freed
+    between what was not, and a process grows for hours."""
+
+    def __init__(self, growth: int = 1 << 30) -> None:
+        self.growth = growth  # bytes; to give back more often costs as much as fresh pages do
+        self.usual: int | None = None  # resident with what one round leaves
+
+    def give_back(self) -> None:
+        """To be called after each round of something, when most is free: once it has grown, what is free goes back."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        resident = _resident_bytes()
+        if trim is None or resident is None:
+            return
+        if self.usual is None:
+            self.usual = resident
+        elif resident - self.usual > self.growth:
+            trim(0)
+            self.usual = None  # as the next round leaves it
 
 
-def give_back_freed_memory() -> None:
-    """To be called where much is free. Batches of ever new lengths leave a heap in pieces: glibc holds on to what was
-    freed between what was not, and a process grows for hours. Once it has, what is free goes back."""
-    global _resident
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and _resident_bytes() - _resident > _GROWTH:
-        trim(0)
-        _resident = _resident_bytes()
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _resident_bytes() -> int | None:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

@@ -42,7 +42,8 @@ def compute_of(point: Point) -> Compute:
 @lru_cache(maxsize=4)
 def _compute(precision: str, wanted: str, device: torch.device) -> Compute:
     kernel, reason = attention.choose(wanted, device, precision)
-    log.info("attention: %s (%s)", kernel, reason)
+    slower = kernel == "sdpa" and wanted == "auto" and device.type == "cpu" and precision == "fp32"
+    log.log(logging.WARNING if slower else logging.INFO, "attention: %s (%s)", kernel, reason)
     return Compute(precision, kernel)
 
 

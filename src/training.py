@@ -17,7 +17,7 @@ from src.distributed import world
 from src.engine import TrainingEngine
 from src.failure import StageError
 from src.logprobs import SequenceLogps
-from src.machine import give_back_freed_memory
+from src.machine import FreedMemory
 from src.models import compute_of, device_of
 from src.pairs import Example, PackedBatch, pack, split_step
 from src.tracking import METRICS_FILE, Tracker
@@ -126,6 +126,7 @@ def train(
         token_budget.on_gpu(engine, policy, examples, device) if device.type == "cuda" else token_budget.ON_CPU
     )
     model.train()
+    freed = FreedMemory()
     stopping = 0.0  # how many processes were asked to stop, known to all
     for step in range(state["step"], total):
         if stopping:
@@ -156,7 +157,7 @@ def train(
                 values = torch.stack([loss, *logged.values()]).detach().double()
                 sums = values if sums is None else sums + values
         norm = engine.step()
-        give_back_freed_memory()
+        freed.give_back()
         assert sums is not None
         # Everything that is logged crosses to the CPU once a step, after all work of the step is queued.
         seen = sum(lengths[i] for m in micro_batches if m.counts for i in m.indices)

@@ -13,7 +13,7 @@ from src.pairs import Layout, Segment
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
-# Pairs: short ones, long ones (several blocks of queries and tiles of keys each), a short response to a long prompt.
+# Pairs: short ones, long ones (several blocks of queries and tiles of keys each), short responses to a long prompt.
 LAYOUT = Layout.of(
     [
         Segment(0, 9),
@@ -21,10 +21,11 @@ LAYOUT = Layout.of(
         Segment(13, 413),
         Segment(413, 733, 13, 300),
         Segment(733, 1133),
-        Segment(1133, 1150, 733, 1100),
+        Segment(1133, 1149, 733, 1100),
+        Segment(1149, 1150, 733, 989),
     ]
 )
-PREFIX = {1: range(5), 3: range(13, 300), 5: range(733, 1100)}
+PREFIX = {1: range(5), 3: range(13, 300), 5: range(733, 1100), 6: range(733, 989)}
 
 
 def tensors(heads=6, kv_heads=2, seed=0, d=16):
@@ -69,14 +70,33 @@ def outputs_and_gradients(kernel, inputs):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "onednn"])
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("d", [16, 10])
-def test_kernels_on_a_cpu_are_dense_attention_with_everything_else_hidden(name, kv_heads, d):
-    inputs = tensors(kv_heads=kv_heads, d=d)
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(6, 6, 16), (6, 2, 10), (6, 1, 33), (100, 1, 8)])
+@pytest.mark.parametrize("size", [1, 8])  # of the scores: most of the probabilities are far below the largest then
+def test_kernels_on_a_cpu_are_dense_attention_with_everything_else_hidden(name, heads, kv_heads, d, size):
+    inputs = tensors(heads, kv_heads, d=d)
+    inputs[0] = (size * inputs[0]).detach().requires_grad_()
     expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
     found = outputs_and_gradients(lambda *x: attention.KERNELS[name](*x, 0.25, LAYOUT), inputs)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ([[0, 40, 0, 0], [41, 64, 0, 0]], "cover the positions one after the other"),
+        ([[0, 40, 0, 0]], "cover all positions"),
+        ([[0, 65, 0, 0]], "cover all positions"),
+        ([[0, 64, 0, 3]], "the first segment has a prefix"),
+        ([[0, 40, 0, 0], [40, 64, 5, 20]], "a prefix is the beginning of the last segment"),
+    ],
+)
+def test_what_the_compiled_kernel_cannot_express_it_refuses(table, reason):
+    x = torch.ones(2, 64, 16)
+    with pytest.raises(RuntimeError, match=reason):
+        kernels.load().attention(x, x, x, torch.tensor(table), 1.0)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        kernels.load().attention(torch.ones(3, 64, 16), x, x, torch.tensor([[0, 64, 0, 0]]), 1.0)
 
 
 def test_variable_length_kernels_are_asked_for_the_same(monkeypatch):
@@ -139,7 +159,7 @@ def test_without_its_kernel_compiled_attention_is_torchs_and_says_what_to_do(tmp
 
 @pytest.mark.parametrize(
     ("compiler", "said"),
-    [("no-such-compiler", "no-such-compiler: No such file"), ("false", "false -std=c++20")],
+    [("no-such-compiler -x", "no-such-compiler: No such file"), ("false -x", "false -x -std=c++20")],
 )
 def test_a_kernel_that_cannot_be_compiled_is_said_and_nothing_is_left_behind(compiler, said, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "_BUILT", tmp_path)

@@ -66,18 +66,23 @@ def test_workers_share_out_the_gpus_they_may_see(monkeypatch):
     assert machine.visible_gpus() == []
 
 
-def test_what_a_heap_in_pieces_holds_goes_back_once_it_has_grown(monkeypatch):
+def test_what_a_heap_in_pieces_holds_goes_back_once_it_has_grown():
     if not sys.platform.startswith("linux") or "glibc" not in platform.libc_ver()[0]:
         pytest.skip("only glibc is asked to")
-    monkeypatch.setattr(machine, "_GROWTH", 100 << 20)
-    monkeypatch.setattr(machine, "_resident", machine._resident_bytes())
+
+    def resident():
+        found = machine._resident_bytes()
+        assert found is not None
+        return found
+
+    patient, freed = machine.FreedMemory(growth=10 << 30), machine.FreedMemory(growth=100 << 20)
+    patient.give_back()
+    freed.give_back()
     pieces = [bytearray(b"x" * 50_000) for _ in range(8_000)]  # 400 MB, each below what glibc maps by itself
-    full = machine._resident_bytes()
+    full = resident()
     del pieces[:-1]  # the last one keeps the heap as long as it is
-    before = machine._resident
-    monkeypatch.setattr(machine, "_resident", full)
-    machine.give_back_freed_memory()
-    assert machine._resident_bytes() > full - (50 << 20)  # it has not grown
-    monkeypatch.setattr(machine, "_resident", before)
-    machine.give_back_freed_memory()
-    assert machine._resident_bytes() < full - (300 << 20)
+    patient.give_back()
+    assert resident() > full - (50 << 20)  # it has not grown by as much
+    freed.give_back()
+    assert resident() < full - (300 << 20)
+    assert freed.usual is None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,11 @@ import torch
 _SOURCE = Path(__file__).with_name("attention.cpp")
 # With the environment, not with the code: jobs run a copy of that, and every node has the environment.
 _BUILT = Path(sys.prefix) / "share" / "alignment-sweep"
-# A sum may be taken in any order, one that overflows in any way: what lets a compiler use vectors. Not -ffast-math,
-# which changes how the whole process treats small numbers.
+# No flag changes what is computed: sums are taken in another order only where the source says so (`omp simd`), and
+# numbers that are none stay that.
 _FLAGS = (
     *("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
+    *("-fno-math-errno", "-fno-trapping-math"),
 )
 
 
@@ -31,42 +32,43 @@ class NotBuiltError(Exception):
 
 
 def _library() -> Path:
-    """Where they are for this source, torch and kind of machine: what was built for another is not found."""
-    said = hashlib.sha256(
-        _SOURCE.read_bytes() + repr((_FLAGS, torch.__version__, platform.machine())).encode()
-    ).hexdigest()
-    return _BUILT / f"{_SOURCE.stem}-{said[:12]}.so"
+    """Where they are for this source, torch and kind of machine: what was built for another is not found. Those stay,
+    for jobs that run an earlier copy of the code."""
+    wanted = hashlib.sha256(_SOURCE.read_bytes() + repr((_FLAGS, torch.__version__, platform.machine())).encode())
+    return _BUILT / f"{_SOURCE.stem}-{wanted.hexdigest()[:12]}.so"
 
 
 def build() -> Path:
-    """Compile them unless that is done. Raises NotBuiltError."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
+    """Compile them unless that is done, and see that they run. Raises NotBuiltError."""
     library = _library()
-    if library.exists():
-        return library
+    if not library.exists():
+        _compile(library)
+    load()
+    return library
+
+
+def _compile(library: Path) -> None:
     names = ("g++", "c++", "clang++")
     compiler = os.environ.get("CXX") or next((name for name in names if shutil.which(name)), None)
     if compiler is None:
         raise NotBuiltError("no C++ compiler here (g++, clang++): install one, then run python -m src.kernels")
-    draft = library.with_suffix(f".{os.getpid()}")
+    draft, home = library.with_suffix(f".{os.getpid()}"), Path(torch.__file__).parent
     command = [
-        *(compiler, *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
-        *(f"-I{path}" for path in include_paths()),
+        *(*shlex.split(compiler), *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
+        *(f"-I{home / 'include' / below}" for below in ("", "torch/csrc/api/include")),
         *(str(_SOURCE), "-o", str(draft)),
-        *(f"-L{path}" for path in library_paths()),
-        *("-ltorch_cpu", "-lc10"),
+        *(f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"),
     ]
     try:
-        _BUILT.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NotBuiltError(f"{' '.join(command)}\n{done.stderr.strip()}")
+        draft.replace(library)  # whole or not at all, whoever else builds it
     except OSError as error:
         raise NotBuiltError(f"{error.filename}: {error.strerror}") from error
-    if done.returncode:
+    finally:
         draft.unlink(missing_ok=True)
-        raise NotBuiltError(f"{' '.join(command)}\n{done.stderr.strip()}")
-    draft.replace(library)  # whole or not at all, whoever else builds it
-    return library
 
 
 @cache
@@ -79,5 +81,6 @@ def load() -> Any:
         x = torch.ones(1, 16, 16)
         torch.ops.alignment_sweep.attention(x, x, x, torch.tensor([[0, 16, 0, 0]]), 1.0)
     except (OSError, RuntimeError) as error:
-        raise NotBuiltError(f"its kernel does not run here: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise NotBuiltError(f"its kernel does not run here: {reason}") from error
     return torch.ops.alignment_sweep

@@ -1,4 +1,6 @@
-"""`python -m src.kernels`: compile them. That they cannot be is said, and no error: nothing depends on them."""
+"""`python -m src.kernels`: compile them. Exit code 1 when they cannot be; nothing depends on them."""
+
+import sys
 
 from src.kernels import NotBuiltError, build
 
@@ -6,3 +8,4 @@ try:
     print(f"compiled kernels: {build()}")
 except NotBuiltError as error:
     print(f"no compiled kernels, so attention in float32 on a CPU is torch's, which is slower: {error}")
+    sys.exit(1)

@@ -1,5 +1,6 @@
 // Attention of packed, shared-prefix segments in float32 on a CPU, for src/cpu_attention.py. Its products are oneDNN's
-// (brgemm), compiled for the processor at hand as they are first called; what is between them stays in the cache.
+// (brgemm; where that knows no such processor, torch's gemm), compiled as a thread first asks for them; what is between
+// them stays in the cache.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -14,8 +15,13 @@
 #include <vector>
 
 // One version for each kind of processor, chosen as the library is loaded: the nodes of a cluster need not be alike.
-#if defined(__x86_64__)
+// Compilers learnt the names of levels late; the older ones know those of instructions.
+#if defined(__x86_64__) && defined(__GLIBC__)
+#if (defined(__clang__) ? __clang_major__ >= 18 : __GNUC__ >= 12)
 #define EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define EACH_PROCESSOR
 #endif
@@ -54,7 +60,9 @@ struct Tile {
 
 // (heads, positions, d) with any strides but that of d.
 struct Heads {
-  explicit Heads(const Tensor& x) : data(x.data_ptr<float>()), head(x.stride(0)), position(x.stride(1)) {}
+  explicit Heads(const Tensor& x) : data(x.data_ptr<float>()), head(x.stride(0)), position(x.stride(1)) {
+    TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1, "each vector in one piece");
+  }
   float* at(int64_t h, int64_t n) const { return data + h * head + n * position; }
   float* data;
   int64_t head, position;
@@ -62,16 +70,22 @@ struct Heads {
 
 struct Sizes {
   Sizes(const Tensor& query, const Tensor& key)
-      : heads(query.size(0)), n(query.size(1)), d(query.size(2)), kv_heads(key.size(0)), group(heads / kv_heads) {}
+      : heads(query.size(0)), n(query.size(1)), d(query.size(2)), kv_heads(key.size(0)), group(heads / kv_heads) {
+    TORCH_CHECK(group * kv_heads == heads && key.size(1) == n && key.size(2) == d, "queries and keys do not fit");
+  }
   int64_t heads, n, d, kv_heads, group;
 };
 
-std::vector<Family> families_of(const Tensor& segments) {
+// Raises unless the segments cover the n positions one after the other.
+std::vector<Family> families_of(const Tensor& segments, int64_t n) {
   std::vector<Family> families;
+  int64_t covered = 0;
   const auto table = segments.accessor<int64_t, 2>();
   for (int64_t i = 0; i < table.size(0); i++) {
     const Segment s{table[i][0], table[i][1], table[i][2], table[i][3]};
     const bool prefixed = s.prefix_end > s.prefix_start;
+    TORCH_CHECK(s.start == covered && s.end >= s.start, "segments cover the positions one after the other");
+    covered = s.end;
     if (!prefixed) families.emplace_back();
     TORCH_CHECK(!families.empty(), "the first segment has a prefix");
     Family& family = families.back();
@@ -81,6 +95,7 @@ std::vector<Family> families_of(const Tensor& segments) {
     family.offsets.push_back(family.width);
     family.width += rounded_up(s.end - s.start, KEYS);
   }
+  TORCH_CHECK(covered == n, "segments cover all positions");
   return families;
 }
 
@@ -345,7 +360,8 @@ struct Backward : Sizes {
 // logarithm of what each query's exponentials sum to.
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& segments,
                                    double scaling) {
-  const auto families = families_of(segments);
+  TORCH_CHECK(value.sizes() == key.sizes(), "keys and values do not fit");
+  const auto families = families_of(segments, query.size(1));
   Tensor output = like_heads(query), normaliser = at::empty({query.size(0), query.size(1)}, query.options());
   for_tasks(families.size() * key.size(0),
             Forward(query, key, value, families, static_cast<float>(scaling), output, normaliser));
@@ -355,7 +371,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& key, const Tensor& value,
                                             const Tensor& segments, double scaling, const Tensor& output,
                                             const Tensor& normaliser, const Tensor& gradient) {
-  const auto families = families_of(segments);
+  const auto families = families_of(segments, query.size(1));
   Tensor of_query = like_heads(query), of_key = like_heads(key), of_value = like_heads(value);
   for_tasks(families.size() * key.size(0),
             Backward(query, key, value, families, static_cast<float>(scaling), output, normaliser, gradient, of_query,
@@ -366,10 +382,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& k
 }  // namespace
 
 TORCH_LIBRARY(alignment_sweep, library) {
-  library.def("attention(Tensor query, Tensor key, Tensor value, Tensor segments, float scaling) -> (Tensor, Tensor)",
-              forward);
+  library.def("attention(Tensor query, Tensor key, Tensor value, Tensor segments, float scaling) -> (Tensor, Tensor)");
   library.def(
       "attention_backward(Tensor query, Tensor key, Tensor value, Tensor segments, float scaling, Tensor output, "
-      "Tensor normaliser, Tensor gradient) -> (Tensor, Tensor, Tensor)",
-      backward);
+      "Tensor normaliser, Tensor gradient) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(alignment_sweep, CPU, library) {
+  library.impl("attention", forward);
+  library.impl("attention_backward", backward);
 }
