@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "evaluation.quality": ("win_rate", "reward_accuracy"),
     "evaluation.judge": (None, "gold"),
     "keep": ("all", "best", "none"),
+    "sweep.select": ("best", "lowest_kl_in_shortlist"),
     "tracking.mode": ("auto", "online", "offline"),
 }
 

@@ -164,6 +164,7 @@ class Tracking:
 class Sweep:
     name: str | None = None
     variant: str = ""  # what else tells a point from its neighbours; filled in by the sweeper
+    select: str = "best"  # of each method: best | lowest_kl_in_shortlist (of those the prompts cannot tell from it)
 
 
 @dataclass

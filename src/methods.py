@@ -91,6 +91,7 @@ class Method:
     score: str  # "log_ratio" (summed, against the reference) | "mean_log_prob" | "log_odds"
     kind: str  # "pairwise" | "pointwise"
     options: tuple[str, ...] = field(default=())
+    trl_beta: float | None = None  # TRL's default where its beta means the same: not a weight, not per-token ratios
 
     @property
     def needs_reference(self) -> bool:
@@ -98,13 +99,13 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "dpo": Method(dpo, "log_ratio", "pairwise"),
+    "dpo": Method(dpo, "log_ratio", "pairwise", trl_beta=0.1),
     "ipo": Method(ipo, "log_ratio", "pairwise"),
-    "simpo": Method(simpo, "mean_log_prob", "pairwise", ("gamma_beta_ratio",)),
+    "simpo": Method(simpo, "mean_log_prob", "pairwise", ("gamma_beta_ratio",), trl_beta=0.1),
     "orpo": Method(orpo, "log_odds", "pairwise"),
     "asft": Method(asft, "log_odds", "pointwise"),
-    "apo_zero": Method(apo_zero, "log_ratio", "pointwise"),
-    "nca": Method(nca, "log_ratio", "pointwise"),
+    "apo_zero": Method(apo_zero, "log_ratio", "pointwise", trl_beta=0.1),
+    "nca": Method(nca, "log_ratio", "pointwise", trl_beta=0.1),
     "cal_dpo": Method(cal_dpo, "log_ratio", "pointwise", ("calibration_weight",)),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,8 +66,10 @@ def sample(
     seed: str,
     generation: Generation,
     compute: Compute = FLOAT32,
+    done: Container[int] = (),
 ) -> Iterator[tuple[int, list[int], bool]]:
-    """Yields (index, response ids, finished) of every prompt; the end token is part of a finished response."""
+    """Yields (index, response ids, finished) of every prompt; the end token is part of a finished response. Batches of
+    which every prompt is `done` are left out, so that the others are the same as without."""
     model.eval()
     model.set_attn_implementation("sdpa")
     # What its own says would fill whatever ours leaves open (a repetition penalty, say), unseen by any config.
@@ -86,6 +88,8 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for begin in range(0, len(order), generation.batch_size):
         indices = order[begin : begin + generation.batch_size]
+        if all(i in done for i in indices):
+            continue
         longest = max(len(prompts[i]) for i in indices)
         ids = torch.full((len(indices), longest), pad)
         mask = torch.zeros_like(ids)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from src.checks import CHOICES
 from src.methods import METHODS
 from src.store import DONE, Store, read_json, write_text
 from src.train import answering
@@ -28,11 +29,7 @@ NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
 
 def collect(folder: Path) -> pd.DataFrame:
     """points.csv as a frame: one row a point of sweep.json, done or not, in the sweep's order."""
-    sweep = read_sweep(folder)
-    # A sweep's folder may have moved together with its store: look beside it first.
-    beside = folder.absolute().parent.parent / "store"
-    store = beside if beside.is_dir() else Path(sweep["store"])
-    rows = []
+    sweep, store, rows = read_sweep(folder), store_of(folder), []
     for point in sweep["points"]:
         row: dict[str, Any] = {key: point.get(key) for key in COLUMNS}
         row["kind"] = METHODS[point["method"]].kind
@@ -43,6 +40,12 @@ def collect(folder: Path) -> pd.DataFrame:
         rows.append(row)
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype(dict.fromkeys(NUMBERS, float))  # also where nothing is done and all are missing
+
+
+def store_of(folder: Path) -> Path:
+    """Where the results of a sweep's points lie. The folder may have moved together with its store: beside it first."""
+    beside = folder.absolute().parent.parent / "store"
+    return beside if beside.is_dir() else Path(read_sweep(folder)["store"])
 
 
 def _numbers(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
@@ -68,19 +71,32 @@ def _numbers(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def aggregate(folder: Path, quiet: bool = False) -> pd.DataFrame:
-    """Write everything a sweep's folder holds besides sweep.json and say what was best. Returns the best rows."""
-    from sweeps import figures
+def aggregate(folder: Path, quiet: bool = False, select: str | None = None) -> pd.DataFrame:
+    """Write everything a sweep's folder holds besides sweep.json and say what was best. Returns the best rows.
+
+    select: how a point of each method is chosen, `sweep.select` of the sweep when not given.
+    """
+    from sweeps import figures, held_out
     from sweeps.comparison import pairwise_against_pointwise
+    from sweeps.prompts import PromptQuality
     from sweeps.report import print_best, write_report, write_tables
 
-    points = collect(folder)
-    best = best_points(points)
+    points, prompts = collect(folder), PromptQuality(store_of(folder))
+    rule = select or read_sweep(folder).get("select", "best")
+    best = held_out.with_intervals(best_points(points, rule, prompts), points, prompts)
     points.to_csv(folder / "points.csv", index=False)
     write_text(folder / "best.yaml", best_yaml(best))
     groups = pairwise_against_pointwise(best)
-    write_tables(folder, best)
-    groups.to_csv(folder / "tables" / "pairwise_pointwise.csv", index=False)
+    write_tables(
+        folder,
+        best,
+        {
+            "pairwise_pointwise": groups,
+            "differences": held_out.differences(best, prompts),
+            "gains": held_out.gains(points, best, prompts),
+            "pareto": held_out.fronts(points),
+        },
+    )
     write_report(folder, points, best, groups, figures.write(folder, points, best))
     if not quiet:
         print_best(folder, points, best, groups)
@@ -107,6 +123,9 @@ def best_yaml(best: pd.DataFrame) -> str:
         "metric",
         "quality_reporting",
         "quality_reporting_se",
+        "quality_reporting_low",
+        "quality_reporting_high",
+        "shortlist",
         "seeds",
         "identities",
         "checkpoint",
@@ -128,10 +147,11 @@ def _plain(value: Any) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
-    folder: Path = parser.parse_args().dir
+    parser.add_argument("--select", choices=CHOICES["sweep.select"], help="how one point of each method is chosen")
+    arguments = parser.parse_args()
     with answering():
-        check_sweep(folder)
-        aggregate(folder)
+        check_sweep(arguments.dir)
+        aggregate(arguments.dir, select=arguments.select)
     return 0
 
 

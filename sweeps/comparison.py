@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
 DRAWS = 10_000  # of a bootstrap: the ends of a 95 % interval stand on 250 of them each
+BLOCK = 500  # drawn at once: so many times the prompts in memory
 
 
 def mean_difference_and_p(high: Sequence[float], low: Sequence[float]) -> tuple[float, float]:
@@ -60,35 +61,42 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return result.tolist()
 
 
-def bootstrap_weights(prompts: int, seed: int = 0, draws: int = DRAWS) -> NDArray[np.float64]:
-    """(draws, prompts): how often each prompt is drawn, over `prompts`. The same for all points of a setup, which keeps
-    them paired: weights @ values is the mean of every draw."""
-    drawn = np.random.default_rng(seed).integers(prompts, size=(draws, prompts))
-    drawn += prompts * np.arange(draws)[:, None]  # a bin for each prompt of each draw
-    return np.bincount(drawn.ravel(), minlength=draws * prompts).reshape(draws, prompts) / prompts
+def bootstrap_means(values: NDArray[np.float64], seed: int = 0, draws: int = DRAWS) -> NDArray[np.float64]:
+    """(rows, prompts) -> (draws, rows): means over prompts drawn with replacement, the same ones for every row, which
+    keeps rows paired: a column minus another is the bootstrap of their difference."""
+    generator, prompts = np.random.default_rng(seed), values.shape[1]
+    means = []
+    for begin in range(0, draws, BLOCK):
+        count = min(BLOCK, draws - begin)
+        drawn = generator.integers(prompts, size=(count, prompts))
+        drawn += prompts * np.arange(count)[:, None]  # a bin for each prompt of each draw
+        times = np.bincount(drawn.ravel(), minlength=count * prompts).reshape(count, prompts)
+        means.append(times @ values.T / prompts)
+    return np.concatenate(means)
 
 
-def interval(values: NDArray[np.float64], weights: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of (prompts,) values."""
-    low, high = np.quantile(weights @ values, [(1 - level) / 2, (1 + level) / 2])
+def interval(means: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of (draws,) bootstrap means."""
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def paired_differences(quality: Mapping[str, NDArray[np.float64]], weights: NDArray[np.float64]) -> pd.DataFrame:
-    """Every method against every other on the same prompts: mean difference, bootstrap interval, p of the paired
-    t-test, and that p adjusted by Holm over all pairs.
-
-    quality: method -> (prompts,) values, the same prompts in the same order. Methods that are equal on every prompt
-    have p = 1.
-    """
+def paired_p(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Of the two-sided paired t-test over prompts; 1 where nothing differs."""
     from scipy.stats import ttest_rel
 
-    rows = []
-    for a, b in combinations(quality, 2):
-        difference = quality[a] - quality[b]
-        low, high = interval(difference, weights)
-        p = float(ttest_rel(quality[a], quality[b]).pvalue) if difference.std() > 0 else float(not difference.any())
-        rows.append({"method": a, "other": b, "difference": difference.mean(), "low": low, "high": high, "p": p})
+    difference = a - b
+    return float(ttest_rel(a, b).pvalue) if difference.std() > 0 else float(not difference.any())
+
+
+def paired_differences(names: Sequence[str], values: NDArray[np.float64]) -> pd.DataFrame:
+    """Every row against every other on the same prompts: mean difference, bootstrap interval, p of the paired t-test,
+    and that p adjusted by Holm over all pairs. values: (rows, prompts)."""
+    means, rows = bootstrap_means(values), []
+    for i, j in combinations(range(len(names)), 2):
+        low, high = interval(means[:, i] - means[:, j])
+        difference, p = (values[i] - values[j]).mean(), paired_p(values[i], values[j])
+        rows.append({"method": names[i], "other": names[j], "difference": difference, "low": low, "high": high, "p": p})
     table = pd.DataFrame(rows, columns=["method", "other", "difference", "low", "high", "p"])
     return table.assign(p_holm=holm(table.p.tolist()))
 

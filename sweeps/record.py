@@ -114,6 +114,7 @@ class SweepRecord:
                 "name": self.name,
                 "command": self.command,
                 "code": self.code,
+                "select": plan.points[0].sweep.select,
                 "store": str(self.store.root),
                 "written": _now(),
                 "finished": _now() if whole in ("done", "failed") else None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
@@ -11,6 +13,9 @@ from rich.table import Table
 
 from sweeps.figures import NAMES
 from sweeps.record import read_sweep
+
+CAPTION = """chosen on one half of the prompts; quality and its 95 % interval are of the other half
+shortlist: how many of the method's points cannot be told from the best on the first"""
 
 
 def best_table(best: pd.DataFrame) -> pd.DataFrame:
@@ -26,7 +31,8 @@ def best_table(best: pd.DataFrame) -> pd.DataFrame:
                 "Kind": row["kind"],
                 "beta": f"{row['beta']:g}",
                 "lr": f"{row['lr']:g}",
-                _quality_name(best): _with_error(row["quality_reporting"], row["quality_reporting_se"], 3),
+                _quality_name(best): _with_interval(row),
+                "Shortlist": row["shortlist"],
                 "KL / sequence": _with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
                 "KL / token": _with_error(row["kl_token"], row["kl_token_se"], 3),
                 "Reward accuracy": _with_error(row["reward_accuracy"], None, 3),
@@ -47,6 +53,11 @@ def _with_error(value: float | None, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + ("" if error is None or pd.isna(error) else f" ± {error:.{digits}f}")
 
 
+def _with_interval(row: dict[Hashable, Any]) -> str:
+    low, high = row["quality_reporting_low"], row["quality_reporting_high"]
+    return f"{row['quality_reporting']:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def group_lines(groups: pd.DataFrame) -> list[str]:
     """What the permutation test found, a sentence a setup, init and variant."""
     lines = []
@@ -59,10 +70,12 @@ def group_lines(groups: pd.DataFrame) -> list[str]:
     return lines
 
 
-def write_tables(folder: Path, best: pd.DataFrame) -> None:
-    """tables/best.md, .csv, .tex"""
+def write_tables(folder: Path, best: pd.DataFrame, others: dict[str, pd.DataFrame]) -> None:
+    """tables/best.md, .csv, .tex, and NAME.csv of the others."""
     target = folder / "tables"
     target.mkdir(exist_ok=True)
+    for name, other in others.items():
+        other.to_csv(target / f"{name}.csv", index=False)
     table = best_table(best)
     lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
@@ -120,7 +133,7 @@ def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame, groups: p
     console = Console()
     if len(best):
         shown = best_table(best).drop(columns=["Kind", "KL / token", "Reward accuracy", "Length"])
-        table = Table(title=folder.name, caption="chosen on one half of the prompts, reported on the other")
+        table = Table(title=folder.name, caption=CAPTION)
         for column in shown.columns:
             table.add_column(
                 column,

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from sweeps.prompts import PromptQuality
 
 # What a beta and lr are chosen for: points that differ in anything else are studies of their own.
 STUDY = ["setup", "method", "init", "variant"]
@@ -18,19 +23,21 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
     standard error of an average is the larger of the spread over seeds / sqrt(n) and what the prompts alone leave.
     """
     done = points[(points.state == "done") & points.quality_selection.notna()]
-    rows = []
-    for _, group in done.groupby([*STUDY, "beta", "lr"], sort=False, dropna=False):
-        row = group.iloc[0].to_dict() | {"seeds": len(group), "identities": list(group.identity)}
-        if len(group) > 1:
-            for name in MEANS:
-                spread = group[name].std(ddof=1) / math.sqrt(len(group))
-                row[name] = group[name].mean()
-                row[f"{name}_se"] = max(spread, math.sqrt((group[f"{name}_se"] ** 2).mean() / len(group)))
-            for name in ("reward_accuracy", "reward_margin", "response_tokens"):
-                row[name] = group[name].mean()
-            row["seconds"] = group.seconds.sum()
-        rows.append(row)
-    return pd.DataFrame(rows, columns=[*points.columns, "seeds", "identities"])
+    keys = [*STUDY, "beta", "lr"]
+    groups = done.groupby(keys, sort=False, dropna=False)
+    first = ~done.duplicated(keys)
+    count = groups.identity.transform("size")
+    rows = done.assign(seeds=count)
+    several = count > 1
+    for name in MEANS:
+        spread = groups[name].transform("std") / count**0.5
+        prompts = (done[f"{name}_se"] ** 2).groupby([done[key] for key in keys], dropna=False).transform("mean")
+        rows.loc[several, name] = groups[name].transform("mean")[several]
+        rows.loc[several, f"{name}_se"] = np.fmax(spread, (prompts / count) ** 0.5)[several]
+    for name in ("reward_accuracy", "reward_margin", "response_tokens"):
+        rows[name] = groups[name].transform("mean")
+    rows["seconds"] = groups.seconds.transform("sum")
+    return rows[first].assign(identities=groups.identity.agg(list).to_numpy())
 
 
 def per_beta(points: pd.DataFrame) -> pd.DataFrame:
@@ -40,10 +47,38 @@ def per_beta(points: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values([*STUDY, "beta"]).reset_index(drop=True)
 
 
-def best_points(points: pd.DataFrame) -> pd.DataFrame:
-    """One row per study: the best beta of per_beta by quality_selection; of equals the larger, which stays nearer to
-    the start."""
+def best_points(points: pd.DataFrame, rule: str = "best", prompts: PromptQuality | None = None) -> pd.DataFrame:
+    """One row per study. rule `best`: the best beta of per_beta by quality_selection; of equals the larger, which stays
+    nearer to the start. `lowest_kl_in_shortlist`: of the points that the selection prompts cannot tell from that one,
+    the one of the lowest KL. With `prompts`, `shortlist` says how many those are, the best one included."""
     ordered = per_beta(points).sort_values(["quality_selection", "beta"], ascending=[False, False], kind="stable")
     best = ordered.groupby(STUDY, sort=False, dropna=False).head(1)
+    if prompts is not None and len(best):
+        best = _by_rule(over_seeds(points), best, rule, prompts)
     order = ["setup", "init", "quality_reporting"]
     return best.sort_values(order, ascending=[True, False, False], kind="stable").reset_index(drop=True)
+
+
+def _by_rule(rows: pd.DataFrame, best: pd.DataFrame, rule: str, prompts: PromptQuality) -> pd.DataFrame:
+    chosen = []
+    studies = dict(list(rows.groupby(STUDY, sort=False, dropna=False)))
+    for row in best.to_dict("records"):
+        study = studies[tuple(row[name] for name in STUDY)]
+        near = shortlist(study, row["identities"], prompts)
+        own = near.sort_values("kl_sequence", kind="stable").iloc[0].to_dict() if rule != "best" else row
+        chosen.append(own | {"shortlist": len(near)})
+    return pd.DataFrame(chosen)
+
+
+def shortlist(study: pd.DataFrame, best: list[str], prompts: PromptQuality, level: float = 0.95) -> pd.DataFrame:
+    """Rows of a study (of over_seeds) that the selection prompts cannot tell from its best one, whose identities are
+    `best`: the paired difference to it is below what a two-sided t-test finds at this level. The best one is one."""
+    from scipy.stats import t
+
+    values = prompts.selection([best, *study.identities])
+    difference = values[0] - values[1:]
+    n = difference.shape[1]
+    if n < 2:
+        return study
+    reach = t.ppf((1 + level) / 2, n - 1) / math.sqrt(n)
+    return study[difference.mean(1) <= reach * difference.std(1, ddof=1) + 1e-12]

@@ -10,7 +10,7 @@ from src.config import Point, leaves
 _NOT_VARIANTS = {"beta", "lr", "seed", "sweep", "tracking", "output_dir", "keep", "dry_run", "best_from"}
 _NOT_VARIANTS |= {"beta_grid", "lr_grid"}
 # One folder, one record, one answer to "does it run": these cannot differ between the points of a sweep.
-_ONE_FOR_ALL = ("output_dir", "keep", "dry_run", "sweep.name")
+_ONE_FOR_ALL = ("output_dir", "keep", "dry_run", "sweep.name", "sweep.select")
 
 
 def varying_settings(points: list[Point]) -> list[str]:

@@ -71,6 +71,29 @@ def test_kill_9_in_every_stage_and_the_same_command_again_gives_identical_result
     assert not list((tmp_path / "store").glob("*/.work/*")), "finished stages leave nothing behind"
 
 
+def sampled(count: int) -> Callable[[Path], bool]:
+    """`count` responses of some policy are written down."""
+
+    def enough(store: Path) -> bool:
+        files = [f for f in store.glob("generate/.work/*/checkpoints/responses.jsonl") if f.exists()]
+        return any(file.read_text().count("\n") >= count for file in files)
+
+    return enough
+
+
+def test_killed_while_sampling_it_goes_on_with_the_prompts_that_are_left(tmp_path, undisturbed):
+    arguments = [*POINT, f"output_dir={tmp_path}", "evaluation.generation.batch_size=2"]
+    assert kill_when(sampled(4), tmp_path, *arguments)
+    (file,) = (tmp_path / "store").glob("generate/.work/*/checkpoints/responses.jsonl")
+    known = file.read_text().count("\n")
+    with file.open("a") as handle:
+        handle.write('{"index": 1, "ids": [3, ')  # as a death in the middle of a line leaves it
+    train(*arguments, f"hydra.run.dir={tmp_path}/runs/again")
+    log = (tmp_path / "runs" / "again" / "train.log").read_text()
+    assert f"{known} of 16 prompts were sampled before" in log and 4 <= known < 16
+    assert results(tmp_path) == undisturbed
+
+
 # Computes the SFT stage in a fresh process that dies, as by kill -9, at its Nth operation on files.
 DIE_AT = """
 import os, shutil, sys

@@ -1,4 +1,4 @@
-"""Samples and validation scores -> judgements.jsonl and result.json, the numbers a point is compared by."""
+"""Samples and validation scores -> judgements.jsonl, quality.json and result.json, what points are compared by."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from src.store import DONE, STAGE_FILE, Attempt, read_json, write_json
 
 RESULT_FILE = "result.json"
 JUDGEMENTS_FILE = "judgements.jsonl"
+QUALITY_FILE = "quality.json"
 SCHEMA = 1  # of result.json
 
 
@@ -42,6 +43,10 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
             quality = {s["index"]: v.value for s, v in zip(samples, verdicts, strict=True)}
 
     chosen = selection_items(list(quality), point.evaluation.selection_fraction, point.evaluation.split_seed)
+    write_json(
+        attempt.out / QUALITY_FILE,
+        {"prompts": list(quality), "values": list(quality.values()), "selects": [i in chosen for i in quality]},
+    )
     ratios = [s["logp"] - s["reference_logp"] for s in samples]
     lengths = [s["tokens"] for s in samples]
     result = {

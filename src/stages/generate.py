@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,17 @@ from src.logprobs import score
 from src.models import compute_of, load_base, load_checkpoint, template_of
 from src.pairs import Example
 from src.sampling import sample
-from src.store import Attempt
+from src.store import Attempt, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from src.data.templates import Template
+
 log = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"
+RESPONSES_FILE = "responses.jsonl"  # beside the checkpoints: what is sampled so far
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -43,14 +47,8 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     seed = f"{point.seed}/{point.evaluation.generation.seed}/{fields['role']}"
 
     count = len(rows)
-    responses: dict[int, tuple[list[int], bool]] = {}
-    for index, ids, finished in sample(
-        model, template, prompt_ids, seed, point.evaluation.generation, compute_of(point)
-    ):
-        responses[index] = (ids, finished)
-        attempt.tokens += len(ids)
-        attempt.step(len(responses), 2 * count)
-
+    count = len(rows)
+    responses = _sample(point, model, template, prompt_ids, seed, attempt)
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i][0]),)) for i in range(count)]
     logps = dict(_logps(point, model, examples))
     reference_logps = logps
@@ -73,6 +71,46 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
                 "reference_logp": reference_logps[i],
             }
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _sample(
+    point: Point, model: Any, template: Template, prompt_ids: list[list[int]], seed: str, attempt: Attempt
+) -> dict[int, tuple[list[int], bool]]:
+    """Response and whether it finished, of every prompt. Each is written down as it comes: the next attempt goes on."""
+    file = attempt.checkpoints / RESPONSES_FILE
+    before = _written(file)
+    if before:
+        log.info("%s: %d of %d prompts were sampled before", attempt.label, len(before), len(prompt_ids))
+        attempt.spent_before = max(row["seconds"] for row in before)
+        attempt.tokens = sum(len(row["ids"]) for row in before)
+    responses = {row["index"]: (row["ids"], row["finished"]) for row in before}
+    begun, tokens = time.perf_counter(), 0
+    generation, compute = point.evaluation.generation, compute_of(point)
+    with file.open("a") as handle:
+        for index, ids, finished in sample(model, template, prompt_ids, seed, generation, compute, set(responses)):
+            if index not in responses:  # or a batch of which a part was known
+                row = {"index": index, "ids": ids, "finished": finished, "seconds": round(attempt.seconds, 3)}
+                handle.write(json.dumps(row) + "\n")
+                handle.flush()
+                attempt.tokens += len(ids)
+            tokens += len(ids)
+            responses[index] = (ids, finished)
+            attempt.step(len(responses), 2 * len(prompt_ids))
+    if tokens:
+        log.info("%s: %.0f tokens/s", attempt.label, tokens / (time.perf_counter() - begun))
+    return responses
+
+
+def _written(file: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier attempt; not the one that it was writing when it died, which goes."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def _logps(point: Point, model: Any, examples: list[Example]) -> Iterator[tuple[int, float]]:

@@ -1,0 +1,48 @@
+"""Quality prompt by prompt, which intervals and paired comparisons stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from src.config import ConfigError
+from src.store import read_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FILE = "quality.json"  # of an evaluate stage: prompts, values, and which of them choose hyper-parameters
+
+
+class PromptQuality:
+    """What the results of a store say of each prompt; read when it is asked for."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+
+    def selection(self, rows: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+        """One row for each group of identities, averaged over them (seeds of one point): (rows, prompts) of the prompts
+        that choose hyper-parameters and that all have. Same order in every row."""
+        return self._of(rows, True)
+
+    def reporting(self, rows: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+        """The same of the other prompts."""
+        return self._of(rows, False)
+
+    def _of(self, rows: Sequence[Sequence[str]], selects: bool) -> NDArray[np.float64]:
+        read = [[self._read(identity, selects) for identity in row] for row in rows]
+        common = set.intersection(*(set(values) for row in read for values in row)) if read else set()
+        order = sorted(common)
+        return np.array([np.mean([[values[i] for i in order] for values in row], axis=0) for row in read])
+
+    def _read(self, identity: str, selects: bool) -> dict[int, float]:
+        path = self.store / "evaluate" / identity / FILE
+        try:
+            found = read_json(path)
+        except FileNotFoundError:
+            raise ConfigError(f"{path} is not there: a result of an earlier version; run the sweep again") from None
+        rows = zip(found["prompts"], found["values"], found["selects"], strict=True)
+        return {prompt: value for prompt, value, own in rows if own == selects}
