@@ -131,7 +131,12 @@ class Cluster:
 
     def _start_mariadb(self) -> None:
         run, log = self.root / "run", self.root / "log"
-        common = ["--no-defaults", "--user=root", f"--datadir={self.root}/mysql", "--innodb-log-file-size=16M"]
+        # A server clears temporary tables out of its tmpdir as it starts: in a shared one also another cluster's.
+        (self.root / "tmp").mkdir(exist_ok=True)
+        common = [
+            *("--no-defaults", "--user=root", f"--datadir={self.root}/mysql", f"--tmpdir={self.root}/tmp"),
+            "--innodb-log-file-size=16M",
+        ]
         with (log / "mysql-install.log").open("w") as out:
             options = ["--auth-root-authentication-method=socket", "--skip-test-db"]
             subprocess.run(["mariadb-install-db", *common, *options], check=True, stdout=out, stderr=out)
