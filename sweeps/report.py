@@ -14,8 +14,8 @@ from rich.table import Table
 from sweeps.figures import NAMES
 from sweeps.record import read_sweep
 
-CAPTION = """chosen on one half of the prompts; quality and its 95 % interval are of the other half
-shortlist: how many of the method's points cannot be told from the best on the first"""
+CAPTION = """chosen on one half of the prompts, measured on the other (95 % interval)
+shortlist: points that cannot be told from the best one"""
 
 
 def best_table(best: pd.DataFrame) -> pd.DataFrame:
