@@ -97,7 +97,7 @@ def aggregate(folder: Path, quiet: bool = False, select: str | None = None) -> p
             "pareto": held_out.fronts(points),
         },
     )
-    write_report(folder, points, best, groups, figures.write(folder, points, best))
+    write_report(folder, points, best, groups, figures.write(folder, points, best), rule)
     if not quiet:
         print_best(folder, points, best, groups)
     return best

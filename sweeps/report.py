@@ -99,9 +99,9 @@ def write_tables(folder: Path, best: pd.DataFrame, others: dict[str, pd.DataFram
 
 
 def write_report(
-    folder: Path, points: pd.DataFrame, best: pd.DataFrame, groups: pd.DataFrame, svgs: list[Path]
+    folder: Path, points: pd.DataFrame, best: pd.DataFrame, groups: pd.DataFrame, svgs: list[Path], rule: str
 ) -> None:
-    """report.html: one file that needs nothing beside it."""
+    """report.html: one file that needs nothing beside it. rule: how points were chosen, as in sweep.select."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     graphics = []
     for path in svgs:
@@ -116,6 +116,7 @@ def write_report(
         shown[name] = [_with_error(v, e, digits) for v, e in zip(points[name], points[error], strict=True)]
     html = environment.get_template("report.html.jinja").render(
         sweep=read_sweep(folder),
+        rule=rule,
         counts=points.state.value_counts().to_dict(),
         best=best_table(best),
         groups=group_lines(groups),

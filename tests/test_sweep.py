@@ -61,6 +61,11 @@ def test_a_sweep_leaves_everything_its_contract_names(swept):
             assert (folder / "figures" / f"mini_tldr_{name}.{suffix}").stat().st_size > 5000
     for suffix in ("md", "csv", "tex"):
         assert "DPO" in (folder / "tables" / f"best.{suffix}").read_text()
+    (differences,) = pd.read_csv(folder / "tables" / "differences.csv").to_dict("records")
+    assert {differences["method"], differences["other"]} == {"dpo", "ipo"}
+    assert differences["low"] <= differences["difference"] <= differences["high"]
+    assert len(pd.read_csv(folder / "tables" / "pareto.csv")) == 4
+    assert set(pd.read_csv(folder / "tables" / "gains.csv").against) == {"beta = 1", "TRL's default"}
     report = (folder / "report.html").read_text()
     assert report.count("<svg") == 2
     assert not re.search(r"""(src|href)=["'](?!#|data:)""", report), "report.html needs something beside it"
@@ -115,6 +120,16 @@ def test_the_aggregator_runs_alone_and_gives_the_same_bytes(swept):
         p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix in (".csv", ".yaml", ".svg", ".md")
     }
     aggregate = [sys.executable, "-m", "sweeps.aggregate"]
+    subprocess.run([*aggregate, str(folder)], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert {p: p.read_bytes() for p in before} == before
+    rule = ["--select", "lowest_kl_in_shortlist"]
+    subprocess.run([*aggregate, str(folder), *rule], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    points = pd.read_csv(folder / "points.csv").set_index("identity")
+    for entry in yaml.safe_load((folder / "best.yaml").read_text())["mini_tldr"].values():
+        (chosen,) = entry["identities"]
+        others = points[points.method == points.method[chosen]]
+        assert points.kl_sequence[chosen] == others.kl_sequence.min() or entry["shortlist"] == 1
+    assert "the point of the lowest KL is shown" in (folder / "report.html").read_text()
     subprocess.run([*aggregate, str(folder)], cwd=ROOT, env=environment(), check=True, capture_output=True)
     assert {p: p.read_bytes() for p in before} == before
     wrong = subprocess.run(
