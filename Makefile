@@ -27,6 +27,7 @@ format: $(VENV)/.dev ## let ruff rewrite what it can
 
 bench: $(VENV)/.dev $(VENV)/.kernels ## the measured promises, each row regenerable alone
 	$(PY) -m benchmarks.planning
+	$(PY) -m benchmarks.aggregation
 	$(PY) -m benchmarks.against_trl $(ROWS)
 	$(PY) -m benchmarks.performance
 
@@ -58,7 +59,7 @@ $(VENV)/.run: pyproject.toml constraints.txt Makefile
 	touch $@
 
 # Nothing depends on them, and the next make tries again.
-$(VENV)/.kernels: src/kernels/attention.cpp src/kernels/__init__.py $(VENV)/.run
+$(VENV)/.kernels: $(wildcard src/kernels/*.cpp src/kernels/*.h src/kernels/*.py) $(VENV)/.run
 	@$(PY) -m src.kernels && touch $@ || true
 
 $(VENV)/.dev: $(VENV)/.run

@@ -60,7 +60,7 @@ def gain(prompts: Made) -> tuple[float, float, float]:
         quality_selection=selection,
         quality_reporting=reporting,
     )
-    row = gains(frame, best_points(frame, "best", prompts), prompts).iloc[0]
+    row = gains(frame, best_points(frame), prompts).iloc[0]
     return row.difference, row.low, row.high
 
 

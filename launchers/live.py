@@ -14,7 +14,7 @@ from launchers.schedule import Schedule
 from launchers.worker import Worker
 from src.plan import Stage
 from src.progress import seconds_text
-from src.store import Store, read_json
+from src.store import RESULT_FILE, Store, read_json
 
 LINE_SECONDS = 15.0  # between plain lines when nothing ends
 
@@ -51,7 +51,7 @@ class LiveTable:
         elif stage.role in ("sft", "reference", "baseline"):
             self._line(f"done   {stage.label} in {seconds_text(self.schedule.completed[stage.identity])}")
         elif stage.kind == "evaluate":
-            result = read_json(self.store.artefacts(stage) / "result.json")
+            result = read_json(self.store.artefacts(stage) / RESULT_FILE)
             quality, kl = result["quality"], result["kl"]["per_sequence"]
             self._line(f"done   {stage.point.label}: {quality['metric']} {quality['value']:.3f}, KL {kl['value']:.2f}")
 

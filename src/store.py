@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DONE = "DONE"
 STAGE_FILE = "stage.json"
 TRIMMED = "WEIGHTS_REMOVED"
+RESULT_FILE = "result.json"  # of an evaluate stage: what a point is compared by
+QUALITY_FILE = "quality.json"  # beside it: the same prompt by prompt, and which prompts choose hyper-parameters
 
 # (stage label, step, total): called as a stage advances.
 Report = Callable[[str, int, int], None]

@@ -19,7 +19,7 @@ from src.failure import EXPECTED, one_line_failure
 from src.plan import Plan, make_plan
 from src.progress import RunProgress
 from src.retention import tidy
-from src.store import Report, Store, read_json
+from src.store import RESULT_FILE, Report, Store, read_json
 
 
 def run_stages(plan: Plan, store: Store, report: Report) -> bool:
@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> None:
                 if not run_stages(plan, store, report):
                     return
         tidy(store, plan, point.keep, set(plan.results))
-        path = store.artefacts(plan.stages[plan.results[0]]) / "result.json"
+        path = store.artefacts(plan.stages[plan.results[0]]) / RESULT_FILE
         print(result_text(point, read_json(path)))
         print(f"result: {path}")
 

@@ -12,10 +12,10 @@ import yaml
 
 from src.checks import CHOICES
 from src.methods import METHODS
-from src.store import DONE, Store, read_json, write_text
+from src.store import DONE, RESULT_FILE, Store, read_json, write_text
 from src.train import answering
 from sweeps.record import check_sweep, read_sweep
-from sweeps.statistics import best_points
+from sweeps.statistics import chosen_points
 
 COLUMNS = [
     *("setup", "method", "kind", "init", "variant", "beta", "lr", "seed", "state", "metric"),
@@ -36,7 +36,7 @@ def collect(folder: Path) -> pd.DataFrame:
         row["checkpoint"] = str(store / "align" / point["stages"]["align"])
         stage = store / "evaluate" / point["identity"]
         if (stage / DONE).exists():
-            row |= {"state": "done", "error": None} | _numbers(read_json(stage / "result.json"), point["stages"])
+            row |= {"state": "done", "error": None} | _numbers(read_json(stage / RESULT_FILE), point["stages"])
         rows.append(row)
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype(dict.fromkeys(NUMBERS, float))  # also where nothing is done and all are missing
@@ -83,7 +83,7 @@ def aggregate(folder: Path, quiet: bool = False, select: str | None = None) -> p
 
     points, prompts = collect(folder), PromptQuality(store_of(folder))
     rule = select or read_sweep(folder).get("select", "best")
-    best = held_out.with_intervals(best_points(points, rule, prompts), points, prompts)
+    best = held_out.with_intervals(chosen_points(points, rule, prompts), points, prompts)
     points.to_csv(folder / "points.csv", index=False)
     write_text(folder / "best.yaml", best_yaml(best))
     groups = pairwise_against_pointwise(best)
@@ -126,6 +126,7 @@ def best_yaml(best: pd.DataFrame) -> str:
         "quality_reporting_low",
         "quality_reporting_high",
         "shortlist",
+        "top_reporting",
         "seeds",
         "identities",
         "checkpoint",

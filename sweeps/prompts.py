@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.config import ConfigError
-from src.store import read_json
+from src.store import QUALITY_FILE, read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-FILE = "quality.json"  # of an evaluate stage: prompts, values, and which of them choose hyper-parameters
 
 
 class PromptQuality:
@@ -39,7 +37,7 @@ class PromptQuality:
         return np.array([np.mean([[values[i] for i in order] for values in row], axis=0) for row in read])
 
     def _read(self, identity: str, selects: bool) -> dict[int, float]:
-        path = self.store / "evaluate" / identity / FILE
+        path = self.store / "evaluate" / identity / QUALITY_FILE
         try:
             found = read_json(path)
         except FileNotFoundError:

@@ -47,27 +47,28 @@ def per_beta(points: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values([*STUDY, "beta"]).reset_index(drop=True)
 
 
-def best_points(points: pd.DataFrame, rule: str = "best", prompts: PromptQuality | None = None) -> pd.DataFrame:
-    """One row per study. rule `best`: the best beta of per_beta by quality_selection; of equals the larger, which stays
-    nearer to the start. `lowest_kl_in_shortlist`: of the points that the selection prompts cannot tell from that one,
-    the one of the lowest KL. With `prompts`, `shortlist` says how many those are, the best one included."""
+def best_points(points: pd.DataFrame) -> pd.DataFrame:
+    """One row per study: the best beta of per_beta by quality_selection; of equals the larger, which stays nearer to
+    the start."""
     ordered = per_beta(points).sort_values(["quality_selection", "beta"], ascending=[False, False], kind="stable")
-    best = ordered.groupby(STUDY, sort=False, dropna=False).head(1)
-    if prompts is not None and len(best):
-        best = _by_rule(over_seeds(points), best, rule, prompts)
-    order = ["setup", "init", "quality_reporting"]
-    return best.sort_values(order, ascending=[True, False, False], kind="stable").reset_index(drop=True)
+    return _in_order(ordered.groupby(STUDY, sort=False, dropna=False).head(1))
 
 
-def _by_rule(rows: pd.DataFrame, best: pd.DataFrame, rule: str, prompts: PromptQuality) -> pd.DataFrame:
-    chosen = []
-    studies = dict(list(rows.groupby(STUDY, sort=False, dropna=False)))
-    for row in best.to_dict("records"):
-        study = studies[tuple(row[name] for name in STUDY)]
+def chosen_points(points: pd.DataFrame, rule: str, prompts: PromptQuality) -> pd.DataFrame:
+    """One row per study, `shortlist` saying how many points it has. rule `best`: that of best_points.
+    `lowest_kl_in_shortlist`: the one of the lowest KL among those."""
+    rows, chosen = over_seeds(points), []
+    for row in best_points(points).to_dict("records"):
+        study = rows[(rows[STUDY] == pd.Series({name: row[name] for name in STUDY})).all(axis=1)]
         near = shortlist(study, row["identities"], prompts)
         own = near.sort_values("kl_sequence", kind="stable").iloc[0].to_dict() if rule != "best" else row
         chosen.append(own | {"shortlist": len(near)})
-    return pd.DataFrame(chosen)
+    return _in_order(pd.DataFrame(chosen, columns=[*rows.columns, "shortlist"]))
+
+
+def _in_order(best: pd.DataFrame) -> pd.DataFrame:
+    order = ["setup", "init", "quality_reporting"]
+    return best.sort_values(order, ascending=[True, False, False], kind="stable").reset_index(drop=True)
 
 
 def shortlist(study: pd.DataFrame, best: list[str], prompts: PromptQuality, level: float = 0.95) -> pd.DataFrame:

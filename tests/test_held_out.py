@@ -8,9 +8,10 @@ from scipy.stats import ttest_rel
 
 from benchmarks.selection import coverage, simulate
 from src.config import ConfigError
+from src.store import QUALITY_FILE
 from sweeps import held_out
-from sweeps.prompts import FILE, PromptQuality
-from sweeps.statistics import best_points
+from sweeps.prompts import PromptQuality
+from sweeps.statistics import chosen_points
 from tests.test_statistics import points
 
 PROMPTS = 200  # every other one selects
@@ -29,7 +30,7 @@ class Results:
         stage = self.folder / "evaluate" / identity
         stage.mkdir(parents=True)
         found = {"prompts": list(range(PROMPTS)), "values": values.tolist(), "selects": selects.tolist()}
-        (stage / FILE).write_text(json.dumps(found))
+        (stage / QUALITY_FILE).write_text(json.dumps(found))
         self.rows.append(
             row | {"quality_selection": values[selects].mean(), "quality_reporting": values[~selects].mean()}
         )
@@ -55,10 +56,10 @@ def results(tmp_path):
 
 
 def test_the_shortlist_is_what_the_selection_prompts_cannot_tell_from_the_best(results):
-    best = best_points(results.points, "best", results.prompts).set_index("method")
+    best = chosen_points(results.points, "best", results.prompts).set_index("method")
     assert best.beta.to_dict() == {"dpo": 0.05, "ipo": 0.1}
     assert best.shortlist.to_dict() == {"dpo": 2, "ipo": 1}
-    nearer = best_points(results.points, "lowest_kl_in_shortlist", results.prompts).set_index("method")
+    nearer = chosen_points(results.points, "lowest_kl_in_shortlist", results.prompts).set_index("method")
     assert nearer.beta.to_dict() == {"dpo": 0.1, "ipo": 0.1} and nearer.loc["dpo", "kl_sequence"] == 4.0
 
 
@@ -71,7 +72,7 @@ def test_seeds_are_averaged_prompt_by_prompt(tmp_path):
 
 
 def test_intervals_and_differences_are_those_of_the_reporting_prompts(results):
-    best = best_points(results.points, "best", results.prompts)
+    best = chosen_points(results.points, "best", results.prompts)
     best = held_out.with_intervals(best, results.points, results.prompts).set_index("method")
     own, other = results.values["0"], results.values["4"]
     half = 1.96 * own.std(ddof=1) / np.sqrt(len(own))
@@ -87,7 +88,7 @@ def test_intervals_and_differences_are_those_of_the_reporting_prompts(results):
 
 
 def test_the_gain_of_tuning_is_that_over_beta_1_and_over_trls_default(results):
-    best = best_points(results.points, "best", results.prompts)
+    best = chosen_points(results.points, "best", results.prompts)
     gains = held_out.gains(results.points, best, results.prompts).set_index("against")
     dpo = gains[gains.method == "dpo"]
     assert dpo.loc["beta = 1", "difference"] == pytest.approx(results.values["0"].mean() - results.values["3"].mean())
@@ -109,7 +110,7 @@ def test_fronts_are_of_a_method_and_of_its_kind(results):
 def test_nothing_done_is_no_error(tmp_path):
     none = points({"beta": 0.1, "state": "failed"}).astype({"quality_selection": float})
     prompts = PromptQuality(tmp_path)
-    best = held_out.with_intervals(best_points(none, "best", prompts), none, prompts)
+    best = held_out.with_intervals(chosen_points(none, "best", prompts), none, prompts)
     assert best.empty and held_out.differences(best, prompts).empty and held_out.gains(none, best, prompts).empty
     assert held_out.fronts(none).empty
 

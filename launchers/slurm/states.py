@@ -15,7 +15,7 @@ from launchers.slurm.ledger import Submission
 from src.config import ConfigError
 from src.failure import Lost
 from src.lease import in_use
-from src.store import StageName, Store, read_json
+from src.store import RESULT_FILE, StageName, Store, read_json
 
 STATES = ("failed", "cancelled", "running", "queued", "to do", "done")  # as one wants to read them
 PATIENCE_SECONDS = 6.0  # with accounting, which lags behind
@@ -207,7 +207,7 @@ class _View:
 
     def _result(self, stage: tuple[str, str]) -> str:
         try:
-            result = read_json(self.store.dir(_name(stage)) / "result.json")
+            result = read_json(self.store.dir(_name(stage)) / RESULT_FILE)
         except FileNotFoundError:  # a shared stage's
             return ""
         quality, kl = result["quality"], result["kl"]["per_sequence"]

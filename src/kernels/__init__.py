@@ -34,7 +34,9 @@ class NotBuiltError(Exception):
 def _library() -> Path:
     """Where they are for this source, torch and kind of machine: what was built for another is not found. Those stay,
     for jobs that run an earlier copy of the code."""
-    wanted = hashlib.sha256(_SOURCE.read_bytes() + repr((_FLAGS, torch.__version__, platform.machine())).encode())
+    wanted = hashlib.sha256(repr((_FLAGS, torch.__version__, platform.machine())).encode())
+    for source in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))):
+        wanted.update(source.read_bytes())
     return _BUILT / f"{_SOURCE.stem}-{wanted.hexdigest()[:12]}.so"
 
 

@@ -13,11 +13,9 @@ from src.data import source_of
 from src.judges import judge_named
 from src.methods import METHODS
 from src.stages import align, generate
-from src.store import DONE, STAGE_FILE, Attempt, read_json, write_json
+from src.store import DONE, QUALITY_FILE, RESULT_FILE, STAGE_FILE, Attempt, read_json, write_json
 
-RESULT_FILE = "result.json"
 JUDGEMENTS_FILE = "judgements.jsonl"
-QUALITY_FILE = "quality.json"
 SCHEMA = 1  # of result.json
 
 

@@ -47,7 +47,6 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     seed = f"{point.seed}/{point.evaluation.generation.seed}/{fields['role']}"
 
     count = len(rows)
-    count = len(rows)
     responses = _sample(point, model, template, prompt_ids, seed, attempt)
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i][0]),)) for i in range(count)]
     logps = dict(_logps(point, model, examples))
