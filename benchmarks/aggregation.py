@@ -51,7 +51,8 @@ def make_sweep(folder: Path, seeds: int = 5, lrs: int = 25, betas: int = 10) -> 
             "error": None,
             "job": None,
         }
-        points.append(point | {"identity": identity, "stages": {k: f"{k}-{identity}" for k in ("align", "generate")}})
+        stages = {kind: f"{kind}-{identity}" for kind in ("align", "generate")} | {"evaluate": identity}
+        points.append(point | {"identity": identity, "stages": stages})
     sweep = {"name": "made", "command": "made", "store": str(folder / "store"), "written": "now", "points": points}
     (folder / "sweeps" / "made").mkdir(parents=True)
     (folder / "sweeps" / "made" / "sweep.json").write_text(json.dumps(sweep))
@@ -64,7 +65,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         count = make_sweep(Path(folder))
         begun = time.perf_counter()
-        aggregate(Path(folder) / "sweeps" / "made", quiet=True)
+        aggregate([Path(folder) / "sweeps" / "made"], quiet=True)
         print(f"{count} points: {time.perf_counter() - begun:.1f} s")
     return 0
 

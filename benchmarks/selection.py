@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from sweeps.aggregate import COLUMNS, NUMBERS
 from sweeps.held_out import gains
 from sweeps.prompts import PromptQuality
+from sweeps.results import COLUMNS, NUMBERS
 from sweeps.statistics import best_points
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from launchers.live import LiveTable
 from launchers.schedule import Schedule
 from launchers.worker import DIED, Place, Worker
+from src.checks import check_programs
 from src.config import ConfigError
 from src.failure import Lost
 from src.machine import cores, visible_gpus
@@ -42,7 +43,9 @@ class LocalLauncher(Launcher):
         raise ConfigError("hydra/launcher=local runs plans, which hydra/sweeper=grid makes; choose that sweeper")
 
     def check(self, plan: Plan) -> None:
-        """What can be wrong before anything is written down: nothing, here."""
+        """What can be wrong before anything is written down. Raises ConfigError."""
+        if plan.needed:
+            check_programs(plan.points)
 
     def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, Lost]:
         """Compute what the plan needs. Returns the points (by identity) that were not reached, each with the reason;

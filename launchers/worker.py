@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from src.plan import Stage
@@ -76,6 +76,7 @@ DIED = "its worker process died"
 def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path, parent: int) -> None:
     """The worker's life: until the pipe closes or the launcher is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
+    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     if place.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
@@ -104,6 +105,11 @@ def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path, pare
             log.exception("%s failed", stage.label)
             outcome = one_line_failure(error)
         pipe.send(outcome)
+
+
+def _leave(signum: int, frame: Any) -> None:
+    """Through every `finally`: servers are stopped, answers under way kept."""
+    raise SystemExit(128 + signum)
 
 
 def _die_with(parent: int) -> None:

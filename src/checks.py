@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
+import shlex
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import ConfigError, Point, leaves, one_line
+from src.judges import JUDGES
 from src.methods import METHODS
 
 # Which values a field may take, where its type does not say so.
@@ -27,7 +31,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "engine.parallel": ("none", "ddp", "zero1", "zero2", "zero3", "zero3_offload"),
     "model.attention": ("auto", "flash_attention_2", "varlen", "onednn", "sdpa"),
     "evaluation.quality": ("win_rate", "reward_accuracy"),
-    "evaluation.judge": (None, "gold"),
+    "judge.name": ("none", *JUDGES),
+    "judge.baseline": ("sft", "chosen"),
     "keep": ("all", "best", "none"),
     "sweep.select": ("best", "lowest_kl_in_shortlist"),
     "tracking.mode": ("auto", "online", "offline"),
@@ -53,6 +58,18 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "engine.threads": (1, True, math.inf),
     "evaluation.prompts": (2, True, math.inf),
     "evaluation.selection_fraction": (0, False, 0.999),
+    "server.timeout": (0, False, math.inf),
+    "server.concurrency": (1, True, math.inf),
+    "server.attempts": (1, True, math.inf),
+    "judge.temperature": (0, True, math.inf),
+    "judge.max_tokens": (1, True, math.inf),
+    "judge.concurrency": (1, True, math.inf),
+    "judge.timeout": (0, False, math.inf),
+    "judge.attempts": (1, True, math.inf),
+    "judge.max_calls": (0, True, math.inf),
+    "judge.max_cost": (0, True, math.inf),
+    "judge.input_price": (0, True, math.inf),
+    "judge.output_price": (0, True, math.inf),
     "evaluation.generation.temperature": (0, True, math.inf),
     "evaluation.generation.top_k": (0, True, math.inf),
     "evaluation.generation.top_p": (0, False, 1),
@@ -110,10 +127,8 @@ def check(point: Point) -> None:
             raise ConfigError(f"model.attention={point.model.attention} needs CUDA, and engine.device=cpu")
     for name in ("beta_grid", "lr_grid"):
         check_grid(name, getattr(point, name))
-    if point.evaluation.quality == "win_rate" and point.evaluation.judge is None:
-        raise ConfigError("evaluation.quality=win_rate needs evaluation.judge; without one use reward_accuracy")
-    if point.evaluation.judge == "gold" and point.dataset.source != "mini_tldr":
-        raise ConfigError("evaluation.judge=gold knows the facts of dataset=mini_tldr only; use evaluation=preference")
+    _check_judge(point)
+    _check_server(point)
 
 
 def check_packages(points: Iterable[Point]) -> None:
@@ -123,13 +138,32 @@ def check_packages(points: Iterable[Point]) -> None:
         engine = point.engine
         wanted = {"deepspeed": engine.parallel.startswith("zero") and f"engine.parallel={engine.parallel}"}
         wanted["flash_attn"] = point.model.attention == "flash_attention_2" and "model.attention=flash_attention_2"
+        remote = "judge=tldr" if point.judge.name == "tldr" else f"server={point.server.name}"
+        wanted["openai"] = wanted["tenacity"] = remote != "server=none" and remote
         for package, key in wanted.items():
             if key and importlib.util.find_spec(package) is None:
-                extra = "zero" if package == "deepspeed" else "flash"
+                extra = {"deepspeed": "zero", "flash_attn": "flash"}.get(package, "judges")
+                how = "pip install" if extra == "judges" else "pip install --no-build-isolation"
                 raise ConfigError(
-                    f"{key} needs the package {package}: pip install --no-build-isolation '.[{extra}]', "
-                    "in the environment that jobs use"
+                    f"{key} needs the package {package}: {how} '.[{extra}]', in the environment that jobs use"
                 )
+
+
+def check_key(points: Iterable[Point]) -> None:
+    """Whether the key of a judge is in the environment, which jobs inherit. Raises ConfigError."""
+    for judge in (point.judge for point in points):
+        if judge.name == "tldr" and judge.base_url is None and not os.environ.get(judge.api_key_env):
+            raise ConfigError(
+                f"judge=tldr asks OpenAI and {judge.api_key_env} is not set: export it (judge.api_key_env names "
+                "another variable), or give judge.base_url=URL of an endpoint of your own"
+            )
+
+
+def check_programs(points: Iterable[Point]) -> None:
+    """Whether the servers that points start are on this machine, where they run here. Raises ConfigError."""
+    for command in dict.fromkeys(point.server.command for point in points):
+        if command is not None and shutil.which(program := shlex.split(command)[0]) is None:
+            raise ConfigError(f"server.command: {program} is not on PATH; install it, or name it with its whole path")
 
 
 def check_grid(name: str, grid: dict[str, list[float]]) -> None:
@@ -151,6 +185,49 @@ def _check_method(point: Point) -> None:
             raise ConfigError(f"method.{option}: method={point.method.name} has no such field; remove the override")
         if not given and option in spec.options:
             raise ConfigError(f"method.{option}: method={point.method.name} needs a value")
+
+
+def _check_server(point: Point) -> None:
+    command = point.server.command
+    if point.server.name == "none":
+        if command is not None:
+            raise ConfigError("server.command: server=none has no such field; choose server=vllm or another")
+        return
+    try:
+        words = [word.format(checkpoint="", port="", dtype="") for word in shlex.split(command or "")]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(
+            f"server.command={command}: {{checkpoint}}, {{port}} and {{dtype}} are all that is filled in ({error!r})"
+        ) from None
+    if not words or "{checkpoint}" not in (command or "") or "{port}" not in (command or ""):
+        raise ConfigError(f"server.command={command}: needs {{checkpoint}} and {{port}}")
+
+
+def _check_judge(point: Point) -> None:
+    judge, mini = point.judge, point.dataset.source == "mini_tldr"
+    fields = {"tldr": ("model", "base_url"), "reward_model": ("model",)}.get(judge.name, ())
+    for name in ("model", "base_url"):
+        if getattr(judge, name) is not None and name not in fields:
+            raise ConfigError(f"judge.{name}: judge={judge.name} has no such field; remove the override")
+    if "model" in fields and judge.model is None:
+        raise ConfigError(f"judge.model is not set: judge={judge.name} needs judge.model=NAME")
+    if judge.name == "none":
+        if point.evaluation.quality == "win_rate":
+            raise ConfigError("evaluation.quality=win_rate needs a judge; without one use reward_accuracy")
+        return
+    if judge.name == "gold" and (not mini or judge.baseline != "sft"):
+        raise ConfigError(
+            "judge=gold compares samples of dataset=mini_tldr, whose facts it knows; "
+            "use judge=none evaluation=preference, or another judge"
+        )
+    if judge.baseline == "chosen" and mini:
+        raise ConfigError("judge.baseline=chosen: dataset=mini_tldr has no pairs on its held-out posts; use sft")
+    if judge.base_url is not None and not judge.base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"judge.base_url={judge.base_url}: must begin with http:// or https://")
+    if judge.max_cost is not None and (judge.input_price is None or judge.output_price is None):
+        raise ConfigError(
+            "judge.max_cost needs judge.input_price and judge.output_price (dollars for a million tokens)"
+        )
 
 
 def _check_dataset(point: Point) -> None:

@@ -7,11 +7,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
 from src.methods import METHODS
@@ -141,14 +138,40 @@ class Generation:
 
 
 @dataclass
+class Server:
+    name: str = MISSING  # none | vllm | transformers
+    command: str | None = None  # with {checkpoint}, {port}, {dtype}
+    timeout: float = 600.0
+    concurrency: int = 64
+    attempts: int = 5
+
+
+@dataclass
 class Evaluation:
     name: str = MISSING
     quality: str = MISSING  # win_rate | reward_accuracy
-    judge: str | None = None  # gold
     prompts: int = 500
     selection_fraction: float = 0.5
     split_seed: int = 0
     generation: Generation = field(default_factory=Generation)
+
+
+@dataclass
+class Judge:
+    name: str = MISSING  # none | gold | tldr | reward_model
+    baseline: str = "sft"  # sft | chosen: what a response is compared with
+    model: str | None = None  # as the endpoint calls it; of reward_model: hub name or local folder
+    base_url: str | None = None  # of an OpenAI-compatible endpoint; null: OpenAI's
+    api_key_env: str = "OPENAI_API_KEY"  # the key itself is never written down
+    temperature: float = 0.0
+    max_tokens: int = 256  # of an answer
+    concurrency: int = 8
+    timeout: float = 60.0
+    attempts: int = 8
+    max_calls: int | None = None
+    max_cost: float | None = None
+    input_price: float | None = None  # of a million tokens
+    output_price: float | None = None
 
 
 @dataclass
@@ -179,6 +202,8 @@ class Point:
     trainer: Trainer = field(default_factory=Trainer)
     engine: Engine = field(default_factory=Engine)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    server: Server = field(default_factory=Server)
+    judge: Judge = field(default_factory=Judge)
     tracking: Tracking = field(default_factory=Tracking)
     beta_grid: dict[str, list[float]] = field(default_factory=dict)
     lr_grid: dict[str, list[float]] = field(default_factory=dict)
@@ -198,39 +223,6 @@ class Point:
         extra += f" seed={self.seed}" if self.seed else ""
         extra += f" {self.sweep.variant}" if self.sweep.variant else ""
         return f"{self.method.name} beta={self.beta:g} lr={self.lr:g}{extra}"
-
-
-def register() -> None:
-    """Make the schema known to Hydra and `${best:...}` to OmegaConf; called once before composition."""
-    ConfigStore.instance().store(name="schema", node=Point)
-    OmegaConf.register_new_resolver("best", _best_value, replace=True)
-
-
-def _best_value(key: str, *, _root_: DictConfig) -> float:
-    """`${best:beta}`: the setup's best value for the chosen method, or that of `best_from=FILE` (a best.yaml)."""
-    method, setup = _root_.method.name, _root_.setup.name
-    if _root_.best_from is None:
-        where = f"setup={setup} init={_root_.init.name}"
-        table = _root_.setup.best if _root_.init.name == "sft" else {}  # published values are those of two stages
-    else:
-        where = f"best_from={_root_.best_from}"
-        try:
-            table = yaml.safe_load(Path(_root_.best_from).read_text())[setup]
-        except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{where}: no best values of setup {setup} can be read there ({error!r})") from None
-    if method not in table or table[method].get(key) is None:
-        raise ConfigError(f"{where} names no best {key} for method={method}: give {key}=VALUE")
-    entry = table[method]
-    init = entry.get("init")
-    if init is not None and init != _root_.init.name:
-        raise ConfigError(
-            f"{where}: its best {method} is of init={init}; add init={init}, or give beta and lr yourself"
-        )
-    for setting in (entry.get("variant") or "").split():
-        name, _, value = setting.partition("=")
-        if str(OmegaConf.select(_root_, name)) != value:
-            raise ConfigError(f"{where}: its best {method} has {setting}; add that, or give beta and lr yourself")
-    return float(entry[key])
 
 
 def method_options(point: Point) -> dict[str, float]:
@@ -272,28 +264,3 @@ def one_line(error: BaseException) -> str:
 
 
 USER_ERRORS = (ConfigError, HydraException, OmegaConfBaseException)
-
-
-# Hydra composes whatever does not sweep before it asks the sweeper, and these would not compose.
-GRID_WORDS = {
-    f"{key}={word}": f"{key}=choice({word})" for key, word in (("beta", "grid"), ("lr", "grid"), ("method", "all"))
-}
-
-
-def as_sweeps(arguments: list[str]) -> list[str]:
-    """The command line with `beta=grid`, `lr=grid` and `method=all` written as the sweeps they are."""
-    return [GRID_WORDS.get(a, a) for a in arguments]
-
-
-def as_typed(arguments: list[str]) -> list[str]:
-    """What as_sweeps was given."""
-    words = {sweep: word for word, sweep in GRID_WORDS.items()}
-    return [words.get(a, a) for a in arguments]
-
-
-def parse_overrides(arguments: list[str], config_loader: Any = None) -> list[Any]:
-    """Hydra's own override grammar. Raises ConfigError."""
-    try:
-        return OverridesParser.create(config_loader=config_loader).parse_overrides(overrides=arguments)
-    except HydraException as error:
-        raise ConfigError(one_line(error)) from error

@@ -36,6 +36,8 @@ Name = tuple[str, str, str, str | None]
 def _names(point: Point) -> Iterable[Name]:
     if locate(point.model.path) is None:
         yield "model.path", point.model.path, "model", point.model.revision
+    if point.judge.name == "reward_model" and point.judge.model is not None and locate(point.judge.model) is None:
+        yield "judge.model", point.judge.model, "model", None
     data = point.dataset
     if data.source == "hub" and data.path is None:
         for key, table in (("dataset.sft.path", data.sft), ("dataset.preference.path", data.preference)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from functools import lru_cache
@@ -45,6 +46,13 @@ def _compute(precision: str, wanted: str, device: torch.device) -> Compute:
     slower = kernel == "sdpa" and wanted == "auto" and device.type == "cpu" and precision == "fp32"
     log.log(logging.WARNING if slower else logging.INFO, "attention: %s (%s)", kernel, reason)
     return Compute(precision, kernel)
+
+
+def release_accelerator() -> None:
+    """Memory of models that are gone goes back to the driver: torch keeps it for the next one in this process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def use_threads(engine: Engine, share: int = 1) -> None:

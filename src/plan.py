@@ -10,11 +10,12 @@ from typing import Any
 from src.config import Optimisation, Point, method_options
 from src.data import check_readable
 from src.identity import digest, fingerprint
+from src.judges import identity_fields
 from src.methods import METHODS
 from src.store import Store
 
 # Raise a stage's number when what it computes changes: old artefacts are then not its own any more.
-VERSIONS = {"sft": 5, "reference": 5, "align": 5, "generate": 5, "evaluate": 2}
+VERSIONS = {"sft": 5, "reference": 5, "align": 5, "generate": 5, "evaluate": 3}
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ def stages_of(point: Point) -> list[Stage]:
     }
     training = {"lora": None if point.model.lora.rank is None else asdict(point.model.lora)}
     (sft_data, pairs), evaluation = _data_fields(point), point.evaluation
-    judged = evaluation.judge is not None
+    judge = identity_fields(point.judge)
+    sampled = judge is not None and judge["baseline"] == "sft"  # what it compares with is sampled from the SFT model
 
     sft = init = None
-    if point.init.name == "sft" or judged:
+    if point.init.name == "sft" or sampled:
         sft = add(
             "sft", {**model, **training, "data": sft_data, "trainer": _trainer(point.trainer.sft), "seed": point.seed}
         )
@@ -104,9 +106,17 @@ def stages_of(point: Point) -> list[Stage]:
 
     generation = asdict(evaluation.generation)
     del generation["batch_size"]  # samples do not depend on it
-    sampling = {"data": pairs, "prompts": evaluation.prompts, "generation": generation, "seed": point.seed}
+    # What draws samples decides which.
+    server = None if point.server.name == "none" else {"name": point.server.name, "command": point.server.command}
+    sampling = {
+        "server": server,
+        "data": pairs,
+        "prompts": evaluation.prompts,
+        "generation": generation,
+        "seed": point.seed,
+    }
     # The baseline is the SFT model's whatever the point starts from.
-    baseline = add("generate", {**model, **sampling, "role": "baseline"}, checkpoint=sft) if judged else None
+    baseline = add("generate", {**model, **sampling, "role": "baseline"}, checkpoint=sft) if sampled else None
     samples = add("generate", {**start, **sampling, "role": "policy"}, checkpoint=align, reference=init)
     add(
         "evaluate",
@@ -114,7 +124,7 @@ def stages_of(point: Point) -> list[Stage]:
             "setup": point.setup.name,
             "init": point.init.name,
             "data": pairs,
-            "judge": evaluation.judge,
+            "judge": judge,
             "quality": evaluation.quality,
             "selection_fraction": evaluation.selection_fraction,
             "split_seed": evaluation.split_seed,

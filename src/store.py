@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -24,6 +25,8 @@ STAGE_FILE = "stage.json"
 TRIMMED = "WEIGHTS_REMOVED"
 RESULT_FILE = "result.json"  # of an evaluate stage: what a point is compared by
 QUALITY_FILE = "quality.json"  # beside it: the same prompt by prompt, and which prompts choose hyper-parameters
+JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, where there is a judge: verdict and reason of every prompt
+SAMPLES_FILE = "samples.jsonl"  # of a generate stage
 
 # (stage label, step, total): called as a stage advances.
 Report = Callable[[str, int, int], None]
@@ -78,6 +81,7 @@ class Attempt:
     started: float = field(default_factory=time.time)
     spent_before: float = 0.0  # seconds of earlier attempts that a checkpoint carried over
     tokens: int = 0
+    processes: int = 1  # that compute it together, one accelerator each where there are any
     _told: float = 0.0
     _first: int | None = None
 
@@ -144,6 +148,10 @@ class Store:
     def sweep_dir(self, name: str) -> Path:
         return self.sweeps / name
 
+    def answers(self, judge: str, model: str) -> Path:
+        """What a model has answered as this judge: files that only grow, shared by all sweeps."""
+        return self.root / "answers" / judge / re.sub(r"[^\w.-]+", "_", model)[-100:]
+
     def is_done(self, stage: Stage | StageName) -> bool:
         return (self.dir(stage) / DONE).exists()
 
@@ -205,6 +213,7 @@ class Store:
             "identity": stage.identity,
             "seconds": round(attempt.seconds, 3),
             "tokens": attempt.tokens,
+            "processes": attempt.processes,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),
         }

@@ -13,9 +13,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from src.checks import point_from
-from src.config import GRID_WORDS, USER_ERRORS, ConfigError, Point, as_sweeps, one_line, register
+from src.checks import check_key, check_packages, check_programs, point_from
+from src.composition import register
+from src.config import USER_ERRORS, ConfigError, Point, one_line
 from src.failure import EXPECTED, one_line_failure
+from src.overrides import GRID_WORDS, as_sweeps
 from src.plan import Plan, make_plan
 from src.progress import RunProgress
 from src.retention import tidy
@@ -55,6 +57,8 @@ def run(cfg: DictConfig) -> None:
             print(plan.text())
             return
         if plan.needed or "WORLD_SIZE" in os.environ:
+            for check in (check_packages, check_key, check_programs):
+                check([point])
             with RunProgress() as report:
                 if not run_stages(plan, store, report):
                     return

@@ -1,9 +1,10 @@
-"""Results of a sweep -> points.csv, best.yaml, tables, figures, report.html: `python -m sweeps.aggregate DIR`."""
+"""Results of sweeps -> points.csv, best.yaml, tables, figures, report.html: `python -m sweeps.aggregate DIR ...`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,95 +12,52 @@ import pandas as pd
 import yaml
 
 from src.checks import CHOICES
-from src.methods import METHODS
-from src.store import DONE, RESULT_FILE, Store, read_json, write_text
+from src.store import Store, write_text
 from src.train import answering
-from sweeps.record import check_sweep, read_sweep
+from sweeps.record import check_sweep
+from sweeps.results import collect
 from sweeps.statistics import chosen_points
 
-COLUMNS = [
-    *("setup", "method", "kind", "init", "variant", "beta", "lr", "seed", "state", "metric"),
-    *("quality", "quality_se", "quality_selection", "quality_selection_se"),
-    *("quality_reporting", "quality_reporting_se"),
-    *("kl_sequence", "kl_sequence_se", "kl_token", "kl_token_se", "reward_accuracy", "reward_margin"),
-    *("response_tokens", "seconds", "identity", "checkpoint", "error"),
-]
-NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
 
+def aggregate(
+    folders: Sequence[Path], out: Path | None = None, quiet: bool = False, select: str | None = None
+) -> pd.DataFrame:
+    """Write what sweeps have found into `out` (the folder of the only one) and say what was best. Returns the chosen
+    points.
 
-def collect(folder: Path) -> pd.DataFrame:
-    """points.csv as a frame: one row a point of sweep.json, done or not, in the sweep's order."""
-    sweep, store, rows = read_sweep(folder), store_of(folder), []
-    for point in sweep["points"]:
-        row: dict[str, Any] = {key: point.get(key) for key in COLUMNS}
-        row["kind"] = METHODS[point["method"]].kind
-        row["checkpoint"] = str(store / "align" / point["stages"]["align"])
-        stage = store / "evaluate" / point["identity"]
-        if (stage / DONE).exists():
-            row |= {"state": "done", "error": None} | _numbers(read_json(stage / RESULT_FILE), point["stages"])
-        rows.append(row)
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    return frame.astype(dict.fromkeys(NUMBERS, float))  # also where nothing is done and all are missing
-
-
-def store_of(folder: Path) -> Path:
-    """Where the results of a sweep's points lie. The folder may have moved together with its store: beside it first."""
-    beside = folder.absolute().parent.parent / "store"
-    return beside if beside.is_dir() else Path(read_sweep(folder)["store"])
-
-
-def _numbers(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
-    selection, reporting, kl = result["splits"]["selection"], result["splits"]["reporting"], result["kl"]
-    own = {stages[kind] for kind in ("align", "generate")}
-    return {
-        "metric": result["quality"]["metric"],
-        "quality": result["quality"]["value"],
-        "quality_se": result["quality"]["se"],
-        "quality_selection": selection["value"],
-        "quality_selection_se": selection["se"],
-        "quality_reporting": reporting["value"],
-        "quality_reporting_se": reporting["se"],
-        "kl_sequence": kl["per_sequence"]["value"],
-        "kl_sequence_se": kl["per_sequence"]["se"],
-        "kl_token": kl["per_token"]["value"],
-        "kl_token_se": kl["per_token"]["se"],
-        "reward_accuracy": result["reward_accuracy"]["value"],
-        "reward_margin": result["reward_margin"]["value"],
-        "response_tokens": result["response_tokens"]["value"],
-        # What this point alone cost; shared stages are nobody's in particular.
-        "seconds": round(sum(s["seconds"] for s in result["stages"] if s["identity"] in own), 3),
-    }
-
-
-def aggregate(folder: Path, quiet: bool = False, select: str | None = None) -> pd.DataFrame:
-    """Write everything a sweep's folder holds besides sweep.json and say what was best. Returns the best rows.
-
-    select: how a point of each method is chosen, `sweep.select` of the sweep when not given.
+    select: how a point of each method is chosen, `sweep.select` of the first sweep when not given.
     """
     from sweeps import figures, held_out
     from sweeps.comparison import pairwise_against_pointwise
-    from sweeps.prompts import PromptQuality
-    from sweeps.report import print_best, write_report, write_tables
+    from sweeps.report import Found, write_report
+    from sweeps.tables import best_table, print_best, write_tables
 
-    points, prompts = collect(folder), PromptQuality(store_of(folder))
-    rule = select or read_sweep(folder).get("select", "best")
+    out = out or folders[0]
+    results = collect(folders)
+    points, prompts = results.points, results.prompts
+    rule = select or results.sweeps[0].get("select", "best")
     best = held_out.with_intervals(chosen_points(points, rule, prompts), points, prompts)
-    points.to_csv(folder / "points.csv", index=False)
-    write_text(folder / "best.yaml", best_yaml(best))
     groups = pairwise_against_pointwise(best)
+    differences, gains = held_out.differences(best, prompts), held_out.gains(points, best, prompts)
+    table = best_table(best, differences)
+
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    points.to_csv(out / "points.csv", index=False)
+    write_text(out / "best.yaml", best_yaml(best))
     write_tables(
-        folder,
-        best,
+        out,
         {
+            "best": table,
             "pairwise_pointwise": groups,
-            "differences": held_out.differences(best, prompts),
-            "gains": held_out.gains(points, best, prompts),
+            "differences": differences,
+            "gains": gains,
             "pareto": held_out.fronts(points),
         },
     )
-    write_report(folder, points, best, groups, figures.write(folder, points, best), rule)
+    graphics = [drawing.save(out / "figures") for drawing in figures.draw(points, best)]
+    write_report(out, Found(results, rule, best, groups, differences, gains), graphics)
     if not quiet:
-        print_best(folder, points, best, groups)
+        print_best(results.name, out, points, table, groups)
     return best
 
 
@@ -147,12 +105,16 @@ def _plain(value: Any) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
-    parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
+    parser.add_argument("dir", type=Path, nargs="+", help="a sweep's folder, such as outputs/sweeps/demo")
     parser.add_argument("--select", choices=CHOICES["sweep.select"], help="how one point of each method is chosen")
+    parser.add_argument("--out", type=Path, help="where to write; of several sweeps A and B: A+B beside A")
     arguments = parser.parse_args()
     with answering():
-        check_sweep(arguments.dir)
-        aggregate(arguments.dir, select=arguments.select)
+        folders = list({folder.resolve(): folder for folder in arguments.dir}.values())
+        for folder in folders:
+            check_sweep(folder)
+        out = arguments.out or folders[0].with_name("+".join(folder.name for folder in folders))
+        aggregate(folders, out, select=arguments.select)
     return 0
 
 

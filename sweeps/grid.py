@@ -15,10 +15,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src import hub
-from src.checks import check_grid, check_packages, point_from
-from src.config import USER_ERRORS, ConfigError, Point, as_typed, one_line, parse_overrides
+from src.checks import check_grid, check_key, check_packages, point_from
+from src.config import USER_ERRORS, ConfigError, Point, one_line
 from src.identity import digest
 from src.methods import METHODS
+from src.overrides import as_typed, parse_overrides
 from src.plan import make_plan
 from src.store import Store
 from sweeps.record import SweepRecord
@@ -68,6 +69,7 @@ class GridSweeper(Sweeper):
             return
         if plan.needed:
             check_packages(points)
+            check_key(points)
             for warning in hub.check(points):
                 print(f"warning: {warning}", file=sys.stderr)
         self.launcher.check(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class PromptQuality:
-    """What the results of a store say of each prompt; read when it is asked for."""
+    """What the results of some stores say of each prompt; read when it is asked for."""
 
-    def __init__(self, store: Path) -> None:
-        self.store = store
+    def __init__(self, *stores: Path) -> None:
+        self.stores = stores
 
     def selection(self, rows: Sequence[Sequence[str]]) -> NDArray[np.float64]:
         """One row for each group of identities, averaged over them (seeds of one point): (rows, prompts) of the prompts
@@ -37,10 +38,13 @@ class PromptQuality:
         return np.array([np.mean([[values[i] for i in order] for values in row], axis=0) for row in read])
 
     def _read(self, identity: str, selects: bool) -> dict[int, float]:
-        path = self.store / "evaluate" / identity / QUALITY_FILE
-        try:
-            found = read_json(path)
-        except FileNotFoundError:
-            raise ConfigError(f"{path} is not there: a result of an earlier version; run the sweep again") from None
+        found = None
+        for store in self.stores:
+            path = store / "evaluate" / identity / QUALITY_FILE
+            with suppress(FileNotFoundError):
+                found = read_json(path)
+                break
+        if found is None:
+            raise ConfigError(f"{path} is not there: a result of an earlier version; run the sweep again")
         rows = zip(found["prompts"], found["values"], found["selects"], strict=True)
         return {prompt: value for prompt, value, own in rows if own == selects}

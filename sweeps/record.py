@@ -15,6 +15,7 @@ from src.plan import Plan
 from src.retention import tidy
 from src.revision import revision
 from src.store import Store, read_json, write_json
+from sweeps.variants import studies
 
 FILE = "sweep.json"
 SCHEMA = 1
@@ -52,7 +53,7 @@ class SweepRecord:
 
         from sweeps.aggregate import aggregate, chosen_anywhere  # pandas: only when there is something to aggregate
 
-        best = aggregate(self.folder)
+        best = aggregate([self.folder])
         chosen = chosen_anywhere(self.store) | {i for seeds in best.identities for i in seeds}
         tidy(self.store, self.plan, self.plan.points[0].keep, chosen)
         self._write("failed" if lost else "done", lost)  # only now: whoever waits for it finds everything
@@ -119,6 +120,7 @@ class SweepRecord:
                 "written": _now(),
                 "finished": _now() if whole in ("done", "failed") else None,
                 "state": whole,
+                "studies": studies(plan.points),
                 "points": points,
             },
         )

@@ -1,153 +1,164 @@
-"""What a person reads of a sweep: tables, figures, report.html, and the table on the terminal."""
+"""report.html: everything a reader of a sweep wants, in one file that needs nothing beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from jinja2 import Environment, FileSystemLoader
-from rich.console import Console
-from rich.table import Table
 
-from sweeps.figures import NAMES
-from sweeps.record import read_sweep
+from src.store import write_text
+from sweeps.examples import examples
+from sweeps.figures import GROUP, NAMES
+from sweeps.results import Results
+from sweeps.tables import against_highest, best_table, group_lines, quality_name, with_error
 
-CAPTION = """chosen on one half of the prompts, measured on the other (95 % interval)
-shortlist: points that cannot be told from the best one"""
+HERE = Path(__file__).parent
+ROWS = 2000  # of the table of all points; points.csv has them all
 
 
-def best_table(best: pd.DataFrame) -> pd.DataFrame:
-    """The best point of every method as people read it."""
-    several = {key: best[key].nunique() > 1 for key in ("setup", "init", "variant", "seeds")}
-    rows = []
-    for row in best.to_dict("records"):
-        shown = {key.capitalize(): row[key] for key, more in several.items() if more}
-        rows.append(
-            shown
-            | {
-                "Method": NAMES[row["method"]],
-                "Kind": row["kind"],
-                "beta": f"{row['beta']:g}",
-                "lr": f"{row['lr']:g}",
-                _quality_name(best): _with_interval(row),
-                "Shortlist": row["shortlist"],
-                "KL / sequence": _with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
-                "KL / token": _with_error(row["kl_token"], row["kl_token_se"], 3),
-                "Reward accuracy": _with_error(row["reward_accuracy"], None, 3),
-                "Length": _with_error(row["response_tokens"], None, 1),
+@dataclass
+class Found:
+    """What aggregation has worked out."""
+
+    results: Results
+    rule: str  # by which one point of each method was chosen, as sweep.select
+    best: pd.DataFrame  # of chosen_points, with intervals
+    groups: pd.DataFrame  # of pairwise_against_pointwise
+    differences: pd.DataFrame
+    gains: pd.DataFrame
+
+
+def write_report(folder: Path, found: Found, graphics: Sequence[str]) -> None:
+    """graphics: SVGs as Drawing.save returns them."""
+    results, best = found.results, found.best
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = environment.get_template("report.html.jinja").render(
+        name=results.name,
+        sweeps=results.sweeps,
+        points=len(results.points),
+        counts=results.points.state.value_counts().to_dict(),
+        rule=found.rule,
+        headlines=_headlines(found),
+        seeds=int(best.seeds.max()) if len(best) else 0,
+        gains=_gains(found.gains),
+        graphics=graphics,
+        examples=[(", ".join(filter(None, key)), own) for key, own in examples(results, best).items()],
+        cost=cost_table(results),
+        judge=judge_line(results),
+        published=_published(best),
+        failed=results.points[results.points.state != "done"].to_dict("records"),
+        all_points=_all_points(results.points.head(ROWS), {i for own in best.identities for i in own}),
+        names=NAMES,
+    )
+    write_text(folder / "report.html", html)
+
+
+def _headlines(found: Found) -> list[dict[str, Any]]:
+    """One table a setup, init and variant: its rows with where their interval lies on a common scale, in percent."""
+    best, tables = found.best, []
+    for key, group in best.groupby(GROUP, sort=False, dropna=False):
+        table, quality = best_table(group, found.differences), quality_name(group)
+        names = [c for c in table.columns if c not in ("Setup", "Init", "Variant", "Kind")]
+        low, high = group.quality_reporting_low.min(), group.quality_reporting_high.max()
+        low, reach = low - 0.04 * (high - low), 1.08 * (high - low) or 1.0
+        bars = 100 * (group[["quality_reporting_low", "quality_reporting", "quality_reporting_high"]] - low) / reach
+        ties = against_highest(group, found.differences)
+        rows = [
+            {"cells": dict(zip(names, cells, strict=True)), "kind": row["kind"], "bar": bar, "tie": tie}
+            for row, cells, bar, tie in zip(
+                group.to_dict("records"), table[names].to_numpy(), bars.to_numpy().round(2).tolist(), ties, strict=True
+            )
+        ]
+        own = found.groups
+        for name, value in zip(GROUP, key, strict=True):
+            own = own[own[name] == value]
+        tables.append(
+            {
+                "name": ", ".join(map(str, filter(None, key))),
+                "columns": [c for c in names if c not in ("Method", quality)],
+                "quality": quality,
+                "rows": rows,
+                "highest": rows[ties.index("top")]["cells"] if "top" in ties else None,
+                "tied": ties.count("tied"),
+                "groups": group_lines(own),
             }
         )
-    return pd.DataFrame(rows)
+    return tables
 
 
-def _quality_name(best: pd.DataFrame) -> str:
-    names = best.metric.unique()
-    return names[0].replace("_", " ").capitalize() if len(names) == 1 else "Quality"
-
-
-def _with_error(value: float | None, error: float | None, digits: int) -> str:
-    if value is None or pd.isna(value):
-        return "-"
-    return f"{value:.{digits}f}" + ("" if error is None or pd.isna(error) else f" ± {error:.{digits}f}")
-
-
-def _with_interval(row: dict[Hashable, Any]) -> str:
-    low, high = row["quality_reporting_low"], row["quality_reporting_high"]
-    return f"{row['quality_reporting']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def group_lines(groups: pd.DataFrame) -> list[str]:
-    """What the permutation test found, a sentence a setup, init and variant."""
-    lines = []
-    for row in groups.to_dict("records"):
-        where = ", ".join(str(row[k]) for k in ("setup", "init", "variant") if len(groups) > 1 and row[k])
-        lines.append(
-            f"{where + ': ' if where else ''}{row['pairwise']} pairwise methods against {row['pointwise']} pointwise: "
-            f"{row['difference']:+.3f}, p = {row['p']:.3f} ({row['splits']} splits, one-sided)"
-        )
-    return lines
-
-
-def write_tables(folder: Path, best: pd.DataFrame, others: dict[str, pd.DataFrame]) -> None:
-    """tables/best.md, .csv, .tex, and NAME.csv of the others."""
-    target = folder / "tables"
-    target.mkdir(exist_ok=True)
-    for name, other in others.items():
-        other.to_csv(target / f"{name}.csv", index=False)
-    table = best_table(best)
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
-    (target / "best.md").write_text("\n".join(lines) + "\n")
-    table.to_csv(target / "best.csv", index=False)
-    cells = [
-        [str(c).replace("±", r"$\pm$").replace("_", r"\_") for c in row]
-        for row in [list(table.columns), *table.to_numpy().tolist()]
-    ]
-    body = [" & ".join(row) + r" \\" for row in cells]
-    tex = [
-        rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
-        r"\hline",
-        *body[:1],
-        r"\hline",
-        *body[1:],
-        r"\hline",
-        r"\end{tabular}",
-    ]
-    (target / "best.tex").write_text("\n".join(tex) + "\n")
-
-
-def write_report(
-    folder: Path, points: pd.DataFrame, best: pd.DataFrame, groups: pd.DataFrame, svgs: list[Path], rule: str
-) -> None:
-    """report.html: one file that needs nothing beside it. rule: how points were chosen, as in sweep.select."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    graphics = []
-    for path in svgs:
-        text = path.read_text()
-        graphics.append(text[text.index("<svg") :])
-    shown = points.copy()
-    for name, error, digits in (
-        ("quality_selection", "quality_selection_se", 3),
-        ("quality_reporting", "quality_reporting_se", 3),
-        ("kl_sequence", "kl_sequence_se", 2),
-    ):
-        shown[name] = [_with_error(v, e, digits) for v, e in zip(points[name], points[error], strict=True)]
-    html = environment.get_template("report.html.jinja").render(
-        sweep=read_sweep(folder),
-        rule=rule,
-        counts=points.state.value_counts().to_dict(),
-        best=best_table(best),
-        groups=group_lines(groups),
-        chosen={identity for seeds in best.identities for identity in seeds},
-        seeds=int(best.seeds.max()) if len(best) else 0,
-        points=shown.to_dict("records"),
-        names=NAMES,
-        figures=graphics,
-        minutes=points.seconds.sum() / 60,
-    )
-    (folder / "report.html").write_text(html)
-
-
-def print_best(folder: Path, points: pd.DataFrame, best: pd.DataFrame, groups: pd.DataFrame) -> None:
-    console = Console()
-    if len(best):
-        shown = best_table(best).drop(columns=["Kind", "KL / token", "Reward accuracy", "Length"])
-        table = Table(title=folder.name, caption=CAPTION)
-        for column in shown.columns:
-            table.add_column(
-                column,
-                justify="left" if column in ("Setup", "Init", "Variant", "Method", "Kind") else "right",
-                no_wrap=True,
+def cost_table(results: Results) -> list[dict[str, Any]]:
+    """One row a kind of stage: how many were computed, in what time, and what sharing them between points spared."""
+    uses, rows = results.uses(), []
+    for kind in ("sft", "reference", "align", "generate", "evaluate"):
+        own = {identity: stage for identity, stage in results.stages.items() if stage["stage"] == kind}
+        hours = {i: stage["seconds"] * stage.get("processes", 1) / 3600 for i, stage in own.items()}
+        if own:
+            rows.append(
+                {
+                    "stage": kind,
+                    "computed": len(own),
+                    "hours": sum(hours.values()),
+                    "tokens": sum(stage["tokens"] for stage in own.values()),
+                    "uses": sum(uses[identity] for identity in own),
+                    "spared": sum(hours[identity] * max(0, uses[identity] - 1) for identity in own),
+                }
             )
-        for row in shown.itertuples(index=False):
-            table.add_row(*map(str, row))
-        console.print(table)
-        for line in group_lines(groups):
-            console.print(line, highlight=False, soft_wrap=True)
-    for missing in points[points.state != "done"].to_dict("records"):
-        label = f"{missing['method']} beta={missing['beta']:g} lr={missing['lr']:g} {missing['variant']}".rstrip()
-        console.print(f"{missing['state']}: {label}: {missing['error'] or 'not run'}", style="red", highlight=False)
-    for name in ("points.csv", "best.yaml", "figures", "report.html"):
-        console.print(f"{name:11} {folder / name}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def judge_line(results: Results) -> dict[str, Any] | None:
+    """What all judges took together; None where nobody was asked."""
+    asked = [account for account in results.judges if account.get("answers")]
+    if not asked:
+        return None
+    names = ("answers", "calls", "unparsable", "prompt_tokens", "completion_tokens", "cost")
+    total: dict[str, Any] = {name: sum(account.get(name, 0) for account in asked) for name in names}
+    return {"names": sorted({account["name"] for account in asked}), **total}
+
+
+def _gains(gains: pd.DataFrame) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for row in gains.to_dict("records"):
+        where = ", ".join(str(row[k]) for k in GROUP if gains[k].nunique() > 1 and row[k])
+        rows.append({**{str(k): v for k, v in row.items()}, "where": where, "name": NAMES[row["method"]]})
+    return rows
+
+
+def _published(best: pd.DataFrame) -> list[dict[str, Any]]:
+    """The paper's table beside ours, of setups it has."""
+    known, tables = yaml.safe_load((HERE / "published.yaml").read_text()), []
+    for setup in best.setup.unique():
+        if setup in known:
+            own = best[(best.setup == setup) & (best.init == "sft") & (best.variant == "")].set_index("method")
+            ours = {m: with_error(r.quality_reporting, r.quality_reporting_se, 3) for m, r in own.iterrows()}
+            names = {"sft": "SFT", **NAMES}
+            rows = [(names[m], *values, ours.get(m, "-")) for m, values in known[setup]["rows"].items()]
+            tables.append({"setup": setup, **known[setup], "rows": rows, "ours": quality_name(own)})
+    return tables
+
+
+def _all_points(points: pd.DataFrame, chosen: set[str]) -> list[dict[str, Any]]:
+    rows = []
+    for row in points.to_dict("records"):
+        where = [row["setup"]] + [row["init"]] * (row["init"] != "sft") + [row["variant"]] * bool(row["variant"])
+        rows.append(
+            {
+                "where": " ".join(map(str, where)),
+                "method": NAMES[row["method"]],
+                "beta": f"{row['beta']:g}",
+                "lr": f"{row['lr']:g}",
+                "seed": row["seed"],
+                "selection": with_error(row["quality_selection"], row["quality_selection_se"], 3),
+                "reporting": with_error(row["quality_reporting"], row["quality_reporting_se"], 3),
+                "kl": with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
+                "seconds": with_error(row["seconds"], None, 1),
+                "state": row["state"],
+                "chosen": row["identity"] in chosen,
+            }
+        )
+    return rows

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,14 +29,25 @@ SMALL = [
 ]
 
 
+def _on_cluster(nodeid: str) -> bool:
+    return nodeid.rpartition("/")[2].startswith("test_slurm")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run in parallel (`make test`), what uses the cluster stays together, as does the rest of a file for its fixtures;
-    the cluster comes first, for it takes longest."""
-    on_cluster = [item for item in items if {"slurm", "cluster"} & set(getattr(item, "fixturenames", ()))]
-    others = [item for item in items if item not in on_cluster]
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item in on_cluster else item.path.stem))
-    items[:] = on_cluster + others
+    """The cluster comes first, for it takes longest."""
+    items.sort(key=lambda item: not _on_cluster(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run in parallel (`make test`), a file stays together for its fixtures, and the files of the cluster do."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "the cluster" if _on_cluster(nodeid.partition("::")[0]) else super()._split_scope(nodeid)
+
+    return Together(config, log)
 
 
 def command(*arguments: str) -> list[str]:

@@ -9,7 +9,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from src.checks import check_packages, point_from
-from src.config import CONF_DIR, ConfigError, register
+from src.composition import register
+from src.config import CONF_DIR, ConfigError
 from src.methods import METHODS
 from tests.conftest import train
 
@@ -42,14 +43,15 @@ def test_best_values_lie_on_the_setups_own_grids(setup):
         assert best.lr in point.lr_grid[method], method
 
 
-GROUPS = ["init", "method", "engine", "evaluation", "tracking", "trainer", "beta_grid", "lr_grid"]
+GROUPS = ["init", "method", "engine", "evaluation", "judge", "server", "tracking", "trainer", "beta_grid", "lr_grid"]
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_of_every_group_composes(group):
     for option in options(group):
         needed = ["beta=1", "lr=1e-5"] if (group, option) == ("init", "base") else []
-        needed += ["evaluation=preference"] if (group, option) == ("evaluation", "preference") else []
+        needed += ["evaluation=preference"] if (group, option) == ("judge", "none") else []
+        needed += ["judge.model=some/name"] if (group, option) == ("judge", "reward_model") else []
         point_from(composed(f"{group}={option}", *needed))
 
 
@@ -116,7 +118,7 @@ BAD = [
     (["setup=smollm2_jsonl", "dataset.path=/nowhere.json"], "dataset.path=/nowhere.json: no such file"),
     (["model.path=./nowhere"], "model.path=./nowhere: no such file"),
     (["dataset.max_prompt_tokens=160"], "must be below dataset.max_tokens"),
-    (["evaluation.judge=null"], "needs evaluation.judge"),
+    (["judge=none"], "needs a judge"),
     (["-m", "beta=1,2", "sweep.name=../x"], "sweep.name=../x: names a folder"),
     (["init=base", "method=orpo"], "init=base names no best beta"),
     (["engine.precision=fp8"], "must be one of fp32, bf16"),

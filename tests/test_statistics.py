@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from sweeps.aggregate import COLUMNS
+from sweeps.results import COLUMNS
 from sweeps.statistics import best_points, over_seeds
 
 

@@ -56,18 +56,20 @@ def test_a_sweep_leaves_everything_its_contract_names(swept):
     assert points[CONTRACT].notna().all().all()
     best = yaml.safe_load((folder / "best.yaml").read_text())
     assert set(best["mini_tldr"]) == {"dpo", "ipo"} and {"lr", "beta"} <= set(best["mini_tldr"]["dpo"])
-    for name in ("quality_over_beta", "quality_over_kl"):
+    for name in ("quality_over_beta", "quality_over_kl", "training"):
         for suffix in ("png", "svg"):
             assert (folder / "figures" / f"mini_tldr_{name}.{suffix}").stat().st_size > 5000
     for suffix in ("md", "csv", "tex"):
         assert "DPO" in (folder / "tables" / f"best.{suffix}").read_text()
+        assert (folder / "tables" / f"differences.{suffix}").stat().st_size > 0
+    assert r"\toprule" in (folder / "tables" / "best.tex").read_text()
     (differences,) = pd.read_csv(folder / "tables" / "differences.csv").to_dict("records")
     assert {differences["method"], differences["other"]} == {"dpo", "ipo"}
     assert differences["low"] <= differences["difference"] <= differences["high"]
     assert len(pd.read_csv(folder / "tables" / "pareto.csv")) == 4
     assert set(pd.read_csv(folder / "tables" / "gains.csv").against) == {"beta = 1", "TRL's default"}
     report = (folder / "report.html").read_text()
-    assert report.count("<svg") == 2
+    assert report.count("<svg") == 3
     assert not re.search(r"""(src|href)=["'](?!#|data:)""", report), "report.html needs something beside it"
     assert "report.html" in output and "Win rate" in output
 

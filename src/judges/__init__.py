@@ -1,10 +1,33 @@
-"""Judges behind one seam: (prompt, response, baseline) -> a verdict in [0, 1] and why."""
+"""Judges behind one seam: comparisons of a response with a baseline -> verdicts in [0, 1], each with its reason."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from src.config import Judge, Point
 from src.data.rows import Prompt
+from src.identity import fingerprint
+
+if TYPE_CHECKING:
+    from src.store import Attempt
+
+# NAME: the fields of its config that verdicts depend on; src/judges/NAME.py has the function NAME.
+JUDGES: dict[str, tuple[str, ...]] = {
+    "gold": (),
+    "tldr": ("model", "temperature", "max_tokens"),
+    "reward_model": ("model",),
+}
+
+
+class Comparison(NamedTuple):
+    """response, baseline: rows of samples.jsonl for this prompt; a baseline that was not sampled has no log-probs."""
+
+    prompt: Prompt
+    response: dict[str, Any]
+    baseline: dict[str, Any]
 
 
 class Verdict(NamedTuple):
@@ -14,12 +37,29 @@ class Verdict(NamedTuple):
     reason: str
 
 
-class Judge(Protocol):
-    def __call__(self, prompt: Prompt, response: dict[str, Any], baseline: dict[str, Any]) -> Verdict:
-        """response, baseline: rows of samples.jsonl for this prompt."""
+@dataclass
+class Judged:
+    """One verdict a comparison, in their order, and what they took (calls, tokens, dollars, unparsable answers)."""
+
+    verdicts: list[Verdict]
+    account: dict[str, float] = field(default_factory=dict)
 
 
-def judge_named(name: str) -> Judge:
-    from src.judges.gold import gold
+class JudgeFunction(Protocol):
+    def __call__(self, point: Point, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
+        """Says how far it is through attempt.step. Raises StageError when it cannot go on; what it has is kept."""
 
-    return {"gold": gold}[name]
+
+def judge_named(name: str) -> JudgeFunction:
+    return getattr(importlib.import_module(f"src.judges.{name}"), name)
+
+
+def identity_fields(judge: Judge) -> dict[str, Any] | None:
+    """What verdicts depend on; None without a judge. Raises ConfigError when a local reward model is not there."""
+    if judge.name == "none":
+        return None
+    fields = {name: getattr(judge, name) for name in JUDGES[judge.name]}
+    if judge.name == "reward_model":
+        assert judge.model is not None
+        fields["model"] = fingerprint(judge.model, key="judge.model")
+    return {"name": judge.name, "baseline": judge.baseline, **fields}

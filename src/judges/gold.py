@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from src.config import Point
 from src.data.mini_tldr import gold_score
-from src.data.rows import Prompt
-from src.judges import Verdict
+from src.judges import Comparison, Judged, Verdict
+
+if TYPE_CHECKING:
+    from src.store import Attempt
 
 
-def gold(prompt: Prompt, response: dict[str, Any], baseline: dict[str, Any]) -> Verdict:
+def gold(point: Point, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
     """Win: a higher gold score than the baseline's sample on the same post; equal: a tie."""
-    own, other = (gold_score(prompt.facts, row["response"], row["finished"]) for row in (response, baseline))
+    return Judged([_verdict(comparison) for comparison in comparisons])
+
+
+def _verdict(comparison: Comparison) -> Verdict:
+    rows = (comparison.response, comparison.baseline)
+    own, other = (gold_score(comparison.prompt.facts, row["response"], row["finished"]) for row in rows)
     # Scores are sums of tenths: nearer than this they are the same.
     value = 0.5 if abs(own - other) < 1e-9 else float(own > other)
     return Verdict(value, f"gold score {own:.1f} against {other:.1f}")

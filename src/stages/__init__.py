@@ -66,6 +66,7 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
             attempt = store.begin(stage, lease, report)
             if stage.kind in TOGETHER:
                 world().tell(attempt.out)
+                attempt.processes = world().size
             _run(stage, store, attempt)
             store.publish(stage, attempt)
             log.info("%s: done in %.1f s", stage.label, attempt.seconds)

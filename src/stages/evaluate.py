@@ -10,12 +10,20 @@ from typing import Any
 
 from src.config import Point
 from src.data import source_of
-from src.judges import judge_named
+from src.judges import Comparison, judge_named
 from src.methods import METHODS
 from src.stages import align, generate
-from src.store import DONE, QUALITY_FILE, RESULT_FILE, STAGE_FILE, Attempt, read_json, write_json
+from src.store import (
+    DONE,
+    JUDGEMENTS_FILE,
+    QUALITY_FILE,
+    RESULT_FILE,
+    STAGE_FILE,
+    Attempt,
+    read_json,
+    write_json,
+)
 
-JUDGEMENTS_FILE = "judgements.jsonl"
 SCHEMA = 1  # of result.json
 
 
@@ -27,18 +35,17 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     for line in validation:
         by_prompt.setdefault(line["prompt"], []).append(line["correct"])
     quality = {prompt: math.fsum(values) / len(values) for prompt, values in by_prompt.items()}
-    if point.evaluation.judge is not None:
-        baseline = generate.read(upstream["baseline"])
-        prompts = source_of(point).prompts(point.evaluation.prompts)
-        judge = judge_named(point.evaluation.judge)
-        verdicts = [judge(prompts[s["index"]], s, b) for s, b in zip(samples, baseline, strict=True)]
+    account = None
+    if point.judge.name != "none":
+        comparisons = _comparisons(point, samples, upstream.get("baseline"))
+        judged = judge_named(point.judge.name)(point, comparisons, attempt)
+        account = {"name": point.judge.name, **judged.account}
         with (attempt.out / JUDGEMENTS_FILE).open("w") as handle:
-            for sample, verdict in zip(samples, verdicts, strict=True):
-                handle.write(
-                    json.dumps({"index": sample["index"], "verdict": verdict.value, "reason": verdict.reason}) + "\n"
-                )
+            for sample, verdict in zip(samples, judged.verdicts, strict=True):
+                row = {"index": sample["index"], "verdict": verdict.value, "reason": verdict.reason}
+                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
         if point.evaluation.quality == "win_rate":
-            quality = {s["index"]: v.value for s, v in zip(samples, verdicts, strict=True)}
+            quality = {s["index"]: v.value for s, v in zip(samples, judged.verdicts, strict=True)}
 
     chosen = selection_items(list(quality), point.evaluation.selection_fraction, point.evaluation.split_seed)
     write_json(
@@ -63,16 +70,31 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
             "selection": mean_and_error([v for i, v in quality.items() if i in chosen]),
             "reporting": mean_and_error([v for i, v in quality.items() if i not in chosen]),
         },
+        "judge": account,
         "kl": {"per_sequence": mean_and_error(ratios), "per_token": ratio_and_error(ratios, lengths)},
         "reward_accuracy": mean_and_error([line["correct"] for line in validation]),
         "reward_margin": mean_and_error([line["margin"] for line in validation]),
         "response_tokens": mean_and_error(lengths),
         "finished": sum(s["finished"] for s in samples) / len(samples),
         "dropped": read_json(upstream["align"] / "data.json")["dropped"],
-        "stages": _stages(upstream),
+        "stages": _stages(upstream, attempt),
     }
     write_json(attempt.out / RESULT_FILE, result)
     attempt.step(1, 1)
+
+
+def _comparisons(point: Point, samples: list[dict[str, Any]], sampled: Path | None) -> list[Comparison]:
+    """Each sample beside the baseline's sample, or the chosen response of the first held-out pair, of its prompt."""
+    source = source_of(point)
+    prompts = source.prompts(point.evaluation.prompts)
+    if sampled is not None:
+        baselines = {row["index"]: row for row in generate.read(sampled)}
+    else:
+        chosen: dict[tuple[str, ...], str] = {}
+        for pair in source.pairs("validation"):
+            chosen.setdefault(pair.prompt.key, pair.chosen)
+        baselines = {i: {"response": chosen[p.key], "finished": True} for i, p in enumerate(prompts)}
+    return [Comparison(prompts[s["index"]], s, baselines[s["index"]]) for s in samples]
 
 
 def selection_items(items: list[int], fraction: float, seed: int) -> set[int]:
@@ -104,16 +126,18 @@ def ratio_and_error(totals: list[float], counts: list[int]) -> dict[str, float |
     return {"value": ratio, "se": math.sqrt(residual / n) / (tokens / n), "n": n}
 
 
-def _stages(upstream: dict[str, Path]) -> list[dict[str, Any]]:
-    """Identity, seconds and tokens of every stage this result rests on, found through the artefacts themselves."""
-    found: dict[str, dict[str, Any]] = {}
+def _stages(upstream: dict[str, Path], attempt: Attempt) -> list[dict[str, Any]]:
+    """Identity, seconds and tokens of every stage this result rests on, found through the artefacts themselves, and of
+    this one."""
+    own = {"stage": "evaluate", "identity": attempt.identity, "seconds": round(attempt.seconds, 3), "tokens": 0}
+    found: dict[str, dict[str, Any]] = {attempt.identity: {**own, "processes": 1}}
     folders = list(upstream.values())
     while folders:
         folder = folders.pop()
         done = read_json(folder / DONE)
         if done["identity"] in found:
             continue
-        found[done["identity"]] = {key: done[key] for key in ("stage", "identity", "seconds", "tokens")}
+        found[done["identity"]] = {key: done[key] for key in ("stage", "identity", "seconds", "tokens", "processes")}
         for identity in read_json(folder / STAGE_FILE)["upstream"].values():
             folders += folder.parent.parent.glob(f"*/{identity}")
     return sorted(found.values(), key=lambda stage: (stage["stage"], stage["identity"]))

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from src.config import Point
 from src.data import source_of
 from src.logprobs import score
-from src.models import compute_of, load_base, load_checkpoint, template_of
+from src.models import compute_of, load_base, load_checkpoint, release_accelerator, template_of
 from src.pairs import Example
 from src.sampling import sample
-from src.store import Attempt, write_text
+from src.serving import sample_through, served_folder, serving
+from src.store import SAMPLES_FILE, Attempt, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLES_FILE = "samples.jsonl"
 RESPONSES_FILE = "responses.jsonl"  # beside the checkpoints: what is sampled so far
 
 
@@ -41,13 +41,14 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     if len(rows) < len(prompts):
         log.warning("%s: dropped %d of %d prompts: empty", point.dataset.name, len(prompts) - len(rows), len(prompts))
     prompt_ids = [ids for _, ids in rows]
-    model = load_checkpoint(upstream["checkpoint"], point)
     # The baseline draws its own numbers, so that policy and baseline are independent samples; all policies of a
     # grid share theirs, so that points are compared on common random numbers.
     seed = f"{point.seed}/{point.evaluation.generation.seed}/{fields['role']}"
 
     count = len(rows)
-    responses = _sample(point, model, template, prompt_ids, seed, attempt)
+    model = load_checkpoint(upstream["checkpoint"], point) if point.server.name == "none" else None
+    responses = _sample(point, model or upstream["checkpoint"], template, prompt_ids, seed, attempt)
+    model = model or load_checkpoint(upstream["checkpoint"], point)  # only when the server has left the accelerator
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i][0]),)) for i in range(count)]
     logps = dict(_logps(point, model, examples))
     reference_logps = logps
@@ -75,7 +76,8 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
 def _sample(
     point: Point, model: Any, template: Template, prompt_ids: list[list[int]], seed: str, attempt: Attempt
 ) -> dict[int, tuple[list[int], bool]]:
-    """Response and whether it finished, of every prompt. Each is written down as it comes: the next attempt goes on."""
+    """Response and whether it finished, of every prompt. Each is written down as it comes: the next attempt goes on.
+    model: the folder of the checkpoint where a server samples."""
     file = attempt.checkpoints / RESPONSES_FILE
     before = _written(file)
     if before:
@@ -83,20 +85,36 @@ def _sample(
         attempt.spent_before = max(row["seconds"] for row in before)
         attempt.tokens = sum(len(row["ids"]) for row in before)
     responses = {row["index"]: (row["ids"], row["finished"]) for row in before}
-    begun, tokens = time.perf_counter(), 0
+    begun, count = time.perf_counter(), 2 * len(prompt_ids)
+    drawn = 0
     generation, compute = point.evaluation.generation, compute_of(point)
     with file.open("a") as handle:
-        for index, ids, finished in sample(model, template, prompt_ids, seed, generation, compute, set(responses)):
+
+        def keep(index: int, response: tuple[list[int], bool]) -> None:
+            nonlocal drawn
+            ids, finished = response
+            drawn += len(ids)
             if index not in responses:  # or a batch of which a part was known
                 row = {"index": index, "ids": ids, "finished": finished, "seconds": round(attempt.seconds, 3)}
                 handle.write(json.dumps(row) + "\n")
                 handle.flush()
                 attempt.tokens += len(ids)
-            tokens += len(ids)
-            responses[index] = (ids, finished)
-            attempt.step(len(responses), 2 * len(prompt_ids))
-    if tokens:
-        log.info("%s: %.0f tokens/s", attempt.label, tokens / (time.perf_counter() - begun))
+                responses[index] = response
+
+        def beat() -> None:
+            attempt.step(len(responses), count)
+
+        if point.server.name == "none":
+            for index, ids, finished in sample(model, template, prompt_ids, seed, generation, compute, set(responses)):
+                keep(index, (ids, finished))
+                beat()
+        elif todo := {i: ids for i, ids in enumerate(prompt_ids) if i not in responses}:
+            folder = served_folder(model, attempt.checkpoints, template, generation)
+            release_accelerator()  # what training in this process has left; a server takes what it finds
+            with serving(point.server, folder, point.engine.precision, attempt.checkpoints, beat) as url:
+                sample_through(point.server, url, str(folder), template, todo, seed, generation, keep, beat)
+    if drawn:
+        log.info("%s: %.0f tokens/s", attempt.label, drawn / (time.perf_counter() - begun))
     return responses
 
 

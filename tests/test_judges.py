@@ -1,0 +1,282 @@
+"""Judges: verdicts, patience with a faulty endpoint, a budget, and nothing asked twice; the endpoint is a real one."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from src.config import Judge, Point
+from src.data.rows import text_prompt
+from src.failure import StageError
+from src.judges import Comparison
+from src.judges.answers import Answers
+from src.judges.endpoint import Endpoint
+from src.judges.tldr import questions, verdict, winner
+from tests.conftest import ROOT, SMALL, start, train
+from tests.endpoint import Proxy, Served, smollm2_folder
+
+PROMPTS = 12  # two questions each
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    server = Served(smollm2_folder(tmp_path_factory.mktemp("smollm2")))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(served):
+    proxy = Proxy(served.port)
+    yield proxy
+    proxy.close()
+
+
+class Attempt:
+    identity = "here"
+
+    def step(self, step, total):
+        pass
+
+
+def endpoint(proxy, served, folder, **more):
+    fields = {"timeout": 15 if "slow" in proxy.faults else 60, "max_tokens": 2, "concurrency": 2, **more}
+    return Endpoint(Judge(name="tldr", model=str(served.model), base_url=proxy.url, **fields), Answers(folder))
+
+
+def asked(count):
+    return [[{"role": "user", "content": f"Say the number {n}."}] for n in range(count)]
+
+
+def test_a_verdict_is_the_mean_of_both_orders():
+    assert verdict("A is better.\nVerdict: A", "Verdict: B").value == 1.0
+    assert verdict("Verdict: B", "Verdict: A").value == 0.0
+    assert verdict("Verdict: A", "Verdict: A").value == 0.5  # whatever comes first wins: says nothing
+    assert verdict("Verdict: C", "**Verdict:** B").value == 0.75
+    assert verdict("Both are fine, who knows?", "Verdict: B").value == 1.0  # one game was played
+    assert verdict("", "no idea").value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Verdict: A", "A"),
+        ("verdict: **b**", "B"),
+        ("C.", "C"),
+        ("(B)", "B"),
+        ("A because B", None),
+        ("", None),
+        ("Verdict: Apples", None),
+        ("Verdict: Summary B", "B"),
+        ("Final verdict: a tie", None),
+        ("Verdict: A tie", None),
+        ("As asked I end with 'Verdict: A' or 'Verdict: B'.\nVerdict: C", "C"),
+    ],
+)
+def test_the_last_verdict_of_an_answer_counts(text, expected):
+    assert winner(text) == expected
+
+
+def test_a_judge_sees_both_summaries_in_both_orders_and_not_whose_they_are():
+    first, second = questions(Comparison(text_prompt("the post"), {"response": "mine {x}"}, {"response": "other"}))
+    for text, a, b in ((first[0]["content"], "mine {x}", "other"), (second[0]["content"], "other", "mine {x}")):
+        assert text.index("the post") < text.index(a) < text.index(b)
+    assert "baseline" not in first[0]["content"] and "policy" not in first[0]["content"]
+
+
+def test_every_question_is_answered_through_any_fault_and_answered_once(proxy, served, tmp_path):
+    proxy.faults.extend([429, 500, "slow", "cut", "garbage", "empty", 503, None, 429])
+    answers = endpoint(proxy, served, tmp_path).ask(asked(8), Attempt())
+    assert len(answers) == 8 and all(answer["prompt_tokens"] > 0 for answer in answers)
+    assert sorted(proxy.answered) == sorted(question[0]["content"] for question in asked(8))
+    assert len(proxy.asked) == 8 + 8  # one more for every fault
+    assert endpoint(proxy, served, tmp_path).ask(asked(8), Attempt()) == answers
+    assert len(proxy.asked) == 16
+
+
+def test_what_another_attempt_cannot_mend_is_said_at_once(proxy, served, tmp_path):
+    for status in (401, 404, 400):
+        proxy.faults.extend([status, status])
+        before = len(proxy.asked)
+        with pytest.raises(StageError, match=f"{proxy.url} refuses: .*made to fail with {status}.*0 of 1 answers"):
+            endpoint(proxy, served, tmp_path).ask(asked(1), Attempt())
+        assert len(proxy.asked) == before + 1
+        proxy.faults.clear()
+
+
+def test_a_fault_that_stays_ends_after_the_given_attempts(proxy, served, tmp_path):
+    proxy.faults.extend([429] * 10)
+    with pytest.raises(StageError, match="gives no answer in 3 attempts"):
+        endpoint(proxy, served, tmp_path, attempts=3, concurrency=1).ask(asked(1), Attempt())
+    assert len(proxy.asked) == 3
+
+
+def test_the_budget_ends_questions_and_keeps_answers(proxy, served, tmp_path):
+    with pytest.raises(StageError, match=r"judge\.max_calls=5 is reached.*5 of 8 answers are kept"):
+        endpoint(proxy, served, tmp_path, max_calls=5).ask(asked(8), Attempt())
+    assert len(proxy.asked) == 5
+    prices = {"input_price": 1e6, "output_price": 1e6}  # of a million: a dollar a token
+    spent = sum(answer["prompt_tokens"] + answer["completion_tokens"] for answer in _kept(tmp_path))
+    most = len("Say the number 5.") / 3 + 2
+    with pytest.raises(
+        StageError, match=rf"judge\.max_cost=.* is reached \({spent:.3g} spent.*5 of 8 answers are kept"
+    ):
+        endpoint(proxy, served, tmp_path, max_cost=spent + 0.9 * most, **prices).ask(asked(8), Attempt())
+    with pytest.raises(StageError, match=r"judge\.max_cost=.* is reached.*6 of 8 answers are kept"):
+        endpoint(proxy, served, tmp_path, max_cost=spent + 1.1 * most, **prices).ask(asked(8), Attempt())
+    assert len(proxy.asked) == 6
+    assert len(endpoint(proxy, served, tmp_path, max_calls=8).ask(asked(8), Attempt())) == 8
+    assert len(proxy.asked) == 8
+
+
+def _kept(folder):
+    return [json.loads(line)["answer"] for file in folder.glob("*.jsonl") for line in file.open()]
+
+
+def test_answers_of_other_processes_are_known_and_half_lines_are_not(tmp_path):
+    ours, theirs = Answers(tmp_path), Answers(tmp_path)
+    theirs.add("a", {"text": "x", "prompt_tokens": 3})
+    ours.refresh()
+    assert ours.known == {"a": {"text": "x", "prompt_tokens": 3}} and ours.totals["prompt_tokens"] == 3
+    (torn,) = tmp_path.glob("*.jsonl")
+    with torn.open("a") as handle:
+        handle.write('{"key": "b", "answer": {"te')
+    ours.refresh()
+    assert set(ours.known) == {"a"}
+    with torn.open("a") as handle:  # the rest of the disk comes back, and with it the next answer on the same line
+        handle.write('{"key": "c", "answer": {}}\n{"key": "d", "answer": {}}\n')
+    ours.refresh()
+    assert set(ours.known) == {"a", "d"}
+
+
+def judged(proxy, served, folder, *more):
+    return [
+        *("method=dpo", "beta=0.1", *SMALL, f"evaluation.prompts={PROMPTS}", f"output_dir={folder}"),
+        *("judge=tldr", f"judge.base_url={proxy.url}", f"judge.model={served.model}", "judge.max_tokens=2"),
+        *("judge.attempts=2", "judge.concurrency=2", *more),
+    ]
+
+
+def test_a_judge_that_dies_in_the_middle_is_asked_only_for_what_is_missing(proxy, served, tmp_path):
+    def die_at_nine():
+        if len(proxy.answered) == 9:
+            served.kill()
+
+    proxy.on_answer = die_at_nine
+    died = train(*judged(proxy, served, tmp_path), check=False)
+    assert died.returncode == 1 and "Traceback" not in died.stderr, died.stderr
+    assert f"{proxy.url} gives no answer in 2 attempts" in died.stderr
+    assert "the same command again asks for the others" in died.stderr
+    known = list(proxy.answered)
+    assert 9 <= len(known) <= 10
+
+    proxy.on_answer = lambda: None
+    proxy.asked.clear()
+    served.start()
+    done = train(*judged(proxy, served, tmp_path))
+    assert "win_rate" in done.stdout
+    assert len(set(proxy.asked)) == len(proxy.asked) and not set(proxy.asked) & set(known)
+
+    (result,) = (tmp_path / "store" / "evaluate").glob("*/result.json")
+    found = json.loads(result.read_text())
+    assert found["judge"]["answers"] == 2 * PROMPTS and found["judge"]["calls"] == len(proxy.asked) + len(known)
+    assert found["quality"]["n"] == PROMPTS
+    lines = [json.loads(line) for line in (result.parent / "judgements.jsonl").open()]
+    assert len(lines) == PROMPTS and all(line["reason"].startswith("as A: ") for line in lines)
+
+
+def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
+    process = start(*judged(proxy, served, tmp_path))
+    proxy.on_answer = lambda: len(proxy.answered) == 5 and os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 130, output
+    proxy.on_answer = lambda: None
+    known = list(proxy.answered)
+    assert 5 <= len(known) < 2 * PROMPTS - 4
+    proxy.asked.clear()
+    train(*judged(proxy, served, tmp_path))
+    assert proxy.asked and not set(proxy.asked) & set(known)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["judge=tldr"], "OPENAI_API_KEY is not set"),
+        (["judge=tldr", "judge.base_url=localhost:8000"], "must begin with http"),
+        (["judge=tldr", "judge.base_url=http://x", "judge.model=null"], "judge.model is not set"),
+        (["judge=tldr", "judge.max_cost=5", "judge.input_price=null"], "needs judge.input_price"),
+        (["judge=gold", "judge.base_url=http://x"], "judge=gold has no such field"),
+        (["judge=reward_model"], "judge.model is not set"),
+        (["judge=reward_model", "judge.model=./nowhere"], "judge.model=./nowhere: no such file or folder"),
+        (["judge=tldr", "judge.baseline=chosen"], "has no pairs on its held-out posts"),
+        (["judge=none"], "evaluation.quality=win_rate needs a judge"),
+    ],
+)
+def test_a_judge_that_cannot_work_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    done = train(*overrides, f"output_dir={tmp_path}", check=False)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory):
+    """A small reward model with random weights, and the embedded task's tokenizer."""
+    folder = tmp_path_factory.mktemp("reward")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "src" / "data" / "mini_tldr_base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=1,
+        initializer_range=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_higher_reward_wins_whatever_shares_a_batch(reward_folder, tmp_path):
+    run = ["method=dpo", "beta=0.1", *SMALL, "judge=reward_model", f"judge.model={reward_folder}"]
+    train(*run, f"output_dir={tmp_path}")
+    (folder,) = (path.parent for path in (tmp_path / "store" / "evaluate").glob("*/DONE"))
+    upstream = json.loads((folder / "stage.json").read_text())["upstream"]
+    samples, baseline = (
+        [json.loads(line) for line in (tmp_path / "store" / "generate" / upstream[role] / "samples.jsonl").open()]
+        for role in ("samples", "baseline")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(reward_folder)
+    model = LlamaForSequenceClassification.from_pretrained(reward_folder).eval()
+
+    def reward(row):
+        with torch.no_grad():
+            return model(**tokenizer(f"{row['prompt']}\n\n{row['response']}", return_tensors="pt")).logits.item()
+
+    verdicts = [json.loads(line)["verdict"] for line in (folder / "judgements.jsonl").open()]
+    expected = []
+    for own, other in zip(samples, baseline, strict=True):
+        same = own["response"] == other["response"]
+        expected.append(0.5 if same else float(reward(own) > reward(other)))
+    assert verdicts == expected and {0.0, 1.0} <= set(verdicts)
+
+
+def test_rewards_of_the_baseline_are_computed_once(reward_folder, tmp_path):
+    from src.judges.reward_model import reward_model
+
+    point = Point(judge=Judge(name="reward_model", model=str(reward_folder)))
+    attempt = Attempt()
+    attempt.output_dir = tmp_path
+    rows = [{"response": f"my cat number {n} ran"} for n in range(20)]
+    first = [Comparison(text_prompt("a post"), row, {"response": "a baseline"}) for row in rows[:10]]
+    second = [Comparison(text_prompt("a post"), row, {"response": "a baseline"}) for row in rows[5:]]
+    assert reward_model(point, first, attempt).account["calls"] == 11
+    attempt.identity = "there"
+    assert reward_model(point, second, attempt).account == {"answers": 30, "calls": 10}

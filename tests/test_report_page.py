@@ -1,0 +1,115 @@
+"""report.html as a browser shows it: nothing asked for, nothing on the console, tips, narrow, dark, printed."""
+
+import shutil
+from itertools import product
+
+import pytest
+
+from tests.conftest import SMALL, train
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Two methods over betas and learning rates."""
+    folder = tmp_path_factory.mktemp("report")
+    grid = ["-m", "method=dpo,asft", "beta=0.05,0.1", "lr=5e-4,1e-3", "sweep.name=page"]
+    train(*grid, *SMALL, f"output_dir={folder}")
+    return folder / "sweeps" / "page" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium here (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, report):
+    """Opens the report in a new context; fails on any console error or request to elsewhere."""
+    wrong, contexts = [], []
+
+    def opened(width=1280, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: request.url.startswith("file:") or wrong.append(request.url))
+        page.goto(report.as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def test_every_link_and_every_fold_can_be_clicked(open_page):
+    page = open_page()
+    links = page.locator("nav a")
+    assert links.count() >= 6
+    for link in links.all():
+        link.click()
+        assert page.locator(link.get_attribute("href")).count() == 1
+    for summary in page.locator("summary").all():
+        summary.click()
+    assert page.locator("#points tbody tr").count() == 8 and page.locator("#points tr.chosen").count() == 2
+    assert page.locator("#samples blockquote").count() >= 3
+
+
+def point_at(page, mark):
+    mark.scroll_into_view_if_needed()
+    page.wait_for_timeout(300)  # scrolling takes tips away
+    mark.hover()
+
+
+def test_a_mark_says_which_point_it_is(open_page):
+    page = open_page()
+    tip = page.locator("#tip")
+    assert not tip.is_visible()
+    point_at(page, page.locator(".mark[data-tip^='DPO, beta 0.1']").first)
+    assert tip.is_visible() and "lr 0.0" in tip.inner_text() and "KL" in tip.inner_text()
+    page.mouse.move(2, 2)
+    assert not tip.is_visible()
+    point_at(page, page.locator(".bar").first)
+    assert "[" in tip.inner_text()
+
+
+def test_a_heat_map_shows_both_axes_of_the_grid(open_page):
+    tips = open_page().locator("svg[aria-label*='selection prompts; frame'] [data-tip]")
+    assert tips.count() == 8
+    said = {tips.nth(n).get_attribute("data-tip").split("\n")[0] for n in range(8)}
+    grid = product(("DPO", "ASFT"), ("0.05", "0.1"), ("0.0005", "0.001"))
+    assert said == {f"{name}, beta {beta}, lr {lr}" for name, beta, lr in grid}
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_as_wide_as_the_window(open_page, width):
+    page = open_page(width)
+    page.locator("#points summary").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_text_and_axes_can_be_read_in_the_dark(open_page):
+    for scheme, dark in (("light", False), ("dark", True)):
+        page = open_page(scheme=scheme)
+        colours = page.evaluate(
+            "['body', 'svg text', '#best td'].map(s => getComputedStyle(document.querySelector(s)))"
+            ".map((style, i) => i === 1 ? style.fill : i === 0 ? style.backgroundColor : style.color)"
+        )
+        light = [sum(map(int, c[c.index("(") + 1 : -1].split(",")[:3])) > 384 for c in colours]
+        assert light == ([False, True, True] if dark else [True, False, False]), (scheme, colours)
+        assert page.locator("svg [style*='#000000']").count() == 0
+
+
+def test_it_prints(open_page, tmp_path):
+    page = open_page()
+    page.pdf(path=tmp_path / "report.pdf", format="A4", print_background=True)
+    assert (tmp_path / "report.pdf").stat().st_size > 20_000
