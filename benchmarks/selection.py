@@ -32,9 +32,9 @@ class Made(PromptQuality):
     def __init__(self, values: NDArray[np.float64], selects: NDArray[np.bool_], reports: NDArray[np.bool_]) -> None:
         self.values, self.which = values, {True: np.flatnonzero(selects), False: np.flatnonzero(reports)}
 
-    def _read(self, identity: str, selects: bool) -> dict[int, float]:
+    def _read(self, identity: str, selects: bool) -> tuple[list[int], list[float]]:
         own = self.which[selects]
-        return dict(zip(own.tolist(), self.values[int(identity), own].tolist(), strict=True))
+        return own.tolist(), self.values[int(identity), own].tolist()
 
 
 def noise(generator: np.random.Generator) -> NDArray[np.float64]:

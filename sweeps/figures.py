@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from src.identity import digest
 from src.methods import METHODS
@@ -235,7 +235,7 @@ def _line(drawing: Drawing, ax: Axes, line: pd.DataFrame, best: pd.DataFrame, me
     _plain(ax)
     ax.xaxis.set_major_locator(LogLocator(numticks=4))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
     # A KL estimate of a barely moved policy can be below zero, which a log axis cannot show.
     line = line[line[x] > 0]
     over_kl = x == "kl_sequence"

@@ -38,8 +38,10 @@ class Drawing:
     def save(self, folder: Path) -> str:
         """NAME.png and NAME.svg. Returns the SVG as a page takes it in."""
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache
-        self.figure.draw_without_rendering()
-        self.figure.set_layout_engine("none")  # it would find the same places again for each format
+        layout = self.figure.get_layout_engine()
+        if layout is not None:
+            layout.execute(self.figure)
+            self.figure.set_layout_engine("none")  # it would find the same places again for each format
         # Text stays text, which is small and can be searched. Fixed salt and no date: same results, same bytes.
         with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
             text = StringIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,11 +34,17 @@ class PromptQuality:
 
     def _of(self, rows: Sequence[Sequence[str]], selects: bool) -> NDArray[np.float64]:
         read = [[self._read(identity, selects) for identity in row] for row in rows]
-        common = set.intersection(*(set(values) for row in read for values in row)) if read else set()
-        order = sorted(common)
-        return np.array([np.mean([[values[i] for i in order] for values in row], axis=0) for row in read])
+        if not read:
+            return np.empty((0, 0))
+        first = read[0][0][0]
+        if all(prompts == first for row in read for prompts, _ in row):  # as it is, unless prompts were dropped
+            return np.array([np.mean([values for _, values in row], axis=0) for row in read])
+        known = [[dict(zip(prompts, values, strict=True)) for prompts, values in row] for row in read]
+        order = sorted(set.intersection(*(set(values) for row in known for values in row)))
+        return np.array([np.mean([[values[i] for i in order] for values in row], axis=0) for row in known])
 
-    def _read(self, identity: str, selects: bool) -> dict[int, float]:
+    def _read(self, identity: str, selects: bool) -> tuple[list[int], list[float]]:
+        """Prompts and the quality of each, in the order of the result."""
         found = None
         for store in self.stores:
             path = store / "evaluate" / identity / QUALITY_FILE
@@ -46,5 +53,5 @@ class PromptQuality:
                 break
         if found is None:
             raise ConfigError(f"{path} is not there: a result of an earlier version; run the sweep again")
-        rows = zip(found["prompts"], found["values"], found["selects"], strict=True)
-        return {prompt: value for prompt, value, own in rows if own == selects}
+        own = found["selects"] if selects else [not chosen for chosen in found["selects"]]
+        return list(compress(found["prompts"], own)), list(compress(found["values"], own))
