@@ -17,7 +17,7 @@ from src.store import DONE, QUALITY_FILE, RESULT_FILE
 PROMPTS = 512
 
 
-def make_sweep(folder: Path, seeds: int = 5, lrs: int = 25, betas: int = 10) -> int:
+def make_sweep(folder: Path, seeds: int = 5, lrs: int = 25, betas: int = 10, setup: str = "made") -> int:
     """A sweep's folder and its store, as runs leave them: eight methods over betas, learning rates and seeds."""
     rng, points = random.Random(0), []
     difficulty = [rng.random() for _ in range(PROMPTS)]
@@ -43,7 +43,7 @@ def make_sweep(folder: Path, seeds: int = 5, lrs: int = 25, betas: int = 10) -> 
         (stage / RESULT_FILE).write_text(json.dumps(result, indent=1))
         (stage / QUALITY_FILE).write_text(json.dumps(quality, indent=1))
         (stage / DONE).write_text("{}")
-        point = {"setup": "made", "method": method, "init": "sft", "variant": "", "seed": seed, "state": "done"}
+        point = {"setup": setup, "method": method, "init": "sft", "variant": "", "seed": seed, "state": "done"}
         point |= {
             "beta": 10.0 ** (beta - 5),
             "lr": 10.0 ** (lr / 10 - 6),

@@ -25,49 +25,39 @@ class Example:
     responses: list[tuple[str, str, float | None, str]]
 
 
-def examples(results: Results, best: pd.DataFrame) -> dict[tuple[str, str, str], list[Example]]:
-    """Setup, init, variant -> the first prompts that all its chosen points have samples for; of prompts that a judge
-    compares, those of the reporting half."""
+def examples(results: Results, best: pd.DataFrame) -> dict[tuple[str, ...], list[Example]]:
+    """Setup, init, variant -> the first prompts that all its chosen points have samples for; where points were chosen
+    by what a judge says of prompts, of those that had no part in that."""
     found = {}
     for key, group in best.groupby(["setup", "init", "variant"], sort=False, dropna=False):
-        own = [_of(results, row["method"], row["identities"][0]) for row in group.to_dict("records")]
-        common = [index for index in own[0] if all(index in other for other in own)] if own else []
-        found[key] = [
-            Example(_cut(own[0][index]["prompt"]), _responses([other[index] for other in own]))
-            for index in common[:PROMPTS]
-        ]
-    return found  # type: ignore[return-value]
+        own = [_of(results, row["identities"][0], row["metric"]) for row in group.to_dict("records")]
+        common = [index for index in own[0] if all(index in other for other in own)][:PROMPTS]
+        methods = group.method.tolist()
+        found[tuple(map(str, key))] = [_example(methods, [rows[index] for rows in own]) for index in common]
+    return found
 
 
-def _responses(rows: list[dict[str, Any]]) -> list[tuple[str, str, float | None, str]]:
-    baseline = [("baseline", rows[0]["baseline"], None, "")] if rows[0]["baseline"] is not None else []
-    return baseline + [(row["method"], _cut(row["response"]), row["verdict"], row["reason"]) for row in rows]
+def _example(methods: list[str], rows: list[dict[str, Any]]) -> Example:
+    baseline = rows[0].get("baseline")
+    first = [("baseline", _cut(baseline), None, "")] if baseline is not None else []
+    others = [
+        (method, _cut(row["response"]), row.get("verdict"), row.get("reason", ""))
+        for method, row in zip(methods, rows, strict=True)
+    ]
+    return Example(_cut(rows[0]["prompt"]), first + others)
 
 
-def _of(results: Results, method: str, result: str) -> dict[int, dict[str, Any]]:
-    """Prompt -> the sample of the point with this result, in order, until there are enough."""
-    folder = results.artefacts(result, "evaluate")
-    samples, sampled = results.artefacts(result, "generate"), results.artefacts(result, "baseline")
+def _of(results: Results, result: str, metric: str) -> dict[int, dict[str, Any]]:
+    """Prompt -> the sample of the point with this result, and what was judged of it; the first prompts, in order."""
+    folder, samples = results.artefacts(result, "evaluate"), results.artefacts(result, "generate")
     assert folder is not None and samples is not None
     judged = {row["index"]: row for row in _rows(folder / JUDGEMENTS_FILE, None)}
-    quality = read_json(folder / QUALITY_FILE)
-    reporting = {i for i, selects in zip(quality["prompts"], quality["selects"], strict=True) if not selects}
-    wanted, found = 6 * PROMPTS if judged else PROMPTS, {}
-    baseline = {} if sampled is None else {row["index"]: row for row in _rows(sampled / SAMPLES_FILE, wanted)}
-    for row in _rows(samples / SAMPLES_FILE, wanted):
-        index = row["index"]
-        if judged and index not in reporting:
-            continue
-        verdict = judged.get(index, {"verdict": None, "reason": ""})
-        found[index] = {
-            "method": method,
-            "prompt": row["prompt"],
-            "response": row["response"],
-            "baseline": _cut(baseline[index]["response"]) if index in baseline else None,
-            "verdict": verdict["verdict"],
-            "reason": verdict["reason"],
-        }
-    return found
+    chose: set[int] = set()
+    if metric == "win_rate":
+        quality = read_json(folder / QUALITY_FILE)
+        chose = {i for i, selects in zip(quality["prompts"], quality["selects"], strict=True) if selects}
+    rows = _rows(samples / SAMPLES_FILE, 6 * PROMPTS)
+    return {row["index"]: row | judged.get(row["index"], {}) for row in rows if row["index"] not in chose}
 
 
 def _rows(file: Path, count: int | None) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
                 "lr": f"{row['lr']:g}",
                 quality_name(best): with_interval(row),
                 "To top": tie,
+                "Top 3": with_error(row["top_reporting"], None, 3),
                 "Shortlist": str(row["shortlist"]),
                 "KL / sequence": with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
                 "KL / token": with_error(row["kl_token"], row["kl_token_se"], 3),
@@ -136,7 +137,7 @@ def print_best(name: str, folder: Path, points: pd.DataFrame, table: pd.DataFram
     if not console.is_terminal:
         console.width = 200  # of a log nobody knows how wide it is
     if len(table):
-        shown = table.drop(columns=["Kind", "KL / token", "Reward accuracy", "Length"])
+        shown = table.drop(columns=["Kind", "Top 3", "KL / token", "Reward accuracy", "Length"])
         grid = _grid(name, shown)
         for column in NARROW:
             if console.measure(grid).minimum > console.width:

@@ -158,6 +158,27 @@ def test_one_failing_point_is_named_at_the_end_and_the_others_finish(tmp_path):
     assert len(yaml.safe_load((tmp_path / "sweeps" / "bad" / "best.yaml").read_text())["mini_tldr"]) == 1
 
 
+def test_seeds_that_differ_in_number_are_shown(tmp_path):
+    seeds = ["-m", "method=dpo,ipo", "beta=0.1", "seed=0,1", "sweep.name=seeds"]
+    train(*seeds, *SMALL, f"output_dir={tmp_path}")
+    folder = tmp_path / "sweeps" / "seeds"
+    sweep = json.loads((folder / "sweep.json").read_text())
+    (lost,) = (p for p in sweep["points"] if (p["method"], p["seed"]) == ("ipo", 1))
+    shutil.rmtree(tmp_path / "store" / "evaluate" / lost["identity"])
+    done = subprocess.run(
+        [sys.executable, "-m", "sweeps.aggregate", str(folder)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    best = pd.read_csv(folder / "tables" / "best.csv").set_index("Method")
+    assert best.Seeds.to_dict() == {"DPO": 2, "IPO": 1} and "Seeds" in done.stdout
+    report = (folder / "report.html").read_text()
+    assert "<th>Seeds</th>" in report and '<th class="text">Method</th>' in report
+
+
 def test_a_sweep_in_which_every_point_fails_says_so(tmp_path):
     done = train("-m", "method=dpo", "lr=1e30,1e31", *SMALL, f"output_dir={tmp_path}", "sweep.name=none", check=False)
     assert done.returncode == 1 and "2 of 2 points failed" in done.stderr and "Traceback" not in done.stderr

@@ -41,8 +41,9 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
         judged = judge_named(point.judge.name)(point, comparisons, attempt)
         account = {"name": point.judge.name, **judged.account}
         with (attempt.out / JUDGEMENTS_FILE).open("w") as handle:
-            for sample, verdict in zip(samples, judged.verdicts, strict=True):
+            for sample, compared, verdict in zip(samples, comparisons, judged.verdicts, strict=True):
                 row = {"index": sample["index"], "verdict": verdict.value, "reason": verdict.reason}
+                row["baseline"] = compared.baseline["response"]
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
         if point.evaluation.quality == "win_rate":
             quality = {s["index"]: v.value for s, v in zip(samples, judged.verdicts, strict=True)}
