@@ -60,7 +60,6 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "evaluation.selection_fraction": (0, False, 0.999),
     "server.timeout": (0, False, math.inf),
     "server.concurrency": (1, True, math.inf),
-    "server.attempts": (1, True, math.inf),
     "judge.temperature": (0, True, math.inf),
     "judge.max_tokens": (1, True, math.inf),
     "judge.concurrency": (1, True, math.inf),

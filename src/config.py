@@ -143,7 +143,6 @@ class Server:
     command: str | None = None  # with {checkpoint}, {port}, {dtype}
     timeout: float = 600.0
     concurrency: int = 64
-    attempts: int = 5
 
 
 @dataclass

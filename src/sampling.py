@@ -49,12 +49,17 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn.clamp(max=scores.shape[1] - 1), 0.0)
 
 
+def number_of(seed: str) -> int:
+    """63 bits."""
+    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
+
+
 def _uniforms(seeds: Sequence[str], steps: int, device: torch.device) -> Tensor:
     """(prompts, steps) float64 in [0, 1), each row from its own seed."""
     rows = []
     for seed in seeds:
-        number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
-        rows.append(torch.rand(steps, generator=torch.Generator().manual_seed(number), dtype=torch.float64))
+        generator = torch.Generator().manual_seed(number_of(seed))
+        rows.append(torch.rand(steps, generator=generator, dtype=torch.float64))
     return torch.stack(rows).to(device)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import shlex
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config import Generation, Server
 from src.failure import StageError
+from src.sampling import number_of
 
 if TYPE_CHECKING:
     import openai
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LOG = "server.log"
 ANSWER = 600.0  # seconds that one sample may take
+ATTEMPTS = 5  # at a prompt, when the server fails
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may wait for a lock
 
@@ -84,12 +85,12 @@ def _wait(process: subprocess.Popen[bytes], root: str, timeout: float, folder: P
                 why = (
                     f"ended with code {process.returncode}" if ended else f"is silent for server.timeout={timeout:g} s"
                 )
-                raise StageError(f"the server of server.command {why}: {last_words(folder)}")
+                raise StageError(f"the server of server.command {why}: {_last_words(folder)}")
             beat()
             time.sleep(0.5)
 
 
-def last_words(folder: Path) -> str:
+def _last_words(folder: Path) -> str:
     """What the server said last."""
     lines = (folder / LOG).read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it said nothing"
@@ -136,20 +137,19 @@ def sample_through(
 ) -> None:
     """keep(index, (response ids, finished)) for every prompt (index -> ids). A server returns text, so the ids are
     those of its text. Raises StageError as Remote.each does."""
-    from src.remote import Remote
+    from src.remote import Remote  # the client is an optional package
 
     texts = {index: _text_of(template, ids) for index, ids in prompts.items()}
-    remote = Remote(url, None, ANSWER, server.attempts, server.concurrency, grace=0.0)
+    remote = Remote(url, None, ANSWER, ATTEMPTS, server.concurrency, grace=0.0)
 
     def request(index: int, client: openai.OpenAI) -> Any:
-        own = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "big") >> 1
         return client.completions.create(
             model=model,
             prompt=texts[index],
             max_tokens=generation.max_new_tokens,
             temperature=generation.temperature,
             top_p=generation.top_p,
-            seed=own,
+            seed=number_of(f"{seed}/{index}") >> 32,  # not every server takes more bits
         )
 
     def read(completion: Any) -> tuple[list[int], bool]:
@@ -170,6 +170,6 @@ def _text_of(template: Template, ids: Sequence[int]) -> str:
         if tokenizer(text)["input_ids"] == list(ids):
             return text
     raise StageError(
-        f"server=...: a prompt of model.template={template.name} cannot be written as text that this tokenizer reads "
+        f"server: a prompt of model.template={template.name} cannot be written as text that this tokenizer reads "
         "back as the same tokens; use server=none"
     )

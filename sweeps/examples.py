@@ -12,6 +12,7 @@ import pandas as pd
 
 from src.store import JUDGEMENTS_FILE, QUALITY_FILE, SAMPLES_FILE, read_json
 from sweeps.results import Results
+from sweeps.statistics import GROUP
 
 PROMPTS = 6
 LONGEST = 4000  # characters of a prompt or response that a page shows
@@ -29,7 +30,7 @@ def examples(results: Results, best: pd.DataFrame) -> dict[tuple[str, ...], list
     """Setup, init, variant -> the first prompts that all its chosen points have samples for; where points were chosen
     by what a judge says of prompts, of those that had no part in that."""
     found = {}
-    for key, group in best.groupby(["setup", "init", "variant"], sort=False, dropna=False):
+    for key, group in best.groupby(GROUP, sort=False, dropna=False):
         own = [_of(results, row["identities"][0], row["metric"]) for row in group.to_dict("records")]
         common = [index for index in own[0] if all(index in other for other in own)][:PROMPTS]
         methods = group.method.tolist()

@@ -22,7 +22,7 @@ from src.methods import METHODS
 from src.tracking import METRICS_FILE
 from sweeps.comparison import on_pareto_front
 from sweeps.graphics import Drawing
-from sweeps.statistics import over_seeds, per_beta
+from sweeps.statistics import GROUP, over_seeds, per_beta
 
 # One colour and marker a method in every figure (Okabe-Ito: told apart by colour-blind readers too).
 LOOKS = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")]
@@ -41,7 +41,6 @@ NAMES = {
     "cal_dpo": "Cal-DPO",
 }
 KINDS = ("pairwise", "pointwise")
-GROUP = ["setup", "init", "variant"]
 REACH = 1.96  # standard errors to either end of a 95 % interval
 CELLS = 60  # of a heat map: above that numbers would not fit
 LONGEST = 150  # characters of a file's stem
@@ -143,7 +142,7 @@ def over_both(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> D
 
 
 def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
-    """Of the chosen points: the loss as a share of its first value, and how often the method's score was right."""
+    """Of the chosen points: how much of its fall the loss has behind it, and how often the method's score was right."""
     title = f"{name}: training of the chosen points, running means over a tenth of it"
     fig = Figure(figsize=(10.4, 3.9), layout="constrained")
     drawing = Drawing(f"{stem}_training", title, fig)

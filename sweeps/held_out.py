@@ -9,9 +9,8 @@ import pandas as pd
 from src.methods import METHODS
 from sweeps.comparison import bootstrap_means, interval, on_pareto_front, paired_differences, paired_p
 from sweeps.prompts import PromptQuality
-from sweeps.statistics import STUDY, over_seeds, per_beta
+from sweeps.statistics import GROUP, STUDY, over_seeds, per_beta
 
-GROUP = ["setup", "init", "variant"]  # methods of one are compared with each other
 TOP = 3
 
 

@@ -13,8 +13,9 @@ from jinja2 import Environment, FileSystemLoader
 
 from src.store import write_text
 from sweeps.examples import examples
-from sweeps.figures import GROUP, NAMES
+from sweeps.figures import NAMES
 from sweeps.results import Results
+from sweeps.statistics import GROUP
 from sweeps.tables import against_highest, best_table, group_lines, quality_name, with_error
 
 HERE = Path(__file__).parent

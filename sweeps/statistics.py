@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # What a beta and lr are chosen for: points that differ in anything else are studies of their own.
 STUDY = ["setup", "method", "init", "variant"]
+GROUP = ["setup", "init", "variant"]  # methods of one are compared with each other
 MEANS = ["quality", "quality_selection", "quality_reporting", "kl_sequence", "kl_token"]
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sweeps.figures import NAMES
+from sweeps.statistics import GROUP
 
 LEVEL = 0.05  # two methods are tied unless Holm's p of their difference is below
 NARROW = ("KL / sequence", "Shortlist", "To top")  # columns that a narrow terminal goes without, in this order
@@ -47,24 +48,21 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
 
 def against_highest(best: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
     """Of each chosen point: `top`, the highest of its setup, init and variant; `tied` with that; or how far below."""
-    keys, found = ["setup", "init", "variant"], []
-    highest = best.groupby(keys, sort=False, dropna=False).quality_reporting.transform("max")
-    top = {
-        tuple(row[k] for k in keys): row["method"] for row in best[best.quality_reporting == highest].to_dict("records")
-    }
-    told = {
-        (*(row[k] for k in keys), frozenset((row["method"], row["other"]))): row
-        for row in differences.to_dict("records")
-    }
+    highest = best.groupby(GROUP, sort=False, dropna=False).quality_reporting.transform("max")
+    tops = {_group(row): row["method"] for row in best[best.quality_reporting == highest].to_dict("records")}
+    tests = {(*_group(row), frozenset((row["method"], row["other"]))): row for row in differences.to_dict("records")}
+    found = []
     for row in best.to_dict("records"):
-        key = tuple(row[k] for k in keys)
-        if row["method"] == top.get(key):
-            found.append("top")
-            continue
-        test = told.get((*key, frozenset((row["method"], top.get(key)))))
+        top = tops.get(_group(row))
+        test = tests.get((*_group(row), frozenset((row["method"], top))))
         apart = test is not None and test["p_holm"] < LEVEL
-        found.append(f"-{abs(test['difference']):.3f}" if test is not None and apart else "tied")
+        below = f"-{abs(test['difference']):.3f}" if test is not None and apart else "tied"
+        found.append("top" if row["method"] == top else below)
     return found
+
+
+def _group(row: dict[Hashable, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in GROUP)
 
 
 def quality_name(best: pd.DataFrame) -> str:
@@ -87,7 +85,7 @@ def group_lines(groups: pd.DataFrame) -> list[str]:
     """What the permutation test found, a sentence a setup, init and variant."""
     lines = []
     for row in groups.to_dict("records"):
-        where = ", ".join(str(row[k]) for k in ("setup", "init", "variant") if len(groups) > 1 and row[k])
+        where = ", ".join(str(row[k]) for k in GROUP if len(groups) > 1 and row[k])
         lines.append(
             f"{where + ': ' if where else ''}{row['pairwise']} pairwise methods against {row['pointwise']} pointwise: "
             f"{row['difference']:+.3f}, p = {row['p']:.3f} ({row['splits']} splits, one-sided)"
@@ -96,7 +94,7 @@ def group_lines(groups: pd.DataFrame) -> list[str]:
 
 
 def write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """tables/NAME.csv, .md and .tex (booktabs); numbers have every digit in the first, four in the others."""
+    """tables/NAME.csv, .md and .tex (booktabs); what is a number has every digit in the first, four in the others."""
     target = folder / "tables"
     target.mkdir(exist_ok=True)
     for name, table in tables.items():

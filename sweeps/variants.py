@@ -16,7 +16,7 @@ Study = tuple[str, str, str]  # setup, method, init
 _NOT_VARIANTS = {"beta", "lr", "seed", "sweep", "tracking", "output_dir", "keep", "dry_run", "best_from"}
 _NOT_VARIANTS |= {"beta_grid", "lr_grid", "setup", "engine"}
 _NOT_VARIANTS |= {"trainer.checkpoint_steps", "trainer.tokens_per_batch", "evaluation.generation.batch_size"}
-_NOT_VARIANTS |= {"server.timeout", "server.concurrency", "server.attempts", "model.attention"}
+_NOT_VARIANTS |= {"server.timeout", "server.concurrency", "model.attention"}
 _JUDGING = {"name", "baseline", *(name for names in JUDGES.values() for name in names)}
 _NOT_VARIANTS |= {f"judge.{f.name}" for f in fields(Judge) if f.name not in _JUDGING}
 # One folder, one record, one answer to "does it run": these cannot differ between the points of a sweep.
@@ -91,17 +91,17 @@ def _shown(tables: Sequence[dict[str, Any]]) -> list[str]:
     """The keys in which tables differ, or that some have not. Where the choice of a group says it all (model.name
     stands for model.path and the rest), that alone."""
     keys = dict.fromkeys(key for table in tables for key in table)
-    differing = [key for key in keys if len({_told(table, key) for table in tables}) > 1]
+    differing = [key for key in keys if len({_value(table, key) for table in tables}) > 1]
 
     def implied(key: str) -> bool:
         name = f"{key.partition('.')[0]}.name"
         if name not in differing or key == name:
             return False
-        pairs = {(_told(table, name), _told(table, key)) for table in tables}
+        pairs = {(_value(table, name), _value(table, key)) for table in tables}
         return len(pairs) == len({of for of, _ in pairs})
 
     return [key for key in differing if not implied(key)]
 
 
-def _told(table: dict[str, Any], key: str) -> str | None:
+def _value(table: dict[str, Any], key: str) -> str | None:
     return repr(table[key]) if key in table else None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from src.config import ConfigError, Model
+from src.config import ConfigError, Model, Point
 from src.identity import locate
 from tests.conftest import environment
 
@@ -35,17 +35,10 @@ def smollm2_folder(folder: Path) -> Path:
         locate(GGUF)
     except ConfigError:
         pytest.skip("make smollm2 has not been run")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from src.models import load_base, save_checkpoint, template_of
 
-    from src.models import _source
-
-    where, options = _source(Model(path=GGUF))
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(where, **options).save_pretrained(folder)
+    point = Point(model=Model(name="smollm2", path=GGUF, template="tokenizer"))
+    save_checkpoint(load_base(point), template_of(point), folder)
     return folder
 
 

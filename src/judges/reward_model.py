@@ -27,10 +27,8 @@ def reward_model(point: Point, comparisons: Sequence[Comparison], attempt: Attem
     """Rewards are kept by content: the baseline's are computed once for a whole grid."""
     name = point.judge.model
     assert name is not None
-    answers, model = (
-        Answers(Store(attempt.output_dir).answers("reward_model", name)),
-        fingerprint(name, key="judge.model"),
-    )
+    answers = Answers(Store(attempt.output_dir).answers("reward_model", name))
+    model = fingerprint(name, key="judge.model")
     texts = [(c.prompt, row["response"]) for c in comparisons for row in (c.response, c.baseline)]
     keys = [digest([model, prompt.messages, response]) for prompt, response in texts]
     answers.refresh()
