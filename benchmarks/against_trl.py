@@ -44,7 +44,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for shape in SHAPES
         for who in ("ours", "trl")
     ],
-    "gradients": [{"who": "both", "shape": "tldr", "measure": "gradients", "draw": draw} for draw in (0, 1, 2)],
+    "gradients": [{"who": "both", "shape": "tldr", "measure": "gradients", "draw": draw} for draw in range(8)],
     "length": [{"who": "ours", "shape": "tldr", "scale": scale} for scale in (0.5, 2.0)],
     "batch": [{"who": "ours", "shape": "tldr", "pairs": pairs} for pairs in (8, 32)],
     "size": [{"who": "ours", "shape": "tldr", "layers": layers} for layers in (10, 20)],
@@ -95,8 +95,10 @@ def gradients(job: dict[str, Any]) -> dict[str, Any]:
     """Of one DPO step on two pairs: norm of the difference over the norm. In float64 both compute the same; in float32
     each is as far from that as its rounding."""
     import random
+    from unittest import mock
 
     import torch
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     from src.config import Point
     from src.logprobs import prepare, sequence_logps
@@ -108,9 +110,16 @@ def gradients(job: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         logps = sequence_logps(model, pack(examples, range(2)), compute)[0].view(-1, 2)
     rng = random.Random(0)
-    references = [(a + rng.gauss(0, 3), b + rng.gauss(0, 3)) for a, b in logps.tolist()]
+    # float32's own values: TRL takes them as float32
+    references = torch.tensor([(a + rng.gauss(0, 3), b + rng.gauss(0, 3)) for a, b in logps.tolist()]).tolist()
+
+    def norm(self: Any, x: Any) -> Any:  # transformers' own goes through float32 whatever comes in
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
     found = {}
     for precision in (torch.float32, torch.float64):
+        if precision == torch.float64:
+            mock.patch.object(LlamaRMSNorm, "forward", norm).start()  # on both sides
         prepare(model.to(precision)).zero_grad()
         ratios = sequence_logps(model, pack(examples, range(2)), compute)[0].view(-1, 2) - torch.tensor(references)
         (-torch.nn.functional.logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1]))).mean().backward()

@@ -22,17 +22,17 @@ class PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling: float) -> Tensor:
         assert query.shape[0] == 1, "a packed batch is one row"
         inputs = *(_rows(x[0]) for x in (query, key, value)), segments, scaling
-        out, normaliser = kernels.load().attention(*inputs)
-        ctx.save_for_backward(*inputs[:4], out, normaliser)
+        out, softmax = kernels.load().attention(*inputs)
+        ctx.save_for_backward(*inputs[:4], out, softmax)
         ctx.scaling = scaling
         return out.transpose(0, 1)[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, out, normaliser = ctx.saved_tensors
+        *inputs, out, softmax = ctx.saved_tensors
         gradient = _rows(gradients[0][0].transpose(0, 1))
-        found = kernels.load().attention_backward(*inputs, ctx.scaling, out, normaliser, gradient)
+        found = kernels.load().attention_backward(*inputs, ctx.scaling, out, softmax, gradient)
         return *(x[None] for x in found), None, None
 
 

@@ -24,7 +24,7 @@ from src import attention
 from src.config import ConfigError
 from src.head import Head
 from src.layers import GatedMLP, LastLayer, RMSNorm
-from src.linear import Linear
+from src.linear import ONEDNN, Linear, product
 from src.logprobs import Compute, prepare, score, sequence_logps
 from src.pairs import Example, Layout, Segment, pack, partition
 from tests.padded import padded_logps
@@ -241,3 +241,17 @@ def test_attention_the_packed_path_cannot_express_is_refused_by_name():
         attention.check_supported(LlamaConfig(max_position_embeddings=512), longest=1024)
     attention.check_supported(MistralConfig(sliding_window=4096), longest=1024)
     attention.check_supported(Qwen2Config(sliding_window=128, use_sliding_window=False), longest=1024)
+
+
+@pytest.mark.skipif(not ONEDNN, reason="careful products are oneDNN's")
+@pytest.mark.parametrize("terms", [576, 1536])
+def test_careful_products_round_half_as_much_and_the_first_layers_have_them(terms):
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(size, terms, generator=generator) for size in (300, 200))
+    exact = rows.double() @ weight.double().T
+    errors = [(product(rows, weight, careful=careful) - exact).norm() for careful in (False, True)]
+    assert errors[1] < 0.7 * errors[0]
+
+    layers = make_model(num_hidden_layers=5).model.layers
+    careful = [{module.careful for module in layer.modules() if isinstance(module, Linear)} for layer in layers]
+    assert careful == [{True}] * 3 + [{False}] * 2

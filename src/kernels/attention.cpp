@@ -36,9 +36,9 @@ Tensor like_heads(const Tensor& x) {  // in memory (positions, heads, d), as wha
 
 struct Forward : Sizes {
   Forward(const Tensor& query, const Tensor& key, const Tensor& value, const std::vector<Family>& families,
-          float scaling, const Tensor& output, const Tensor& normaliser)
-      : Sizes(query, key), q(query), k(key), v(value), out(output), normalisers(normaliser.data_ptr<float>()),
-        families(families), scaling(scaling) {}
+          float scaling, const Tensor& output, const Tensor& softmax)
+      : Sizes(query, key), q(query), k(key), v(value), out(output), largests(softmax.data_ptr<float>()),
+        inverses(largests + softmax[0].numel()), families(families), scaling(scaling) {}
 
   void operator()(int64_t task) {
     const Family& family = families[task / kv_heads];
@@ -65,14 +65,15 @@ struct Forward : Sizes {
                 os.data(), d, i > 0);
       for (int64_t r = 0; r < real; r++) {
         const int64_t head = h * group + r / m, at = from + r % m;
+        largests[head * n + at] = largest[r];
+        inverses[head * n + at] = 1 / sums[r];
         scale(os.data() + r * d, out.at(head, at), d, 1 / sums[r]);
-        normalisers[head * n + at] = largest[r] + std::log(sums[r]);
       }
     });
   }
 
   Heads q, k, v, out;
-  float* normalisers;
+  float *largests, *inverses;
   const std::vector<Family>& families;
   float scaling;
   Floats ks, kt, vs, qs, os, scores, position, largest, sums;  // t: turned, (d, keys) instead of (keys, d)
@@ -80,10 +81,11 @@ struct Forward : Sizes {
 
 struct Backward : Sizes {
   Backward(const Tensor& query, const Tensor& key, const Tensor& value, const std::vector<Family>& families,
-           float scaling, const Tensor& output, const Tensor& normaliser, const Tensor& gradient,
+           float scaling, const Tensor& output, const Tensor& softmax, const Tensor& gradient,
            const Tensor& of_query, const Tensor& of_key, const Tensor& of_value)
       : Sizes(query, key), q(query), k(key), v(value), out(output), of_out(gradient), of_q(of_query), of_k(of_key),
-        of_v(of_value), normalisers(normaliser.data_ptr<float>()), families(families), scaling(scaling) {}
+        of_v(of_value), largests(softmax.data_ptr<float>()), inverses(largests + softmax[0].numel()),
+        families(families), scaling(scaling) {}
 
   void operator()(int64_t task) {
     const Family& family = families[task / kv_heads];
@@ -98,7 +100,7 @@ struct Backward : Sizes {
       for (auto* x : {&qs, &os}) x->assign(rows * d, 0.0f);
       for (auto* x : {&qt, &ot, &of_qt, &of_qs}) x->resize(rows * d);
       for (auto* x : {&scores, &of_p}) x->resize(rows * KEYS);
-      for (auto* x : {&normaliser, &inner}) x->assign(rows, 0.0f);
+      for (auto* x : {&largest, &inverse, &inner}) x->assign(rows, 0.0f);
       position.assign(rows, -INFINITE);
       for (int64_t r = 0; r < real; r++) {
         const int64_t head = h * group + r / m, at = from + r % m;
@@ -106,7 +108,8 @@ struct Backward : Sizes {
         std::copy_n(of_out.at(head, at), d, os.data() + r * d);
         // Of a softmax: dS = P * (dP - sum of P * dP), and that sum is the one of output * gradient.
         inner[r] = dot(out.at(head, at), of_out.at(head, at), d);
-        normaliser[r] = normalisers[head * n + at];
+        largest[r] = largests[head * n + at];
+        inverse[r] = inverses[head * n + at];
         position[r] = at;
       }
       transpose(qs.data(), qt.data(), rows, d);
@@ -116,7 +119,8 @@ struct Backward : Sizes {
         const int64_t at = t.offset * d;
         product(t.keys, rows, d, ks.data() + at, d, qt.data(), rows, scores.data(), rows, false);
         product(t.keys, rows, d, vs.data() + at, d, ot.data(), rows, of_p.data(), rows, false);
-        of_scores(scores.data(), of_p.data(), rows, t, normaliser.data(), inner.data(), position.data());
+        of_scores(scores.data(), of_p.data(), rows, t, largest.data(), inverse.data(), inner.data(),
+                  position.data());
         product(t.keys, d, rows, scores.data(), rows, os.data(), d, of_vs.data() + at, d, true);
         product(t.keys, d, rows, of_p.data(), rows, qs.data(), d, of_ks.data() + at, d, true);
         product(d, rows, t.keys, kt.data() + at, KEYS, of_p.data(), rows, of_qt.data(), rows, i > 0);
@@ -130,33 +134,34 @@ struct Backward : Sizes {
   }
 
   Heads q, k, v, out, of_out, of_q, of_k, of_v;
-  const float* normalisers;
+  const float *largests, *inverses;
   const std::vector<Family>& families;
   float scaling;
   // Scores are (keys, rows) here: then no product asks for them turned.
-  Floats ks, kt, vs, of_ks, of_vs, qs, qt, os, ot, of_qs, of_qt, scores, of_p, normaliser, inner, position;
+  Floats ks, kt, vs, of_ks, of_vs, qs, qt, os, ot, of_qs, of_qt, scores, of_p, largest, inverse, inner, position;
 };
 
-// query (heads, n, d), key and value (kv_heads, n, d), segments (s, 4) int64 -> (heads, n, d) and (heads, n): the
-// logarithm of what each query's exponentials sum to.
+// query (heads, n, d), key and value (kv_heads, n, d), segments (s, 4) int64 -> (heads, n, d) and (2, heads, n): each
+// query's largest score, and one over what its exponentials sum to. The logarithm of both in one would be rounded
+// where it is large, and every probability of the backward pass with it.
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& segments,
                                    double scaling) {
   TORCH_CHECK(value.sizes() == key.sizes(), "keys and values do not fit");
   const auto families = families_of(segments, query.size(1));
-  Tensor output = like_heads(query), normaliser = at::empty({query.size(0), query.size(1)}, query.options());
+  Tensor output = like_heads(query), softmax = at::empty({2, query.size(0), query.size(1)}, query.options());
   for_tasks(families.size() * key.size(0),
-            Forward(query, key, value, families, static_cast<float>(scaling), output, normaliser));
-  return {output, normaliser};
+            Forward(query, key, value, families, static_cast<float>(scaling), output, softmax));
+  return {output, softmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& key, const Tensor& value,
                                             const Tensor& segments, double scaling, const Tensor& output,
-                                            const Tensor& normaliser, const Tensor& gradient) {
+                                            const Tensor& softmax, const Tensor& gradient) {
   const auto families = families_of(segments, query.size(1));
   Tensor of_query = like_heads(query), of_key = like_heads(key), of_value = like_heads(value);
   for_tasks(families.size() * key.size(0),
-            Backward(query, key, value, families, static_cast<float>(scaling), output, normaliser, gradient, of_query,
-                     of_key, of_value));
+            Backward(query, key, value, families, static_cast<float>(scaling), output, softmax, gradient, of_query, of_key,
+                     of_value));
   return {of_query, of_key, of_value};
 }
 
@@ -166,7 +171,7 @@ TORCH_LIBRARY(alignment_sweep, library) {
   library.def("attention(Tensor query, Tensor key, Tensor value, Tensor segments, float scaling) -> (Tensor, Tensor)");
   library.def(
       "attention_backward(Tensor query, Tensor key, Tensor value, Tensor segments, float scaling, Tensor output, "
-      "Tensor normaliser, Tensor gradient) -> (Tensor, Tensor, Tensor)");
+      "Tensor softmax, Tensor gradient) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(alignment_sweep, CPU, library) {

@@ -84,14 +84,15 @@ EACH_PROCESSOR void exponentials(float* scores, int64_t real, int64_t rows, cons
 
 // scores, of_probabilities (keys, rows) -> probabilities and the gradient of the scores, in place
 EACH_PROCESSOR void of_scores(float* scores, float* of_probabilities, int64_t rows, const Tile& tile,
-                              const float* normaliser, const float* inner, const float* position) {
+                              const float* largest, const float* inverse, const float* inner,
+                              const float* position) {
   for (int64_t j = 0; j < tile.keys; j++) {
     float* s = scores + j * rows;
     float* g = of_probabilities + j * rows;
     const float at = j >= tile.real ? INFINITE : tile.first < 0 ? -1.0f : static_cast<float>(tile.first + j);
 #pragma omp simd
     for (int64_t r = 0; r < rows; r++) {
-      const float p = at <= position[r] ? exponential(s[r] - normaliser[r]) : 0.0f;
+      const float p = at <= position[r] ? exponential(s[r] - largest[r]) * inverse[r] : 0.0f;
       s[r] = p;
       g[r] = p * (g[r] - inner[r]);
     }
