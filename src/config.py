@@ -78,6 +78,7 @@ class Dataset:
     sft: HubTable | None = None
     preference: HubTable | None = None
     sft_size: int | None = None
+    sft_fraction: float = 1.0  # 0: none, the base model itself
     train_size: int | None = None
     validation_size: int | None = None
     seed: int = 0
@@ -149,6 +150,7 @@ class Server:
 class Evaluation:
     name: str = MISSING
     quality: str = MISSING  # win_rate | reward_accuracy
+    questions: str | None = None  # file of a benchmark's; null: held-out prompts
     prompts: int = 500
     selection_fraction: float = 0.5
     split_seed: int = 0
@@ -157,9 +159,10 @@ class Evaluation:
 
 @dataclass
 class Judge:
-    name: str = MISSING  # none | gold | tldr | reward_model
-    baseline: str = "sft"  # sft | chosen: what a response is compared with
-    model: str | None = None  # as the endpoint calls it; of reward_model: hub name or local folder
+    name: str = MISSING  # none | gold | tldr | alpaca_eval | arena_hard | reward_model
+    baseline: str | None = "sft"  # sft | chosen | a file of answers: what a response is compared with
+    model: str | None = None  # as the endpoint calls it; of alpaca_eval: an annotator; of reward_model: a model
+    prompt: str | None = None  # file with the words of the question
     base_url: str | None = None  # of an OpenAI-compatible endpoint; null: OpenAI's
     api_key_env: str = "OPENAI_API_KEY"  # the key itself is never written down
     temperature: float = 0.0

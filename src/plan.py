@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from src.config import Optimisation, Point, method_options
-from src.data import check_readable
+from src.data.questions import check_readable
 from src.identity import digest, fingerprint
 from src.judges import identity_fields
 from src.methods import METHODS
 from src.store import Store
 
 # Raise a stage's number when what it computes changes: old artefacts are then not its own any more.
-VERSIONS = {"sft": 5, "reference": 5, "align": 5, "generate": 5, "evaluate": 3}
+VERSIONS = {"sft": 6, "reference": 6, "align": 6, "generate": 6, "evaluate": 3}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Stage:
     def label(self) -> str:
         """What a person calls it in a progress line."""
         if self.role in ("sft", "reference", "baseline"):
-            return f"{self.point.setup.name} {self.role}"
+            fraction = self.point.dataset.sft_fraction
+            share = "" if fraction == 1 or self.role == "baseline" else f" on {100 * fraction:g} %"
+            return f"{self.point.setup.name} {self.role}{share}"
         return f"{self.point.label} {self.kind}"
 
 
@@ -57,10 +59,11 @@ def stages_of(point: Point) -> list[Stage]:
     """The stages of a point in the order they run; the last one is `evaluate`."""
     stages: list[Stage] = []
 
-    def add(kind: str, fields: dict[str, Any], **upstream: Stage | None) -> Stage:
+    def add(kind: str, fields: dict[str, Any], by: Point = point, **upstream: Stage | None) -> Stage:
         present = {role: stage for role, stage in upstream.items() if stage is not None}
-        stage = Stage(kind, fields, present, point)
-        stages.append(stage)
+        stage = Stage(kind, fields, present, by)
+        if stage not in stages:
+            stages.append(stage)
         return stage
 
     model = {
@@ -73,15 +76,16 @@ def stages_of(point: Point) -> list[Stage]:
     judge = identity_fields(point.judge)
     sampled = judge is not None and judge["baseline"] == "sft"  # what it compares with is sampled from the SFT model
 
-    sft = init = None
-    if point.init.name == "sft" or sampled:
-        sft = add(
-            "sft", {**model, **training, "data": sft_data, "trainer": _trainer(point.trainer.sft), "seed": point.seed}
-        )
-    if point.init.name == "sft":
-        init = sft
+    def sft(fraction: float) -> Stage:
+        data = {**sft_data, "sft_fraction": fraction}
+        by = replace(point, dataset=replace(point.dataset, sft_fraction=fraction))
+        fields = {**model, **training, "data": data, "trainer": _trainer(point.trainer.sft), "seed": point.seed}
+        return add("sft", fields, by)
+
+    fraction = point.dataset.sft_fraction
+    init = sft(fraction) if point.init.name == "sft" and fraction > 0 else None
     # The base model has no stage: it is part of the fields of whoever starts from it.
-    start = {**model, "init": point.init.name}
+    start = {**model, "init": "base" if init is None else "sft"}
 
     reference = None
     if METHODS[point.method.name].needs_reference:
@@ -112,11 +116,12 @@ def stages_of(point: Point) -> list[Stage]:
         "server": server,
         "data": pairs,
         "prompts": evaluation.prompts,
+        "questions": evaluation.questions and fingerprint(evaluation.questions, key="evaluation.questions"),
         "generation": generation,
         "seed": point.seed,
     }
-    # The baseline is the SFT model's whatever the point starts from.
-    baseline = add("generate", {**model, **sampling, "role": "baseline"}, checkpoint=sft) if sampled else None
+    # The baseline is the SFT model's whatever the point starts from: points are compared with one and the same.
+    baseline = add("generate", {**model, **sampling, "role": "baseline"}, checkpoint=sft(1.0)) if sampled else None
     samples = add("generate", {**start, **sampling, "role": "policy"}, checkpoint=align, reference=init)
     add(
         "evaluate",

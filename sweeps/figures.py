@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,26 +21,10 @@ from src.methods import METHODS
 from src.tracking import METRICS_FILE
 from sweeps.comparison import on_pareto_front
 from sweeps.graphics import Drawing
+from sweeps.looks import KINDS, NAMES, REACH, STYLES, plain, quality_of, tip_of
+from sweeps.side_by_side import side_by_side
 from sweeps.statistics import GROUP, over_seeds, per_beta
 
-# One colour and marker a method in every figure (Okabe-Ito: told apart by colour-blind readers too).
-LOOKS = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")]
-STYLES = {
-    method: LOOKS[[m for m in METHODS if METHODS[m].kind == spec.kind].index(method)]
-    for method, spec in METHODS.items()
-}
-NAMES = {
-    "dpo": "DPO",
-    "ipo": "IPO",
-    "simpo": "SimPO",
-    "orpo": "ORPO",
-    "asft": "ASFT",
-    "apo_zero": "APO-Zero",
-    "nca": "NCA",
-    "cal_dpo": "Cal-DPO",
-}
-KINDS = ("pairwise", "pointwise")
-REACH = 1.96  # standard errors to either end of a 95 % interval
 CELLS = 60  # of a heat map: above that numbers would not fit
 LONGEST = 150  # characters of a file's stem
 BINS = 200  # of a training curve: so many of its steps are told apart
@@ -49,8 +32,11 @@ SMOOTH = 10  # a training curve is the mean over this share of its steps around 
 
 
 def draw(points: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
-    """Every figure of every setup, init and variant. points: of points.csv; best: of chosen_points."""
+    """Every figure of every setup, init and variant. points: of points.csv; best: of held_out.with_intervals."""
     rows, seeds = per_beta(points), over_seeds(points)
+    for setup, own in best.groupby("setup", sort=False):
+        if len(own[GROUP].drop_duplicates()) > 1:
+            yield side_by_side(str(setup), own)
     for key, own in rows.groupby(GROUP, sort=False, dropna=False):
         setup, init, variant = map(str, key)
         parts = [setup, *([] if init == "sft" else [init]), *([variant] if variant else [])]
@@ -76,7 +62,7 @@ def over_beta(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> D
         _line(drawing, ax, rows[rows.method == method], best, method, "beta")
         ax.set_title(NAMES[method])
         ax.set_xlabel("beta")
-    _label_rows(panels, f"{_quality(rows)}, 95 %")
+    _label_rows(panels, f"{quality_of(rows)}, 95 %")
     fig.suptitle(title)
     return drawing
 
@@ -100,14 +86,14 @@ def over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Dra
         ax.set_title(kind)
         ax.set_xlabel("KL to the initial checkpoint, nats a sequence")
         ax.legend(frameon=False, loc="lower right")
-    grid[0][0].set_ylabel(f"{_quality(rows)}, 95 %")
+    grid[0][0].set_ylabel(f"{quality_of(rows)}, 95 %")
     fig.suptitle(title)
     return drawing
 
 
 def over_both(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
     """What choosing saw: quality on the selection prompts at every beta and lr."""
-    title = f"{name}: {_quality(rows)} on the selection prompts; frame: chosen"
+    title = f"{name}: {quality_of(rows)} on the selection prompts; frame: chosen"
     fig, panels = _panels(rows, 2.9, share=False)
     drawing = Drawing(f"{stem}_lr_and_beta", title, fig)
     values = rows.quality_selection
@@ -124,7 +110,7 @@ def over_both(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> D
             chosen = ((taken.beta == row["beta"]) & (taken.lr == row["lr"])).any()
             if told or chosen:
                 cell = Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colours(scale(value)))
-                cell.set_gid(drawing.tip(_tip(row, "quality_selection")))
+                cell.set_gid(drawing.tip(tip_of(row, "quality_selection")))
                 if chosen:
                     cell.set(edgecolor="#D55E00", linewidth=2.5, zorder=3)
                 ax.add_patch(cell)
@@ -169,7 +155,7 @@ def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
                 drawing.tip(f"{NAMES[method]}: {label.partition(':')[0]}, last {curve[column].iloc[-1]:.4g}")
             )
         ax.set(xlabel="step", ylabel=label)
-        _plain(ax)
+        plain(ax)
     fig.axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="dashed: pointwise")
     fig.suptitle(title)
     return drawing
@@ -211,27 +197,10 @@ def _label_rows(panels: dict[str, Axes], label: str) -> None:
             seen.add(kind)
 
 
-def _quality(rows: pd.DataFrame) -> str:
-    return str(rows.metric.iloc[0]).replace("_", " ")
-
-
-def _plain(ax: Axes) -> None:
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _tip(row: dict[Hashable, Any], quality: str) -> str:
-    """What a mark says: which point it is, its quality (the column of that name) and KL. row: of over_seeds."""
-    error = row[f"{quality}_se"]
-    known = "" if pd.isna(error) else f" ± {REACH * error:.3f}"
-    where = f"{NAMES[row['method']]}, beta {row['beta']:g}, lr {row['lr']:g}"
-    return f"{where}\n{row[quality]:.3f}{known}, KL {row['kl_sequence']:.2f}"
-
-
 def _line(drawing: Drawing, ax: Axes, line: pd.DataFrame, best: pd.DataFrame, method: str, x: str) -> None:
     colour, marker = STYLES[method]
     ax.set_xscale("log")
-    _plain(ax)
+    plain(ax)
     ax.xaxis.set_major_locator(LogLocator(numticks=4))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -249,7 +218,7 @@ def _line(drawing: Drawing, ax: Axes, line: pd.DataFrame, best: pd.DataFrame, me
         capsize=2,
     )
     for row in line.to_dict("records"):
-        tip = _tip(row, "quality_reporting")
+        tip = tip_of(row, "quality_reporting")
         drawing.mark(ax, row[x], row["quality_reporting"], tip, color=colour, marker=marker, markersize=6)
     ax.plot([], [], color=colour, marker=marker, label=NAMES[method])
     chosen = best[(best.method == method) & (best[x] > 0)]

@@ -12,7 +12,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from src import hub
 from src.checks import check_grid, check_key, check_packages, point_from
@@ -31,8 +31,11 @@ GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
 class GridSweeper(Sweeper):
     """Expands, composes and checks all points, hands their plan to the launcher, aggregates what came out."""
 
-    def __init__(self, params: DictConfig | None = None) -> None:
-        self.params = params
+    def __init__(self, params: DictConfig | None = None, parts: ListConfig | None = None) -> None:
+        """params: overrides of every part, by key; parts: for each part of the sweep those that it has besides, the
+        sweep being their points together."""
+        self.params = {} if params is None else {str(k): v for k, v in params.items()}
+        self.parts = [{str(k): v for k, v in part.items()} for part in ([{}] if parts is None else parts)]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
@@ -51,7 +54,7 @@ class GridSweeper(Sweeper):
             kind = type(self.launcher).__name__
             raise ConfigError(f"hydra/launcher: {kind} cannot run planned stages; use hydra/launcher=local or slurm")
         overrides = self._merged(arguments)
-        points = expand(overrides, self.config, self.loader)
+        points = self._points(overrides)
         if different := varying_settings(points):
             raise ConfigError(f"{different[0]}: must be one value for a whole sweep")
         store = Store(points[0].output_dir)
@@ -60,7 +63,7 @@ class GridSweeper(Sweeper):
             # What no result depends on (threads, say) was swept: such points are one.
             plan = make_plan([plan.points[plan.results.index(r)] for r in dict.fromkeys(plan.results)], store)
         points = plan.points
-        name = points[0].sweep.name or f"{points[0].setup.name}-{digest(sorted(as_typed(overrides)))[:8]}"
+        name = points[0].sweep.name or f"{points[0].setup.name}-{_digest_of(overrides)}"
         name_variants(points)
         for point in points:
             point.sweep.name = name  # what trackers group by; no stage depends on it
@@ -82,11 +85,24 @@ class GridSweeper(Sweeper):
         else:
             record.conclude(failures)
 
-    def _merged(self, arguments: list[str]) -> list[str]:
-        """hydra.sweeper.params (of +sweep=NAME) as overrides, those of the command line taking their place."""
-        params = {} if self.params is None else {str(k): v for k, v in self.params.items()}
+    def _merged(self, arguments: list[str]) -> list[list[str]]:
+        """hydra.sweeper.params and parts (of +sweep=NAME) as the overrides of each part; those of the command line take
+        the place of either."""
         given = {override.key_or_group for override in parse_overrides(arguments, self.loader)}
-        return [f"{key}={value}" for key, value in params.items() if key.lstrip("+~") not in given] + arguments
+        return [
+            [f"{key}={value}" for key, value in (self.params | part).items() if key.lstrip("+~") not in given]
+            + arguments
+            for part in self.parts
+        ]
+
+    def _points(self, overrides: list[list[str]]) -> list[Point]:
+        points = {repr(point): point for own in overrides for point in expand(own, self.config, self.loader)}
+        return list(points.values())
+
+
+def _digest_of(overrides: list[list[str]]) -> str:
+    parts = [sorted(as_typed(own)) for own in overrides]
+    return digest(parts[0] if len(parts) == 1 else parts)[:8]
 
 
 def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]:

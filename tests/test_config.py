@@ -52,6 +52,9 @@ def test_every_option_of_every_group_composes(group):
         needed = ["beta=1", "lr=1e-5"] if (group, option) == ("init", "base") else []
         needed += ["evaluation=preference"] if (group, option) == ("judge", "none") else []
         needed += ["judge.model=some/name"] if (group, option) == ("judge", "reward_model") else []
+        if option in ("alpaca_eval", "arena_hard"):  # of judge and of evaluation
+            needed += ["evaluation.questions=README.md", "judge.baseline=README.md"]
+            needed += ["judge=arena_hard"] if group == "evaluation" else []
         point_from(composed(f"{group}={option}", *needed))
 
 

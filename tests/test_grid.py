@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from tests.conftest import ROOT, dry_run, environment
@@ -56,6 +57,40 @@ def test_a_named_sweep_yields_to_the_command_line():
         len(v) for v in yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text()).values()
     )
     assert len(dry_run("+sweep=demo", "method=dpo", "beta=0.1,1")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "points", "sft"), [("paper_tldr_3b", 200, 1), ("paper_uf_3b", 200, 1), ("paper_uf_8b", 179, 1)]
+)
+def test_sweeps_of_the_paper_have_its_points_and_rest_on_one_sft_and_one_reference(name, points, sft):
+    labels, output = dry_run(f"+sweep={name}")
+    assert len(labels) == len(set(labels)) == points
+    assert re.search(rf"^sft +{sft} ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
+
+
+def test_every_named_sweep_plans():
+    for path in sorted((ROOT / "conf/sweep").glob("*.yaml")):
+        assert dry_run(f"+sweep={path.stem}")[0], path.stem
+
+
+def test_a_sweep_in_parts_has_the_points_of_each_and_yields_to_the_command_line():
+    labels, _ = dry_run("+sweep=demo_init_ablation")
+    assert [label for label in labels if "init=base" in label] == [
+        f"{method} beta=1 lr=0.001 init=base init.align_weight={weight}"
+        for method in ("orpo", "asft")
+        for weight in (0.1, 1.0)
+    ]
+    assert [label.split()[0] for label in labels].count("dpo") == 1
+    only = dry_run("+sweep=demo_init_ablation", "method=asft")[0]
+    assert {label.split()[0] for label in only} == {"asft"} and len(only) == 6
+
+
+def test_each_share_of_the_demonstrations_has_an_sft_of_its_own_and_all_one_baseline():
+    labels, output = dry_run("+sweep=demo_sft_fraction", "method=dpo")
+    assert len(labels) == 6
+    # None is the base model, which is not trained; what a judge compares with is the SFT model on all of them.
+    for kind, count in (("sft", 5), ("reference", 6), ("baseline", 1)):
+        assert re.search(rf"^{kind} +{count} ", output, re.M), output
 
 
 PROBE = """

@@ -1,11 +1,13 @@
 """Where prompt ends and response begins, what is cut, and what is dropped."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
-from src.config import ConfigError, Dataset, Model, Point
-from src.data import Hub, JsonLines, MiniTldr, mini_tldr
+from src.config import ConfigError, Dataset, HubTable, Model, Point
+from src.data import Hub, JsonLines, MiniTldr, demonstrations_of, mini_tldr
 from src.data.rows import Prompt, pair_from, text_prompt
 from src.data.templates import Template
 from src.data.tokenised import tokenise
@@ -148,8 +150,6 @@ def test_pairs_of_one_prompt_stay_on_one_side_of_the_split(tmp_path):
 
 
 def test_hub_tables_load_from_a_local_copy(tmp_path):
-    from src.config import HubTable
-
     for name in ("sft", "preference"):
         (tmp_path / name).mkdir()
     (tmp_path / "sft" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -158,6 +158,28 @@ def test_hub_tables_load_from_a_local_copy(tmp_path):
     source = Hub(Dataset(path=str(tmp_path), sft=HubTable("x/y"), preference=HubTable("x/z")))
     assert source.demonstrations()[0].response == "b"
     assert source.pairs("validation")[0].rejected == "c"
+
+
+@pytest.mark.parametrize("source", ["mini_tldr", "jsonl", "hub"])
+def test_a_smaller_share_of_the_demonstrations_is_part_of_every_larger_one(source, tmp_path):
+    rows = [{"prompt": f"p{n}", "chosen": f"a{n}", "rejected": "b", "completion": f"a{n}"} for n in range(300)]
+    for name in ("sft", "preference"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    where = {"jsonl": tmp_path / "sft" / "train.jsonl", "hub": tmp_path}.get(source)
+    table = HubTable("x/y") if source == "hub" else None
+    data = Dataset("d", source, where and str(where), sft=table, preference=table, sft_size=200, validation_size=20)
+
+    def responses(fraction):
+        return [d.response for d in demonstrations_of(Point(dataset=replace(data, sft_fraction=fraction)))]
+
+    everything = responses(1.0)
+    shares = [responses(fraction) for fraction in (0.01, 0.03, 0.1, 0.5, 1.0)]
+    assert [len(share) for share in shares] == [2, 6, 20, 100, 200]
+    for share, larger in pairwise(shares):
+        assert set(share) < set(larger)
+        assert share == [response for response in everything if response in set(share)]  # in their order
+    assert shares[3] != everything[:100]  # drawn, not cut off
 
 
 def test_mini_tldr_is_the_same_every_time_and_its_labels_follow_the_gold_score():

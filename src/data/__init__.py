@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from src.config import ConfigError, Dataset, HubTable, Point
 from src.data import mini_tldr
 from src.data.rows import Demonstration, Pair, Prompt, demonstration_from, pair_from, read_rows, text_prompt
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -101,18 +103,10 @@ class Hub:
             raise ConfigError(f"dataset.{name}.path={where} (split {split}) cannot be loaded: {reason}") from error
         return [(f"{where}/{split}, row {i}", row) for i, row in enumerate(rows)]
 
-    @staticmethod
-    def _choose(rows: list[Any], size: int | None, seed: int) -> list[Any]:
-        if size is None or size >= len(rows):
-            return rows
-        return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), size))]
-
     def demonstrations(self) -> list[Demonstration]:
         assert self.data.sft is not None
-        rows = self._choose(
-            self._rows("sft", self.data.sft, self.data.sft.train_split), self.data.sft_size, self.data.seed
-        )
-        return [demonstration_from(row, where) for where, row in rows]
+        rows = self._rows("sft", self.data.sft, self.data.sft.train_split)
+        return [demonstration_from(row, where) for where, row in self._chosen(rows, self.data.sft_size)]
 
     def pairs(self, split: str) -> list[Pair]:
         table = self.data.preference
@@ -122,8 +116,10 @@ class Hub:
             if split == "train"
             else (table.validation_split, self.data.validation_size)
         )
-        rows = self._choose(self._rows("preference", table, name), size, self.data.seed)
-        return [pair_from(row, where) for where, row in rows]
+        return [pair_from(row, where) for where, row in self._chosen(self._rows("preference", table, name), size)]
+
+    def _chosen(self, rows: list[T], size: int | None) -> list[T]:
+        return _first(rows, len(rows) if size is None else size, self.data.seed)
 
     def prompts(self, count: int) -> list[Prompt]:
         return _distinct(self.pairs("validation"), count)
@@ -147,10 +143,19 @@ _SOURCES: dict[str, type[MiniTldr] | type[JsonLines] | type[Hub]] = {
 _loaded: dict[str, Source] = {}
 
 
-def check_readable(points: list[Point]) -> None:
-    """Read every row of the files the points name, before anything runs. Raises ConfigError naming file and line."""
-    for point in {repr(p.dataset): p for p in points if p.dataset.source == "jsonl"}.values():
-        source_of(point).pairs("train")
+def demonstrations_of(point: Point) -> list[Demonstration]:
+    """What SFT learns: dataset.sft_fraction of the source's, at least one, in the source's order. A smaller share is
+    part of every larger one."""
+    rows = source_of(point).demonstrations()
+    count = max(1, round(point.dataset.sft_fraction * len(rows)))
+    return _first(rows, count, f"{point.dataset.seed}/sft_fraction")
+
+
+def _first(rows: list[T], count: int, seed: int | str) -> list[T]:
+    """The first `count` in a shuffled order, in their own order: a smaller choice is part of every larger one."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return [rows[i] for i in sorted(order[:count])]
 
 
 def source_of(point: Point) -> Source:

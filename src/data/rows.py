@@ -111,10 +111,13 @@ def _response(value: Any, where: str, name: str) -> str:
     return value
 
 
-def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) of a JSON list or a JSON-lines file. Raises ConfigError naming file and line."""
+def read_rows(path: str, key: str = "dataset.path") -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) of a JSON list or a JSON-lines file, which the config's `key` names. Raises ConfigError naming file
+    and line."""
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         at = Path(path).read_bytes()[: error.start].count(b"\n") + 1
         raise ConfigError(f"{path}, line {at}: not UTF-8 ({error.reason})") from None
@@ -132,7 +135,7 @@ def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
                 except json.JSONDecodeError as error:
                     raise ConfigError(f"{path}, line {number}: not JSON ({error.msg})") from None
     if not rows:
-        raise ConfigError(f"dataset.path={path}: no rows in it")
+        raise ConfigError(f"{key}={path}: no rows in it")
     for where, row in rows:
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: a row is an object, not {type(row).__name__}")

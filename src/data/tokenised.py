@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from src.config import ConfigError, Point
-from src.data import source_of
+from src.data import demonstrations_of, source_of
 from src.data.rows import Prompt
 from src.data.templates import Template
 from src.pairs import Example
@@ -56,7 +56,7 @@ def examples_of(point: Point, part: str, template: Template) -> Tokenised:
             _cache.clear()
         source = source_of(point)
         if part == "sft":
-            rows: list[tuple[Prompt, tuple[str, ...]]] = [(d.prompt, (d.response,)) for d in source.demonstrations()]
+            rows: list[tuple[Prompt, tuple[str, ...]]] = [(d.prompt, (d.response,)) for d in demonstrations_of(point)]
         else:
             rows = [(p.prompt, (p.chosen, p.rejected)) for p in source.pairs(part)]
         made = tokenise(rows, template, point.dataset.max_tokens, point.dataset.max_prompt_tokens)
