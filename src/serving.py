@@ -36,7 +36,8 @@ _LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may wait
 @contextmanager
 def serving(server: Server, checkpoint: Path, precision: str, folder: Path, beat: Callable[[], None]) -> Iterator[str]:
     """Yields the base URL of a server that calls its model by the path of the checkpoint. Its output goes to
-    server.log in `folder`. beat() is called while it starts. Raises StageError when it does not start.
+    server.log in `folder`. beat() is called while it starts. Raises StageError when it does not start, and when it is
+    why the caller has one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,7 +60,13 @@ def serving(server: Server, checkpoint: Path, precision: str, folder: Path, beat
         try:
             root = f"http://127.0.0.1:{port}"
             _wait(process, root, server.timeout, folder, beat)
-            yield f"{root}/v1"
+            try:
+                yield f"{root}/v1"
+            except StageError as error:
+                if process.poll() is None:
+                    raise
+                how = f"ended with code {process.returncode} while it sampled"
+                raise StageError(f"the server of server.command {how}: {_last_words(folder)}") from error
         finally:
             _stop(process)
 

@@ -30,7 +30,7 @@ def aggregate(
     from sweeps import figures, held_out
     from sweeps.comparison import pairwise_against_pointwise
     from sweeps.report import Found, write_report
-    from sweeps.tables import best_table, print_best, write_tables
+    from sweeps.tables import benchmark_table, best_table, print_best, write_tables
 
     out = out or folders[0]
     results = collect(folders)
@@ -44,16 +44,16 @@ def aggregate(
     (out / "figures").mkdir(parents=True, exist_ok=True)
     points.to_csv(out / "points.csv", index=False)
     write_text(out / "best.yaml", best_yaml(best))
-    write_tables(
-        out,
-        {
-            "best": table,
-            "pairwise_pointwise": groups,
-            "differences": differences,
-            "gains": gains,
-            "pareto": held_out.fronts(points),
-        },
-    )
+    tables = {
+        "best": table,
+        "pairwise_pointwise": groups,
+        "differences": differences,
+        "gains": gains,
+        "pareto": held_out.fronts(points),
+    }
+    if len(benchmark := benchmark_table(best, results.scores)):
+        tables["benchmark"] = benchmark
+    write_tables(out, tables)
     graphics = [drawing.save(out / "figures") for drawing in figures.draw(points, best)]
     write_report(out, Found(results, rule, best, groups, differences, gains), graphics)
     if not quiet:

@@ -13,10 +13,10 @@ from jinja2 import Environment, FileSystemLoader
 
 from src.store import write_text
 from sweeps.examples import examples
-from sweeps.figures import NAMES
+from sweeps.looks import NAMES
 from sweeps.results import Results
 from sweeps.statistics import GROUP
-from sweeps.tables import against_highest, best_table, group_lines, quality_name, with_error
+from sweeps.tables import against_highest, benchmark_table, best_table, group_lines, quality_name, with_error
 
 HERE = Path(__file__).parent
 ROWS = 2000  # of the table of all points; points.csv has them all
@@ -47,6 +47,7 @@ def write_report(folder: Path, found: Found, graphics: Sequence[str]) -> None:
         headlines=_headlines(found),
         seeds=int(best.seeds.max()) if len(best) else 0,
         gains=_gains(found.gains),
+        benchmark=benchmark_table(best, results.scores).to_dict("split"),
         graphics=graphics,
         examples=[(", ".join(filter(None, key)), own) for key, own in examples(results, best).items()],
         cost=cost_table(results),

@@ -34,6 +34,7 @@ class Results:
     points: pd.DataFrame  # COLUMNS, one row a point, done or not, in the sweeps' order
     stages: dict[str, dict[str, Any]]  # identity -> stage, seconds, tokens, processes: all that results rest on
     judges: list[dict[str, Any]]  # of each result that a judge had a part in: its name and what it took
+    scores: dict[str, dict[str, dict[str, float]]]  # result -> name -> what a benchmark says of it by its own rules
     _where: dict[str, tuple[Path, dict[str, str]]]  # result -> its store, role -> identity of the point's stages
 
     @property
@@ -64,7 +65,7 @@ def collect(folders: Sequence[Path]) -> Results:
     sweeps = [read_sweep(folder) for folder in folders]
     stores = [_store_of(folder, sweep) for folder, sweep in zip(folders, sweeps, strict=True)]
     apart = telling_apart([sweep.get("studies", []) for sweep in sweeps])
-    found = Results(sweeps, list(dict.fromkeys(stores)), pd.DataFrame(), {}, [], {})
+    found = Results(sweeps, list(dict.fromkeys(stores)), pd.DataFrame(), {}, [], {}, {})
     rows: dict[str, dict[str, Any]] = {}
     for sweep, store, more in zip(sweeps, stores, apart, strict=True):
         for point in sweep["points"]:
@@ -85,6 +86,7 @@ def collect(folders: Sequence[Path]) -> Results:
                 found.stages.update((stage["identity"], stage) for stage in result["stages"])
                 if result.get("judge"):
                     found.judges.append(result["judge"])
+                    found.scores[point["identity"]] = result["judge"].get("scores", {})
             rows[point["identity"]] = row
     frame = pd.DataFrame(list(rows.values()), columns=COLUMNS)
     if len(sweeps) > 1:

@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from sweeps.figures import NAMES
+from sweeps.looks import NAMES
 from sweeps.statistics import GROUP
 
 LEVEL = 0.05  # two methods are tied unless Holm's p of their difference is below
@@ -44,6 +44,31 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def benchmark_table(best: pd.DataFrame, scores: dict[str, dict[str, dict[str, float]]]) -> pd.DataFrame:
+    """What benchmarks say of the chosen points by their own rules, all questions, means over seeds; empty when no point
+    has any. scores: of Results."""
+    rows = []
+    for row in best.to_dict("records"):
+        own = [scores.get(identity, {}) for identity in row["identities"]]
+        shown = {key.capitalize(): str(row[key]) for key in GROUP if best[key].nunique() > 1}
+        shown |= {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
+        found = {name: pd.DataFrame([s[name] for s in own if name in s]).mean() for s in own for name in s}
+        if found:
+            rows.append(shown | {_score_name(name): _score(value) for name, value in found.items()})
+    return pd.DataFrame(rows).fillna("-")
+
+
+def _score_name(name: str) -> str:
+    return name.replace("_", " ").capitalize() + " %"
+
+
+def _score(score: pd.Series[float]) -> str:
+    if "se" in score:
+        return with_error(score["value"], score["se"], 1)
+    value = score["value"]
+    return f"{value:.1f} ({score['low'] - value:+.1f}, {score['high'] - value:+.1f})"
 
 
 def against_highest(best: pd.DataFrame, differences: pd.DataFrame) -> list[str]:

@@ -89,6 +89,26 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of SmolLM2."""
+    from tests.endpoint import Served, smollm2_folder
+
+    server = Served(smollm2_folder(tmp_path_factory.mktemp("served") / "smollm2"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(served: Any) -> Iterator[Any]:
+    """Before it, one that fails on demand."""
+    from tests.endpoint import Proxy
+
+    proxy = Proxy(served.port)
+    yield proxy
+    proxy.close()
+
+
 @pytest.fixture(scope="session")
 def shared_outputs(tmp_path_factory) -> Path:
     """One output_dir for tests that may reuse each other's finished stages."""

@@ -16,23 +16,8 @@ from src.judges.answers import Answers
 from src.judges.endpoint import Endpoint
 from src.judges.tldr import questions, verdict, winner
 from tests.conftest import ROOT, SMALL, start, train
-from tests.endpoint import Proxy, Served, smollm2_folder
 
 PROMPTS = 12  # two questions each
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    server = Served(smollm2_folder(tmp_path_factory.mktemp("smollm2")))
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def proxy(served):
-    proxy = Proxy(served.port)
-    yield proxy
-    proxy.close()
 
 
 class Attempt:

@@ -31,7 +31,7 @@ def samples(folder):
 
 def servers(folder):
     """Processes that serve something below this folder."""
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
     return [line.split()[0] for line in listing.splitlines() if f"{PROGRAM} serve {folder}" in line]
 
 
@@ -58,19 +58,25 @@ def test_greedy_samples_of_a_server_are_those_of_the_process_itself(here, tmp_pa
     assert not servers(tmp_path)
 
 
+def first_responses(process, folder):
+    """Files of responses, once the first one is written."""
+    deadline, written = time.monotonic() + 120, []
+    while not written:
+        assert process.poll() is None and time.monotonic() < deadline
+        found = (folder / "store" / "generate").glob(".work/*/checkpoints/responses.jsonl")
+        written = [path for path in found if path.read_text()]
+        time.sleep(0.02)
+    return written
+
+
 def test_a_killed_job_leaves_no_server_and_goes_on_with_the_missing_prompts(here, tmp_path):
     (tmp_path / "store").mkdir()
     for kind in ("sft", "reference", "align"):
         (tmp_path / "store" / kind).symlink_to(here / "store" / kind)
     slowly = ["server.concurrency=1"]
     process = start(*POINT, *SERVED, *slowly, f"output_dir={tmp_path}")
-    deadline, written = time.monotonic() + 120, []
-    while not written:
-        assert process.poll() is None and time.monotonic() < deadline
-        written = [
-            p for p in (tmp_path / "store" / "generate").glob(".work/*/checkpoints/responses.jsonl") if p.read_text()
-        ]
-        time.sleep(0.02)
+    written = first_responses(process, tmp_path)
+    assert servers(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     deadline = time.monotonic() + 10
@@ -94,6 +100,22 @@ def test_a_server_that_does_not_start_is_one_line_with_its_last_words(here, tmp_
     done = train(*POINT, "server=vllm", broken, f"output_dir={tmp_path}", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "ended with code 1: " in done.stderr and "no_such_module" in done.stderr
+
+
+def test_a_server_that_dies_while_it_samples_is_one_line_that_says_so(here, tmp_path):
+    (tmp_path / "store").mkdir()
+    for kind in ("sft", "reference", "align"):
+        (tmp_path / "store" / kind).symlink_to(here / "store" / kind)
+    many = ["server.concurrency=1", "evaluation.prompts=400"]  # it is not through when it is killed
+    process = start(*POINT, *SERVED, *many, f"output_dir={tmp_path}")
+    first_responses(process, tmp_path)
+    running = servers(tmp_path)
+    assert running
+    for server in running:
+        os.kill(int(server), signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert "the server of server.command ended with code -9 while it sampled: " in output
 
 
 @pytest.mark.parametrize(

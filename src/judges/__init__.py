@@ -18,12 +18,24 @@ if TYPE_CHECKING:
 JUDGES: dict[str, tuple[str, ...]] = {
     "gold": (),
     "tldr": ("model", "temperature", "max_tokens"),
+    "alpaca_eval": ("model",),
+    "arena_hard": ("model", "temperature", "max_tokens", "prompt"),
     "reward_model": ("model",),
 }
 
+# What a response is compared with, where it is not the answers in a file.
+BASELINES = ("sft", "chosen")
+
+# Those that ask an endpoint, OpenAI's unless judge.base_url says another.
+REMOTE = ("tldr", "alpaca_eval", "arena_hard")
+
+# Those whose model is one, or a description of one, that may lie on this machine: its content counts, not its place.
+_LOCAL = ("alpaca_eval", "reward_model")
+
 
 class Comparison(NamedTuple):
-    """response, baseline: rows of samples.jsonl for this prompt; a baseline that was not sampled has no log-probs."""
+    """response, baseline: rows of samples.jsonl for this prompt; a baseline that was not sampled has no log-probs, one
+    from a file its generator."""
 
     prompt: Prompt
     response: dict[str, Any]
@@ -39,10 +51,12 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Judged:
-    """One verdict a comparison, in their order, and what they took (calls, tokens, dollars, unparsable answers)."""
+    """One verdict a comparison, in their order; what they took (calls, tokens, dollars, unparsable answers); and what a
+    benchmark makes of them by its own rules, percent: value, with se or with low and high."""
 
     verdicts: list[Verdict]
     account: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class JudgeFunction(Protocol):
@@ -55,11 +69,15 @@ def judge_named(name: str) -> JudgeFunction:
 
 
 def identity_fields(judge: Judge) -> dict[str, Any] | None:
-    """What verdicts depend on; None without a judge. Raises ConfigError when a local reward model is not there."""
+    """What verdicts depend on; None without a judge. Raises ConfigError when a local file of it is not there."""
     if judge.name == "none":
         return None
     fields = {name: getattr(judge, name) for name in JUDGES[judge.name]}
-    if judge.name == "reward_model":
+    if judge.name in _LOCAL:
         assert judge.model is not None
         fields["model"] = fingerprint(judge.model, key="judge.model")
-    return {"name": judge.name, "baseline": judge.baseline, **fields}
+    if fields.get("prompt") is not None:
+        fields["prompt"] = fingerprint(fields["prompt"], key="judge.prompt")
+    assert judge.baseline is not None
+    baseline = judge.baseline if judge.baseline in BASELINES else fingerprint(judge.baseline, key="judge.baseline")
+    return {"name": judge.name, "baseline": baseline, **fields}

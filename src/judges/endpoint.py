@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.config import Judge
 from src.failure import StageError
@@ -23,6 +23,11 @@ Messages = list[dict[str, str]]  # of a chat, as OpenAI has them
 LETTERS = 3.0  # of a token, at least, in text of most languages
 
 
+class Question(NamedTuple):
+    request: Callable[[openai.OpenAI], Any]
+    letters: int  # that the judge reads
+
+
 class Endpoint:
     def __init__(self, judge: Judge, answers: Answers) -> None:
         self._judge, self._answers = judge, answers
@@ -31,37 +36,47 @@ class Endpoint:
 
     def ask(self, questions: Sequence[Messages], attempt: Attempt) -> list[dict[str, Any]]:
         """One answer a question: text, prompt_tokens, completion_tokens, and `by`, the stage that asked; for equal
-        questions the same one.
+        questions the same one. Raises what `gather` does."""
+        keys = [digest([self._judge.temperature, self._judge.max_tokens, question]) for question in questions]
+        distinct = {
+            key: Question(partial(self._complete, question), sum(len(message["content"]) for message in question))
+            for key, question in zip(keys, questions, strict=True)
+        }
+        self.gather(distinct, _read, attempt)
+        return [self._answers.known[key] for key in keys]
+
+    def gather(
+        self, questions: Mapping[str, Question], read: Callable[[Any], dict[str, Any] | None], attempt: Attempt
+    ) -> None:
+        """Send the questions whose key has no answer yet and keep what read() makes of what comes; None is no answer.
 
         Raises StageError when the endpoint refuses, keeps failing or the budget is spent, and whatever attempt.step
         raises. Answers that came by then are kept, those under way included: they are paid for.
         """
-        keys = [digest([self._judge.temperature, self._judge.max_tokens, question]) for question in questions]
-        distinct = dict(zip(keys, questions, strict=True))
         known = self._answers.known
 
         def requests() -> Iterator[tuple[str, Callable[[openai.OpenAI], Any]]]:
-            for key, question in distinct.items():
+            for key, question in questions.items():
                 self._answers.refresh()  # another job may have asked meanwhile
                 if key not in known:
-                    self._check_budget(question)
-                    yield key, partial(self._complete, question)
+                    self._check_budget(question.letters)
+                    yield key, question.request
 
-        def keep(key: str, answer: dict[str, Any]) -> None:
-            self._answers.add(key, answer | {"by": attempt.identity})
+        def keep(key: str, answer: dict[str, Any] | None) -> None:
+            if answer is not None:
+                self._answers.add(key, answer | {"by": attempt.identity})
 
         def beat() -> None:
-            attempt.step(sum(key in known for key in distinct), len(distinct))
+            attempt.step(sum(key in known for key in questions), len(questions))
 
         try:
-            self._remote.each(requests(), _read, keep, beat)
+            self._remote.each(requests(), read, keep, beat)
         except StageError as error:
-            kept = sum(key in known for key in distinct)
+            kept = sum(key in known for key in questions)
             raise StageError(
-                f"judge.model={self._judge.model}: {error}; {kept} of {len(distinct)} answers are kept, "
+                f"judge.model={self._judge.model}: {error}; {kept} of {len(questions)} answers are kept, "
                 "the same command again asks for the others"
             ) from error
-        return [known[key] for key in keys]
 
     def _complete(self, question: Messages, client: openai.OpenAI) -> Any:
         judge = self._judge
@@ -73,7 +88,7 @@ class Endpoint:
             max_tokens=judge.max_tokens,
         )
 
-    def _check_budget(self, question: Messages) -> None:
+    def _check_budget(self, letters: int) -> None:
         """Raises StageError when one more answer may be one too many, those under way as long as they may get. Those of
         other processes count once they are there."""
         judge, running, known = self._judge, self._remote.running, len(self._answers.known)
@@ -81,7 +96,6 @@ class Endpoint:
             raise StageError(f"judge.max_calls={judge.max_calls} is reached: raise it to go on")
         if judge.max_cost is not None:
             spent = cost(judge, self._answers.totals)
-            letters = sum(len(message["content"]) for message in question)
             most = cost(judge, {"prompt_tokens": letters / LETTERS, "completion_tokens": judge.max_tokens})
             if spent + (running + 1) * most > judge.max_cost:
                 raise StageError(f"judge.max_cost={judge.max_cost:g} is reached ({spent:.3g} spent): raise it to go on")
@@ -94,6 +108,15 @@ def _read(completion: Any) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens if usage else 0,
         "completion_tokens": usage.completion_tokens if usage else 0,
     }
+
+
+def account(judge: Judge, answers: Sequence[dict[str, Any]], attempt: Attempt, unparsable: int) -> dict[str, float]:
+    """What these answers took: how many, and of those this stage asked for how many calls, tokens and dollars."""
+    distinct = {id(answer): answer for answer in answers}.values()  # equal questions have one answer
+    own = [answer for answer in distinct if answer["by"] == attempt.identity]  # the others were known
+    tokens = {name: sum(answer[name] for answer in own) for name in ("prompt_tokens", "completion_tokens")}
+    calls = {"answers": len(answers), "calls": len(own), "unparsable": unparsable}
+    return {**calls, **tokens, "cost": cost(judge, tokens)}
 
 
 def cost(judge: Judge, tokens: Mapping[str, float]) -> float:

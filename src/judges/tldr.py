@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from src.config import Point
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers
-from src.judges.endpoint import Endpoint, Messages, cost
+from src.judges.endpoint import Endpoint, Messages, account
 from src.store import Store
 
 if TYPE_CHECKING:
@@ -59,11 +59,7 @@ def tldr(point: Point, comparisons: Sequence[Comparison], attempt: Attempt) -> J
     if unparsable:
         level = logging.WARNING if 10 * unparsable > len(answers) else logging.INFO
         log.log(level, "%s: %d of %d answers of the judge have no verdict", attempt.label, unparsable, len(answers))
-    distinct = {id(answer): answer for answer in answers}.values()  # equal questions have one answer
-    own = [answer for answer in distinct if answer["by"] == attempt.identity]  # the others were known
-    tokens = {name: sum(answer[name] for answer in own) for name in ("prompt_tokens", "completion_tokens")}
-    calls = {"answers": len(answers), "calls": len(own), "unparsable": unparsable}
-    return Judged(verdicts, {**calls, **tokens, "cost": cost(point.judge, tokens)})
+    return Judged(verdicts, account(point.judge, answers, attempt, unparsable))
 
 
 def questions(comparison: Comparison) -> tuple[Messages, Messages]:

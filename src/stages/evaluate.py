@@ -10,6 +10,7 @@ from typing import Any
 
 from src.config import Point
 from src.data import source_of
+from src.data.questions import answers_from, questions_of
 from src.judges import Comparison, judge_named
 from src.methods import METHODS
 from src.stages import align, generate
@@ -39,7 +40,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     if point.judge.name != "none":
         comparisons = _comparisons(point, samples, upstream.get("baseline"))
         judged = judge_named(point.judge.name)(point, comparisons, attempt)
-        account = {"name": point.judge.name, **judged.account}
+        account = {"name": point.judge.name, **judged.account, "scores": judged.scores}
         with (attempt.out / JUDGEMENTS_FILE).open("w") as handle:
             for sample, compared, verdict in zip(samples, comparisons, judged.verdicts, strict=True):
                 row = {"index": sample["index"], "verdict": verdict.value, "reason": verdict.reason}
@@ -85,17 +86,21 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
 
 
 def _comparisons(point: Point, samples: list[dict[str, Any]], sampled: Path | None) -> list[Comparison]:
-    """Each sample beside the baseline's sample, or the chosen response of the first held-out pair, of its prompt."""
-    source = source_of(point)
-    prompts = source.prompts(point.evaluation.prompts)
+    """Each sample beside the baseline's sample, the chosen response of the first held-out pair, or the answer in the
+    baseline's file, of its prompt."""
+    questions = questions_of(point)
+    baselines: dict[int, dict[str, Any]]
     if sampled is not None:
         baselines = {row["index"]: row for row in generate.read(sampled)}
-    else:
+    elif point.judge.baseline == "chosen":
         chosen: dict[tuple[str, ...], str] = {}
-        for pair in source.pairs("validation"):
+        for pair in source_of(point).pairs("validation"):
             chosen.setdefault(pair.prompt.key, pair.chosen)
-        baselines = {i: {"response": chosen[p.key], "finished": True} for i, p in enumerate(prompts)}
-    return [Comparison(prompts[s["index"]], s, baselines[s["index"]]) for s in samples]
+        baselines = {i: {"response": chosen[q.prompt.key]} for i, q in enumerate(questions)}
+    else:
+        assert point.judge.baseline is not None
+        baselines = dict(enumerate(answers_from(point.judge.baseline, questions, "judge.baseline")))
+    return [Comparison(questions[s["index"]].prompt, s, {"finished": True} | baselines[s["index"]]) for s in samples]
 
 
 def selection_items(items: list[int], fraction: float, seed: int) -> set[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import Point
-from src.data import source_of
+from src.data.questions import questions_of
 from src.logprobs import score
 from src.models import compute_of, load_base, load_checkpoint, release_accelerator, template_of
 from src.pairs import Example
@@ -35,11 +35,15 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
     template = template_of(point)
-    prompts = source_of(point).prompts(point.evaluation.prompts)
-    numbered = ((i, template.prompt_ids(p)[-point.dataset.max_prompt_tokens :]) for i, p in enumerate(prompts))
-    rows = [(i, ids) for i, ids in numbered if ids]  # nothing can follow an empty prompt without a begin token
+    prompts = [question.prompt for question in questions_of(point)]
+    numbered = [(i, template.prompt_ids(p)) for i, p in enumerate(prompts)]
+    limit = point.dataset.max_prompt_tokens
+    # Nothing can follow an empty prompt without a begin token.
+    rows = [(i, ids[-limit:]) for i, ids in numbered if ids]
     if len(rows) < len(prompts):
-        log.warning("%s: dropped %d of %d prompts: empty", point.dataset.name, len(prompts) - len(rows), len(prompts))
+        log.warning("%s: dropped %d of %d prompts: empty", attempt.label, len(prompts) - len(rows), len(prompts))
+    if longer := sum(len(ids) > limit for _, ids in numbered):
+        log.warning("%s: %d of %d prompts are cut to their last %d tokens", attempt.label, longer, len(prompts), limit)
     prompt_ids = [ids for _, ids in rows]
     # The baseline draws its own numbers, so that policy and baseline are independent samples; all policies of a
     # grid share theirs, so that points are compared on common random numbers.

@@ -1,0 +1,397 @@
+"""AlpacaEval 2 and Arena-Hard: their files, their figures, nothing asked twice; the endpoint is a real one."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy.optimize import minimize_scalar
+
+from src.config import ConfigError, Evaluation, Judge, Point
+from src.data.questions import answers_from, check_readable, questions_of
+from src.judges.arena_hard import Game, game, score
+from sweeps.tables import benchmark_table
+from tests.conftest import ROOT, SMALL, environment, train
+
+QUESTIONS = 10
+POINT = [*SMALL, "trainer.align.max_steps=2", "trainer.sft.max_steps=2", "method=dpo"]
+
+
+def write(file, rows, lines=False):
+    file.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    return file
+
+
+def alpaca_questions(folder, count=QUESTIONS):
+    """As the benchmark has them: instructions, with the baseline's outputs."""
+    rows = [
+        {
+            "dataset": "helpful_base",
+            "instruction": f"Name {n + 2} animals.",
+            "output": f"Here are {n + 2} animals: dog, cat, horse and more of them.",
+            "generator": "gpt4_1106_preview",
+        }
+        for n in range(count)
+    ]
+    return write(folder / "alpaca_eval_gpt4_baseline.json", rows)
+
+
+def arena_files(folder, count=QUESTIONS):
+    questions = [
+        {"question_id": f"q{n}", "category": "arena-hard-v0.1", "turns": [{"content": f"What is {n} plus {n}?"}]}
+        for n in range(count)
+    ]
+    answers = [
+        {
+            "question_id": f"q{n}",
+            "model_id": "gpt-4-0314",
+            "choices": [{"index": 0, "turns": [{"content": str(2 * n)}]}],
+        }
+        for n in reversed(range(count))  # found by id, not by place
+    ]
+    return write(folder / "question.jsonl", questions, lines=True), write(folder / "gpt4.jsonl", answers, lines=True)
+
+
+def annotator(folder, model, parsed=r"(?s)^\W*[A-Ma-m0-9].*"):
+    """SmolLM2 as an annotator of alpaca-eval: it prefers the first where its answer begins as `parsed` says."""
+    home = folder / "annotators" / "smollm2"
+    home.mkdir(parents=True)
+    (home / "prompt.txt").write_text(
+        "<|im_start|>user\nWhich answer to '{instruction}' do you prefer?\n1: {output_1}\n2: {output_2}\n<|im_end|>"
+    )
+    (home / "configs.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "smollm2": {
+                    "prompt_template": "smollm2/prompt.txt",
+                    "fn_completions": "openai_completions",
+                    "completions_kwargs": {"model_name": str(model), "max_tokens": 4, "temperature": 0},
+                    "fn_completion_parser": "regex_parser",
+                    "completion_parser_kwargs": {"outputs_to_match": {1: parsed, 2: r"(?s)^\W*[N-Zn-z].*"}},
+                    "batch_size": 1,
+                }
+            }
+        )
+    )
+    return home
+
+
+def alpaca(proxy, served, folder, *more, **of_annotator):
+    home = folder / "annotators" / "smollm2"
+    if not home.exists():
+        annotator(folder, served.model, **of_annotator)
+        alpaca_questions(folder)
+    return [
+        *POINT,
+        "evaluation=alpaca_eval",
+        f"evaluation.questions={folder}/alpaca_eval_gpt4_baseline.json",
+        f"evaluation.prompts={QUESTIONS}",
+        "evaluation.generation.max_new_tokens=8",
+        "judge=alpaca_eval",
+        f"judge.model={home}",
+        f"judge.base_url={proxy.url}",
+        "judge.concurrency=2",
+        "judge.attempts=1",
+        f"output_dir={folder}/out",
+        *more,
+    ]
+
+
+def result_of(folder):
+    """The only point's result, and where it lies."""
+    (file,) = (folder / "out" / "store" / "evaluate").glob("*/result.json")
+    return json.loads(file.read_text()), file.parent
+
+
+def test_alpaca_eval_annotates_each_question_once_even_when_its_endpoint_dies(proxy, served, tmp_path):
+    proxy.on_answer = lambda: len(proxy.answered) == 4 and served.kill()
+    died = train(*alpaca(proxy, served, tmp_path), check=False)
+    assert died.returncode == 1 and "Traceback" not in died.stderr, died.stderr
+    assert f"{proxy.url} gives no answer in 1 attempts" in died.stderr
+    known = list(proxy.answered)
+    assert 4 <= len(known) <= 5 and f"{len(known)} of {QUESTIONS} answers are kept" in died.stderr
+
+    proxy.on_answer = lambda: None
+    proxy.asked.clear()
+    served.start()
+    done = train(*alpaca(proxy, served, tmp_path))
+    assert "win_rate" in done.stdout
+    assert len(proxy.asked) == QUESTIONS - len(known) and not set(proxy.asked) & set(known)
+
+    found, folder = result_of(tmp_path)
+    rows = json.loads((folder / "annotations.json").read_text())
+    questions = json.loads((tmp_path / "alpaca_eval_gpt4_baseline.json").read_text())
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in questions]
+    assert [row["output_1"] for row in rows] == [row["output"] for row in questions]
+    outputs = json.loads((folder / "model_outputs.json").read_text())
+    assert [row["output"] for row in outputs] == [row["output_2"] for row in rows]
+    assert {frozenset(row) for row in outputs} == {frozenset({"dataset", "instruction", "output", "generator"})}
+
+    wins = np.array([row["preference"] - 1 for row in rows])
+    judge = found["judge"]
+    error = 100 * wins.std(ddof=1) / math.sqrt(QUESTIONS)
+    assert judge["scores"] == {"win_rate": {"value": pytest.approx(100 * wins.mean()), "se": pytest.approx(error)}}
+    assert judge["answers"] == judge["calls"] == QUESTIONS and judge["unparsable"] == 0
+    assert judge["prompt_tokens"] > 10 * QUESTIONS
+    assert found["quality"]["value"] == pytest.approx(wins.mean())
+
+    proxy.asked.clear()
+    train("-m", *alpaca(proxy, served, tmp_path, "evaluation.split_seed=1"))  # another evaluation of the same samples
+    assert not proxy.asked
+    (table,) = (tmp_path / "out" / "sweeps").glob("*/tables/benchmark.csv")
+    shown = f"{100 * wins.mean():.1f} ± {error:.1f}"
+    assert pd.read_csv(table)["Win rate %"].tolist() == [shown]
+    assert "As the benchmark scores them" in (page := (table.parents[1] / "report.html").read_text()) and shown in page
+
+
+def test_annotations_without_a_preference_are_asked_for_twice_and_then_ties(proxy, served, tmp_path):
+    done = train(*alpaca(proxy, served, tmp_path, parsed="^never"), check=False)
+    asked = len(proxy.asked)
+    if done.returncode:  # SmolLM2 said nothing that begins with N to Z
+        assert f"not one of {QUESTIONS} annotations has a preference" in done.stderr
+        assert asked == 2 * QUESTIONS
+    else:
+        found, folder = result_of(tmp_path)
+        rows = json.loads((folder / "annotations.json").read_text())
+        missing = sum(row["preference"] is None for row in rows)
+        assert found["judge"]["unparsable"] == missing > 0 and asked == QUESTIONS + missing
+        assert found["quality"]["n"] == QUESTIONS
+
+
+def annotations(gain=0.0, length=0.0, seed=0, count=805):
+    """Of a model that wins by `gain` where lengths are equal, and by `length` more where it is a deviation longer."""
+    rng = random.Random(seed)
+    rows = []
+    for n in range(count):
+        longer = rng.gauss(1, 1)
+        chance = 1 / (1 + math.exp(-(gain + length * math.tanh(longer) + difficulty(n))))
+        sizes = 2000, max(1, round(2000 + 400 * longer))
+        rows.append(
+            {
+                "instruction": f"question {n}",
+                "output_1": "b" * sizes[0],
+                "output_2": "m" * sizes[1],
+                "generator_1": "gpt4_1106_preview",
+                "generator_2": "mine",
+                "annotator": "weighted_alpaca_eval_gpt4_turbo",
+                "preference": 1 + min(1, max(0, rng.gauss(chance, 0.05))),
+            }
+        )
+    return rows
+
+
+def difficulty(n):
+    return 1.5 * math.sin(n)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A cache of the hub with the benchmark's table of difficulties; its numbers are made up, its layout is not."""
+    home = tmp_path_factory.mktemp("hub")
+    repository = home / "hub" / "datasets--tatsu-lab--alpaca_eval"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    rng = random.Random(1)
+    rows = [
+        {
+            "index": n,
+            "model": model,
+            "preference": 1 / (1 + math.exp(-(1.5 * math.tanh(shift) + difficulty(n)))) + rng.gauss(0, 0.01),
+            "std_delta_len": -shift,  # the baseline's length less the model's
+            "instruction_difficulty": difficulty(n),
+            "not_gamed_baseline": False,
+        }
+        for model, shift in (("concise", -1), ("verbose", 1))
+        for n in range(805)
+    ]
+    table = pd.DataFrame(rows)
+    table["preference"] = table["preference"].clip(0.001, 0.999)
+    table.to_csv(repository / "snapshots" / ("0" * 40) / "df_gamed.csv", index=False)
+    return home
+
+
+def win_rates_of(folder, rows, hub=None, questions=None):
+    """The command, and the figures that it printed."""
+    order = write(folder / "questions.json", [{"instruction": f"question {n}"} for n in range(questions or 805)])
+    file = write(folder / "annotations.json", rows)
+    done = subprocess.run(
+        [sys.executable, "-m", "src.judges.alpaca_eval", str(file), "--questions", str(order)],
+        cwd=ROOT,
+        env=environment() | ({"HF_HOME": str(hub)} if hub else {"HF_HOME": str(folder / "none")}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    figures = (line.split() for line in done.stdout.splitlines()[1:])
+    return done, {name: float(value) for name, value, _, _ in figures}
+
+
+def test_what_is_won_by_length_alone_is_not_won_with_length_controlled(hub, tmp_path):
+    done, longer = win_rates_of(tmp_path, annotations(length=1.5), hub)
+    assert done.returncode == 0 and "mine against gpt4_1106_preview, 805 preferences" in done.stdout, done.stderr
+    assert longer["win_rate"] > 60
+    assert longer["length_controlled_win_rate"] == pytest.approx(50, abs=5)
+    better = win_rates_of(tmp_path, annotations(gain=1.0), hub)[1]
+    # The control: what is won otherwise stays.
+    assert better["win_rate"] > 62 and better["length_controlled_win_rate"] > 60
+
+
+def test_annotations_in_another_order_or_number_are_refused(hub, tmp_path):
+    rows = annotations(gain=1.0)
+    done, _ = win_rates_of(tmp_path, [rows[1], rows[0], *rows[2:]], hub)
+    assert done.returncode == 1 and "entry 0: the question at this place is 'question 0'" in done.stderr, done.stderr
+    done, _ = win_rates_of(tmp_path, rows[:-1], hub)
+    assert done.returncode == 1 and "ends after 804 annotations of 805 questions" in done.stderr, done.stderr
+    done, _ = win_rates_of(tmp_path, [*rows[:-1], rows[-1] | {"generator_2": "another"}], hub)
+    assert done.returncode == 1 and "'another' and 'mine'; one model a file" in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_the_table_of_difficulties_there_is_a_win_rate_and_a_warning(tmp_path):
+    done, found = win_rates_of(tmp_path, annotations())
+    assert done.returncode == 0 and found["win_rate"] > 0 and "length_controlled_win_rate" not in found
+    assert "no length-controlled win rate: the table of difficulties cannot be had" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "as_a", "as_b"),
+    [
+        ("... My verdict is [[A>>B]].", Game(1.0, 3), Game(0.0, 3)),
+        ("[[B>A]]", Game(0.0, 1), Game(1.0, 1)),
+        ("[[A=B]]", Game(0.5, 1), Game(0.5, 1)),
+        ("[[A>B]], so [[A>B]]", Game(1.0, 1), Game(1.0 - 1.0, 1)),
+        ("[[A>B]] or [[B>A]]", None, None),
+        ("A is better", None, None),
+        ("[[A]]", None, None),
+    ],
+)
+def test_a_label_is_what_a_game_was_to_either_side(text, as_a, as_b):
+    assert game(text, response_is="A") == as_a and game(text, response_is="B") == as_b
+
+
+def test_the_score_is_what_bradley_terry_says_against_one_baseline():
+    rng = random.Random(0)
+    games = [
+        Game(*rng.choices([(1.0, 3), (1.0, 1), (0.5, 1), (0.0, 1), (0.0, 3)], [1, 3, 2, 4, 3])[0]) for _ in range(300)
+    ]
+    won = np.repeat([g.score for g in games], [g.weight for g in games])
+
+    def loss(strength):  # of the logistic model, a tie being half a win of each
+        return -(won * -np.log1p(np.exp(-strength)) + (1 - won) * -np.log1p(np.exp(strength))).sum()
+
+    strength = minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-9}).x
+    found = score(games)
+    assert found["value"] == pytest.approx(100 / (1 + math.exp(-strength)), abs=1e-3)
+    assert found["value"] != pytest.approx(100 * np.mean([g.score for g in games]), abs=0.5)  # weights count
+    error = 100 * won.std(ddof=1) / math.sqrt(len(won))
+    assert found["low"] == pytest.approx(found["value"] - 1.96 * error, abs=0.8 * error)
+    assert found["high"] == pytest.approx(found["value"] + 1.96 * error, abs=0.8 * error)
+
+
+def test_the_benchmarks_table_has_its_own_figures_and_means_over_seeds():
+    common = {"setup": "s", "init": "sft", "variant": "", "beta": 0.1, "lr": 1e-6}
+    best = pd.DataFrame(
+        [common | {"method": "dpo", "identities": ["a", "b"]}, common | {"method": "ipo", "identities": ["c"]}]
+    )
+    scores = {
+        "a": {"arena_hard": {"value": 20, "low": 18, "high": 23}},
+        "b": {"arena_hard": {"value": 30, "low": 26, "high": 35}},
+    }
+    table = benchmark_table(best, scores | {"c": {}})
+    assert table.to_dict("records") == [
+        {"Method": "DPO", "beta": "0.1", "lr": "1e-06", "Arena hard %": "25.0 (-3.0, +4.0)"}
+    ]
+    assert not len(benchmark_table(best, {}))
+
+
+def test_arena_hard_plays_two_games_a_question_in_the_words_of_its_config(proxy, served, tmp_path):
+    questions, answers = arena_files(tmp_path)
+    config = {"system_prompt": "Be fair.", "prompt_template": ["Q {question_1} first {answer_1} second {answer_2}."]}
+    words = write(tmp_path / "judge_config.yaml", config)
+    train(
+        *POINT,
+        "evaluation=arena_hard",
+        f"evaluation.questions={questions}",
+        f"evaluation.prompts={QUESTIONS}",
+        "evaluation.generation.max_new_tokens=8",
+        "judge=arena_hard",
+        f"judge.baseline={answers}",
+        f"judge.prompt={words}",
+        f"judge.model={served.model}",
+        f"judge.base_url={proxy.url}",
+        "judge.max_tokens=8",
+        f"output_dir={tmp_path}/out",
+    )
+    found, folder = result_of(tmp_path)
+    lines = [json.loads(line) for line in (folder / "judgements.jsonl").open()]
+    assert [line["baseline"] for line in lines] == [str(2 * n) for n in range(QUESTIONS)]
+    (samples,) = (tmp_path / "out" / "store" / "generate").glob("*/samples.jsonl")
+    own = [json.loads(line)["response"] for line in samples.open()]
+    expected = {
+        f"Q What is {n} plus {n}? first {a} second {b}."
+        for n in range(QUESTIONS)
+        for a, b in ((own[n], str(2 * n)), (str(2 * n), own[n]))
+    }
+    assert set(proxy.asked) == expected
+    # SmolLM2 writes no label: no game is played, every comparison is a tie, and the result says so.
+    judge = found["judge"]
+    assert judge["answers"] == 2 * QUESTIONS and 0 < judge["unparsable"] <= 2 * QUESTIONS
+    if judge["unparsable"] == 2 * QUESTIONS:
+        assert judge["scores"] == {} and found["quality"]["value"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompts", "message"),
+    [
+        ([{"text": "hello"}], 1, "entry 0: needs question_id, instruction or prompt; it has 'text'"),
+        ([{"instruction": "a", "output": "b"}], 2, "1 questions and evaluation.prompts=2"),
+        ([{"instruction": "a", "output": "b"}] * 2, 2, "a question is there twice: 'a'"),
+        ([{"instruction": "a"}], 1, "entry 0: needs an answer"),
+        ([{"question_id": "1", "turns": [{"content": "a"}, {"content": "b"}]}], 1, "turns must be one user message"),
+    ],
+)
+def test_questions_that_cannot_be_asked_or_compared_are_errors_that_name_them(rows, prompts, message, tmp_path):
+    file = str(write(tmp_path / "questions.json", rows))
+    point = Point(evaluation=Evaluation(questions=file, prompts=prompts), judge=Judge(name="tldr", baseline=file))
+    with pytest.raises(ConfigError, match=message):
+        check_readable([point])
+
+
+def test_a_question_without_an_answer_of_the_baseline_is_named(tmp_path):
+    questions, answers = arena_files(tmp_path)
+    point = Point(evaluation=Evaluation(questions=str(questions), prompts=QUESTIONS))
+    asked = questions_of(point)
+    assert [row["response"] for row in answers_from(str(answers), asked, "judge.baseline")] == [
+        str(2 * n) for n in range(QUESTIONS)
+    ]
+    answers.write_text("\n".join(answers.read_text().splitlines()[1:]))
+    with pytest.raises(ConfigError, match=r"judge\.baseline=.*: no answer to 'q9' in it"):
+        answers_from(str(answers), asked, "judge.baseline")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation=alpaca_eval", "judge=alpaca_eval"], "evaluation.questions is not set: evaluation=alpaca_eval"),
+        (["judge=alpaca_eval"], "judge.baseline is not set"),
+        (["evaluation.questions=nowhere.json", "judge=none"], "evaluation.questions=nowhere.json: no such file"),
+        (["judge=arena_hard"], "judge.baseline is not set"),
+        (["judge=arena_hard", "judge.baseline=nowhere"], "judge.baseline=nowhere: no such file; it is sft, chosen or"),
+        (["judge=arena_hard", "judge.baseline=sft", "judge.prompt=README.md"], "judge.prompt=README.md: needs system_"),
+        (["judge=tldr", "judge.base_url=http://x", "judge.prompt=README.md"], "judge=tldr has no such field"),
+        (["judge=alpaca_eval", "judge.baseline=sft", "judge.model=gpt5"], "judge.model=gpt5: no annotator"),
+        (["evaluation.questions=README.md"], "judge=gold compares samples of dataset=mini_tldr"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_run_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    done = train(*overrides, f"output_dir={tmp_path}", check=False)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "store").exists()
