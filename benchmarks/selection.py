@@ -15,7 +15,7 @@ import pandas as pd
 from sweeps.held_out import gains
 from sweeps.prompts import PromptQuality
 from sweeps.results import COLUMNS, NUMBERS
-from sweeps.statistics import best_points
+from sweeps.statistics import best_points, over_seeds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,7 +60,8 @@ def gain(prompts: Made) -> tuple[float, float, float]:
         quality_selection=selection,
         quality_reporting=reporting,
     )
-    row = gains(frame, best_points(frame), prompts).iloc[0]
+    rows = over_seeds(frame)
+    row = gains(rows, best_points(rows), prompts).iloc[0]
     return row.difference, row.low, row.high
 
 

@@ -16,7 +16,7 @@ from src.store import Store, write_text
 from src.train import answering
 from sweeps.record import check_sweep
 from sweeps.results import collect
-from sweeps.statistics import chosen_points
+from sweeps.statistics import chosen_points, over_seeds
 
 
 def aggregate(
@@ -35,10 +35,11 @@ def aggregate(
     out = out or folders[0]
     results = collect(folders)
     points, prompts = results.points, results.prompts
+    seeds = over_seeds(points)
     rule = select or results.sweeps[0].get("select", "best")
-    best = held_out.with_intervals(chosen_points(points, rule, prompts), points, prompts)
+    best = held_out.with_intervals(chosen_points(seeds, rule, prompts), seeds, prompts)
     groups = pairwise_against_pointwise(best)
-    differences, gains = held_out.differences(best, prompts), held_out.gains(points, best, prompts)
+    differences, gains = held_out.differences(best, prompts), held_out.gains(seeds, best, prompts)
     table = best_table(best, differences)
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -49,12 +50,12 @@ def aggregate(
         "pairwise_pointwise": groups,
         "differences": differences,
         "gains": gains,
-        "pareto": held_out.fronts(points),
+        "pareto": held_out.fronts(seeds),
     }
     if len(benchmark := benchmark_table(best, results.scores)):
         tables["benchmark"] = benchmark
     write_tables(out, tables)
-    graphics = [drawing.save(out / "figures") for drawing in figures.draw(points, best)]
+    graphics = [drawing.save(out / "figures") for drawing in figures.draw(seeds, best)]
     write_report(out, Found(results, rule, best, groups, differences, gains), graphics)
     if not quiet:
         print_best(results.name, out, points, table, groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +24,18 @@ from sweeps.comparison import on_pareto_front
 from sweeps.graphics import Drawing
 from sweeps.looks import KINDS, NAMES, REACH, STYLES, plain, quality_of, tip_of
 from sweeps.side_by_side import side_by_side
-from sweeps.statistics import GROUP, over_seeds, per_beta
+from sweeps.statistics import GROUP, per_beta
 
+TICKS = 12  # of either side of a heat map: above that not every value is written beside it
 CELLS = 60  # of a heat map: above that numbers would not fit
 LONGEST = 150  # characters of a file's stem
 BINS = 200  # of a training curve: so many of its steps are told apart
 SMOOTH = 10  # a training curve is the mean over this share of its steps around each
 
 
-def draw(points: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
-    """Every figure of every setup, init and variant. points: of points.csv; best: of held_out.with_intervals."""
-    rows, seeds = per_beta(points), over_seeds(points)
+def draw(seeds: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
+    """Every figure of every setup, init and variant. seeds: of over_seeds; best: of held_out.with_intervals."""
+    rows = per_beta(seeds)
     for setup, own in best.groupby("setup", sort=False):
         if len(own[GROUP].drop_duplicates()) > 1:
             yield side_by_side(str(setup), own)
@@ -101,13 +103,14 @@ def over_both(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> D
     told = len(rows) <= 10 * CELLS
     for method, ax in panels.items():
         own, taken = rows[rows.method == method], best[best.method == method]
+        frames = set(zip(taken.beta, taken.lr, strict=True))
         betas, lrs = sorted(own.beta.unique()), sorted(own.lr.unique())
         if not told:
             table = own.pivot(index="lr", columns="beta", values="quality_selection")
             ax.imshow(table, cmap=colours, norm=scale, aspect="auto", origin="lower", interpolation="nearest")
         for row in own.to_dict("records"):
             x, y, value = betas.index(row["beta"]), lrs.index(row["lr"]), row["quality_selection"]
-            chosen = ((taken.beta == row["beta"]) & (taken.lr == row["lr"])).any()
+            chosen = (row["beta"], row["lr"]) in frames
             if told or chosen:
                 cell = Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colours(scale(value)))
                 cell.set_gid(drawing.tip(tip_of(row, "quality_selection")))
@@ -119,8 +122,9 @@ def over_both(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> D
                 colour = "#fefefe" if scale(value) < 0.5 else "#010101"
                 ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour, zorder=4)
         ax.set(xlim=(-0.5, len(betas) - 0.5), ylim=(-0.5, len(lrs) - 0.5), title=NAMES[method], xlabel="beta")
-        ax.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas], rotation=45, fontsize=8)
-        ax.set_yticks(range(len(lrs)), [f"{lr:g}" for lr in lrs], fontsize=8)
+        for axis, named, turned in ((ax.xaxis, betas, 45), (ax.yaxis, lrs, 0)):
+            shown = range(0, len(named), math.ceil(len(named) / TICKS))
+            axis.set_ticks(shown, [f"{named[i]:g}" for i in shown], rotation=turned, fontsize=8)
         ax.spines[:].set_visible(False)
     _label_rows(panels, "lr")
     fig.suptitle(title)

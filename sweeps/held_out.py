@@ -9,21 +9,21 @@ import pandas as pd
 from src.methods import METHODS
 from sweeps.comparison import bootstrap_means, interval, on_pareto_front, paired_differences, paired_p
 from sweeps.prompts import PromptQuality
-from sweeps.statistics import GROUP, STUDY, over_seeds, per_beta
+from sweeps.statistics import GROUP, STUDY, per_beta
 
 TOP = 3
 
 
-def with_intervals(best: pd.DataFrame, points: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
+def with_intervals(best: pd.DataFrame, seeds: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
     """best_points with quality_reporting_low and _high, a 95 % bootstrap interval over prompts, and top_reporting: the
     mean quality_reporting of the three points of the study that are best on the selection split (missing below three),
-    which one lucky point moves less."""
+    which one lucky point moves less. seeds: of over_seeds."""
     best = best.assign(quality_reporting_low=float("nan"), quality_reporting_high=float("nan"))
     for _, group in best.groupby(GROUP, sort=False, dropna=False):
         means = bootstrap_means(prompts.reporting(list(group.identities)))
         for column, index in enumerate(group.index):
             best.loc[index, ["quality_reporting_low", "quality_reporting_high"]] = interval(means[:, column])
-    rows = over_seeds(points).sort_values("quality_selection", ascending=False, kind="stable")
+    rows = seeds.sort_values("quality_selection", ascending=False, kind="stable")
     tops = {
         key: group.quality_reporting[:TOP].mean() if len(group) >= TOP else float("nan")
         for key, group in rows.groupby(STUDY, sort=False, dropna=False)
@@ -41,10 +41,11 @@ def differences(best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
     return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
 
 
-def gains(points: pd.DataFrame, best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
+def gains(seeds: pd.DataFrame, best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
     """What tuning beta gained over leaving it alone: a chosen point against the one of beta = 1, and of the beta that
-    TRL takes by itself, each with its own best lr, on the reporting prompts. No row for a beta that was not swept."""
-    tuned, rows = per_beta(points), []
+    TRL takes by itself, each with its own best lr, on the reporting prompts. No row for a beta that was not swept.
+    seeds: of over_seeds."""
+    tuned, rows = per_beta(seeds), []
     for row in best.to_dict("records"):
         own = tuned[(tuned[STUDY] == pd.Series({name: row[name] for name in STUDY})).all(axis=1)]
         for against, beta in (("beta = 1", 1.0), ("TRL's default", METHODS[row["method"]].trl_beta)):
@@ -59,10 +60,10 @@ def gains(points: pd.DataFrame, best: pd.DataFrame, prompts: PromptQuality) -> p
     return pd.DataFrame(rows, columns=[*STUDY, "against", "beta", "lr", "difference", "low", "high", "p"])
 
 
-def fronts(points: pd.DataFrame) -> pd.DataFrame:
+def fronts(seeds: pd.DataFrame) -> pd.DataFrame:
     """One row per study and beta, at its best lr: is it on the Pareto front (quality_reporting, kl_sequence) of its own
-    method, and of all methods of its kind (pairwise, pointwise)?"""
-    rows = per_beta(points)
+    method, and of all methods of its kind (pairwise, pointwise)? seeds: of over_seeds."""
+    rows = per_beta(seeds)
     for name, keys in (("front_of_method", STUDY), ("front_of_kind", [*GROUP, "kind"])):
         rows[name] = False
         for _, group in rows.groupby(keys, sort=False, dropna=False):

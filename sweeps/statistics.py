@@ -41,30 +41,31 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
     return rows[first].assign(identities=groups.identity.agg(list).to_numpy())
 
 
-def per_beta(points: pd.DataFrame) -> pd.DataFrame:
-    """One row per study and beta: its best lr by quality_selection, the smaller of equals. What the figures show."""
-    ordered = over_seeds(points).sort_values(["quality_selection", "lr"], ascending=[False, True], kind="stable")
+def per_beta(seeds: pd.DataFrame) -> pd.DataFrame:
+    """One row per study and beta: its best lr by quality_selection, the smaller of equals. What the figures show.
+    seeds: of over_seeds."""
+    ordered = seeds.sort_values(["quality_selection", "lr"], ascending=[False, True], kind="stable")
     rows = ordered.groupby([*STUDY, "beta"], sort=False, dropna=False).head(1)
     return rows.sort_values([*STUDY, "beta"]).reset_index(drop=True)
 
 
-def best_points(points: pd.DataFrame) -> pd.DataFrame:
+def best_points(seeds: pd.DataFrame) -> pd.DataFrame:
     """One row per study: the best beta of per_beta by quality_selection; of equals the larger, which stays nearer to
-    the start."""
-    ordered = per_beta(points).sort_values(["quality_selection", "beta"], ascending=[False, False], kind="stable")
+    the start. seeds: of over_seeds."""
+    ordered = per_beta(seeds).sort_values(["quality_selection", "beta"], ascending=[False, False], kind="stable")
     return _in_order(ordered.groupby(STUDY, sort=False, dropna=False).head(1))
 
 
-def chosen_points(points: pd.DataFrame, rule: str, prompts: PromptQuality) -> pd.DataFrame:
+def chosen_points(seeds: pd.DataFrame, rule: str, prompts: PromptQuality) -> pd.DataFrame:
     """One row per study, `shortlist` saying how many points it has. rule `best`: that of best_points.
-    `lowest_kl_in_shortlist`: the one of the lowest KL among those."""
-    rows, chosen = over_seeds(points), []
-    for row in best_points(points).to_dict("records"):
-        study = rows[(rows[STUDY] == pd.Series({name: row[name] for name in STUDY})).all(axis=1)]
+    `lowest_kl_in_shortlist`: the one of the lowest KL among those. seeds: of over_seeds."""
+    chosen = []
+    for row in best_points(seeds).to_dict("records"):
+        study = seeds[(seeds[STUDY] == pd.Series({name: row[name] for name in STUDY})).all(axis=1)]
         near = shortlist(study, row["identities"], prompts)
         own = near.sort_values("kl_sequence", kind="stable").iloc[0].to_dict() if rule != "best" else row
         chosen.append(own | {"shortlist": len(near)})
-    return _in_order(pd.DataFrame(chosen, columns=[*rows.columns, "shortlist"]))
+    return _in_order(pd.DataFrame(chosen, columns=[*seeds.columns, "shortlist"]))
 
 
 def _in_order(best: pd.DataFrame) -> pd.DataFrame:

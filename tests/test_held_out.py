@@ -11,7 +11,7 @@ from src.config import ConfigError
 from src.store import QUALITY_FILE
 from sweeps import held_out
 from sweeps.prompts import PromptQuality
-from sweeps.statistics import chosen_points
+from sweeps.statistics import chosen_points, over_seeds
 from tests.test_statistics import points
 
 PROMPTS = 200  # every other one selects
@@ -56,10 +56,10 @@ def results(tmp_path):
 
 
 def test_the_shortlist_is_what_the_selection_prompts_cannot_tell_from_the_best(results):
-    best = chosen_points(results.points, "best", results.prompts).set_index("method")
+    best = chosen_points(over_seeds(results.points), "best", results.prompts).set_index("method")
     assert best.beta.to_dict() == {"dpo": 0.05, "ipo": 0.1}
     assert best.shortlist.to_dict() == {"dpo": 2, "ipo": 1}
-    nearer = chosen_points(results.points, "lowest_kl_in_shortlist", results.prompts).set_index("method")
+    nearer = chosen_points(over_seeds(results.points), "lowest_kl_in_shortlist", results.prompts).set_index("method")
     assert nearer.beta.to_dict() == {"dpo": 0.1, "ipo": 0.1} and nearer.loc["dpo", "kl_sequence"] == 4.0
 
 
@@ -72,8 +72,8 @@ def test_seeds_are_averaged_prompt_by_prompt(tmp_path):
 
 
 def test_intervals_and_differences_are_those_of_the_reporting_prompts(results):
-    best = chosen_points(results.points, "best", results.prompts)
-    best = held_out.with_intervals(best, results.points, results.prompts).set_index("method")
+    best = chosen_points(over_seeds(results.points), "best", results.prompts)
+    best = held_out.with_intervals(best, over_seeds(results.points), results.prompts).set_index("method")
     own, other = results.values["0"], results.values["4"]
     half = 1.96 * own.std(ddof=1) / np.sqrt(len(own))
     assert best.loc["dpo", "quality_reporting_low"] == pytest.approx(own.mean() - half, abs=0.015)
@@ -88,8 +88,8 @@ def test_intervals_and_differences_are_those_of_the_reporting_prompts(results):
 
 
 def test_the_gain_of_tuning_is_that_over_beta_1_and_over_trls_default(results):
-    best = chosen_points(results.points, "best", results.prompts)
-    gains = held_out.gains(results.points, best, results.prompts).set_index("against")
+    best = chosen_points(over_seeds(results.points), "best", results.prompts)
+    gains = held_out.gains(over_seeds(results.points), best, results.prompts).set_index("against")
     dpo = gains[gains.method == "dpo"]
     assert dpo.loc["beta = 1", "difference"] == pytest.approx(results.values["0"].mean() - results.values["3"].mean())
     assert dpo.loc["beta = 1", "low"] > 0 and dpo.loc["beta = 1", "p"] < 1e-6
@@ -98,17 +98,17 @@ def test_the_gain_of_tuning_is_that_over_beta_1_and_over_trls_default(results):
 
 
 def test_fronts_are_of_a_method_and_of_its_kind(results):
-    fronts = held_out.fronts(results.points).set_index(["method", "beta"])
+    fronts = held_out.fronts(over_seeds(results.points)).set_index(["method", "beta"])
     assert fronts.loc["dpo", "front_of_method"].all()
     # Each step of DPO costs KL and gives quality; IPO, between two of them in KL, is above neither's line.
     assert fronts.front_of_kind.to_dict()[("ipo", 0.1)] and fronts.front_of_kind["dpo"].all()
     worse = results.points.assign(quality_reporting=lambda x: x.quality_reporting - 0.4 * (x.method == "ipo"))
-    kind = held_out.fronts(worse).set_index(["method", "beta"]).front_of_kind
+    kind = held_out.fronts(over_seeds(worse)).set_index(["method", "beta"]).front_of_kind
     assert not kind[("ipo", 0.1)] and kind["dpo"].all()
 
 
 def test_nothing_done_is_no_error(tmp_path):
-    none = points({"beta": 0.1, "state": "failed"}).astype({"quality_selection": float})
+    none = over_seeds(points({"beta": 0.1, "state": "failed"}).astype({"quality_selection": float}))
     prompts = PromptQuality(tmp_path)
     best = held_out.with_intervals(chosen_points(none, "best", prompts), none, prompts)
     assert best.empty and held_out.differences(best, prompts).empty and held_out.gains(none, best, prompts).empty
