@@ -29,11 +29,10 @@ def seconds(*arguments: str, times: int = 3) -> float:
 
 def main() -> None:
     print(f"--help                              {seconds('--help'):6.2f} s")
-    print(
-        f"plan of 1,000 points                {seconds('-m', 'dry_run=true', 'method=all', 'beta=range(1,126)'):6.2f} s"
-    )
+    thousand = ["method=dpo,ipo,simpo,orpo,asft,apo_zero,nca,cal_dpo", "beta=range(1,126)"]
+    print(f"plan of 1,000 points                {seconds('-m', 'dry_run=true', *thousand):6.2f} s")
     with tempfile.TemporaryDirectory() as folder:
-        sweep = ["-m", "method=all", "beta=1,2", f"output_dir={folder}", *TINY]
+        sweep = ["-m", thousand[0], "beta=1,2", f"output_dir={folder}", *TINY]
         print(f"16 points of one step, from nothing {seconds(*sweep, times=1):6.2f} s")
         print(f"the same again                      {seconds(*sweep):6.2f} s")
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -47,6 +48,8 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "seed": (0, True, 2**31 - 1),
     "init.sft_weight": (0, True, math.inf),
     "init.align_weight": (0, False, math.inf),
+    "method.gamma_beta_ratio": (0, True, math.inf),
+    "method.calibration_weight": (0, True, math.inf),
     "dataset.sft_size": (1, True, math.inf),
     "dataset.sft_fraction": (0, True, 1),
     "dataset.train_size": (1, True, math.inf),
@@ -203,7 +206,7 @@ def check_grid(name: str, grid: dict[str, list[float]]) -> None:
 
 def _check_method(point: Point) -> None:
     spec = METHODS[point.method.name]
-    for option in ("gamma_beta_ratio", "calibration_weight"):
+    for option in sorted(f.name for f in fields(point.method) if f.name != "name"):
         given = getattr(point.method, option) is not None
         if given and option not in spec.options:
             raise ConfigError(f"method.{option}: method={point.method.name} has no such field; remove the override")

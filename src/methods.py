@@ -1,4 +1,4 @@
-"""The eight alignment losses, each a pure function of two sequence scores, and the table of what they need.
+"""The alignment losses, each a pure function of two sequence scores, and the table of what they need.
 
 Notation (arXiv 2502.01237): `r(y) = log pi(y|x) - log pi_ref(y|x)` summed over response tokens, `p(y)` the
 exponential of the mean log-prob per response token, `o(y) = log p(y) - log(1 - p(y))` its log odds,
@@ -85,8 +85,9 @@ def cal_dpo(chosen: Tensor, rejected: Tensor, beta: float, calibration_weight: f
 
 @dataclass(frozen=True)
 class Method:
-    """What a loss needs: which score it reads and which config fields it takes besides beta."""
+    """What a loss is called, which score it reads and which config fields it takes besides beta."""
 
+    name: str  # in tables and figures
     loss: Callable[..., Tensor]
     score: str  # "log_ratio" (summed, against the reference) | "mean_log_prob" | "log_odds"
     kind: str  # "pairwise" | "pointwise"
@@ -99,14 +100,14 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "dpo": Method(dpo, "log_ratio", "pairwise", trl_beta=0.1),
-    "ipo": Method(ipo, "log_ratio", "pairwise"),
-    "simpo": Method(simpo, "mean_log_prob", "pairwise", ("gamma_beta_ratio",), trl_beta=0.1),
-    "orpo": Method(orpo, "log_odds", "pairwise"),
-    "asft": Method(asft, "log_odds", "pointwise"),
-    "apo_zero": Method(apo_zero, "log_ratio", "pointwise", trl_beta=0.1),
-    "nca": Method(nca, "log_ratio", "pointwise", trl_beta=0.1),
-    "cal_dpo": Method(cal_dpo, "log_ratio", "pointwise", ("calibration_weight",)),
+    "dpo": Method("DPO", dpo, "log_ratio", "pairwise", trl_beta=0.1),
+    "ipo": Method("IPO", ipo, "log_ratio", "pairwise"),
+    "simpo": Method("SimPO", simpo, "mean_log_prob", "pairwise", ("gamma_beta_ratio",), trl_beta=0.1),
+    "orpo": Method("ORPO", orpo, "log_odds", "pairwise"),
+    "asft": Method("ASFT", asft, "log_odds", "pointwise"),
+    "apo_zero": Method("APO-Zero", apo_zero, "log_ratio", "pointwise", trl_beta=0.1),
+    "nca": Method("NCA", nca, "log_ratio", "pointwise", trl_beta=0.1),
+    "cal_dpo": Method("Cal-DPO", cal_dpo, "log_ratio", "pointwise", ("calibration_weight",)),
 }
 
 

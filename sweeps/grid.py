@@ -26,6 +26,7 @@ from sweeps.record import SweepRecord
 from sweeps.variants import name_variants, varying_settings
 
 GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
+ALL = "method=all"  # every method of the chosen beta_grid
 
 
 class GridSweeper(Sweeper):
@@ -112,9 +113,14 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
     Raises ConfigError naming the overrides of the first bad point.
     """
     axes: list[list[str]] = []  # per override: what it may be, as override strings
+    implied: set[str] = set()  # methods that only `method=all` names
     simple: set[str] = set()  # keys whose values can be set one after the other on one composition
     for override in parse_overrides(arguments, loader):
         strings = _strings(override)
+        if ALL in strings:
+            every = [f"method={m}" for m in METHODS]
+            implied = set(every) - set(strings)
+            strings = list(dict.fromkeys(m for s in strings for m in (every if s == ALL else [s])))
         axes.append(strings)
         if _is_simple(override, strings, loader):
             simple.add(override.key_or_group)
@@ -127,6 +133,8 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
         groups = tuple(s for s in combination if s not in values)
         if groups not in composed:
             composed[groups] = _compose(groups, master, loader)
+        if not implied.isdisjoint(groups) and composed[groups].method.name not in composed[groups].beta_grid:
+            continue  # a study compares the methods of its beta grid, whatever else there is
         for assignment in itertools.product(*(_grid_values(v, composed[groups]) for v in values)):
             point = _set(composed[groups], assignment, combination)
             points.setdefault(repr(point), point)
@@ -152,8 +160,6 @@ def _strings(override: Override) -> list[str]:
         values = [str(override.get_value_element_as_str())]
     else:
         values = [str(v) for v in override.sweep_string_iterator()]
-    if override.key_or_group == "method":
-        values = [m for v in values for m in (METHODS if v == "all" else (v,))]
     strings = list(dict.fromkeys(f"{key}={v}" for v in values))
     if not strings:
         raise ConfigError(f"{override.input_line}: names no values")

@@ -10,23 +10,17 @@ from matplotlib.axes import Axes
 
 from src.methods import METHODS
 
-# One colour and marker a method in every figure (Okabe-Ito: told apart by colour-blind readers too).
-LOOKS = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")]
-STYLES = {
-    method: LOOKS[[m for m in METHODS if METHODS[m].kind == spec.kind].index(method)]
-    for method, spec in METHODS.items()
-}
-NAMES = {
-    "dpo": "DPO",
-    "ipo": "IPO",
-    "simpo": "SimPO",
-    "orpo": "ORPO",
-    "asft": "ASFT",
-    "apo_zero": "APO-Zero",
-    "nca": "NCA",
-    "cal_dpo": "Cal-DPO",
-}
 KINDS = ("pairwise", "pointwise")
+NAMES = {method: spec.name for method, spec in METHODS.items()}
+# One colour and marker a method in every figure (Okabe-Ito: told apart by colour-blind readers too). One more marker
+# than colours: no pair of them comes twice within a kind before the 43rd method.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLES = {
+    method: (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)])
+    for kind in KINDS
+    for place, method in enumerate(m for m in METHODS if METHODS[m].kind == kind)
+}
 REACH = 1.96  # standard errors to either end of a 95 % interval
 
 

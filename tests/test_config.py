@@ -1,6 +1,5 @@
 """What can be chosen, what is refused, and how a refusal reads."""
 
-import itertools
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from hydra import compose, initialize_config_dir
 
 from src.checks import check_packages, point_from
 from src.composition import register
-from src.config import CONF_DIR, ConfigError
+from src.config import CONF_DIR, ConfigError, method_options
 from src.methods import METHODS
 from tests.conftest import train
 
@@ -25,14 +24,19 @@ def options(group):
     return sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize(("setup", "method"), list(itertools.product(options("setup"), METHODS)))
-def test_every_setup_runs_every_method_at_its_own_best_values(setup, method, tmp_path):
+def best_of(setup):
+    return yaml.safe_load((CONF_DIR / "setup" / f"{setup}.yaml").read_text())["setup"]["best"]
+
+
+@pytest.mark.parametrize(("setup", "method"), [(s, m) for s in options("setup") for m in best_of(s)])
+def test_every_setup_runs_its_methods_at_its_own_best_values(setup, method, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     data = [f"dataset.path={pairs}"] if setup == "smollm2_jsonl" else []
     point = point_from(composed(f"setup={setup}", f"method={method}", *data))
     best = point.setup.best[method]
     assert (point.beta, point.lr) == (best.beta, best.lr)
+    assert set(point.setup.best) == set(point.beta_grid) == set(point.lr_grid)
 
 
 @pytest.mark.parametrize("setup", [s for s in options("setup") if s != "smollm2_jsonl"])
@@ -61,7 +65,7 @@ def test_every_option_of_every_group_composes(group):
 def test_the_papers_grids_have_the_papers_number_of_points():
     def count(beta_grid, lr_grid):
         point = point_from(composed(f"beta_grid={beta_grid}", f"lr_grid={lr_grid}"))
-        return sum(len(point.beta_grid[m]) * len(point.lr_grid[m]) for m in METHODS)
+        return sum(len(betas) * len(point.lr_grid[method]) for method, betas in point.beta_grid.items())
 
     assert count("paper", "paper_llama") == 200
     assert count("paper", "paper_llama_8b") == 179
@@ -79,6 +83,14 @@ def test_every_key_of_every_config_says_what_it_is():
             for line in text.splitlines():
                 bare = re.match(r"^ *(?!name|_target_)[a-z_]+: [^#]+$", line)
                 assert not bare, f"{path}: {line.strip()}: no comment says what this is"
+
+
+def test_every_method_has_a_config_and_the_schema_has_its_options():
+    assert options("method") == sorted(METHODS) == sorted(best_of("mini_tldr"))
+    for method, spec in METHODS.items():
+        point = point_from(composed(f"method={method}", "beta=1", "lr=1e-3"))
+        assert all(isinstance(value, float) for value in method_options(point).values())
+        assert set(method_options(point)) == set(spec.options)
 
 
 def test_command_line_wins_over_the_setup():
@@ -113,6 +125,8 @@ BAD = [
     (["setup=nosuch"], "setup/nosuch"),
     (["method.gamma_beta_ratio=1"], "method=dpo has no such field"),
     (["method=simpo", "method.gamma_beta_ratio=null"], "method=simpo needs a value"),
+    (["method=simpo", "method.gamma_beta_ratio=-1"], "method.gamma_beta_ratio=-1: must be >= 0"),
+    (["method=cal_dpo", "method.calibration_weight=nan"], "method.calibration_weight=nan: must be >= 0"),
     (["beta_grid.dpo=[]"], "beta_grid.dpo=[]: an empty grid"),
     (["+lr_grid.ppo=[1]"], "lr_grid.ppo: no such method"),
     (["beta=grid"], "add -m"),

@@ -7,7 +7,8 @@ import sys
 import pytest
 import yaml
 
-from tests.conftest import ROOT, dry_run, environment
+from src.methods import METHODS
+from tests.conftest import ROOT, dry_run, environment, train
 
 
 def test_sweep_syntax_is_hydras_own_plus_grids():
@@ -50,6 +51,15 @@ def test_all_methods_on_both_grids_of_the_paper():
     # 200 points rest on one SFT and one set of reference log-probs.
     assert "200 points: 0 done, 200 to do" in output
     assert re.search(r"^sft +1 ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
+
+
+def test_all_methods_are_those_of_the_chosen_beta_grid():
+    labels, output = dry_run("method=all", "beta=1", "~beta_grid.dpo")
+    assert {label.split()[0] for label in labels} == set(METHODS) - {"dpo"}
+    # One that is named besides is there; and its grid, where it has none, is asked for by name.
+    assert "dpo beta=1 lr=0.001" in dry_run("method=all,dpo", "beta=1", "~beta_grid.dpo")[0]
+    refused = train("-m", "method=dpo", "beta=grid", "~beta_grid.dpo", check=False)
+    assert refused.returncode == 2 and "no list for method=dpo; give beta_grid.dpo=[...]" in refused.stderr
 
 
 def test_a_named_sweep_yields_to_the_command_line():
@@ -121,4 +131,4 @@ def probe(*arguments):
 def test_help_and_planning_a_thousand_points_never_import_torch():
     assert probe("--help")[0].endswith("[]")
     line, output = probe("-m", "dry_run=true", "method=all", "beta=range(1,126)")
-    assert line.endswith("[]") and "1000 points" in output
+    assert line.endswith("[]") and f"{125 * len(METHODS)} points" in output
