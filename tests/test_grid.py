@@ -54,7 +54,7 @@ def test_all_methods_on_both_grids_of_the_paper():
 
 
 def test_all_methods_are_those_of_the_chosen_beta_grid():
-    labels, output = dry_run("method=all", "beta=1", "~beta_grid.dpo")
+    labels, _ = dry_run("method=all", "beta=1", "~beta_grid.dpo")
     assert {label.split()[0] for label in labels} == set(METHODS) - {"dpo"}
     # One that is named besides is there; and its grid, where it has none, is asked for by name.
     assert "dpo beta=1 lr=0.001" in dry_run("method=all,dpo", "beta=1", "~beta_grid.dpo")[0]
