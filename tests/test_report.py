@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 
 from benchmarks.aggregation import make_sweep
+from src.methods import METHODS
 from sweeps.aggregate import aggregate
+from sweeps.looks import COLOURS, KINDS, MARKERS, STYLES
 
 SETUP = "llama32_3b_tldr"
 
@@ -44,7 +46,7 @@ def test_ties_are_what_holm_leaves(made):
     top = best.sort_values("quality_reporting").iloc[-1].method
     own = differences[(differences.method == top) | (differences.other == top)]
     assert (shown == "top").sum() == 1
-    assert (shown == "tied").sum() == (own.p_holm >= 0.05).sum() == 7 - shown.str.startswith("-").sum()
+    assert (shown == "tied").sum() == (own.p_holm >= 0.05).sum() == len(METHODS) - 1 - shown.str.startswith("-").sum()
 
 
 def test_the_mean_of_the_three_best_stands_beside_the_best(made):
@@ -61,7 +63,15 @@ def test_the_mean_of_the_three_best_stands_beside_the_best(made):
 def test_every_cost_is_counted_once(made):
     _, _, report = made
     (row,) = re.findall(r">align</td>(.*?)</tr>", section(report, "cost"), re.S)
-    assert re.findall(r"<td>(.*?)</td>", row)[:2] == ["48", f"{48 / 3600:.3g}"]  # 48 points of a second each
+    points = 6 * len(METHODS)  # of a second each
+    assert re.findall(r"<td>(.*?)</td>", row)[:2] == [f"{points}", f"{points / 3600:.3g}"]
+
+
+def test_no_two_methods_of_a_kind_look_alike():
+    for kind in KINDS:
+        looks = [STYLES[method] for method, spec in METHODS.items() if spec.kind == kind]
+        assert len(set(looks)) == len(looks) > 3
+    assert len({(COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n in range(42)}) == 42
 
 
 def test_names_from_outside_are_text(tmp_path):
