@@ -4,7 +4,9 @@ grid takes minutes on 2 cores, `seeds=50 lr_seeds=20` a few; what was trained be
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pandas as pd
@@ -24,10 +26,11 @@ def toy(cfg: DictConfig) -> None:
         assert isinstance(chosen, Toy)
         check(chosen)
         with RunProgress() as report:
-            table = run(chosen, report)
+            table, kinds = run(chosen, report)
         folder = Path(chosen.output_dir) / "toy"
         table.to_csv(folder / "toy.csv", index=False)
-        shown = as_markdown(table)
+        kinds.to_csv(folder / "kinds.csv", index=False)
+        shown = f"{as_markdown(table)}\n{kinds_as_markdown(kinds)}"
         write_text(folder / "toy.md", shown)
 
         from src.toy.figure import draw  # matplotlib takes a while
@@ -44,10 +47,28 @@ def as_markdown(table: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in table.to_dict("records"):
-        values = [f"{row[n]:.4f} ± {REACH * row[f'{n}_se']:.4f}" for n in ("accuracy", "accuracy_alive", "icc1")]
+        values = [_value(row, name) for name in ("accuracy", "accuracy_alive", "icc1")]
         cells = [f"{row['bias']:g}", row["width"], row["objective"], row["kind"], f"{row['lr']:g}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['dead']} of {row['seeds']}", *values])) + " |")
     return "\n".join(lines) + "\n"
+
+
+def kinds_as_markdown(kinds: pd.DataFrame) -> str:
+    """Objectives of a kind averaged; differences seed by seed."""
+    lines = [
+        "| bias | h | accuracy, pairwise | pointwise | difference | ICC1, pairwise | pointwise | difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in kinds.to_dict("records"):
+        values = [
+            _value(row, f"{n}_{k}") for n in ("accuracy", "icc1") for k in ("pairwise", "pointwise", "difference")
+        ]
+        lines.append("| " + " | ".join([f"{row['bias']:g}", str(row["width"]), *values]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _value(row: dict[Hashable, Any], name: str) -> str:
+    return f"{row[name]:.4f} ± {REACH * row[f'{name}_se']:.4f}"
 
 
 def main() -> None:

@@ -96,8 +96,9 @@ def check(toy: Toy) -> None:
         )
 
 
-def run(toy: Toy, report: Callable[[str, int, int], None]) -> pd.DataFrame:
-    """One row a setting, at its best learning rate. Networks trained before are read from OUTPUT_DIR/toy/networks."""
+def run(toy: Toy, report: Callable[[str, int, int], None]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One row a setting, at its best learning rate; and one a width and bias, where the objectives of a kind are
+    averaged. Networks trained before are read from OUTPUT_DIR/toy/networks."""
     folder = Path(toy.output_dir) / "toy" / "networks"
     folder.mkdir(parents=True, exist_ok=True)
     names = {item.name for item in fields(Training)} & set(asdict(toy))
@@ -112,7 +113,11 @@ def run(toy: Toy, report: Callable[[str, int, int], None]) -> pd.DataFrame:
         best = [max((replace(s, lr=lr) for lr in toy.lrs), key=lambda t: _mean(found[t]["accuracy"])) for s in settings]
         # Other seeds than those that chose: a learning rate that was lucky there is not here.
         final = pool.train("toy: networks", dict.fromkeys(best, range(toy.lr_seeds, toy.lr_seeds + toy.seeds)))
-    return pd.DataFrame([_row(setting, final[setting]) for setting in best])
+    kinds = [
+        _by_kind([(setting, final[setting]) for setting in best if (setting.bias, setting.width) == place])
+        for place in product(toy.biases, toy.widths)
+    ]
+    return pd.DataFrame([_row(setting, final[setting]) for setting in best]), pd.DataFrame(kinds)
 
 
 def _mean(values: NDArray[np.float32]) -> float:
@@ -135,10 +140,30 @@ def _row(setting: Training, found: dict[str, NDArray[Any]]) -> dict[str, Any]:
         ("accuracy_alive", found["accuracy"][alive]),
         ("icc1", found["icc"][alive]),
     ):
-        own = own.astype(np.float64)
-        row[name] = own.mean() if len(own) else float("nan")
-        row[f"{name}_se"] = own.std(ddof=1) / len(own) ** 0.5 if len(own) > 1 else float("nan")
+        row |= _average(name, own)
     return row
+
+
+def _by_kind(group: list[tuple[Training, dict[str, NDArray[Any]]]]) -> dict[str, Any]:
+    """pairwise minus pointwise, seed by seed: a seed has the same data and first weights under every objective. icc1 is
+    of the seeds that live under all of them."""
+    row: dict[str, Any] = {"bias": group[0][0].bias, "width": group[0][0].width}
+    alive = ~np.any([found["dead"] for _, found in group], axis=0)
+    row |= {"seeds": len(alive), "alive": int(alive.sum())}
+    for name, key, kept in (("accuracy", "accuracy", slice(None)), ("icc1", "icc", alive)):
+        means = {}
+        for kind in ("pairwise", "pointwise"):
+            own = [found[key][kept].astype(np.float64) for t, found in group if METHODS[t.objective].kind == kind]
+            means[kind] = np.mean(own, axis=0) if own else np.full(len(alive[kept]), np.nan)
+            row |= _average(f"{name}_{kind}", means[kind])
+        row |= _average(f"{name}_difference", means["pairwise"] - means["pointwise"])
+    return row
+
+
+def _average(name: str, values: NDArray[Any]) -> dict[str, float]:
+    n = len(values)
+    mean = float(values.mean(dtype=np.float64)) if n else float("nan")
+    return {name: mean, f"{name}_se": float(values.std(ddof=1, dtype=np.float64)) / n**0.5 if n > 1 else float("nan")}
 
 
 class _Pool:
