@@ -81,6 +81,11 @@ def test_a_sweep_in_parts_has_the_points_of_each_and_yields_to_the_command_line(
         for weight in (0.1, 1.0)
     ]
     assert [label.split()[0] for label in labels].count("dpo") == 1
+    # Methods of equal settings are compared, in whatever order the parts name those.
+    named = {
+        label.partition("init.")[2].split()[0] for label in labels if "init=base" not in label and "init." in label
+    }
+    assert named == {"align_weight=0.1", "align_weight=1.0"}
     only = dry_run("+sweep=demo_init_ablation", "method=asft")[0]
     assert {label.split()[0] for label in only} == {"asft"} and len(only) == 6
 
