@@ -57,7 +57,7 @@ class Lora:
 class Model:
     name: str = MISSING
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
-    template: str = "plain"  # plain | tokenizer | llama3
+    template: str = "plain"  # plain | tokenizer | llama3 | mistral
     parameters: float | None = None
     revision: str | None = None
     attention: str = "auto"  # auto | flash_attention_2 | varlen | onednn | sdpa

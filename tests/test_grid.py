@@ -68,6 +68,12 @@ def test_sweeps_of_the_paper_have_its_points_and_rest_on_one_sft_and_one_referen
     assert re.search(rf"^sft +{sft} ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
 
 
+def test_the_grids_of_mistral_are_those_of_v3():
+    labels, _ = dry_run("setup=mistral_7b_uf", "method=all", "beta=grid", "lr=grid")
+    betas = {"dpo": 6, "ipo": 6, "simpo": 8, "orpo": 11, "asft": 9, "apo_zero": 6, "nca": 9, "cal_dpo": 7}
+    assert {m: sum(x.split()[0] == m for x in labels) for m in betas} == {m: 4 * n for m, n in betas.items()}
+
+
 def test_every_named_sweep_plans():
     for path in sorted((ROOT / "conf/sweep").glob("*.yaml")):
         assert dry_run(f"+sweep={path.stem}")[0], path.stem
