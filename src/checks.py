@@ -26,7 +26,7 @@ BENCHMARKS = ("alpaca_eval", "arena_hard")  # evaluations that have questions of
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "init.name": ("sft", "base"),
     "method.name": tuple(METHODS),
-    "model.template": ("plain", "tokenizer", "llama3"),
+    "model.template": ("plain", "tokenizer", "llama3", "mistral"),
     "dataset.source": ("mini_tldr", "jsonl", "hub"),
     "trainer.sft.schedule": ("linear", "cosine", "constant"),
     "trainer.align.schedule": ("linear", "cosine", "constant"),

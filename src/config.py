@@ -57,7 +57,8 @@ class Lora:
 class Model:
     name: str = MISSING
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
-    template: str = "plain"  # plain | tokenizer | llama3
+    template: str = "plain"  # plain | tokenizer | llama3 | mistral
+    parameters: float | None = None
     revision: str | None = None
     attention: str = "auto"  # auto | flash_attention_2 | varlen | onednn | sdpa
     lora: Lora = field(default_factory=Lora)
@@ -68,6 +69,8 @@ class HubTable:
     path: str = MISSING
     train_split: str = "train"
     validation_split: str = "validation"
+    rows: dict[str, int] = field(default_factory=dict)  # split -> rows
+    tokens: float | None = None  # of a row
 
 
 @dataclass
@@ -121,6 +124,8 @@ class Engine:
     parallel: str = "none"  # none | ddp | zero1 | zero2 | zero3 | zero3_offload
     activation_checkpointing: bool = False
     compile: bool = False
+    tflops: float | None = None
+    mfu: float = 0.4
 
 
 def zero_stage(engine: Engine) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from src.config import Optimisation, Point, method_options
+from src.config import HubTable, Optimisation, Point, method_options
 from src.data.questions import check_readable
 from src.identity import digest, fingerprint
 from src.judges import identity_fields
@@ -161,8 +161,13 @@ def _data_fields(point: Point) -> tuple[dict[str, Any], dict[str, Any]]:
     sft = {**(pairs if data.source == "jsonl" else common), "sft_size": data.sft_size}
     if data.source == "hub":
         assert data.sft is not None and data.preference is not None
-        sft["sft"], pairs["preference"] = asdict(data.sft), asdict(data.preference)
+        sft["sft"], pairs["preference"] = _table(data.sft), _table(data.preference)
     return sft, pairs
+
+
+def _table(table: HubTable) -> dict[str, Any]:
+    """Without what is only said of it: how large it is."""
+    return {"path": table.path, "train_split": table.train_split, "validation_split": table.validation_split}
 
 
 @dataclass

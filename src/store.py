@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,6 +166,12 @@ class Store:
             write_json(folder / TRIMMED, {"removed": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
         for path in folder.glob("*.safetensors*"):
             path.unlink(missing_ok=True)
+
+    def finished(self, kind: str, newest: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """(fields of its identity, what DONE says) of the stages of a kind, the newest first."""
+        found = [(done.stat().st_mtime, done) for done in (self.root / kind).glob(f"*/{DONE}")]
+        for _, done in sorted(found, reverse=True)[:newest]:
+            yield read_json(done.with_name(STAGE_FILE))["fields"], read_json(done)
 
     def artefacts(self, stage: Stage) -> Path:
         """The directory of a finished stage. Raises ConfigError when it was not made by this config."""

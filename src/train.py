@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from src.checks import check_key, check_packages, check_programs, point_from
 from src.composition import register
 from src.config import USER_ERRORS, ConfigError, Point, one_line
+from src.cost import Cost
 from src.failure import EXPECTED, one_line_failure
 from src.overrides import GRID_WORDS, as_sweeps
 from src.plan import Plan, make_plan
@@ -54,7 +55,7 @@ def run(cfg: DictConfig) -> None:
         store = Store(point.output_dir)
         plan = make_plan([point], store)
         if point.dry_run:
-            print(plan.text())
+            print(plan.text(), Cost(plan, store).text(), sep="\n")
             return
         if plan.needed or "WORLD_SIZE" in os.environ:
             for check in (check_packages, check_key, check_programs):

@@ -65,7 +65,6 @@ def over_beta(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> D
         ax.set_title(NAMES[method])
         ax.set_xlabel("beta")
     _label_rows(panels, f"{quality_of(rows)}, 95 %")
-    fig.suptitle(title)
     return drawing
 
 
@@ -89,7 +88,6 @@ def over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Dra
         ax.set_xlabel("KL to the initial checkpoint, nats a sequence")
         ax.legend(frameon=False, loc="lower right")
     grid[0][0].set_ylabel(f"{quality_of(rows)}, 95 %")
-    fig.suptitle(title)
     return drawing
 
 
@@ -127,7 +125,6 @@ def over_both(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> D
             axis.set_ticks(shown, [f"{named[i]:g}" for i in shown], rotation=turned, fontsize=8)
         ax.spines[:].set_visible(False)
     _label_rows(panels, "lr")
-    fig.suptitle(title)
     return drawing
 
 
@@ -161,7 +158,6 @@ def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
         ax.set(xlabel="step", ylabel=label)
         plain(ax)
     fig.axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="dashed: pointwise")
-    fig.suptitle(title)
     return drawing
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import re
+import textwrap
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _TIP = "tip-"
+_LETTERS = 11  # of a title, that go into an inch
 
 
 @dataclass
@@ -25,6 +27,9 @@ class Drawing:
     title: str
     figure: Figure
     tips: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.figure.suptitle(textwrap.fill(self.title, round(_LETTERS * self.figure.get_figwidth())))
 
     def mark(self, ax: Axes, x: float, y: float, tip: str, **style: Any) -> None:
         """One mark that says `tip` when somebody points at it."""

@@ -14,9 +14,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from src import hub
+from src import cost, hub
 from src.checks import check_grid, check_key, check_packages, point_from
 from src.config import USER_ERRORS, ConfigError, Point, one_line
+from src.cost import Cost
 from src.identity import digest
 from src.methods import METHODS
 from src.overrides import as_typed, parse_overrides
@@ -69,12 +70,12 @@ class GridSweeper(Sweeper):
         for point in points:
             point.sweep.name = name  # what trackers group by; no stage depends on it
         if points[0].dry_run:
-            print(plan.text())
+            print(plan.text(), Cost(plan, store).text(), sep="\n")
             return
         if plan.needed:
             check_packages(points)
             check_key(points)
-            for warning in hub.check(points):
+            for warning in filter(None, [*hub.check(points), cost.warning(plan, store)]):
                 print(f"warning: {warning}", file=sys.stderr)
         self.launcher.check(plan)
         command = shlex.join(["python", "-m", "src.train", *as_typed(sys.argv[1:])])

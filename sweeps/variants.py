@@ -35,7 +35,7 @@ def name_variants(points: list[Point]) -> None:
         tables = [_settings(point) for point in group]
         shown = _shown(tables)
         for point, table in zip(group, tables, strict=True):
-            point.sweep.variant = " ".join(f"{key}={table[key]}" for key in shown)
+            point.sweep.variant = " ".join(sorted(f"{key}={table[key]}" for key in shown))  # equal ones read the same
 
 
 def studies(points: list[Point]) -> list[dict[str, Any]]:

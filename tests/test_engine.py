@@ -103,15 +103,15 @@ def test_recomputed_activations_change_no_bit(alone, tmp_path):
     assert distance(weights(tmp_path), weights(alone)) == 0
 
 
-def test_compiled_layers_train_the_same_model(alone, tmp_path):
-    train(
-        *POINT, "engine.compile=true", "trainer.sft.max_steps=2", "trainer.align.max_steps=2", f"output_dir={tmp_path}"
-    )
+def test_compiled_layers_train_the_same_model(tmp_path):
+    # From the base model: one stage that is compiled instead of two.
+    arguments = [*POINT, "init=base", "lr=1e-3", "trainer.align.max_steps=2"]
+    train(*arguments, "engine.compile=true", "judge=none", "evaluation=preference", f"output_dir={tmp_path}")
     plain = tmp_path / "plain"
-    train(*POINT, "trainer.sft.max_steps=2", "trainer.align.max_steps=2", f"output_dir={plain}")
+    train(*arguments, "judge=none", "evaluation=preference", f"output_dir={plain}")
     # The first steps of Adam go by a gradient's sign, and where it is nearly zero rounding decides that.
     assert distance(weights(tmp_path), weights(plain)) < 3 * TOLERANCE
-    assert distance(weights(plain), weights(alone)) > 20 * TOLERANCE
+    assert distance(weights(plain), load_file(ROOT / "src/data/mini_tldr_base/model.safetensors")) > 10 * TOLERANCE
 
 
 def test_lora_trains_low_rank_differences_and_starts_at_the_reference(alone, tmp_path):

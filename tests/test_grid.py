@@ -78,6 +78,12 @@ def test_sweeps_of_the_paper_have_its_points_and_rest_on_one_sft_and_one_referen
     assert re.search(rf"^sft +{sft} ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
 
 
+def test_the_grids_of_mistral_are_those_of_v3():
+    labels, _ = dry_run("setup=mistral_7b_uf", "method=all", "beta=grid", "lr=grid")
+    betas = {"dpo": 6, "ipo": 6, "simpo": 8, "orpo": 11, "asft": 9, "apo_zero": 6, "nca": 9, "cal_dpo": 7}
+    assert {m: sum(x.split()[0] == m for x in labels) for m in betas} == {m: 4 * n for m, n in betas.items()}
+
+
 def test_every_named_sweep_plans():
     for path in sorted((ROOT / "conf/sweep").glob("*.yaml")):
         assert dry_run(f"+sweep={path.stem}")[0], path.stem
@@ -91,6 +97,11 @@ def test_a_sweep_in_parts_has_the_points_of_each_and_yields_to_the_command_line(
         for weight in (0.1, 1.0)
     ]
     assert [label.split()[0] for label in labels].count("dpo") == 1
+    # Methods of equal settings are compared, in whatever order the parts name those.
+    named = {
+        label.partition("init.")[2].split()[0] for label in labels if "init=base" not in label and "init." in label
+    }
+    assert named == {"align_weight=0.1", "align_weight=1.0"}
     only = dry_run("+sweep=demo_init_ablation", "method=asft")[0]
     assert {label.split()[0] for label in only} == {"asft"} and len(only) == 6
 

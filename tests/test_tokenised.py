@@ -5,6 +5,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from src.config import ConfigError, Dataset, HubTable, Model, Point
 from src.data import Hub, JsonLines, MiniTldr, demonstrations_of, mini_tldr
@@ -203,3 +205,20 @@ def test_gold_score_counts_facts_and_charges_for_what_is_wrong():
     assert mini_tldr.gold_score(facts, clean + " honestly") == pytest.approx(best - 0.5)
     assert mini_tldr.gold_score(facts, clean, finished=False) == pytest.approx(best - 1.0)
     assert mini_tldr.gold_score(facts, "") == 0.0
+
+
+def test_mistrals_format_is_its_instruct_format_with_one_begin_and_the_end_after_each_answer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    template = Template("mistral", fast)
+    roles = ("system", "user", "assistant", "user")
+    messages = tuple(
+        {"role": r, "content": c} for r, c in zip(roles, ("Be brief.", "Hi", "Hello", "Why?"), strict=True)
+    )
+    ids = template.prompt_ids(Prompt(messages)) + template.response_ids("Because.")
+    assert fast.decode(ids) == "<s>[INST] Be brief.\n\nHi [/INST] Hello</s>[INST] Why? [/INST] Because.</s>"
+    assert ids.count(fast.bos_token_id) == 1 and ids[-1] == template.end_id == fast.eos_token_id

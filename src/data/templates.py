@@ -14,18 +14,30 @@ _LLAMA3 = (
     "{{ m['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+# The instruct format of Mistral 7B v0.1 and v0.2: plain text, but for the end of each answer.
+_MISTRAL = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
+    "{% elif m['role'] == 'system' %}{{ '[INST] ' + m['content'] | trim + '\n\n' }}"
+    "{% else %}{{ ('' if loop.index0 and loop.previtem['role'] == 'system' else '[INST] ') + m['content'] | trim }}"
+    "{{ ' [/INST]' }}{% endif %}{% endfor %}"
+)
+_FORMATS = {"llama3": _LLAMA3, "mistral": _MISTRAL}
+_AFTER_A_SPACE = ("plain", "mistral")  # where a response begins
 
 
 @dataclass
 class Template:
-    """How a model is spoken to: `plain` text, the `tokenizer`'s own chat template, or `llama3` headers."""
+    """How a model is spoken to: `plain` text, the `tokenizer`'s own chat template, `llama3` headers or `mistral`'s
+    [INST]."""
 
     name: str
     tokenizer: Any
 
     def __post_init__(self) -> None:
         if self.name == "tokenizer" and not self.tokenizer.chat_template:
-            raise ConfigError("model.template=tokenizer: this tokenizer brings no chat template; use plain or llama3")
+            raise ConfigError(
+                "model.template=tokenizer: this tokenizer brings no chat template; use plain, llama3 or mistral"
+            )
         if self.name == "llama3" and "<|eot_id|>" not in self.tokenizer.get_vocab():
             raise ConfigError("model.template=llama3: this tokenizer has no <|eot_id|>; use plain or tokenizer")
         if self.end_id is None:
@@ -42,20 +54,20 @@ class Template:
         if self.name == "plain":
             ids = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
         else:
-            chat = {"chat_template": _LLAMA3} if self.name == "llama3" else {}
+            chat = {"chat_template": _FORMATS[self.name]} if self.name in _FORMATS else {}
             text = self.tokenizer.apply_chat_template(
                 list(prompt.messages), tokenize=False, add_generation_prompt=True, **chat
             )
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
-        # Chat formats without a begin token (ChatML) declare one all the same; only the other two start with it.
+        # Chat formats without a begin token (ChatML) declare one all the same; only the other three start with it.
         if bos is not None and self.name != "tokenizer" and ids[:1] != [bos]:
             ids = [bos, *ids]
         return ids
 
     def response_ids(self, text: str) -> list[int]:
-        """Response tokens, the end token last. A plain response follows its prompt after one space."""
-        text = " " + text.lstrip() if self.name == "plain" else text
+        """Response tokens, the end token last. A plain response, and mistral's, follows its prompt after one space."""
+        text = " " + text.lstrip() if self.name in _AFTER_A_SPACE else text
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
 
     def text(self, ids: list[int]) -> str:

@@ -1,0 +1,73 @@
+"""The estimate that dry_run=true prints: its arithmetic, and how finished stages calibrate it."""
+
+import json
+import re
+
+import pytest
+from safetensors import safe_open
+
+from src.checks import point_from
+from src.cost import Cost, parameters_of, warning
+from src.plan import make_plan
+from src.store import Store
+from tests.conftest import ROOT, SMALL, dry_run, train
+from tests.test_config import composed
+
+
+def planned(tmp_path, *overrides):
+    store = Store(tmp_path)
+    point = point_from(composed(*overrides, f"output_dir={tmp_path}"))
+    return make_plan([point], store), store
+
+
+def test_before_anything_was_measured_hours_are_flops_over_the_stated_speed(tmp_path):
+    plan, store = planned(tmp_path, "setup=llama32_3b_tldr")
+    found = Cost(plan, store).estimates
+    rows = 41_947 * 416  # conf/dataset/tldr.yaml
+    assert found["sft"].tokens == rows and not found["sft"].measured
+    assert found["sft"].hours == pytest.approx(6 * 3.21e9 * rows / (0.4 * 312e12) / 3600)
+    assert found["reference"].hours == pytest.approx(2 * 3.21e9 * (73_396 + 2000) * 451 / (0.4 * 312e12) / 3600)
+    assert found["align"].tokens == 73_396 * 451
+    faster = Cost(*planned(tmp_path, "setup=llama32_3b_tldr", "engine.tflops=624")).estimates
+    assert faster["align"].hours == pytest.approx(found["align"].hours / 2)
+    stepped = ["trainer.align.max_steps=10", "dataset.sft_fraction=0.1", "trainer.sft.epochs=2"]
+    fewer = Cost(*planned(tmp_path, "setup=llama32_3b_tldr", *stepped)).estimates
+    assert fewer["align"].tokens == 10 * 128 * 451
+    assert fewer["sft"].tokens == pytest.approx(0.1 * 2 * rows)
+
+
+def test_a_sweeps_estimate_counts_shared_stages_once(tmp_path):
+    _, output = dry_run("+sweep=paper_tldr_3b", f"output_dir={tmp_path}")
+    rows = dict(re.findall(r"^(sft|reference|align|generate) +(\d+) .*assumed$", output, re.M))
+    assert rows == {"sft": "1", "reference": "1", "align": "200", "generate": "200"}
+    assert re.search(r"^disk: 2\.58 TB for the weights of 201 models until the sweep ends and keep=best", output, re.M)
+
+
+def test_finished_stages_say_what_the_next_ones_take(tmp_path):
+    labels, before = dry_run(*SMALL, "method=dpo", "beta=0.1", f"output_dir={tmp_path}")
+    assert labels and "-: nothing is known before a first run" in before  # a CPU has no stated peak
+    train(*SMALL, "method=dpo", "beta=0.1", f"output_dir={tmp_path}")
+    output = dry_run(*SMALL, "method=dpo", "beta=0.2,0.3", f"output_dir={tmp_path}")[1]
+    assert re.search(r"^align +2 .* as measured here$", output, re.M) and "sft " not in output.partition("cost")[2]
+
+    plan, store = planned(tmp_path, *SMALL, "method=ipo", "beta=0.1", "trainer.align.epochs=2")
+    estimate = Cost(plan, store).estimates["align"]
+    ((done,),) = [[json.loads(p.read_text()) for p in (tmp_path / "store" / "align").glob("*/DONE")]]
+    assert estimate.tokens == 2 * done["tokens"] and estimate.measured
+    assert estimate.hours == pytest.approx(2 * done["seconds"] / 3600)
+    other = Cost(*planned(tmp_path, *SMALL, "method=ipo", "engine.precision=bf16")).estimates["align"]
+    assert other.hours is None and not other.measured  # another computation has another speed
+
+
+def test_parameters_are_those_of_the_model():
+    model = point_from(composed()).model
+    with safe_open(ROOT / "src" / "data" / "mini_tldr_base" / "model.safetensors", "pt") as file:
+        counted = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert parameters_of(model) == pytest.approx(counted, rel=0.01)
+    assert parameters_of(point_from(composed("model=llama32_3b")).model) == 3.21e9
+
+
+def test_a_sweep_that_its_disk_cannot_hold_is_warned_of(tmp_path):
+    assert warning(*planned(tmp_path, *SMALL)) is None
+    said = warning(*planned(tmp_path, "setup=llama31_8b_uf", "model.parameters=1e15"))
+    assert said is not None and "the weights of this sweep take 8e+03 TB" in said and str(tmp_path) in said

@@ -1,0 +1,44 @@
+"""The paper's setups on a SLURM cluster, whole, with a tiny Llama for the model and small local copies of the data."""
+
+import json
+import subprocess
+
+import pytest
+
+from tests import tiny_llama
+from tests.conftest import ROOT, command, environment
+from tests.on_slurm import SLURM, said, sweep_json
+
+SMALLER = [
+    *("trainer.sft.batch_size=8", "trainer.align.batch_size=8", "dataset.validation_size=16"),
+    *("evaluation.prompts=8", "evaluation.generation.max_new_tokens=12", "engine=zero3"),
+]
+TASKS = ["hydra.launcher.gpus_per_node=2", "hydra.launcher.wait=true"]
+SETUPS = {"llama32_3b_tldr": tiny_llama.tldr, "llama31_8b_uf": tiny_llama.ultrachat_ultrafeedback}
+
+
+def test_both_setups_run_whole_on_two_tasks_with_zero3(slurm, tmp_path):
+    pytest.importorskip("deepspeed")
+    model, running = tiny_llama.model(tmp_path / "model"), {}
+    for setup, data in SETUPS.items():
+        paths = [f"model.path={model}", f"dataset.path={data(tmp_path / setup)}", f"output_dir={tmp_path / 'out'}"]
+        arguments = ["-m", f"setup={setup}", "method=dpo", f"sweep.name={setup}", *SMALLER, *paths, *SLURM, *TASKS]
+        running[setup] = subprocess.Popen(
+            command(*arguments),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    for setup, process in running.items():
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output
+        folder = tmp_path / "out" / "sweeps" / setup
+        assert [point["state"] for point in sweep_json(folder)["points"]] == ["done"]
+        assert (folder / "report.html").exists() and (folder / "best.yaml").exists()
+        two = [task for task in said(folder) if (task["cuda_visible_devices"] or "").count(",") == 1]
+        assert two, "a job had two tasks"
+    done = [json.loads(path.read_text()) for path in (tmp_path / "out" / "store").glob("*/*/DONE")]
+    assert sorted(d["stage"] for d in done) == sorted(2 * ["sft", "reference", "align", "generate", "evaluate"])
+    assert {d["processes"] for d in done if d["stage"] in ("sft", "align")} == {2}

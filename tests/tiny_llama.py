@@ -1,0 +1,99 @@
+"""A random Llama with a tokenizer of Llama 3's kind, and small tables in the layout of the hub's."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+_WORDS = ["the", "cat", "dog", "ran", "sat", "house", "tree", "big", "small", "red", "and", "then", "why", "how", "is"]
+
+
+def model(folder: Path) -> Path:
+    """Two layers, byte-level BPE, Llama 3's special tokens, no chat template: as its base models come."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=_SPECIAL, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(_WORDS)] * 10, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _text(generator: random.Random, least: int, most: int) -> str:
+    return " ".join(generator.choices(_WORDS, k=generator.randint(least, most)))
+
+
+def _write(folder: Path, splits: dict[str, list[dict]]) -> None:
+    """As the hub lays parquet out."""
+    (folder / "data").mkdir(parents=True)
+    for split, rows in splits.items():
+        pd.DataFrame(rows).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+def tldr(folder: Path, rows: int = 32) -> Path:
+    """trl-lib/tldr and trl-lib/tldr-preference."""
+    draw = random.Random(0)
+
+    def prompt() -> str:
+        return (
+            f"SUBREDDIT: r/{_text(draw, 1, 1)}\n\nTITLE: {_text(draw, 3, 6)}\n\nPOST: {_text(draw, 20, 60)}\n\nTL;DR:"
+        )
+
+    def demonstration() -> dict:
+        return {"prompt": prompt(), "completion": f" {_text(draw, 4, 12)}"}
+
+    def pair() -> dict:
+        return {"prompt": prompt(), "chosen": f" {_text(draw, 4, 12)}", "rejected": f" {_text(draw, 4, 12)}"}
+
+    _write(folder / "sft", {"train": [demonstration() for _ in range(rows)]})
+    splits = {"train": rows, "validation": rows // 2}
+    _write(folder / "preference", {name: [pair() for _ in range(n)] for name, n in splits.items()})
+    return folder
+
+
+def ultrachat_ultrafeedback(folder: Path, rows: int = 32) -> Path:
+    """HuggingFaceH4/ultrachat_200k, with conversations of several turns, and HuggingFaceH4/ultrafeedback_binarized."""
+    draw = random.Random(0)
+
+    def turns(count: int) -> list[dict]:
+        roles = ("user", "assistant")
+        return [{"role": roles[i % 2], "content": _text(draw, 4, 20)} for i in range(count)]
+
+    def conversation(number: int) -> dict:
+        messages = turns(2 * draw.randint(1, 3))
+        return {"prompt": messages[0]["content"], "prompt_id": str(number), "messages": messages}
+
+    def pair(number: int) -> dict:
+        (asked,), answers = turns(1), [{"role": "assistant", "content": _text(draw, 4, 30)} for _ in range(2)]
+        row = {"prompt": asked["content"], "prompt_id": str(number)}
+        row |= {"chosen": [asked, answers[0]], "rejected": [asked, answers[1]], "messages": [asked, answers[0]]}
+        return row | {"score_chosen": 8.0, "score_rejected": 4.0}
+
+    _write(folder / "sft", {"train_sft": [conversation(i) for i in range(rows)]})
+    splits = {"train_prefs": rows, "test_prefs": rows // 2}
+    _write(folder / "preference", {name: [pair(i) for i in range(n)] for name, n in splits.items()})
+    return folder
