@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 class Example:
     """A tokenised prompt and its responses: (chosen, rejected) of a pair, or a single one.
 
-    Every response holds its end-of-sequence token where it was not cut, and at least one token.
+    Every response holds its end-of-sequence token where it was not cut, and at least one token. given: [start, end) of
+    what stands in the single response of a conversation and is not learned: the user's later turns.
     """
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
+    given: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def learned(self) -> int:
+        """Tokens that are predicted."""
+        return sum(map(len, self.responses)) - sum(end - start for start, end in self.given)
 
     @property
     def length(self) -> int:
@@ -124,7 +131,8 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
     for index in indices:
         example = examples[index]
         begin, length = len(ids), len(example.prompt)
-        assert length and all(example.responses), "nothing to predict from, or nothing to predict"
+        assert length and all(example.responses) and example.learned, "nothing to predict from, or nothing to predict"
+        assert not example.given or len(example.responses) == 1, "a pair's responses are learned whole"
         ids += example.prompt
         positions += range(length)
         for number, response in enumerate(example.responses):
@@ -136,9 +144,12 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
                 segments.append(Segment(begin, len(ids)))
             elif len(ids) > start:
                 segments.append(Segment(start, len(ids), begin, begin + length))
-            predict_from += [begin + length - 1, *range(start, len(ids))]
-            targets += response
-            sequence += [count] * len(response)
+            places = [begin + length - 1, *range(start, len(ids))]
+            bounds = [0, *(edge for span in example.given for edge in span), len(response)]
+            for first, last in zip(bounds[::2], bounds[1::2], strict=True):
+                predict_from += places[first:last]
+                targets += response[first:last]
+                sequence += [count] * (last - first)
             count += 1
     return PackedBatch(
         torch.tensor([ids]),

@@ -15,7 +15,7 @@ from src.methods import METHODS
 from src.store import Store
 
 # Raise a stage's number when what it computes changes: old artefacts are then not its own any more.
-VERSIONS = {"sft": 6, "reference": 6, "align": 6, "generate": 6, "evaluate": 3}
+VERSIONS = {"sft": 7, "reference": 6, "align": 6, "generate": 6, "evaluate": 3}
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,13 @@ def _data_fields(point: Point) -> tuple[dict[str, Any], dict[str, Any]]:
         assert data.sft is not None and data.preference is not None
         sft["sft"], pairs["preference"] = _table(data.sft), _table(data.preference)
     return sft, pairs
+
+
+def tokens_depend_on(point: Point) -> dict[str, Any]:
+    """What the tokens of the point's data depend on, besides its template."""
+    sft, pairs = _data_fields(point)
+    model = fingerprint(point.model.path, point.model.revision)
+    return {"model": model, "pairs": pairs, "sft": {**sft, "sft_fraction": point.dataset.sft_fraction}}
 
 
 def _table(table: HubTable) -> dict[str, Any]:

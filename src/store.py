@@ -8,10 +8,10 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from src import interruption
 from src.config import ConfigError
@@ -19,6 +19,8 @@ from src.lease import Lease
 
 if TYPE_CHECKING:
     from src.plan import Stage
+
+T = TypeVar("T")
 
 DONE = "DONE"
 STAGE_FILE = "stage.json"
@@ -88,27 +90,40 @@ class Attempt:
     def step(self, step: int, total: int, interruptible: bool = True) -> None:
         """Say how far the stage is. Raises LeaseLost when another process has taken it over, and Interrupted when
         this one is asked to stop (unless the stage is not `interruptible` here: it saves itself first)."""
+        if self._first is None:
+            self._first = step
+        self._tell(self.label, step, total, self._first, self.started, interruptible)
+
+    def over(self, rows: Sequence[T], what: str) -> Iterator[T]:
+        """The rows, saying how many are prepared if that lasts. Raises like `step`."""
+        started = time.time()
+        for number, row in enumerate(rows):
+            if time.time() - started > 2:
+                self._tell(f"{self.label}: {what}", number, len(rows), 0, started)
+            yield row
+        if time.time() - started > 2:
+            self._tell(f"{self.label}: {what}", len(rows), len(rows), 0, started)
+
+    def _tell(self, label: str, step: int, total: int, first: int, started: float, interruptible: bool = True) -> None:
         if self.lease is None:
             return
         self.lease.check()
         if interruptible and step < total and (reason := interruption.requested()):
-            raise interruption.Interrupted(f"{self.label} stopped at {step}/{total}: {reason}")
-        if self._first is None:
-            self._first = step
+            raise interruption.Interrupted(f"{label} stopped at {step}/{total}: {reason}")
         now = time.monotonic()
         if now - self._told >= 0.5 or step >= total:
             self._told = now
             if self.lease.held:
                 progress = {
-                    "label": self.label,
+                    "label": label,
                     "step": step,
                     "total": total,
-                    "first": self._first,  # where this attempt went on from
-                    "started": self.started,
+                    "first": first,  # where this attempt went on from
+                    "started": started,
                     "now": time.time(),
                 }
                 write_json(self.lease.folder / "progress.json", progress)
-            self.report(self.label, step, total)
+            self.report(label, step, total)
 
     @property
     def leads(self) -> bool:
@@ -151,6 +166,10 @@ class Store:
     def answers(self, judge: str, model: str) -> Path:
         """What a model has answered as this judge: files that only grow, shared by all sweeps."""
         return self.root / "answers" / judge / re.sub(r"[^\w.-]+", "_", model)[-100:]
+
+    def tokenised(self, key: str) -> Path:
+        """Where the tokens of a part of the data are kept, whoever needs them."""
+        return self.root / "tokenised" / f"{key}.safetensors"
 
     def is_done(self, stage: Stage | StageName) -> bool:
         return (self.dir(stage) / DONE).exists()

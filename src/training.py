@@ -135,7 +135,7 @@ def train(
         attempt.step(step, total, interruptible=False)
         started = time.perf_counter()
         chosen = batch_indices(step, len(examples), optimisation.batch_size, point.seed)
-        size = StepSize(len(chosen), sum(len(r) for i in chosen for r in examples[i].responses))
+        size = StepSize(len(chosen), sum(examples[i].learned for i in chosen))
         rate = lr * schedule(step, total, optimisation)
         for group in optimiser.param_groups:
             group["lr"] = rate

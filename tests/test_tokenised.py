@@ -5,16 +5,16 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from src.config import ConfigError, Dataset, HubTable, Model, Point
-from src.data import Hub, JsonLines, MiniTldr, demonstrations_of, mini_tldr
-from src.data.rows import Prompt, pair_from, text_prompt
+from src.data import Hub, JsonLines, MiniTldr, demonstrations_of, mini_tldr, tokenised
+from src.data.rows import Demonstration, Pair, Prompt, demonstration_from, pair_from, text_prompt
 from src.data.templates import Template
-from src.data.tokenised import tokenise
+from src.data.tokenised import Tokenised, examples_of, tokenise_demonstrations, tokenise_pairs
 from src.identity import locate
 from src.models import template_of
+from src.pairs import pack
+from tests import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +34,20 @@ def smollm2() -> Template:
     return template_of(point)
 
 
+def pairs(rows: list[tuple[str, str, str]], template: Template, *limits: int) -> Tokenised:
+    return tokenise_pairs([Pair(text_prompt(p), w, lo) for p, w, lo in rows], template, *(limits or (160, 112)))
+
+
 def test_prompt_and_response_are_tokenised_apart_and_the_end_is_supervised(mini):
-    data = tokenise([(text_prompt("r/work POST: the boss"), ("someone lost 50 dollars .", "someone"))], mini, 160, 112)
+    data = pairs([("r/work POST: the boss", "someone lost 50 dollars .", "someone")], mini)
     (example,) = data.examples
     assert example.prompt == tuple(mini.prompt_ids(text_prompt("r/work POST: the boss")))
     assert example.prompt[0] == mini.tokenizer.bos_token_id
     assert all(r[-1] == mini.end_id for r in example.responses)
     assert [mini.text(list(r)) for r in example.responses] == ["someone lost 50 dollars .", "someone"]
     # The boundary: the same prompt before any response, however the two would merge if tokenised together.
-    rows = [(text_prompt("so we were in bos"), (response, "x")) for response in ("ton on monday", "someone")]
-    assert len({e.prompt for e in tokenise(rows, mini, 160, 112).examples}) == 1
+    rows = [("so we were in bos", response, "x") for response in ("ton on monday", "someone")]
+    assert len({e.prompt for e in pairs(rows, mini).examples}) == 1
 
 
 def test_chat_template_marks_the_turns_and_ends_with_the_end_token_once():
@@ -63,8 +67,8 @@ def test_chat_template_marks_the_turns_and_ends_with_the_end_token_once():
 
 def test_over_long_prompts_keep_their_end_and_responses_are_cut_on_the_right(mini):
     prompt, response = "a b c d e f g h i j k l m n o p", "one two three four five six seven eight nine ten"
-    full = tokenise([(text_prompt(prompt), (response, "x"))], mini, 160, 112).examples[0]
-    cut = tokenise([(text_prompt(prompt), (response, "x"))], mini, 14, 6).examples[0]
+    full = pairs([(prompt, response, "x")], mini).examples[0]
+    cut = pairs([(prompt, response, "x")], mini, 14, 6).examples[0]
     assert cut.prompt == full.prompt[-6:]
     assert cut.responses[0] == full.responses[0][:8]
     assert cut.responses[0][-1] != mini.end_id  # the end was cut away with the rest, not moved
@@ -72,8 +76,7 @@ def test_over_long_prompts_keep_their_end_and_responses_are_cut_on_the_right(min
 
 
 def test_rows_without_a_supervised_token_are_dropped_and_counted(mini):
-    rows = [(text_prompt("a"), ("b", "c")), (text_prompt("a"), ("", "c")), (text_prompt("a"), ("b", "  "))]
-    data = tokenise(rows, mini, 160, 112)
+    data = pairs([("a", "b", "c"), ("a", "", "c"), ("a", "b", "  ")], mini)
     assert len(data.examples) == 1 and data.dropped == {"no supervised token": 2}
 
 
@@ -207,18 +210,104 @@ def test_gold_score_counts_facts_and_charges_for_what_is_wrong():
     assert mini_tldr.gold_score(facts, "") == 0.0
 
 
+def chat(name: str) -> Template:
+    return smollm2() if name == "tokenizer" else Template(name, tiny_llama.tokenizer())
+
+
+TURNS = ("Hi", "Yes?", "How are you", "well , thanks", "Bye", "See you")
+
+
+def conversation(turns=TURNS) -> Demonstration:
+    roles = ("user", "assistant")
+    return demonstration_from({"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}, "here")
+
+
+def learned(examples, template: Template) -> list[str]:
+    """What is predicted, answer by answer, each with its end token."""
+    ids = pack(examples, [0]).targets.tolist()
+    end = template.tokenizer.convert_ids_to_tokens(template.end_id)
+    return template.tokenizer.decode(ids).split(end)
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "tokenizer"])
+def test_every_answer_of_a_conversation_is_learned_with_its_end_and_nothing_the_user_says(name):
+    template = chat(name)
+    examples = tokenise_demonstrations([conversation()], template, 1000, 500).examples
+    assert [text.strip() for text in learned(examples, template)] == [*TURNS[1::2], ""]
+    (example,) = examples
+    # The whole is the text of the conversation: what is not learned is seen all the same.
+    last = Prompt(conversation().prompt.messages)
+    assert [*example.prompt, *example.responses[0]] == [*template.prompt_ids(last), *template.response_ids("See you")]
+    assert example.learned == sum(len(template.response_ids(answer)) for answer in TURNS[1::2])
+    # One answer is one response.
+    (single,) = tokenise_demonstrations([conversation(TURNS[:2])], template, 1000, 500).examples
+    assert single.given == () and single.prompt == example.prompt
+    assert list(single.responses[0]) == template.response_ids(TURNS[1])
+
+
+@pytest.mark.parametrize("name", ["llama3", "tokenizer"])
+def test_a_conversation_that_is_too_long_ends_with_an_answer(name):
+    template = chat(name)
+    (full,) = tokenise_demonstrations([conversation()], template, 1000, 500).examples
+    every = pack([full], [0]).targets.tolist()
+    seen = set()
+    for limit in range(len(full.prompt) + 1, full.length + 2):
+        (cut,) = tokenise_demonstrations([conversation()], template, limit, 500).examples
+        ids = pack([cut], [0]).targets.tolist()
+        assert ids == every[: len(ids)] and len(ids) == cut.learned > 0
+        assert cut.responses[0][-1] == ids[-1]  # not with the user's words
+        assert cut.length < limit or len(cut.responses[0]) == limit - len(cut.prompt)
+        seen.add(len(cut.given))
+    assert seen == {0, 1, 2} and cut == full
+
+
+def test_a_template_that_writes_answers_otherwise_once_others_follow_is_refused():
+    template = chat("llama3")
+    template.name = "tokenizer"
+    # As templates do that leave out earlier reasoning.
+    answer = "{{ m.content if loop.last else m.content[:1] }}{{ eos_token }}"
+    template.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] " + answer + "{% endfor %}"
+    with pytest.raises(ConfigError, match="writes an answer otherwise once others follow"):
+        tokenise_demonstrations([conversation()], template, 1000, 500)
+    assert len(tokenise_demonstrations([conversation(TURNS[:2])], template, 1000, 500).examples) == 1
+
+
+@pytest.mark.parametrize("part", ["sft", "train", "validation"])
+def test_tokens_are_kept_for_whoever_reads_the_same_rows(part, tmp_path, mini, caplog):
+    rows = [{"prompt": f"p{n}", "chosen": f"a{n}" if n % 9 else "", "rejected": "b " * n + "c"} for n in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    point = Point(output_dir=str(tmp_path), dataset=Dataset("d", "jsonl", str(tmp_path / "pairs.jsonl")))
+    point.model = Model("mini", "package://src.data/mini_tldr_base", "plain")
+    made = examples_of(point, part, mini)
+    (file,) = (tmp_path / "store" / "tokenised").glob("*")
+
+    def again(template, point=point):
+        tokenised._cache.clear()
+        caplog.clear()
+        return examples_of(point, part, template)
+
+    kept = again(None)  # nothing to tokenise with
+    assert list(kept.examples) == list(made.examples) and kept.dropped == made.dropped
+    assert len(kept.examples) > 1 and kept.examples[-2:] == list(made.examples)[-2:]
+    assert part == "validation" or "no supervised token" in caplog.text  # told each time
+
+    file.write_bytes(file.read_bytes()[:-100])  # as a disk that was full leaves it
+    assert list(again(mini).examples) == list(made.examples)
+    assert list(again(None).examples) == list(made.examples)
+
+    shorter = replace(point, dataset=replace(point.dataset, max_tokens=4, max_prompt_tokens=2))
+    assert list(again(mini, shorter).examples) != list(made.examples)
+    assert len(list(file.parent.glob("*"))) == 2  # and no draft is left
+
+
 def test_mistrals_format_is_its_instruct_format_with_one_begin_and_the_end_after_each_answer():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    template = Template("mistral", fast)
+    template = chat("mistral")
+    fast = template.tokenizer
     roles = ("system", "user", "assistant", "user")
     messages = tuple(
         {"role": r, "content": c} for r, c in zip(roles, ("Be brief.", "Hi", "Hello", "Why?"), strict=True)
     )
     ids = template.prompt_ids(Prompt(messages)) + template.response_ids("Because.")
-    assert fast.decode(ids) == "<s>[INST] Be brief.\n\nHi [/INST] Hello</s>[INST] Why? [/INST] Because.</s>"
+    text = "<s>[INST] Be brief.\n\nHi [/INST] Hello</s>[INST] Why? [/INST] Because.</s>"
+    assert fast.decode(ids) == text.replace("<s>", fast.bos_token).replace("</s>", fast.eos_token)
     assert ids.count(fast.bos_token_id) == 1 and ids[-1] == template.end_id == fast.eos_token_id

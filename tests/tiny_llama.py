@@ -14,17 +14,20 @@ _SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|en
 _WORDS = ["the", "cat", "dog", "ran", "sat", "house", "tree", "big", "small", "red", "and", "then", "why", "how", "is"]
 
 
-def model(folder: Path) -> Path:
-    """Two layers, byte-level BPE, Llama 3's special tokens, no chat template: as its base models come."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, Llama 3's special tokens, no chat template: as its base models come."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=_SPECIAL, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([" ".join(_WORDS)] * 10, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
-    )
+    bpe.train_from_iterator([" ".join(_WORDS)] * 10, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
+
+
+def model(folder: Path) -> Path:
+    """Two layers, random."""
+    fast = tokenizer()
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from src.config import Engine, Point, SftOptimisation, Trainer
 from src.data import mini_tldr
-from src.data.rows import text_prompt
+from src.data.rows import Demonstration, text_prompt
 from src.data.templates import Template
-from src.data.tokenised import tokenise
+from src.data.tokenised import tokenise_demonstrations
 from src.engine import TrainingEngine
 from src.lease import Lease
 from src.logprobs import prepare
@@ -95,7 +95,8 @@ def main() -> None:
     template = Template("plain", make_tokenizer())
     model = prepare(make_model(len(template.tokenizer)))
     rows = mini_tldr.demonstrations(EXAMPLES, seed=98, quality=QUALITY)
-    data = tokenise([(text_prompt(post.text), (summary,)) for post, summary in rows], template, 160, 112)
+    examples = [Demonstration(text_prompt(post.text), summary) for post, summary in rows]
+    data = tokenise_demonstrations(examples, template, 160, 112)
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
         with TrainingEngine(POINT, POINT.trainer.sft) as engine, Tracker(POINT, "base", attempt) as tracker:

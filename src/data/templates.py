@@ -50,15 +50,40 @@ class Template:
             return self.tokenizer.convert_tokens_to_ids("<|eot_id|>")
         return self.tokenizer.eos_token_id
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _text_of(self, prompt: Prompt) -> str:
+        """Up to where the response begins."""
         if self.name == "plain":
-            ids = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-        else:
-            chat = {"chat_template": _FORMATS[self.name]} if self.name in _FORMATS else {}
-            text = self.tokenizer.apply_chat_template(
-                list(prompt.messages), tokenize=False, add_generation_prompt=True, **chat
-            )
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return prompt.text
+        chat = {"chat_template": _FORMATS[self.name]} if self.name in _FORMATS else {}
+        return self.tokenizer.apply_chat_template(
+            list(prompt.messages), tokenize=False, add_generation_prompt=True, **chat
+        )
+
+    def turns(self, prompt: Prompt) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+        """The ids up to the first answer in a conversation, and for each answer before the last one its ids with the
+        end token, and those from there to the next answer. Plain text has no turns: it is one prompt.
+
+        Raises ConfigError where a template writes an answer otherwise once others follow.
+        """
+        answers = [i for i, m in enumerate(prompt.messages) if m["role"] == "assistant"]
+        if self.name == "plain" or not answers:
+            return self.prompt_ids(prompt), []
+        prompts = [Prompt(prompt.messages[:i]) for i in answers]
+        texts = [self._text_of(p) for p in (*prompts, prompt)]
+        end, turns = self.tokenizer.convert_ids_to_tokens(self.end_id), []
+        for i, before, after in zip(answers, texts, texts[1:], strict=False):
+            _, found, between = after.removeprefix(before).partition(end)
+            if not found or not after.startswith(before):
+                raise ConfigError(
+                    f"model.template={self.name}: it writes an answer otherwise once others follow, so those of a "
+                    "conversation cannot be learned together; use another template, or rows of one answer"
+                )
+            ids = self.tokenizer(between, add_special_tokens=False)["input_ids"]
+            turns.append((self.response_ids(prompt.messages[i]["content"]), ids))
+        return self.prompt_ids(prompts[0]), turns
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        ids = self.tokenizer(self._text_of(prompt), add_special_tokens=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
         # Chat formats without a begin token (ChatML) declare one all the same; only the other three start with it.
         if bos is not None and self.name != "tokenizer" and ids[:1] != [bos]:

@@ -67,7 +67,7 @@ def objective_of(point: Point, references: Tensor | None) -> Callable[..., tuple
 
 def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
     template = template_of(point)
-    data, validation = examples_of(point, "train", template), examples_of(point, "validation", template)
+    data, validation = (examples_of(point, part, template, attempt) for part in ("train", "validation"))
     references = reference.read(upstream["reference"]) if METHODS[point.method.name].needs_reference else {}
     objective = objective_of(point, references.get("train"))
     with TrainingEngine(point, point.trainer.align) as engine, Tracker(point, "align", attempt) as tracker:

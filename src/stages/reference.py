@@ -28,7 +28,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
     template = template_of(point)
     model = load_checkpoint(upstream["init"], point) if "init" in upstream else load_base(point)
-    parts = {part: examples_of(point, part, template).examples for part in ("train", "validation")}
+    parts = {part: examples_of(point, part, template, attempt).examples for part in ("train", "validation")}
     total, finished = sum(map(len, parts.values())), 0
     tensors: dict[str, Tensor] = {}
     for part, examples in parts.items():

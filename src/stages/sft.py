@@ -28,8 +28,10 @@ def token_mean_loss(
 
 def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
     template = template_of(point)
-    data = examples_of(point, "sft", template)
-    examples_of(point, "validation", template)  # the pairs come later: what is wrong with them shows now, not then
+    data = examples_of(point, "sft", template, attempt)
+    examples_of(
+        point, "validation", template, attempt
+    )  # the pairs come later: what is wrong with them shows now, not then
     with TrainingEngine(point, point.trainer.sft) as engine, Tracker(point, "sft", attempt) as tracker:
         model = engine.take(load_base(point))
         train(engine, model, data.examples, token_mean_loss, point, "sft", attempt, tracker)
