@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import ConfigError, Point, leaves, one_line
+from src.data.adapters import ADAPTERS
 from src.judges import BASELINES, JUDGES, REMOTE
 from src.judges.words import read_words
 from src.methods import METHODS
@@ -28,6 +29,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "method.name": tuple(METHODS),
     "model.template": ("plain", "tokenizer", "llama3", "mistral"),
     "dataset.source": ("mini_tldr", "jsonl", "hub"),
+    "dataset.sft.adapter": (None, *ADAPTERS),
+    "dataset.preference.adapter": (None, *ADAPTERS),
     "trainer.sft.schedule": ("linear", "cosine", "constant"),
     "trainer.align.schedule": ("linear", "cosine", "constant"),
     "engine.device": ("auto", "cpu", "cuda"),

@@ -69,6 +69,10 @@ class HubTable:
     path: str = MISSING
     train_split: str = "train"
     validation_split: str = "validation"
+    columns: dict[str, str] = field(default_factory=dict)  # prompt, chosen, ... -> what the table calls it
+    adapter: str | None = None  # one of src.data.adapters.ADAPTERS
+    distinct: bool = False  # a row that says what an earlier one did is left out
+    never_rejected: bool = False  # and one whose chosen response another row of its prompt rejects
     rows: dict[str, int] = field(default_factory=dict)  # split -> rows
     tokens: float | None = None  # of a row
 

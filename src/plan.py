@@ -174,7 +174,8 @@ def tokens_depend_on(point: Point) -> dict[str, Any]:
 
 def _table(table: HubTable) -> dict[str, Any]:
     """Without what is only said of it: how large it is."""
-    return {"path": table.path, "train_split": table.train_split, "validation_split": table.validation_split}
+    said = ("rows", "tokens")
+    return {name: value for name, value in asdict(table).items() if name not in said}
 
 
 @dataclass

@@ -42,3 +42,7 @@ def test_both_setups_run_whole_on_two_tasks_with_zero3(slurm, tmp_path):
     done = [json.loads(path.read_text()) for path in (tmp_path / "out" / "store").glob("*/*/DONE")]
     assert sorted(d["stage"] for d in done) == sorted(2 * ["sft", "reference", "align", "generate", "evaluate"])
     assert {d["processes"] for d in done if d["stage"] in ("sft", "align")} == {2}
+    # What the filters leave of Reddit TL;DR, and every row of the others.
+    seen = [json.loads(path.read_text()) for path in (tmp_path / "out" / "store").glob("*/*/data.json")]
+    assert sorted(d["rows"] for d in seen if "rows" in d) == [30, 32]
+    assert sorted(d["pairs"] for d in seen if "pairs" in d) == [32, 34]

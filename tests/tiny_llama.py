@@ -58,23 +58,21 @@ def _write(folder: Path, splits: dict[str, list[dict]]) -> None:
 
 
 def tldr(folder: Path, rows: int = 32) -> Path:
-    """trl-lib/tldr and trl-lib/tldr-preference."""
+    """trl-lib/tldr-preference, twice: with pairs that are there again, and others the other way round."""
     draw = random.Random(0)
 
-    def prompt() -> str:
-        return (
-            f"SUBREDDIT: r/{_text(draw, 1, 1)}\n\nTITLE: {_text(draw, 3, 6)}\n\nPOST: {_text(draw, 20, 60)}\n\nTL;DR:"
-        )
-
-    def demonstration() -> dict:
-        return {"prompt": prompt(), "completion": f" {_text(draw, 4, 12)}"}
-
     def pair() -> dict:
-        return {"prompt": prompt(), "chosen": f" {_text(draw, 4, 12)}", "rejected": f" {_text(draw, 4, 12)}"}
+        post = f"TITLE: {_text(draw, 3, 6)}\n\nPOST: {_text(draw, 20, 60)}"
+        prompt = f"SUBREDDIT: r/{_text(draw, 1, 1)}\n\n{post}\n\nTL;DR:"
+        return {"prompt": prompt, "chosen": f" {_text(draw, 4, 12)}", "rejected": f" {_text(draw, 4, 12)}"}
 
-    _write(folder / "sft", {"train": [demonstration() for _ in range(rows)]})
-    splits = {"train": rows, "validation": rows // 2}
-    _write(folder / "preference", {name: [pair() for _ in range(n)] for name, n in splits.items()})
+    def table(count: int) -> list[dict]:
+        pairs = [pair() for _ in range(count)]
+        return pairs + pairs[:2] + [p | {"chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs[2:4]]
+
+    splits = {"train": table(rows), "validation": table(rows // 2)}
+    for name in ("sft", "preference"):
+        _write(folder / name, splits)
     return folder
 
 

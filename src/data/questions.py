@@ -50,8 +50,8 @@ def answers_from(file: str, questions: Sequence[Question], key: str) -> list[dic
 
 def check_readable(points: Sequence[Point]) -> None:
     """Read every row of the files the points name, before anything runs. Raises ConfigError naming file and line."""
-    for point in {repr(p.dataset): p for p in points if p.dataset.source == "jsonl"}.values():
-        source_of(point).pairs("train")
+    for point in {repr(p.dataset): p for p in points}.values():
+        source_of(point).check()
     for point in {repr((p.dataset, p.evaluation, p.judge)): p for p in points}.values():
         baseline = None if point.judge.name == "none" or point.judge.baseline in BASELINES else point.judge.baseline
         # Prompts of the hub are not fetched here: a plan needs no network.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from src.config import ConfigError
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
+Row = dict[str, Any]
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -47,27 +50,33 @@ def text_prompt(text: str, facts: dict[str, str] | None = None) -> Prompt:
     return Prompt(({"role": "user", "content": text},), facts or {})
 
 
-def pair_from(row: dict[str, Any], where: str) -> Pair:
+def pair_from(row: Row, where: str) -> Pair:
     """`prompt` (text or messages) or `conversations`, with `chosen` and `rejected` (text, a message, or messages
     that may repeat the prompt). Raises ConfigError naming `where`."""
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ConfigError(f"{where}: no field {key!r}; it has {', '.join(map(repr, row)) or 'none'}")
-    prompt = row.get("conversations", row.get("prompt"))
-    if prompt is None:
-        if not isinstance(row["chosen"], list):
-            raise ConfigError(f"{where}: no field 'prompt' or 'conversations'")
-        prompt = row["chosen"][:-1]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, where)
     return Pair(
-        Prompt(tuple(messages)),
+        _prompt(row, where),
         _response(row["chosen"], where, "chosen"),
         _response(row["rejected"], where, "rejected"),
     )
 
 
-def demonstration_from(row: dict[str, Any], where: str) -> Demonstration:
-    """`messages` / `conversations` ending with the assistant, or `prompt` with `completion` / `chosen`."""
+def _prompt(row: Row, where: str) -> Prompt:
+    prompt = row.get("conversations", row.get("prompt"))
+    if prompt is None:
+        if not isinstance(row.get("chosen"), list):
+            raise ConfigError(f"{where}: no field 'prompt' or 'conversations'")
+        prompt = row["chosen"][:-1]
+    return text_prompt(prompt) if isinstance(prompt, str) else Prompt(tuple(_messages(prompt, where)))
+
+
+def demonstration_from(row: Row, where: str) -> Demonstration:
+    """The chosen response of a pair; `messages` / `conversations` ending with the assistant; or `prompt` with
+    `completion` / `response`. Raises ConfigError naming `where`."""
+    if "chosen" in row:
+        return Demonstration(_prompt(row, where), _response(row["chosen"], where, "chosen"))
     turns = row.get("messages", row.get("conversations"))
     if turns is not None:
         messages = _messages(turns, where)
@@ -76,14 +85,12 @@ def demonstration_from(row: dict[str, Any], where: str) -> Demonstration:
         if len(messages) < 2:
             raise ConfigError(f"{where}: a conversation needs a user turn and an assistant turn after it")
         return Demonstration(Prompt(tuple(messages[:-1])), messages[-1]["content"])
-    response = row.get("completion", row.get("chosen", row.get("response")))
+    response = row.get("completion", row.get("response"))
     if "prompt" not in row or response is None:
         raise ConfigError(
             f"{where}: needs messages, or prompt and completion; it has {', '.join(map(repr, row)) or 'none'}"
         )
-    prompt = row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, where)
-    return Demonstration(Prompt(tuple(messages)), _response(response, where, "completion"))
+    return Demonstration(_prompt(row, where), _response(response, where, "completion"))
 
 
 def _messages(turns: Any, where: str) -> list[Message]:
@@ -109,6 +116,21 @@ def _response(value: Any, where: str, name: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {name} must be text, a message, or a list of messages")
     return value
+
+
+def distinct_prompts(pairs: Iterable[Pair], count: int) -> list[Prompt]:
+    """The first `count` in order of appearance: one prompt may have several pairs."""
+    found: dict[tuple[str, ...], Prompt] = {}
+    for pair in pairs:
+        found.setdefault(pair.prompt.key, pair.prompt)
+    return list(found.values())[:count]
+
+
+def chosen_at_random(count: int, size: int | None, seed: int | str) -> list[int]:
+    """`size` (None: all) of `count` places, ascending; the fewer are part of the more of the same seed."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return sorted(order[:size])
 
 
 def read_rows(path: str, key: str = "dataset.path") -> list[tuple[str, dict[str, Any]]]:

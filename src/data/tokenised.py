@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, overload
 from src.config import ConfigError, Point
 from src.data import demonstrations_of, source_of
 from src.data.rows import Demonstration, Pair
+from src.data.tables import silently
 from src.data.templates import Template
 from src.identity import digest
 from src.pairs import Example
@@ -145,10 +146,13 @@ def examples_of(point: Point, part: str, template: Template, attempt: Attempt | 
 
 
 def _tokenised(point: Point, part: str, template: Template, attempt: Attempt | None) -> Tokenised:
-    rows: Sequence[Any] = demonstrations_of(point) if part == "sft" else source_of(point).pairs(part)
-    tokenise: Callable[..., Tokenised] = tokenise_demonstrations if part == "sft" else tokenise_pairs
-    told = rows if attempt is None else attempt.over(rows, f"{part} tokens")
-    return tokenise(told, template, point.dataset.max_tokens, point.dataset.max_prompt_tokens)
+    over = silently if attempt is None else attempt.over
+    limits = point.dataset.max_tokens, point.dataset.max_prompt_tokens
+    if part == "sft":
+        rows = demonstrations_of(point, over)
+        return tokenise_demonstrations(over(rows, "tokens of demonstrations"), template, *limits)
+    pairs = source_of(point).pairs(part, over)
+    return tokenise_pairs(over(pairs, f"tokens of {part} pairs"), template, *limits)
 
 
 def _keep(made: Tokenised, file: Path) -> None:
