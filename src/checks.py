@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import ConfigError, Point, leaves, one_line
+from src.data import SOURCES
 from src.data.adapters import ADAPTERS
 from src.judges import BASELINES, JUDGES, REMOTE
 from src.judges.words import read_words
@@ -28,7 +29,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "init.name": ("sft", "base"),
     "method.name": tuple(METHODS),
     "model.template": ("plain", "tokenizer", "llama3", "mistral"),
-    "dataset.source": ("mini_tldr", "jsonl", "hub"),
+    "dataset.source": tuple(SOURCES),
     "dataset.sft.adapter": (None, *ADAPTERS),
     "dataset.preference.adapter": (None, *ADAPTERS),
     "trainer.sft.schedule": ("linear", "cosine", "constant"),

@@ -104,7 +104,7 @@ class JsonLines:
         self.pairs("train")
 
 
-_SOURCES: dict[str, type[MiniTldr] | type[JsonLines] | type[Hub]] = {
+SOURCES: dict[str, type[MiniTldr] | type[JsonLines] | type[Hub]] = {
     "mini_tldr": MiniTldr,
     "jsonl": JsonLines,
     "hub": Hub,
@@ -127,5 +127,5 @@ def source_of(point: Point) -> Source:
     key = repr(point.dataset)
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = _SOURCES[point.dataset.source](point.dataset)
+        _loaded[key] = SOURCES[point.dataset.source](point.dataset)
     return _loaded[key]

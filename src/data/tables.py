@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -122,6 +123,8 @@ class Hub:
                 if split not in saved:
                     raise ValueError(f"its splits are {', '.join(saved)}")
                 return saved[split]
+            if streaming:  # of a split that is part of others, or several, the first
+                split = re.split(r"[\[+]", split)[0]
             return datasets.load_dataset(where, split=split, streaming=streaming)
         except Exception as error:  # datasets raises many kinds; all mean the table cannot be had
             reason = str(error).split("\n")[0]

@@ -1,0 +1,62 @@
+"""docs/add-a-dataset.md, worked through."""
+
+import json
+import random
+import re
+
+import pandas as pd
+
+from tests.conftest import SMALL
+from tests.worked_example import WorkedExample
+
+SCORES = [3.0, 8.5, 1.0, 6.0]
+
+
+def copy_of_ultrafeedback(folder, rows=100):
+    """openbmb/UltraFeedback: one split, four scored completions an instruction; the second table links to it."""
+    draw = random.Random(0)
+
+    def text():
+        return " ".join(draw.choices(["the", "cat", "sat", "on", "a", "mat", "again"], k=draw.randint(3, 12)))
+
+    made = []
+    for number in range(rows):
+        answers = [{"model": f"m{s}", "response": f"{text()} {s}", "overall_score": s} for s in SCORES]
+        made.append({"source": "x", "instruction": f"{text()} {number}", "models": ["m"], "completions": answers})
+    (folder / "sft").mkdir(parents=True)
+    pd.DataFrame(made).to_json(folder / "sft" / "train.jsonl", orient="records", lines=True)
+    (folder / "preference").symlink_to("sft")
+
+
+def test_the_page_adds_a_dataset_up_to_the_report(tmp_path):
+    example = WorkedExample("add-a-dataset.md", tmp_path / "project")
+    named = ("dataset=ultrafeedback_scored", "dataset.path=copy", "judge=none", "evaluation=preference")
+    refused = example.run("src.train", *named, "dry_run=true")
+    assert refused.returncode == 2 and "dataset/ultrafeedback_scored" in refused.stderr  # without the page
+    example.apply()
+    refused = example.run("src.train", *named)
+    assert refused.returncode == 2 and "dataset.path=copy: no folder sft there" in refused.stderr
+
+    copy_of_ultrafeedback(example.folder / "copy")
+    own = [option for option in SMALL if not option.startswith("dataset.")]
+    more = {
+        "src.train": [*own, "dataset.validation_size=3", "evaluation.prompts=2", f"output_dir={tmp_path}"],
+        "pytest": ["-k", "every_dataset or every_key_of_every_config_says_what_it_is"],
+    }
+    _, tests, plan, sweep = example.run_commands(more)
+    datasets = list((example.folder / "conf/dataset").glob("*.yaml"))
+    assert int(re.search(r"(\d+) passed", tests)[1]) == len(datasets) + 1 and "1 points: 0 done" in plan
+    assert re.search(r"│ DPO +│", sweep) and re.search(r"│ ASFT +│", sweep)
+    assert (tmp_path / "sweeps" / "scored" / "report.html").exists()
+
+    # A smaller table, and one without its columns, are told by name.
+    lines = (example.folder / "copy/sft/train.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    single = json.dumps(row | {"completions": row["completions"][:1]})
+    for text, message in (
+        (single, "train[:97%], row 0: 1 completions, and a pair needs two"),
+        (json.dumps({"instruction": "x"}), "row 0: adapter=scored reads 'completions'; it has 'instruction'"),
+    ):
+        (example.folder / "copy/sft/train.jsonl").write_text("\n".join([text, *lines[1:]]))
+        refused = example.run("src.train", *named)
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
