@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import orjson
 
 from src.config import ConfigError
-from src.store import QUALITY_FILE, read_json
+from src.store import QUALITY_FILE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +50,7 @@ class PromptQuality:
         for store in self.stores:
             path = store / "evaluate" / identity / QUALITY_FILE
             with suppress(FileNotFoundError):
-                found = read_json(path)
+                found = orjson.loads(path.read_bytes())  # a study may have ten thousand of them
                 break
         if found is None:
             raise ConfigError(f"{path} is not there: a result of an earlier version; run the sweep again")
