@@ -56,6 +56,7 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "model.lora.rank": (1, True, math.inf),
     "model.lora.alpha": (0, False, math.inf),
     "trainer.sft.lr": (0, False, math.inf),
+    "trainer.align.stop": (0, False, 1),
     "trainer.tokens_per_batch": (1, True, math.inf),
     "trainer.checkpoint_steps": (1, True, math.inf),
     "engine.threads": (1, True, math.inf),

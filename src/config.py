@@ -107,10 +107,15 @@ class SftOptimisation(Optimisation):
 
 
 @dataclass
+class AlignOptimisation(Optimisation):
+    stop: float = 1.0  # share of the schedule's steps after which it stops
+
+
+@dataclass
 class Trainer:
     name: str = MISSING
     sft: SftOptimisation = field(default_factory=SftOptimisation)
-    align: Optimisation = field(default_factory=Optimisation)
+    align: AlignOptimisation = field(default_factory=AlignOptimisation)
     tokens_per_batch: int | None = None
     checkpoint_steps: int = 100
 
@@ -229,6 +234,7 @@ class Point:
         extra = "" if self.init.name == "sft" else f" init={self.init.name}"
         extra += f" seed={self.seed}" if self.seed else ""
         extra += f" {self.sweep.variant}" if self.sweep.variant else ""
+        extra += f" to {100 * self.trainer.align.stop:g} %" if self.trainer.align.stop < 1 else ""
         return f"{self.method.name} beta={self.beta:g} lr={self.lr:g}{extra}"
 
 
