@@ -200,6 +200,9 @@ class Sweep:
     name: str | None = None
     variant: str = ""  # what else tells a point from its neighbours; filled in by the sweeper
     select: str = "best"  # of each method: best | lowest_kl_in_shortlist (of those the prompts cannot tell from it)
+    search: str = "grid"  # grid: every point to its end | halving: rung by rung
+    rungs: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # shares of alignment's steps
+    share: float = 0.5  # of the points of each method that go on to the next rung
 
 
 @dataclass
