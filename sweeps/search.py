@@ -45,7 +45,8 @@ class Search:
             self._advance(rung)
         said = [plan.text(), Cost(plan, self.store).text()]
         if self.halving:
-            said += [f"\nabove: rung {rung + 1} of {len(self.rungs)}" * bool(plan.needed)]
+            anew = ", as if its points started anew" if rung else ""
+            said += [f"\nabove: rung {rung + 1} of {len(self.rungs)}{anew}"] if plan.needed else []
             said += [halving.table(self.points, self.start, self.at, rung, self.rungs, self.share)]
         return "\n".join(said)
 
