@@ -52,7 +52,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     """Steps of src.training as a stage runs them, checkpoints apart."""
     import torch
 
-    from src.config import Engine, MethodFields, Optimisation, Point, Trainer
+    from src.config import AlignOptimisation, Engine, MethodFields, Point, Trainer
     from src.engine import TrainingEngine
     from src.lease import Lease
     from src.models import use_threads
@@ -69,7 +69,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         method=MethodFields(job.get("method", "dpo"), gamma_beta_ratio=0.5 if job.get("method") == "simpo" else None),
         engine=Engine("benchmark", precision=job.get("precision", "fp32")),
         trainer=Trainer(
-            align=Optimisation(batch_size=count, max_grad_norm=2.0),
+            align=AlignOptimisation(batch_size=count, max_grad_norm=2.0),
             tokens_per_batch=1 if job.get("without") == "packing" else None,  # what the engine finds best
             checkpoint_steps=10**6,
         ),

@@ -90,7 +90,7 @@ class Schedule:
         """Points done, running, failed, waiting."""
         done = failed = running = 0
         for own in self.plan.point_stages:
-            if own[-1] in self.failures:
+            if own[-1] in self.failures or own[-1] in self.plan.left:
                 failed += 1
             elif own[-1] in self.completed or own[-1] not in self.plan.needed:
                 done += 1

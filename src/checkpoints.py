@@ -24,9 +24,11 @@ _STATE = "trainer.json"
 KEEP = 2  # the last one, and one before it
 
 
-def save(folder: Path, step: int, state: dict[str, Any], engine: TrainingEngine, metrics: Path) -> None:
+def save(
+    folder: Path, step: int, state: dict[str, Any], engine: TrainingEngine, metrics: Path, keep: int = KEEP
+) -> None:
     """Model, optimiser, RNG and metrics so far under `folder/LAYOUT/step-N`, renamed into place whole. Every process
-    of the run writes its part; none goes on before all of it is on disk."""
+    of the run writes its part; none goes on before all of it is on disk. The last `keep` stay."""
     here, place = world(), folder / engine.layout
     final = place / f"step-{step:08d}"
     draft = here.tell(place / f".draft-{uuid.uuid4().hex[:8]}" if here.leads and not final.exists() else None)
@@ -51,15 +53,17 @@ def save(folder: Path, step: int, state: dict[str, Any], engine: TrainingEngine,
         if here.leads:
             shutil.rmtree(draft, ignore_errors=True)
     if here.leads:
-        for old in sorted(place.glob("step-*"))[:-KEEP]:
+        # Later ones are of a longer run that was interrupted.
+        for old in sorted(path for path in place.glob("step-*") if path.name <= final.name)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     here.meet()
 
 
-def resume(folder: Path, engine: TrainingEngine, metrics: Path) -> dict[str, Any] | None:
-    """Load the newest checkpoint into the prepared objects, in every process; its state, or None when there is none."""
+def resume(folder: Path, engine: TrainingEngine, metrics: Path, end: int) -> dict[str, Any] | None:
+    """Load the newest checkpoint of step `end` or before into the prepared objects, in every process; its state, or
+    None when there is none."""
     here = world()
-    checkpoint = here.tell(_newest(folder / engine.layout) if here.leads else None)
+    checkpoint = here.tell(_newest(folder / engine.layout, end) if here.leads else None)
     if checkpoint is None:
         others = sorted({path.parent.name for path in folder.glob("*/step-*")}) if here.leads else []
         if others:
@@ -73,11 +77,13 @@ def resume(folder: Path, engine: TrainingEngine, metrics: Path) -> dict[str, Any
     return state
 
 
-def _newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; what is not whole is removed."""
+def _newest(folder: Path, end: int) -> Path | None:
+    """The newest whole checkpoint of step `end` or before; what is not whole is removed."""
     for draft in folder.glob(".draft-*"):
         shutil.rmtree(draft, ignore_errors=True)
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+        if int(checkpoint.name[5:]) > end:
+            continue
         if damage := _damage(checkpoint):
             log.warning("%s: %s; going on from the one before", checkpoint, damage)
             shutil.rmtree(checkpoint, ignore_errors=True)

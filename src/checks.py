@@ -10,6 +10,7 @@ import shlex
 import shutil
 from collections.abc import Iterable
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from src.config import ConfigError, Point, leaves, one_line
 from src.data import SOURCES
 from src.data.adapters import ADAPTERS
-from src.judges import BASELINES, JUDGES, REMOTE
-from src.judges.words import read_words
+from src.judges import JUDGES, REMOTE
+from src.judges.rules import check_judge, check_server
 from src.methods import METHODS
 
 BENCHMARKS = ("alpaca_eval", "arena_hard")  # evaluations that have questions of their own
@@ -42,6 +43,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "judge.name": ("none", *JUDGES),
     "keep": ("all", "best", "none"),
     "sweep.select": ("best", "lowest_kl_in_shortlist"),
+    "sweep.search": ("grid", "halving"),
     "tracking.mode": ("auto", "online", "offline"),
 }
 
@@ -63,6 +65,8 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "model.lora.rank": (1, True, math.inf),
     "model.lora.alpha": (0, False, math.inf),
     "trainer.sft.lr": (0, False, math.inf),
+    "trainer.align.stop": (0, False, 1),
+    "sweep.share": (0, False, 1),
     "trainer.tokens_per_batch": (1, True, math.inf),
     "trainer.checkpoint_steps": (1, True, math.inf),
     "engine.threads": (1, True, math.inf),
@@ -127,6 +131,7 @@ def check(point: Point) -> None:
             raise ConfigError(f"trainer.{stage}.adam_betas={list(betas)}: must be two numbers >= 0 and < 1")
     if point.sweep.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", point.sweep.name):
         raise ConfigError(f"sweep.name={point.sweep.name}: names a folder; letters, digits and . _ - = + only")
+    _check_search(point)
     _check_method(point)
     _check_dataset(point)
     if point.model.attention in ("varlen", "flash_attention_2"):
@@ -144,8 +149,22 @@ def check(point: Point) -> None:
         )
     if questions is not None and not Path(questions).is_file():
         raise ConfigError(f"evaluation.questions={questions}: no such file")
-    _check_judge(point)
-    _check_server(point)
+    check_judge(point)
+    check_server(point)
+
+
+def _check_search(point: Point) -> None:
+    rungs = point.sweep.rungs
+    rising = all(low < high for low, high in pairwise([0.0, *rungs]))
+    if not rungs or not rising or rungs[-1] != 1:
+        raise ConfigError(
+            f"sweep.rungs={rungs}: must be shares of alignment's steps that rise and end with 1, as [0.25, 0.5, 1.0] do"
+        )
+    if point.sweep.search == "halving" and point.trainer.align.stop != 1:
+        raise ConfigError(
+            f"trainer.align.stop={point.trainer.align.stop:g}: sweep.search=halving stops points itself; "
+            "give sweep.rungs=[...] and leave trainer.align.stop at 1"
+        )
 
 
 def check_packages(points: Iterable[Point]) -> None:
@@ -216,64 +235,6 @@ def _check_method(point: Point) -> None:
             raise ConfigError(f"method.{option}: method={point.method.name} has no such field; remove the override")
         if not given and option in spec.options:
             raise ConfigError(f"method.{option}: method={point.method.name} needs a value")
-
-
-def _check_server(point: Point) -> None:
-    command = point.server.command
-    if point.server.name == "none":
-        if command is not None:
-            raise ConfigError("server.command: server=none has no such field; choose server=vllm or another")
-        return
-    try:
-        words = [word.format(checkpoint="", port="", dtype="") for word in shlex.split(command or "")]
-    except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(
-            f"server.command={command}: {{checkpoint}}, {{port}} and {{dtype}} are all that is filled in ({error!r})"
-        ) from None
-    if not words or "{checkpoint}" not in (command or "") or "{port}" not in (command or ""):
-        raise ConfigError(f"server.command={command}: needs {{checkpoint}} and {{port}}")
-
-
-def _check_judge(point: Point) -> None:
-    judge, mini = point.judge, point.dataset.source == "mini_tldr"
-    fields = {
-        "tldr": ("model", "base_url"),
-        "alpaca_eval": ("model", "base_url"),
-        "arena_hard": ("model", "base_url", "prompt"),
-        "reward_model": ("model",),
-    }.get(judge.name, ())
-    for name in ("model", "base_url", "prompt"):
-        if getattr(judge, name) is not None and name not in fields:
-            raise ConfigError(f"judge.{name}: judge={judge.name} has no such field; remove the override")
-    if "model" in fields and judge.model is None:
-        raise ConfigError(f"judge.model is not set: judge={judge.name} needs judge.model=NAME")
-    if judge.name == "none":
-        if point.evaluation.quality == "win_rate":
-            raise ConfigError("evaluation.quality=win_rate needs a judge; without one use reward_accuracy")
-        return
-    if judge.name == "gold" and (not mini or judge.baseline != "sft" or point.evaluation.questions is not None):
-        raise ConfigError(
-            "judge=gold compares samples of dataset=mini_tldr, whose facts it knows; "
-            "use judge=none evaluation=preference, or another judge"
-        )
-    if judge.baseline is None:
-        raise ConfigError(f"judge.baseline is not set: judge={judge.name} needs judge.baseline=FILE, sft or chosen")
-    if judge.baseline == "chosen" and mini:
-        raise ConfigError("judge.baseline=chosen: dataset=mini_tldr has no pairs on its held-out posts; use sft")
-    if judge.baseline == "chosen" and point.evaluation.questions is not None:
-        raise ConfigError("judge.baseline=chosen: evaluation.questions has no pairs; use a file of answers, or sft")
-    for key, file in (("judge.baseline", judge.baseline), ("judge.prompt", judge.prompt)):
-        if file is not None and file not in BASELINES and not Path(file).is_file():
-            others = "; it is sft, chosen or a file of answers" if key == "judge.baseline" else ""
-            raise ConfigError(f"{key}={file}: no such file{others}")
-    if judge.prompt is not None:
-        read_words(judge.prompt)
-    if judge.base_url is not None and not judge.base_url.startswith(("http://", "https://")):
-        raise ConfigError(f"judge.base_url={judge.base_url}: must begin with http:// or https://")
-    if judge.max_cost is not None and (judge.input_price is None or judge.output_price is None):
-        raise ConfigError(
-            "judge.max_cost needs judge.input_price and judge.output_price (dollars for a million tokens)"
-        )
 
 
 def _check_dataset(point: Point) -> None:

@@ -111,10 +111,15 @@ class SftOptimisation(Optimisation):
 
 
 @dataclass
+class AlignOptimisation(Optimisation):
+    stop: float = 1.0  # share of the schedule's steps after which it stops
+
+
+@dataclass
 class Trainer:
     name: str = MISSING
     sft: SftOptimisation = field(default_factory=SftOptimisation)
-    align: Optimisation = field(default_factory=Optimisation)
+    align: AlignOptimisation = field(default_factory=AlignOptimisation)
     tokens_per_batch: int | None = None
     checkpoint_steps: int = 100
 
@@ -199,6 +204,9 @@ class Sweep:
     name: str | None = None
     variant: str = ""  # what else tells a point from its neighbours; filled in by the sweeper
     select: str = "best"  # of each method: best | lowest_kl_in_shortlist (of those the prompts cannot tell from it)
+    search: str = "grid"  # grid: every point to its end | halving: rung by rung
+    rungs: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # shares of alignment's steps
+    share: float = 0.5  # of the points of each method that go on to the next rung
 
 
 @dataclass
@@ -233,6 +241,7 @@ class Point:
         extra = "" if self.init.name == "sft" else f" init={self.init.name}"
         extra += f" seed={self.seed}" if self.seed else ""
         extra += f" {self.sweep.variant}" if self.sweep.variant else ""
+        extra += f" to {100 * self.trainer.align.stop:g} %" if self.trainer.align.stop < 1 else ""
         return f"{self.method.name} beta={self.beta:g} lr={self.lr:g}{extra}"
 
 

@@ -87,13 +87,15 @@ class Cost:
 
     @cached_property
     def weights(self) -> float | None:
-        """Bytes of the models that will be written; None when a model's size is not known."""
+        """Bytes of the models that will be written, and of what those that stop early leave to go on from; None when a
+        model's size is not known."""
         sizes = [
-            parameters_of(stage.point.model)
+            (parameters_of(stage.point.model), _WEIGHT + (_TRAINING if stage.stop < 1 else 0))
             for identity, stage in self.plan.stages.items()
             if identity in self.plan.needed and stage.kind in ("sft", "align")
         ]
-        return None if None in sizes else sum(_WEIGHT * size for size in sizes if size is not None)
+        known = [size * each for size, each in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
 
     def text(self) -> str:
         if not self.plan.needed:
@@ -172,7 +174,7 @@ def _size(fields: dict[str, Any], kind: str) -> float | None:
     if kind in ("sft", "align"):
         trainer = fields["trainer"]
         share = fields["data"].get("sft_fraction", 1.0)
-        return trainer["epochs"] * share if trainer["max_steps"] is None else None
+        return trainer["epochs"] * share * trainer.get("stop", 1.0) if trainer["max_steps"] is None else None
     return 1.0 if kind == "reference" else float(fields["prompts"] * fields["generation"]["max_new_tokens"])
 
 
@@ -194,7 +196,9 @@ def _said(stage: Stage) -> float | None:
         return (rows + (data.validation_size or 0)) * each
     trainer = point.trainer.sft if stage.kind == "sft" else point.trainer.align
     seen = rows * trainer.epochs * (data.sft_fraction if stage.kind == "sft" else 1.0)
-    return each * (seen if trainer.max_steps is None else min(seen, trainer.max_steps * trainer.batch_size))
+    return (
+        stage.stop * each * (seen if trainer.max_steps is None else min(seen, trainer.max_steps * trainer.batch_size))
+    )
 
 
 def _rows(asked: int | None, data: Dataset, name: str) -> int | None:

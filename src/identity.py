@@ -22,6 +22,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def part_of(run: str, stop: float) -> str:
+    """The identity of a run's stage that stops after that share of its steps: all parts of a run begin alike."""
+    return f"{run}@{stop!r}"
+
+
+def run_of(identity: str) -> str:
+    """Of a part, the identity of the stage that goes to its end; of any other stage, its own."""
+    return identity.partition("@")[0]
+
+
 def locate(path: str, key: str = "model.path") -> Path | None:
     """Where a model or data path lies on this machine; None for a name on the hub.
 

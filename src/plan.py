@@ -9,7 +9,7 @@ from typing import Any
 
 from src.config import HubTable, Optimisation, Point, method_options
 from src.data.questions import check_readable
-from src.identity import digest, fingerprint
+from src.identity import digest, fingerprint, part_of
 from src.judges import identity_fields
 from src.methods import METHODS
 from src.store import Store
@@ -38,7 +38,15 @@ class Stage:
 
     @cached_property
     def identity(self) -> str:
-        return digest(self.description)
+        if self.stop == 1:
+            return digest(self.description)
+        trainer = {name: value for name, value in self.fields["trainer"].items() if name != "stop"}
+        return part_of(replace(self, fields=self.fields | {"trainer": trainer}).identity, self.stop)
+
+    @property
+    def stop(self) -> float:
+        """The share of its steps after which it stops; a longer part of the same run goes on from there."""
+        return self.fields.get("trainer", {}).get("stop", 1.0)
 
     @property
     def role(self) -> str:
@@ -142,7 +150,10 @@ def stages_of(point: Point) -> list[Stage]:
 
 
 def _trainer(optimisation: Optimisation) -> dict[str, Any]:
-    return asdict(optimisation) | {"adam_betas": list(optimisation.adam_betas)}
+    fields = asdict(optimisation) | {"adam_betas": list(optimisation.adam_betas)}
+    if fields.get("stop") == 1:  # a run that goes to its end is what it was before there were shorter ones
+        del fields["stop"]
+    return fields
 
 
 def _data_fields(point: Point) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -187,6 +198,7 @@ class Plan:
     point_stages: list[list[str]]  # per point: the identities of its stages, upstream first, `evaluate` last
     done: set[str] = field(default_factory=set)  # identities whose artefacts are there
     needed: set[str] = field(default_factory=set)  # identities that must be computed for the points to be complete
+    left: set[str] = field(default_factory=set)  # results that are given up: nothing is needed for them
 
     @property
     def results(self) -> list[str]:
@@ -197,7 +209,7 @@ class Plan:
         """See what is done and what is therefore needed, now."""
         self.done = {identity for identity, stage in self.stages.items() if store.is_done(stage)}
         self.needed = set()
-        todo = [result for result in self.results if result not in self.done]
+        todo = [result for result in self.results if result not in self.done | self.left]
         while todo:
             identity = todo.pop()
             if identity not in self.needed:

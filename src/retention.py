@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import yaml
+
 from src.lease import in_use
 from src.plan import Plan, Stage
 from src.store import STAGE_FILE, Store, read_json
@@ -18,6 +20,33 @@ def tidy(store: Store, plan: Plan, keep: str, best: set[str]) -> None:
             release(store, plan, stage)
         if store.is_done(stage) and store.work(stage).exists() and not in_use(store.work(stage)):
             store.clear_work(stage)  # a kill came between publication and this
+
+
+def after_rung(store: Store, plan: Plan, ending: set[str], best: set[str]) -> None:
+    """When a rung of a search has ended: of the models that stopped early only what `keep` says stays, and of results
+    in `ending`, which go no further, nothing to go on from.
+
+    best: identities of results that any sweep has chosen.
+    """
+    keep = plan.points[0].keep
+    kept = {_model_of(store, result) for result in best} if keep == "best" else set()
+    for own in plan.point_stages:
+        (align,) = (plan.stages[i] for i in own if plan.stages[i].kind == "align")
+        if align.stop == 1 or not store.is_done(plan.stages[own[-1]]):
+            continue
+        if keep != "all" and align.identity not in kept:
+            store.remove_weights(align)
+        if own[-1] in ending and not in_use(store.work(align)):
+            store.forget(align)
+
+
+def chosen_anywhere(store: Store) -> set[str]:
+    """Results that a sweep of this store has found best."""
+    best: set[str] = set()
+    for path in store.sweeps.glob("*/best.yaml"):
+        for methods in (yaml.safe_load(path.read_text()) or {}).values():
+            best.update(identity for entry in methods.values() for identity in entry.get("identities") or [])
+    return best
 
 
 def release(store: Store, plan: Plan, align: Stage) -> None:

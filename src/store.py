@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from src import interruption
 from src.config import ConfigError
+from src.identity import run_of
 from src.lease import Lease
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ RESULT_FILE = "result.json"  # of an evaluate stage: what a point is compared by
 QUALITY_FILE = "quality.json"  # beside it: the same prompt by prompt, and which prompts choose hyper-parameters
 JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, where there is a judge: verdict and reason of every prompt
 SAMPLES_FILE = "samples.jsonl"  # of a generate stage
+PROGRESS_FILE = "progress.json"  # beside the lease of a stage: how far it is
 
 # (stage label, step, total): called as a stage advances.
 Report = Callable[[str, int, int], None]
@@ -122,7 +124,7 @@ class Attempt:
                     "started": started,
                     "now": time.time(),
                 }
-                write_json(self.lease.folder / "progress.json", progress)
+                write_json(self.lease.folder / PROGRESS_FILE, progress)
             self.report(label, step, total)
 
     @property
@@ -154,7 +156,9 @@ class Store:
         return self.root / stage.kind / stage.identity
 
     def work(self, stage: Stage | StageName) -> Path:
-        return self.root / stage.kind / ".work" / stage.identity
+        """Where it is being computed. The parts of a run share it, lease and checkpoints: one at a time is computed,
+        and goes on from where a shorter one stopped."""
+        return self.root / stage.kind / ".work" / run_of(stage.identity)
 
     @property
     def sweeps(self) -> Path:
@@ -206,7 +210,7 @@ class Store:
     def progress(self, stage: Stage | StageName) -> dict[str, Any] | None:
         """How far a running stage is, as its process last said; None when it has not."""
         try:
-            return read_json(self.work(stage) / "progress.json")
+            return read_json(self.work(stage) / PROGRESS_FILE)
         except (FileNotFoundError, json.JSONDecodeError):
             return None
 
@@ -216,6 +220,7 @@ class Store:
         for entry in work.iterdir():
             if entry.name.startswith("attempt-"):
                 shutil.rmtree(entry, ignore_errors=True)
+        (work / PROGRESS_FILE).unlink(missing_ok=True)  # of a shorter part of the run
         out = work / f"attempt-{lease.token}"
         out.mkdir()
         checkpoints = work / "checkpoints"
@@ -256,6 +261,14 @@ class Store:
             # Somebody published the same identity meanwhile; equal by construction.
 
     def clear_work(self, stage: Stage) -> None:
+        """Of a finished stage. One that stopped early leaves its checkpoint to a longer one, unless the whole run is
+        there already."""
+        whole = StageName(stage.kind, run_of(stage.identity))
+        if self.is_done(whole):
+            self.forget(whole)
+
+    def forget(self, stage: Stage | StageName) -> None:
+        """Remove what a stage, or a longer part of its run, would go on from; without it that starts anew."""
         shutil.rmtree(self.work(stage), ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import Point
+from src.identity import run_of
 
 if TYPE_CHECKING:
     from src.store import Attempt
@@ -75,7 +76,7 @@ def _start_wandb(point: Point, kind: str, attempt: Attempt) -> Any:
         options: dict[str, Any] = {
             "project": point.tracking.project,
             "entity": point.tracking.entity,
-            "id": attempt.identity,
+            "id": run_of(attempt.identity),  # parts of one run are one there
             "resume": "allow",
             "name": attempt.label,
             "group": point.sweep.name,

@@ -52,6 +52,8 @@ def run(cfg: DictConfig) -> None:
         if launcher != "local":
             raise ConfigError(f"hydra/launcher={launcher} runs sweeps: add -m (a sweep may be of one point)")
         point = point_from(cfg)
+        if point.sweep.search != "grid":
+            raise ConfigError(f"sweep.search={point.sweep.search} searches among points: add -m")
         store = Store(point.output_dir)
         plan = make_plan([point], store)
         if point.dry_run:

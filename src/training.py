@@ -51,6 +51,11 @@ def total_steps(examples: int, optimisation: Optimisation) -> int:
     return min(steps, optimisation.max_steps or steps)
 
 
+def stop_step(total: int, stop: float) -> int:
+    """The step before which training stops: that share of all steps, rounded, at least one."""
+    return max(1, round(stop * total))
+
+
 def schedule(step: int, total: int, optimisation: Optimisation) -> float:
     """Share of the peak rate at step 0 .. total - 1: linear warm-up over warmup_ratio of them, then decay to 0."""
     warmup = math.ceil(optimisation.warmup_ratio * total)
@@ -86,8 +91,9 @@ def train(
     attempt: Attempt,
     tracker: Tracker,
 ) -> None:
-    """Run all optimiser steps of the point's `sft` or `align` on `model`, in place, resuming from the attempt's newest
-    checkpoint; in every process of the run, each of which computes its share of a step's examples.
+    """Run the optimiser steps of the point's `sft` or `align` on `model`, in place, resuming from the attempt's newest
+    checkpoint; in every process of the run, each of which computes its share of a step's examples. Alignment that is to
+    stop early leaves a checkpoint there.
 
     Losses are computed in float32. Logs every step. Raises LeaseLost, Interrupted after saving, and StageError when a
     loss or gradient is not finite.
@@ -110,17 +116,19 @@ def train(
             fused=True,
         ),
     )
+    total = total_steps(len(examples), optimisation)
+    end = stop_step(total, point.trainer.align.stop) if kind == "align" else total
     metrics_file = attempt.out / METRICS_FILE
-    state = checkpoints.resume(attempt.checkpoints, engine, metrics_file) or {"step": 0, "seconds": 0, "tokens": 0}
+    state = checkpoints.resume(attempt.checkpoints, engine, metrics_file, end)
+    state = state or {"step": 0, "seconds": 0, "tokens": 0}
     attempt.spent_before, attempt.tokens = state["seconds"], state["tokens"]
 
-    def save(step: int) -> None:
+    def save(step: int, keep: int = checkpoints.KEEP) -> None:
         if attempt.lease is not None:
             attempt.lease.check()
         now = {"seconds": attempt.seconds, "tokens": attempt.tokens}
-        checkpoints.save(attempt.checkpoints, step, now, engine, metrics_file)
+        checkpoints.save(attempt.checkpoints, step, now, engine, metrics_file, keep)
 
-    total = total_steps(len(examples), optimisation)
     lengths = [e.length for e in examples]
     budget = trainer.tokens_per_batch or (
         token_budget.on_gpu(engine, policy, examples, device) if device.type == "cuda" else token_budget.ON_CPU
@@ -128,11 +136,11 @@ def train(
     model.train()
     freed = FreedMemory()
     stopping = 0.0  # how many processes were asked to stop, known to all
-    for step in range(state["step"], total):
+    for step in range(state["step"], end):
         if stopping:
             save(step)
-            raise interruption.Interrupted(f"{attempt.label} stopped at {step}/{total}: {interruption.requested()}")
-        attempt.step(step, total, interruptible=False)
+            raise interruption.Interrupted(f"{attempt.label} stopped at {step}/{end}: {interruption.requested()}")
+        attempt.step(step, end, interruptible=False)
         started = time.perf_counter()
         chosen = batch_indices(step, len(examples), optimisation.batch_size, point.seed)
         size = StepSize(len(chosen), sum(examples[i].learned for i in chosen))
@@ -175,6 +183,8 @@ def train(
             step,
             {"loss": loss_value, **means, "lr": rate, "grad_norm": norm_value, "tokens_per_second": round(speed, 1)},
         )
-        if (step + 1) % trainer.checkpoint_steps == 0 and step + 1 < total:
+        if (step + 1) % trainer.checkpoint_steps == 0 and step + 1 < end:
             save(step + 1)
-    attempt.step(total, total)
+    if end < total:
+        save(end, keep=1)  # for ever, perhaps
+    attempt.step(end, end)

@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from src.checks import CHOICES
-from src.store import Store, write_text
+from src.store import write_text
 from src.train import answering
 from sweeps.record import check_sweep
 from sweeps.results import collect
@@ -35,7 +35,7 @@ def aggregate(
     out = out or folders[0]
     results = collect(folders)
     points, prompts = results.points, results.prompts
-    seeds = over_seeds(points)
+    seeds = over_seeds(points[points.candidate])
     rule = select or results.sweeps[0].get("select", "best")
     best = held_out.with_intervals(chosen_points(seeds, rule, prompts), seeds, prompts)
     groups = pairwise_against_pointwise(best)
@@ -58,16 +58,7 @@ def aggregate(
     graphics = [drawing.save(out / "figures") for drawing in figures.draw(seeds, best)]
     write_report(out, Found(results, rule, best, groups, differences, gains), graphics)
     if not quiet:
-        print_best(results.name, out, points, table, groups)
-    return best
-
-
-def chosen_anywhere(store: Store) -> set[str]:
-    """Results that a sweep of this store has found best."""
-    best: set[str] = set()
-    for path in store.sweeps.glob("*/best.yaml"):
-        for methods in (yaml.safe_load(path.read_text()) or {}).values():
-            best.update(identity for entry in methods.values() for identity in entry.get("identities") or [])
+        print_best(results.name, out, points, table, groups, results.searches)
     return best
 
 

@@ -14,16 +14,14 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from src import cost, hub
-from src.checks import check_grid, check_key, check_packages, point_from
+from src.checks import check_grid, point_from
 from src.config import USER_ERRORS, ConfigError, Point, one_line
-from src.cost import Cost
 from src.identity import digest
 from src.methods import METHODS
 from src.overrides import as_typed, parse_overrides
 from src.plan import make_plan
 from src.store import Store
-from sweeps.record import SweepRecord
+from sweeps.search import Search
 from sweeps.variants import name_variants, varying_settings
 
 GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
@@ -69,23 +67,11 @@ class GridSweeper(Sweeper):
         name_variants(points)
         for point in points:
             point.sweep.name = name  # what trackers group by; no stage depends on it
+        search = Search(plan, store)
         if points[0].dry_run:
-            print(plan.text(), Cost(plan, store).text(), sep="\n")
+            print(search.text())
             return
-        if plan.needed:
-            check_packages(points)
-            check_key(points)
-            for warning in filter(None, [*hub.check(points), cost.warning(plan, store)]):
-                print(f"warning: {warning}", file=sys.stderr)
-        self.launcher.check(plan)
-        command = shlex.join(["python", "-m", "src.train", *as_typed(sys.argv[1:])])
-        record = SweepRecord(store, plan, name, command)
-        record.start()
-        failures = self.launcher.launch_plan(plan, store, record.folder, record.conclude)
-        if failures is None:
-            record.submitted()  # a job calls conclude when all have ended
-        else:
-            record.conclude(failures)
+        search.run(self.launcher, name, shlex.join(["python", "-m", "src.train", *as_typed(sys.argv[1:])]))
 
     def _merged(self, arguments: list[str]) -> list[list[str]]:
         """hydra.sweeper.params and parts (of +sweep=NAME) as the overrides of each part; those of the command line take

@@ -12,9 +12,10 @@ from launchers.slurm.ledger import submissions
 from src.config import ConfigError
 from src.failure import Lost, SweepFailed
 from src.plan import Plan
-from src.retention import tidy
+from src.retention import chosen_anywhere, tidy
 from src.revision import revision
 from src.store import Store, read_json, write_json
+from sweeps.halving import Standing, stopped
 from sweeps.variants import studies
 
 FILE = "sweep.json"
@@ -28,6 +29,8 @@ class SweepRecord:
     plan: Plan
     name: str
     command: str
+    standing: Standing | None = None  # of a search by rungs
+    lost: dict[str, Lost] = field(default_factory=dict)  # in rungs before
     code: dict[str, Any] = field(default_factory=revision)
 
     @property
@@ -36,7 +39,8 @@ class SweepRecord:
 
     def start(self) -> None:
         """Write the points down before anything runs. A record that names points this sweep has not is kept aside."""
-        self._make_room(set(self.plan.results))
+        own = (self.plan.results,) if self.standing is None else self.standing.results
+        self._make_room({identity for results in own for identity in results})
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write("running", {})
 
@@ -45,13 +49,25 @@ class SweepRecord:
         self._write("submitted", {})
 
     def conclude(self, lost: dict[str, Lost]) -> None:
-        """All has ended: write down what became of every point, choose the best, remove what need not be kept.
+        """All has ended: write down what became of every point, choose the best, remove what need not be kept. Between
+        rungs there is nothing to choose.
 
         lost: identity of a point's evaluate stage -> why it was not reached. Raises SweepFailed when there are any.
         """
+        lost = self.lost | lost
+        if self.standing is not None and not self.standing.over:
+            self._write("failed" if lost else "done", lost)
+            rung = self.standing.rung + 1
+            print(f"{self.name}: rung {rung} has ended; the same command goes on with rung {rung + 1}", flush=True)
+            if lost:
+                raise SweepFailed(
+                    f"{len(lost)} of {len(self.plan.points)} points failed; the same command again runs those first, "
+                    "with hydra.launcher.retry=none it goes on without them"
+                )
+            return
         self._write("aggregating", lost)
 
-        from sweeps.aggregate import aggregate, chosen_anywhere  # pandas: only when there is something to aggregate
+        from sweeps.aggregate import aggregate  # pandas: only when there is something to aggregate
 
         best = aggregate([self.folder])
         chosen = chosen_anywhere(self.store) | {i for seeds in best.identities for i in seeds}
@@ -80,7 +96,7 @@ class SweepRecord:
             )
 
     def _write(self, whole: str, lost: dict[str, Lost]) -> None:
-        plan = self.plan
+        plan, lost = self.plan, self.lost | lost
         jobs = {
             identity: task.job
             for submission in submissions(self.store.sweeps.glob("*"))
@@ -88,7 +104,7 @@ class SweepRecord:
             for _, identity in task.stages
         }
         points = []
-        for point, own, result in zip(plan.points, plan.point_stages, plan.results, strict=True):
+        for number, (point, own, result) in enumerate(zip(plan.points, plan.point_stages, plan.results, strict=True)):
             done, waiting = self.store.is_done(plan.stages[result]), whole == "submitted" and result in jobs
             state = "done" if done else "queued" if waiting else "to do"
             points.append(
@@ -100,12 +116,14 @@ class SweepRecord:
                     "beta": point.beta,
                     "lr": point.lr,
                     "seed": point.seed,
+                    "stop": point.trainer.align.stop,
                     "label": point.label,
                     "state": lost[result].state if result in lost else state,
                     "error": lost[result].reason if result in lost else None,
                     "job": jobs.get(result),
                     "identity": result,
                     "stages": {plan.stages[i].role: i for i in own},
+                    **({} if self.standing is None else self.standing.of_point(number)),
                 }
             )
         write_json(
@@ -120,7 +138,8 @@ class SweepRecord:
                 "written": _now(),
                 "finished": _now() if whole in ("done", "failed") else None,
                 "state": whole,
-                "studies": studies(plan.points),
+                "search": None if self.standing is None else self.standing.described,
+                "studies": studies(plan.points if self.standing is None else [stopped(p, 1.0) for p in plan.points]),
                 "points": points,
             },
         )

@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 
 from src.store import write_text
+from sweeps import halving
 from sweeps.examples import examples
 from sweeps.looks import NAMES
 from sweeps.results import Results
@@ -44,6 +45,8 @@ def write_report(folder: Path, found: Found, graphics: Sequence[str]) -> None:
         points=len(results.points),
         counts=results.points.state.value_counts().to_dict(),
         rule=found.rule,
+        searches=results.searches,
+        rungs=_rungs(results),
         headlines=_headlines(found),
         seeds=int(best.seeds.max()) if len(best) else 0,
         gains=_gains(found.gains),
@@ -123,6 +126,15 @@ def judge_line(results: Results) -> dict[str, Any] | None:
     return {"names": sorted({account["name"] for account in asked}), **total}
 
 
+def _rungs(results: Results) -> list[dict[str, Any]]:
+    """Of each sweep that went rung by rung: how many points of each method were in each."""
+    return [
+        {"name": sweep["name"], "shares": sweep["search"]["rungs"], "rows": rows, "search": sweep["search"]}
+        for sweep in results.sweeps
+        if (rows := halving.entered(sweep))
+    ]
+
+
 def _gains(gains: pd.DataFrame) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for row in gains.to_dict("records"):
@@ -159,6 +171,7 @@ def _all_points(points: pd.DataFrame, chosen: set[str]) -> list[dict[str, Any]]:
                 "reporting": with_error(row["quality_reporting"], row["quality_reporting_se"], 3),
                 "kl": with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
                 "seconds": with_error(row["seconds"], None, 1),
+                "stop": f"{row['stop']:g}",
                 "state": row["state"],
                 "chosen": row["identity"] in chosen,
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import pandas as pd
 from src.config import ConfigError
 from src.methods import METHODS
 from src.store import RESULT_FILE
+from sweeps import halving
 from sweeps.prompts import PromptQuality
 from sweeps.record import read_sweep
 from sweeps.variants import telling_apart
 
 COLUMNS = [
-    *("setup", "method", "kind", "init", "variant", "beta", "lr", "seed", "state", "metric"),
+    *("setup", "method", "kind", "init", "variant", "beta", "lr", "seed", "stop"),
+    *("candidate", "state", "metric"),
     *("quality", "quality_se", "quality_selection", "quality_selection_se"),
     *("quality_reporting", "quality_reporting_se"),
     *("kl_sequence", "kl_sequence_se", "kl_token", "kl_token_se", "reward_accuracy", "reward_margin"),
@@ -42,8 +45,27 @@ class Results:
         return " + ".join(sweep["name"] for sweep in self.sweeps)
 
     @property
+    def searches(self) -> list[str]:
+        """What is said of each sweep that was no full grid."""
+        return [line for sweep in self.sweeps if (line := halving.line(sweep))]
+
+    @property
     def prompts(self) -> PromptQuality:
         return PromptQuality(*self.stores)
+
+    def add_cost(self, result: dict[str, Any], but: tuple[str, ...] = ()) -> None:
+        """Of a result.json: its stages, without those of some kinds, and its judge."""
+        self.stages.update((stage["identity"], stage) for stage in result["stages"] if stage["stage"] not in but)
+        if result.get("judge"):
+            self.judges.append(result["judge"])
+
+    def add_earlier(self, store: Path, results: Sequence[str], went_on: bool) -> None:
+        """What a point's earlier rungs took. Training is counted in the last that is done: its seconds add up there."""
+        for identity in results:
+            counted = identity == results[-1] and not went_on
+            with suppress(FileNotFoundError):
+                result = json.loads((store / "evaluate" / identity / RESULT_FILE).read_bytes())
+                self.add_cost(result, but=() if counted else ("align",))
 
     def artefacts(self, result: str, role: str) -> Path | None:
         """Where that stage of the point with this result lies; None when the point has no such stage."""
@@ -76,6 +98,7 @@ def collect(folders: Sequence[Path]) -> Results:
             if said := more.get(_study(point), ""):
                 row["variant"] = " ".join(sorted([*(row["variant"] or "").split(), *said.split()]))
             row["kind"] = METHODS[point["method"]].kind
+            row |= {"stop": point.get("stop", 1.0), "candidate": halving.is_candidate(sweep, point)}
             row["checkpoint"] = str(store / "align" / point["stages"]["align"])
             try:
                 result = json.loads((store / "evaluate" / point["identity"] / RESULT_FILE).read_bytes())
@@ -83,14 +106,13 @@ def collect(folders: Sequence[Path]) -> Results:
                 pass
             else:
                 row |= {"state": "done", "error": None} | _numbers(result, point["stages"])
-                found.stages.update((stage["identity"], stage) for stage in result["stages"])
-                if result.get("judge"):
-                    found.judges.append(result["judge"])
-                    found.scores[point["identity"]] = result["judge"].get("scores", {})
+                found.add_cost(result)
+                found.scores[point["identity"]] = (result.get("judge") or {}).get("scores", {})
+            found.add_earlier(store, point.get("earlier", []), went_on=row["state"] == "done")
             rows[point["identity"]] = row
     frame = pd.DataFrame(list(rows.values()), columns=COLUMNS)
     if len(sweeps) > 1:
-        _check_apart(frame)
+        _check_apart(frame[frame.candidate])
     found.points = frame.astype(dict.fromkeys(NUMBERS, float))  # also where nothing is done and all are missing
     return found
 

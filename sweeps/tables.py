@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,10 @@ def _grid(name: str, shown: pd.DataFrame) -> Table:
     return grid
 
 
-def print_best(name: str, folder: Path, points: pd.DataFrame, table: pd.DataFrame, groups: pd.DataFrame) -> None:
-    """table: of best_table."""
+def print_best(
+    name: str, folder: Path, points: pd.DataFrame, table: pd.DataFrame, groups: pd.DataFrame, searches: Sequence[str]
+) -> None:
+    """table: of best_table; searches: how points were searched, where that was no full grid."""
     console = Console()
     if not console.is_terminal:
         console.width = 200  # of a log nobody knows how wide it is
@@ -168,6 +170,8 @@ def print_best(name: str, folder: Path, points: pd.DataFrame, table: pd.DataFram
         console.print(grid)
         for line in group_lines(groups):
             console.print(line, highlight=False, soft_wrap=True)
+    for line in searches:
+        console.print(line, highlight=False, soft_wrap=True)
     for missing in points[points.state != "done"].to_dict("records"):
         label = f"{missing['method']} beta={missing['beta']:g} lr={missing['lr']:g} {missing['variant']}".rstrip()
         console.print(

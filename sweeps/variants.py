@@ -20,7 +20,10 @@ _NOT_VARIANTS |= {"server.timeout", "server.concurrency", "model.attention"}
 _JUDGING = {"name", "baseline", *(name for names in JUDGES.values() for name in names)}
 _NOT_VARIANTS |= {f"judge.{f.name}" for f in fields(Judge) if f.name not in _JUDGING}
 # One folder, one record, one answer to "does it run": these cannot differ between the points of a sweep.
-_ONE_FOR_ALL = ("output_dir", "keep", "dry_run", "sweep.name", "sweep.select")
+_ONE_FOR_ALL = (
+    *("output_dir", "keep", "dry_run"),
+    *(f"sweep.{name}" for name in ("name", "select", "search", "rungs", "share")),
+)
 
 
 def varying_settings(points: list[Point]) -> list[str]:

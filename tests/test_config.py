@@ -157,6 +157,9 @@ BAD = [
     (["-m", "hydra/launcher=basic", "beta=1,2"], "hydra/launcher"),
     (["-m", "setup=mini_tldr,smollm2_jsonl", "beta=0.1,1"], "setup=smollm2_jsonl beta=0.1 output_dir="),
     (["-m", "sweep.name=a,b"], "sweep.name: must be one value for a whole sweep"),
+    (["-m", "sweep.share=0.3,0.5"], "sweep.share: must be one value for a whole sweep"),
+    (["-m", "beta=0.1,1", "sweep.search=halving", "sweep.rungs=[0.5]"], "sweep.rungs=[0.5]: must be shares"),
+    (["sweep.search=halving"], "sweep.search=halving searches among points: add -m"),
     (["-m", "hydra/sweeper=basic", "beta=1,2"], "hydra/sweeper=grid"),
     (["+sweep=nosuch"], "sweep/nosuch"),
 ]

@@ -61,8 +61,7 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
         return store.has_weights(stage)
 
     with Lease(store.work(stage), waiting) as lease:
-        mine = lease.held
-        if mine and not store.has_weights(stage):
+        if lease.held and not store.has_weights(stage):
             attempt = store.begin(stage, lease, report)
             if stage.kind in TOGETHER:
                 world().tell(attempt.out)
@@ -70,8 +69,8 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
             _run(stage, store, attempt)
             store.publish(stage, attempt)
             log.info("%s: done in %.1f s", stage.label, attempt.seconds)
-    if mine:
-        store.clear_work(stage)
+        if lease.held:  # still: another part of the run may have the place next
+            store.clear_work(stage)
 
 
 def _follow(stage: Stage, store: Store) -> Path:
