@@ -8,13 +8,15 @@ import datasets
 import pandas as pd
 import pytest
 
-from src.config import CONF_DIR, ConfigError, Dataset, HubTable, Point
+from src.checks import point_from
+from src.config import CONF_DIR, ConfigError, Dataset, HubTable
 from src.data.tables import Hub
 from src.lease import Lease
 from src.plan import stages_of
 from src.store import Attempt
 from tests import tiny_llama
 from tests.conftest import train
+from tests.test_config import composed
 
 PAIRS = [
     {"prompt": [{"role": "user", "content": f"p{n}"}], "chosen": f"a{n}", "rejected": f"b{n}", "score": n / 2}
@@ -134,8 +136,8 @@ def test_another_number_of_rows_than_the_config_says_is_a_warning_with_both(tmp_
 
 
 def test_filters_make_other_stages_and_what_is_said_of_a_table_does_not(tmp_path):
-    point = Point(dataset=hub(table(tmp_path, ROWS)).data)
-    point.model.path, point.model.template, point.judge.name = "x/y", "plain", "none"
+    point = point_from(composed("dataset=tldr", "judge=none", "evaluation=preference"))
+    point.dataset = hub(table(tmp_path, ROWS)).data
 
     def identities(**changes):
         changed = replace(point, dataset=replace(point.dataset, sft=replace(point.dataset.sft, **changes)))
