@@ -125,8 +125,10 @@ class Cost:
         if models:
             size, keep = parameters_of(self.plan.points[0].model) or 0, self.plan.points[0].keep
             until = {"all": "", "best": " until the sweep ends and keep=best takes effect", "none": " at most"}[keep]
+            early = any(self.plan.stages[identity].stop < 1 for identity in self.plan.needed)
+            more = " and what those that stop early go on from" if early else ""
             yield (
-                f"disk: {_bytes(self.weights)} for the weights of {models} models{until}, "
+                f"disk: {_bytes(self.weights)} for the weights of {models} models{more}{until}, "
                 f"{_bytes(_TRAINING * size)} for each that is being trained; {_bytes(free(self.store))} are free"
             )
 
