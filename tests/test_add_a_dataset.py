@@ -55,7 +55,7 @@ def test_the_page_adds_a_dataset_up_to_the_report(tmp_path):
     single = json.dumps(row | {"completions": row["completions"][:1]})
     for text, message in (
         (single, "train[:97%], row 0: 1 completions, and a pair needs two"),
-        (json.dumps({"instruction": "x"}), "row 0: adapter=scored reads 'completions'; it has 'instruction'"),
+        (json.dumps({"instruction": "x"}), "train[:97%], row 0: adapter=scored cannot read it ("),
     ):
         (example.folder / "copy/sft/train.jsonl").write_text("\n".join([text, *lines[1:]]))
         refused = example.run("src.train", *named)

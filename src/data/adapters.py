@@ -41,7 +41,15 @@ def adapted(row: Row, columns: dict[str, str], adapter: str | None, where: str) 
         return row
     try:
         return ADAPTERS[adapter](row)
-    except KeyError as error:
-        raise ConfigError(f"{where}: adapter={adapter} reads {error}; it has {', '.join(map(repr, row))}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # a field absent, null or of another kind
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{where}: adapter={adapter} cannot read it ({reason}); it has {', '.join(map(repr, row))}"
+        ) from error
