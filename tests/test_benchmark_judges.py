@@ -12,7 +12,7 @@ import pytest
 import yaml
 from scipy.optimize import minimize_scalar
 
-from src.config import ConfigError, Evaluation, Judge, Point
+from src.config import ConfigError, Dataset, Evaluation, Judge, Point
 from src.data.questions import answers_from, check_readable, questions_of
 from src.judges.arena_hard import Game, game, score
 from sweeps.tables import benchmark_table
@@ -358,7 +358,11 @@ def test_arena_hard_plays_two_games_a_question_in_the_words_of_its_config(proxy,
 )
 def test_questions_that_cannot_be_asked_or_compared_are_errors_that_name_them(rows, prompts, message, tmp_path):
     file = str(write(tmp_path / "questions.json", rows))
-    point = Point(evaluation=Evaluation(questions=file, prompts=prompts), judge=Judge(name="tldr", baseline=file))
+    point = Point(
+        dataset=Dataset("mini_tldr", "mini_tldr"),
+        evaluation=Evaluation(questions=file, prompts=prompts),
+        judge=Judge(name="tldr", baseline=file),
+    )
     with pytest.raises(ConfigError, match=message):
         check_readable([point])
 
