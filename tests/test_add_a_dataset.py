@@ -41,11 +41,10 @@ def test_the_page_adds_a_dataset_up_to_the_report(tmp_path):
     own = [option for option in SMALL if not option.startswith("dataset.")]
     more = {
         "src.train": [*own, "dataset.validation_size=3", "evaluation.prompts=2", f"output_dir={tmp_path}"],
-        "pytest": ["-k", "every_dataset or every_key_of_every_config_says_what_it_is"],
+        "pytest": ["-k", "ultrafeedback_scored or every_key_of_every_config_says_what_it_is"],
     }
     _, tests, plan, sweep = example.run_commands(more)
-    datasets = list((example.folder / "conf/dataset").glob("*.yaml"))
-    assert int(re.search(r"(\d+) passed", tests)[1]) == len(datasets) + 1 and "1 points: 0 done" in plan
+    assert "2 passed" in tests and "1 points: 0 done" in plan
     assert re.search(r"│ DPO +│", sweep) and re.search(r"│ ASFT +│", sweep)
     assert (tmp_path / "sweeps" / "scored" / "report.html").exists()
 
