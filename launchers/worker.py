@@ -11,9 +11,11 @@ import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from src.plan import VERSIONS
 
 if TYPE_CHECKING:
     from src.plan import Stage
@@ -32,12 +34,15 @@ class Worker:
     """One process and the stage it is computing, seen from the launcher."""
 
     def __init__(self, place: Place, output_dir: Path, log_file: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from one process that has imported everything: that takes seconds of a core each. Not where there are
+        # GPUs: libraries may look for them when they are imported, and CUDA does not live through a fork.
+        context = multiprocessing.get_context("forkserver" if place.gpu is None else "spawn")
+        context.set_forkserver_preload([f"src.stages.{kind}" for kind in VERSIONS])
         self.place, self.output_dir, self.log_file = place, output_dir, log_file
         self.stage: Stage | None = None
         self.pipe, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(
-            target=serve, args=(theirs, place, output_dir, log_file, os.getpid()), daemon=False
+        self.process: BaseProcess = context.Process(  # type: ignore[attr-defined] # of either context
+            target=serve, args=(theirs, place, output_dir, log_file), daemon=False
         )
         self.process.start()
         theirs.close()
@@ -73,11 +78,11 @@ class Worker:
 DIED = "its worker process died"
 
 
-def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path, parent: int) -> None:
+def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path) -> None:
     """The worker's life: until the pipe closes or the launcher is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
     signal.signal(signal.SIGTERM, _leave)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     if place.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
     logging.basicConfig(
@@ -113,7 +118,8 @@ def _leave(signum: int, frame: Any) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """A launcher that was killed sends nothing: without it a worker would compute on unseen."""
+    """A launcher that was killed sends nothing (what its workers are forked from ends with it): without it a worker
+    would compute on unseen."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

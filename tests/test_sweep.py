@@ -241,8 +241,10 @@ def test_keep_none_also_frees_what_was_kept_before(tmp_path):
 
 
 def workers_of(process):
+    """Forked from a child of it."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child.pid for child in children if any("spawn_main" in word for word in child.cmdline())]
+    forked = [child for child in children if any("forkserver" in word for word in child.cmdline())]
+    return [child.pid for child in forked if child.ppid() != process.pid]
 
 
 def wait_for(condition, seconds=60):

@@ -31,7 +31,14 @@ class WorkedExample:
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", *arguments]
-        return subprocess.run(command, cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment() | {"PYTEST_ADDOPTS": "-n0"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     def apply(self) -> None:
         """Every block where the page says it goes."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 AGAIN = 75  # exit code: interrupted, to be queued again (EX_TEMPFAIL of sysexits.h)
 LINE_SECONDS = 60.0  # between lines of progress in a job's output
 
+_PORTS = range(20_000, 32_000)
+
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +65,8 @@ def _meet(parallel: str) -> None:
 
     from src.distributed import join
 
+    # Of no other job of the node, nor of those that the system gives to outgoing connections.
+    os.environ["MASTER_PORT"] = str(_PORTS.start + int(os.environ["SLURM_JOB_ID"]) % len(_PORTS))
     # Which GPU is whose: the local rank, among those SLURM gave the job.
     here = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if os.environ.get("SLURM_JOB_NUM_NODES") == "1":
