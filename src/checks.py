@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -117,6 +118,7 @@ def check(point: Point) -> None:
     """Every rule between and within fields. Raises ConfigError naming the override to change."""
     values = dict(leaves(point))
     for key, value in values.items():
+        _check_secret(key, value)
         if key in CHOICES and value not in CHOICES[key]:
             allowed = ", ".join("null" if c is None else c for c in CHOICES[key])
             raise ConfigError(f"{key}={value}: must be one of {allowed}")
@@ -151,6 +153,16 @@ def check(point: Point) -> None:
         raise ConfigError(f"evaluation.questions={questions}: no such file")
     check_judge(point)
     check_server(point)
+
+
+def _check_secret(key: str, value: Any) -> None:
+    """A config is written down in many places, so it only names where a key is. The message has no value."""
+    if isinstance(value, str) and re.search(r"\w://[^/\s]*@", value):
+        raise ConfigError(f"{key}: an address with a user or password; a config holds no secrets, export a key instead")
+    if key == "judge.api_key_env" and not re.fullmatch(r"[A-Za-z_]\w*", value):
+        raise ConfigError(
+            f"{key}: names the environment variable that holds a key, such as OPENAI_API_KEY, not the key"
+        )
 
 
 def _check_search(point: Point) -> None:

@@ -165,6 +165,20 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("judge.base_url", "https://me:canary@host/v1"),
+        ("judge.base_url", "http://canary@host"),
+        ("judge.api_key_env", "sk-canary"),
+    ],
+)
+def test_a_secret_in_a_config_is_refused_and_not_repeated(key, value):
+    with pytest.raises(ConfigError) as refused:
+        point_from(composed("judge=tldr", f"{key}={value}"))
+    assert str(refused.value).startswith(f"{key}: ") and "canary" not in str(refused.value)
+
+
 def test_a_package_that_is_not_there_is_named_before_a_launch_and_a_plan_does_without(monkeypatch):
     point = point_from(composed("engine=zero3"))
     check_packages([point])
