@@ -29,7 +29,7 @@ from tests.slurm_cluster import Cluster, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = [
-    *("-m", "method=dpo,ipo,simpo", "beta=0.03,0.1,0.3,1", "lr=1e-3", "sweep.name=chaos"),
+    *("-m", "method=dpo,ipo,simpo", "beta=0.03,0.1,0.3,1", "lr=1e-3", "sweep.name=chaos", "tracking=none"),
     *("trainer.align.epochs=4", "trainer.checkpoint_steps=10"),
 ]
 ON_SLURM = [

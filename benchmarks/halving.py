@@ -37,7 +37,9 @@ class Found:
 
 
 def train(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "src.train", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "src.train", *arguments, "tracking=none"], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def search(folder: Path, shared: Path, kind: str) -> Found:

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 class LocalLauncher(Launcher):
     """Hydra discovers and builds it; what it runs is a plan, not a list of overrides."""
 
+    here = True  # points are computed while this process waits
+
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise ConfigError(f"hydra.launcher.workers={workers}: must be >= 1")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,8 +19,14 @@ PACKAGES = ("conf", "src", "sweeps", "launchers", "hydra_plugins")
 LIMIT = 200 * 2**20  # bytes of a snapshot; code is a few hundred kilobytes
 
 
+COPIED = "revision.json"  # in a snapshot: what it is a copy of
+
+
+@functools.cache
 def revision() -> dict[str, Any]:
     """`commit` of the checkout and whether it is `dirty`; both None where there is no git."""
+    if (ROOT / COPIED).exists():
+        return dict(json.loads((ROOT / COPIED).read_text()))
     commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain")
     return {
@@ -55,6 +63,7 @@ def snapshot(folder: Path, output_dir: Path) -> Path:
             copy.write_bytes(content)
             if os.access(ROOT / path, os.X_OK):
                 copy.chmod(0o755)
+        (draft / COPIED).write_text(json.dumps(revision()) + "\n")
         try:
             os.rename(draft, final)
         except OSError:

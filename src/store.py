@@ -17,6 +17,7 @@ from src import interruption
 from src.config import ConfigError
 from src.identity import run_of
 from src.lease import Lease
+from src.revision import revision
 
 if TYPE_CHECKING:
     from src.plan import Stage
@@ -30,6 +31,7 @@ RESULT_FILE = "result.json"  # of an evaluate stage: what a point is compared by
 QUALITY_FILE = "quality.json"  # beside it: the same prompt by prompt, and which prompts choose hyper-parameters
 JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, where there is a judge: verdict and reason of every prompt
 SAMPLES_FILE = "samples.jsonl"  # of a generate stage
+TRACKED_FILE = "tracked.json"  # of an evaluate stage: what W&B is told of the point
 PROGRESS_FILE = "progress.json"  # beside the lease of a stage: how far it is
 
 # (stage label, step, total): called as a stage advances.
@@ -246,6 +248,8 @@ class Store:
             "processes": attempt.processes,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "commit": revision()["commit"],
         }
         write_json(attempt.out / DONE, done)
         final = self.dir(stage)

@@ -23,6 +23,7 @@ from src.plan import Plan, make_plan
 from src.progress import RunProgress
 from src.retention import tidy
 from src.store import RESULT_FILE, Report, Store, read_json
+from src.tracking.following import Following
 
 
 def run_stages(plan: Plan, store: Store, report: Report) -> bool:
@@ -62,7 +63,10 @@ def run(cfg: DictConfig) -> None:
         if plan.needed or "WORLD_SIZE" in os.environ:
             for check in (check_packages, check_key, check_programs):
                 check([point])
-            with RunProgress() as report:
+            log_file = store.output_dir / "wandb" / "follower.log"
+            with Following(store, log_file, store.output_dir) as wandb, RunProgress() as report:
+                if int(os.environ.get("RANK", "0")) == 0:
+                    wandb.points([point])
                 if not run_stages(plan, store, report):
                     return
         tidy(store, plan, point.keep, set(plan.results))

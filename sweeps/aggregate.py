@@ -1,4 +1,7 @@
-"""Results of sweeps -> points.csv, best.yaml, tables, figures, report.html: `python -m sweeps.aggregate DIR ...`."""
+"""Results of sweeps -> points.csv, best.yaml, tables, figures, report.html: `python -m sweeps.aggregate DIR ...`.
+
+A sweep is named by its folder, or where its store is not at hand by its group in W&B: `wandb://ENTITY/PROJECT/GROUP`,
+which is fetched into outputs/wandb/ENTITY/PROJECT first."""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ import pandas as pd
 import yaml
 
 from src.checks import CHOICES
-from src.store import write_text
+from src.store import Store, write_text
+from src.tracking.following import Following
 from src.train import answering
+from sweeps.from_wandb import SCHEME, fetch
 from sweeps.record import check_sweep
 from sweeps.results import collect
 from sweeps.statistics import chosen_points, over_seeds
@@ -62,6 +67,12 @@ def aggregate(
     return best
 
 
+def tell(folder: Path) -> None:
+    """W&B's run of a sweep gets what was just written, where the sweep is told to W&B as it goes."""
+    with Following(Store(folder.absolute().parent.parent), folder / "logs" / "wandb.log", folder, patience=60) as wandb:
+        wandb.sweep(folder, only_online=True)
+
+
 def best_yaml(best: pd.DataFrame) -> str:
     """setup -> method -> {lr, beta, ...}; `best_from=FILE` makes a run take its beta and lr from it."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
@@ -97,16 +108,19 @@ def _plain(value: Any) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
-    parser.add_argument("dir", type=Path, nargs="+", help="a sweep's folder, such as outputs/sweeps/demo")
+    parser.add_argument("dir", nargs="+", help="a sweep's folder, such as outputs/sweeps/demo, or wandb://E/P/GROUP")
     parser.add_argument("--select", choices=CHOICES["sweep.select"], help="how one point of each method is chosen")
     parser.add_argument("--out", type=Path, help="where to write; of several sweeps A and B: A+B beside A")
     arguments = parser.parse_args()
     with answering():
-        folders = list({folder.resolve(): folder for folder in arguments.dir}.values())
+        given = [fetch(name) if name.startswith(SCHEME) else Path(name) for name in arguments.dir]
+        folders = list({folder.resolve(): folder for folder in given}.values())
         for folder in folders:
             check_sweep(folder)
         out = arguments.out or folders[0].with_name("+".join(folder.name for folder in folders))
         aggregate(folders, out, select=arguments.select)
+        if arguments.dir == [str(out)]:
+            tell(out)
     return 0
 
 

@@ -20,6 +20,7 @@ from sweeps.variants import studies
 
 FILE = "sweep.json"
 SCHEMA = 1
+TRACKING = ("name", "wandb", "project", "entity", "mode")  # where W&B finds it
 RESULTS = (FILE, "points.csv", "best.yaml", "report.html", "tables", "figures")
 
 
@@ -135,6 +136,7 @@ class SweepRecord:
                 "code": self.code,
                 "select": plan.points[0].sweep.select,
                 "store": str(self.store.root),
+                "tracking": {name: getattr(plan.points[0].tracking, name) for name in TRACKING},
                 "written": _now(),
                 "finished": _now() if whole in ("done", "failed") else None,
                 "state": whole,

@@ -15,6 +15,7 @@ from src.failure import Lost
 from src.plan import Plan, make_plan
 from src.retention import after_rung, chosen_anywhere
 from src.store import RESULT_FILE, StageName, Store, read_json
+from src.tracking.following import Following
 from sweeps import halving
 from sweeps.halving import Standing
 from sweeps.record import FILE, SweepRecord, read_sweep
@@ -55,6 +56,11 @@ class Search:
 
         Raises SweepFailed when points failed.
         """
+        folder = self.store.sweep_dir(name)
+        with Following(self.store, folder / "logs" / "wandb.log", folder) as wandb:
+            self._run(launcher, name, command, wandb)
+
+    def _run(self, launcher: Any, name: str, command: str, wandb: Following) -> None:
         over, lost = self._over(name)
         last = len(self.rungs) - 1
         for rung in range(len(self.rungs)):
@@ -65,6 +71,11 @@ class Search:
                 if self.halving and plan.needed:
                     self._say(name, rung)
                 record.start()
+                if launcher.here:
+                    wandb.points(plan.points)
+                    wandb.sweep(record.folder)
+                elif plan.needed:
+                    wandb.elsewhere(plan.points)
                 failures = launcher.launch_plan(plan, self.store, record.folder, record.conclude)
                 if failures is None:
                     record.submitted()  # a job calls conclude when all have ended
@@ -77,7 +88,10 @@ class Search:
                 self._advance(rung)
                 stay = {self.results[rung][i] for i, at in enumerate(self.at) if at == before[i] == rung}
                 after_rung(self.store, plan, stay, chosen_anywhere(self.store))
-        record.conclude(lost)
+        try:
+            record.conclude(lost)
+        finally:
+            wandb.sweep(record.folder)
 
     def _plan(self, lost: dict[str, Lost]) -> Plan:
         """Every point as far as it has got. What was lost on the way is not tried again in a later rung."""

@@ -55,9 +55,11 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """As a user's shell has it, with no leftover that changes what the command does."""
+    """As a user's shell has it, with no leftover that changes what the command does; without W&B, which has tests of
+    its own."""
     drop = ("HYDRA_FULL_ERROR", "OMP_NUM_THREADS")
-    return {k: v for k, v in os.environ.items() if k not in drop} | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    ours = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    return {k: v for k, v in os.environ.items() if k not in drop} | ours
 
 
 def train(*arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:

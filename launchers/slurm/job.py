@@ -18,19 +18,22 @@ from src.failure import one_line_failure
 from src.interruption import Interrupted
 from src.progress import RunProgress
 from src.store import Store, read_json, write_json
+from src.tracking.following import Following
 
 if TYPE_CHECKING:
     from src.plan import Stage
 
 AGAIN = 75  # exit code: interrupted, to be queued again (EX_TEMPFAIL of sysexits.h)
 LINE_SECONDS = 60.0  # between lines of progress in a job's output
+PATIENCE = {"live": 120.0, "last": 1800.0}  # seconds that the conclusion waits for W&B at most
+JITTER = 0.15  # seconds a job over which those that may begin together spread their first word to W&B
 
 _PORTS = range(20_000, 32_000)
 
 log = logging.getLogger(__name__)
 
 
-def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int) -> None:
+def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int, wandb: str) -> None:
     """Compute stages in order, resuming what an earlier run of this job had begun; runs in each of its processes.
 
     Whatever a stage raises goes on to SLURM, which then says FAILED, and its line to the task's file. On USR2 (the
@@ -45,12 +48,16 @@ def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int) -
         from src.stages import ensure
 
         use_threads(stages[0].point.engine)
-        with RunProgress(LINE_SECONDS) as report:
+        own = {identity for _, identity in submission.tasks[index].stages}
+        delay = JITTER * len(submission.tasks)
+        following = Following(store, Path(folder) / f"wandb-{index}.log", submission.folder.parent.parent, delay)
+        with following, RunProgress(LINE_SECONDS) as report:
+            if rank() == 0 and wandb == "live":
+                following.points([stage.point for stage in stages], own)
             for stage in stages:
                 ensure(stage, store, report)
         if rank() == 0 and stages[0].point.keep == "none":
             # No other point waits for a model that is this task's own; the conclusion would come too late for the disk.
-            own = {identity for _, identity in submission.tasks[index].stages}
             for stage in stages:
                 if stage.kind == "align" and {stage.identity, stages[-1].identity} <= own:
                     store.remove_weights(stage)
@@ -80,7 +87,7 @@ def rank() -> int:
     return int(os.environ.get("SLURM_PROCID", "0"))
 
 
-def conclude(finish: Callable[[dict[str, Any]], None], sweep: str, folder: str) -> None:
+def conclude(finish: Callable[[dict[str, Any]], None], sweep: str, folder: str, wandb: str) -> None:
     """All jobs of a sweep have ended: say of each point what became of it, choose the best. Raises SweepFailed."""
     from launchers.slurm.states import lost_points
 
@@ -93,7 +100,15 @@ def conclude(finish: Callable[[dict[str, Any]], None], sweep: str, folder: str) 
         if now != submission.results:
             log.warning("the sweep has other points by now: nothing to conclude")
             return
-        finish(lost_points(Path(sweep)))
+        # Nobody waits for this job: it gives W&B the time it takes, and without `live` it is the first to tell.
+        store = Store(Path(sweep).parent.parent)
+        with Following(store, Path(folder) / "wandb.log", Path(sweep), patience=PATIENCE[wandb]) as following:
+            try:
+                finish(lost_points(Path(sweep)))
+            finally:
+                if wandb == "last":
+                    following.finished_of(Path(sweep))
+                following.sweep(Path(sweep))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from launchers.slurm.graph import kind_of
-from launchers.slurm.options import RETRY, resources_of
+from launchers.slurm.options import RETRY, WANDB, resources_of
 from src.config import ConfigError, Point
 from src.failure import Lost
 from src.lease import Lease
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 class SlurmLauncher(Launcher):
     """Hydra discovers and builds it from conf/hydra/launcher/slurm.yaml."""
 
+    here = False  # points are computed by jobs, which do what belongs to that
+
     def __init__(
         self,
         kinds: Any,
         array_parallelism: int | None,
         signal_delay_s: int,
         retry: str,
+        wandb: str,
         wait: bool,
         **common: Any,
     ) -> None:
@@ -49,8 +52,10 @@ class SlurmLauncher(Launcher):
                 )
         if retry not in RETRY:
             raise ConfigError(f"hydra.launcher.retry={retry}: must be one of {', '.join(RETRY)}")
+        if wandb not in WANDB:
+            raise ConfigError(f"hydra.launcher.wandb={wandb}: must be one of {', '.join(WANDB)}")
         self.array_parallelism, self.signal_delay_s = array_parallelism, signal_delay_s
-        self.retry, self.wait = retry, wait
+        self.retry, self.wandb, self.wait = retry, wandb, wait
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         pass  # a plan brings all there is to know
@@ -119,6 +124,7 @@ class SlurmLauncher(Launcher):
                     leave(),
                     self.array_parallelism,
                     self.signal_delay_s,
+                    self.wandb,
                 )
         except (ConfigError, cluster.ClusterSilent):
             if plan.needed:

@@ -13,6 +13,7 @@ from src.config import ConfigError
 
 KINDS = ("sft", "reference", "baseline", "point", "aggregate")
 RETRY = ("failed", "none")
+WANDB = ("live", "last")
 
 # sbatch options that are the launcher's own business: it relies on their values.
 _OURS = {
@@ -86,6 +87,7 @@ class SlurmOptions:
     array_parallelism: int | None = MISSING
     signal_delay_s: int = MISSING
     retry: str = MISSING
+    wandb: str = MISSING
     wait: bool = MISSING
 
 

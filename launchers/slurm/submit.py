@@ -44,6 +44,7 @@ def submit(
     leave: set[str],
     array_parallelism: int | None,
     signal_delay_s: int,
+    wandb: str,
 ) -> Submitted:
     """Submit the jobs of a plan and one that calls `finish` when all have ended. The caller holds the store's lease.
 
@@ -67,7 +68,7 @@ def submit(
     for group in todo:
         assert code is not None
         executor = _Sbatch(folder, group.kind, resources[group.kind], code, signal_delay_s)
-        made = executor.submit_group(group, store, [jobs[i] for i in group.needs if i in jobs])
+        made = executor.submit_group(group, store, [jobs[i] for i in group.needs if i in jobs], wandb)
         outcome.submissions.append(made)
         for work, task in zip(group.work, made.tasks, strict=True):
             assert task.job is not None
@@ -81,7 +82,7 @@ def submit(
     kept = [s for s in former if waited_for and s.results == plan.results and set(waited_for) <= set(s.waits_for)]
     if waited_for and not kept:
         executor = _Sbatch(folder, "aggregate", resources["aggregate"], code or _code_of(own, folder, store), 60)
-        outcome.submissions.append(executor.submit_aggregation(plan.results, finish, waited_for))
+        outcome.submissions.append(executor.submit_aggregation(plan.results, finish, waited_for, wandb))
     cluster.cancel(job for s in former if s not in kept for job in s.jobs)  # others conclude for them
     return outcome
 
@@ -136,7 +137,7 @@ class _Sbatch:
         self.folder, self.kind, self.resources, self.code = folder, kind, resources, code
         self.signal_delay_s = signal_delay_s
 
-    def submit_group(self, group: Group, store: Store, after: list[str]) -> Submission:
+    def submit_group(self, group: Group, store: Store, after: list[str], wandb: str) -> Submission:
         tasks = [Task(work.label, [[s.kind, s.identity] for s in work.own]) for work in group.work]
         submission = ledger.new(self.folder, self.kind, tasks, code=str(self.code))
         count = len(tasks)
@@ -145,13 +146,14 @@ class _Sbatch:
             [str(store.output_dir)] * count,
             [str(submission.folder)] * count,
             range(count),
+            [wandb] * count,
         )
         return self._sbatch(submission, compute, arguments, _dependency("afterok", after), group.parallel)
 
-    def submit_aggregation(self, results: list[str], finish: Finish, after: list[str]) -> Submission:
+    def submit_aggregation(self, results: list[str], finish: Finish, after: list[str], wandb: str) -> Submission:
         more = {"code": str(self.code), "results": results, "waits_for": after}
         submission = ledger.new(self.folder, self.kind, [Task("aggregation", [])], **more)
-        arguments = ([finish], [str(self.folder)], [str(submission.folder)])
+        arguments = ([finish], [str(self.folder)], [str(submission.folder)], [wandb])
         return self._sbatch(submission, conclude, arguments, _dependency("afterany", after), None)
 
     def _sbatch(

@@ -99,7 +99,7 @@ def main() -> None:
     data = tokenise_demonstrations(examples, template, 160, 112)
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
-        with TrainingEngine(POINT, POINT.trainer.sft) as engine, Tracker(POINT, "base", attempt) as tracker:
+        with TrainingEngine(POINT, POINT.trainer.sft) as engine, Tracker(attempt) as tracker:
             train(engine, engine.take(model), data.examples, token_mean_loss, POINT, "sft", attempt, tracker)
         print((Path(work) / "metrics.jsonl").read_text().splitlines()[-1])
     save_checkpoint(model, template, out)

@@ -70,7 +70,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     data, validation = (examples_of(point, part, template, attempt) for part in ("train", "validation"))
     references = reference.read(upstream["reference"]) if METHODS[point.method.name].needs_reference else {}
     objective = objective_of(point, references.get("train"))
-    with TrainingEngine(point, point.trainer.align) as engine, Tracker(point, "align", attempt) as tracker:
+    with TrainingEngine(point, point.trainer.align) as engine, Tracker(attempt) as tracker:
         model = engine.take(load_checkpoint(upstream["init"], point) if "init" in upstream else load_base(point))
         train(engine, model, data.examples, objective, point, "align", attempt, tracker)
         model = engine.whole(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from src.store import (
     QUALITY_FILE,
     RESULT_FILE,
     STAGE_FILE,
+    TRACKED_FILE,
     Attempt,
     read_json,
     write_json,
 )
+from src.tracking.runs import runs_of
 
 SCHEMA = 1  # of result.json
 
@@ -82,6 +85,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
         "stages": _stages(upstream, attempt),
     }
     write_json(attempt.out / RESULT_FILE, result)
+    write_json(attempt.out / TRACKED_FILE, asdict(runs_of([point])[-1]))
     attempt.step(1, 1)
 
 

@@ -32,7 +32,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     examples_of(
         point, "validation", template, attempt
     )  # the pairs come later: what is wrong with them shows now, not then
-    with TrainingEngine(point, point.trainer.sft) as engine, Tracker(point, "sft", attempt) as tracker:
+    with TrainingEngine(point, point.trainer.sft) as engine, Tracker(attempt) as tracker:
         model = engine.take(load_base(point))
         train(engine, model, data.examples, token_mean_loss, point, "sft", attempt, tracker)
         model = engine.whole(model)
