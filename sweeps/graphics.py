@@ -42,6 +42,16 @@ class Drawing:
 
     def save(self, folder: Path) -> str:
         """NAME.png and NAME.svg. Returns the SVG as a page takes it in."""
+        svg = self._svg()
+        (folder / f"{self.name}.svg").write_text(svg)
+        self.figure.savefig(folder / f"{self.name}.png", dpi=150)
+        return self._inline(svg)
+
+    def inline(self) -> str:
+        """The SVG as a page takes it in, and no file."""
+        return self._inline(self._svg())
+
+    def _svg(self) -> str:
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache
         layout = self.figure.get_layout_engine()
         if layout is not None:
@@ -51,9 +61,7 @@ class Drawing:
         with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
             text = StringIO()
             self.figure.savefig(text, format="svg", metadata={"Date": None})
-        (folder / f"{self.name}.svg").write_text(text.getvalue())
-        self.figure.savefig(folder / f"{self.name}.png", dpi=150)
-        return self._inline(text.getvalue())
+        return text.getvalue()
 
     def _inline(self, svg: str) -> str:
         svg = svg[svg.index("<svg") :]

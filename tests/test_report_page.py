@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 
 from tests.conftest import SMALL, train
+from tests.on_slurm import tool
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -35,14 +36,14 @@ def open_page(browser, report):
     """Opens the report in a new context; fails on any console error or request to elsewhere."""
     wrong, contexts = [], []
 
-    def opened(width=1280, scheme="light"):
+    def opened(width=1280, scheme="light", name="report.html"):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: request.url.startswith("file:") or wrong.append(request.url))
-        page.goto(report.as_uri())
+        page.goto(report.with_name(name).as_uri())
         return page
 
     yield opened
@@ -113,3 +114,14 @@ def test_it_prints(open_page, tmp_path):
     page = open_page()
     page.pdf(path=tmp_path / "report.pdf", format="A4", print_background=True)
     assert (tmp_path / "report.pdf").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_dashboard_of_the_sweep_is_a_page_like_it(open_page, report, width):
+    assert tool("dashboard", report.parent, "--local").returncode == 0
+    page = open_page(width, "dark", "dashboard.html")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".panel").count() >= 10 and page.locator(".panel svg").count() >= 9
+    assert page.locator("tbody tr").count() == 2
+    point_at(page, page.locator(".mark[data-tip^='ASFT, beta 0.05']").first)
+    assert "lr 0.0" in page.locator("#tip").inner_text()
