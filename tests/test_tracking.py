@@ -10,7 +10,10 @@ import time
 
 import pytest
 
+from src.config import Tracking
 from src.store import read_json
+from src.tracking.following import logged_in, place_of
+from src.tracking.session import Place
 from tests import wandb_server
 from tests.conftest import ROOT, SMALL, command
 from tests.tracked import metrics_of, read_yaml, run, shell, told
@@ -184,6 +187,23 @@ def test_a_server_killed_in_the_middle_of_a_sweep_stops_nothing_and_gets_the_res
     assert sync(server, folder) == 0
     for point in points:
         assert told(server.runs[point["identity"]].history) == metrics_of(tmp_path, "align", point["stages"]["align"])
+
+
+def test_a_login_is_found_where_w_and_b_s_client_leaves_it(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    assert place_of(Tracking(wandb=True)) == Place("alignment-sweep", None, "offline")
+    (tmp_path / "netrc").write_text(f"machine wandb.here:8080\n  login user\n  password {wandb_server.KEY}\n")
+    assert not logged_in(), "that is a key for another server"
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.here:8080\n")
+    assert place_of(Tracking(wandb=True, entity="us")) == Place("alignment-sweep", "us", "online")
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.here:8080\nmode = offline\n")
+    assert place_of(Tracking(wandb=True)).mode == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert place_of(Tracking(wandb=True)) is None and place_of(Tracking(wandb=False)) is None
 
 
 def test_not_logged_in_means_offline_and_the_same_numbers(tmp_path):

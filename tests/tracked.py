@@ -12,7 +12,12 @@ from tests.conftest import ROOT, environment
 def shell(server=None, **changes):
     """Of a user of W&B; logged in when there is a server."""
     known = {name: value for name, value in environment().items() if not name.startswith("WANDB_")}
-    return known | {"NETRC": "/nowhere"} | ({} if server is None else server.environment) | changes
+    return (
+        known
+        | {"NETRC": "/nowhere", "WANDB_CONFIG_DIR": "/nowhere"}
+        | ({} if server is None else server.environment)
+        | changes
+    )
 
 
 def read_yaml(path):

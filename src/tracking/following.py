@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import netrc
 import os
@@ -146,7 +147,7 @@ def place_of(tracking: Tracking) -> Place | None:
     """None when W&B is not to be told."""
     mode = tracking.mode
     if mode == "auto":
-        said = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+        said = _setting("mode") or ("online" if logged_in() else "offline")
         mode = {"run": "online", "dryrun": "offline"}.get(said, said)  # as W&B's client reads it
     if not tracking.wandb or mode not in ("online", "offline"):
         return None
@@ -157,7 +158,7 @@ def logged_in() -> bool:
     """Whether this user has a key for the server, as `wandb login` leaves it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(_setting("base_url") or "https://api.wandb.ai").netloc
     file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
         return netrc.netrc(file).authenticators(host) is not None
@@ -165,9 +166,20 @@ def logged_in() -> bool:
         return False
 
 
+def _setting(name: str) -> str | None:
+    """Of W&B's client: the variable, or what its own commands (`wandb login --host`, `wandb offline`) wrote down."""
+    if said := os.environ.get(f"WANDB_{name.upper()}"):
+        return said
+    files = configparser.ConfigParser(interpolation=None)
+    own = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    with suppress(configparser.Error, OSError, UnicodeDecodeError):
+        files.read([own / "settings", Path("wandb") / "settings"])
+    return files.get("default", name, fallback=None)
+
+
 def _said(place: Place, store: Store, folder: Path) -> str:
     where = place.project if place.entity is None else f"{place.entity}/{place.project}"
     if place.mode == "online":
-        return f"online, {where} ({os.environ.get('WANDB_BASE_URL', 'https://wandb.ai')})"
+        return f"online, {where} ({_setting('base_url') or 'https://wandb.ai'})"
     below = f"offline, below {store.output_dir}/wandb"
     return f"{below}; after `wandb login`, `python -m sweeps.wandb_sync {folder}` uploads it"
