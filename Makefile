@@ -14,7 +14,7 @@ demo: $(VENV)/.kernels ## set up, sweep eight methods on the embedded setup, sho
 	$(PY) -m src.train -m +sweep=demo $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.kernels ## the whole test suite
-	$(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev ## ruff (lint, format) and mypy
 	$(PY) -m ruff check .

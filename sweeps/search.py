@@ -71,7 +71,7 @@ class Search:
                 if self.halving and plan.needed:
                     self._say(name, rung)
                 record.start()
-                if launcher.here:
+                if getattr(launcher, "here", False):
                     wandb.points(plan.points)
                     wandb.sweep(record.folder)
                 elif plan.needed:

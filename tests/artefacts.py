@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def results(output_dir: Path) -> dict[str, object]:
-    """Everything a finished run computed, without its timings."""
+    """Everything a finished run computed, without its timings, and without how (tracked.json has batch sizes, too)."""
     found: dict[str, object] = {}
     for done in sorted((output_dir / "store").glob("*/*/DONE")):
         folder = done.parent
-        for path in sorted(folder.iterdir()):
+        for path in sorted(set(folder.iterdir()) - {folder / "tracked.json"}):
             key = f"{folder.parent.name}/{folder.name}/{path.name}"
             if path.name == "metrics.jsonl":
                 lines = [json.loads(line) for line in path.read_text().splitlines()]

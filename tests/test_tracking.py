@@ -105,7 +105,7 @@ def test_a_sweep_is_a_run_of_each_point_and_of_what_they_share_with_the_stores_n
 
 
 def test_a_point_killed_twice_in_the_middle_is_one_run_without_gap_or_double(server, tmp_path):
-    slow = [*SMALL, "dataset.train_size=4800", f"output_dir={tmp_path}"]
+    slow = [*SMALL, "dataset.train_size=8000", f"output_dir={tmp_path}"]
     often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}  # else the client sends every 15 s
     for _ in range(2):
         process = subprocess.Popen(command(*slow), cwd=ROOT, env=shell(server, **often), start_new_session=True)
@@ -120,7 +120,7 @@ def test_a_point_killed_twice_in_the_middle_is_one_run_without_gap_or_double(ser
     (mine,) = (r for r in server.runs.values() if r.job_type == "align")
     (align,) = (path.parent.name for path in (tmp_path / "store" / "align").glob("*/DONE"))
     metrics = metrics_of(tmp_path, "align", align)
-    assert mine.steps == [row["step"] for row in metrics] == list(range(300))
+    assert mine.steps == [row["step"] for row in metrics] == list(range(500))
     assert [row["loss"] for row in told(mine.history)] == [row["loss"] for row in metrics]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
         "stages": _stages(upstream, attempt),
     }
     write_json(attempt.out / RESULT_FILE, result)
-    write_json(attempt.out / TRACKED_FILE, asdict(runs_of([point])[-1]))
+    write_json(attempt.out / TRACKED_FILE, asdict(replace(runs_of([point])[-1], group=None)))
     attempt.step(1, 1)
 
 

@@ -22,6 +22,7 @@ from src.tracking.sweep import SweepMirror
 log = logging.getLogger(__name__)
 
 POLL = 2.0  # seconds between looks at the store
+TOLD = " INFO told: "  # in the log, of a run that W&B has
 
 
 class Inbox:
@@ -68,7 +69,7 @@ def follow(inbox: Inbox) -> list[str]:
                     pending.remove(former)
                 if not isinstance(former, SweepMirror):
                     pending.append(mirror)
-            pending = [m for m in pending if not m.complete and not m.advance(live=m.place.mode == "online")]
+            pending = [mirror for mirror in pending if not mirror.complete and not _advance(mirror)]
             if over:
                 break
             over = inbox.ended.wait(POLL)
@@ -78,10 +79,17 @@ def follow(inbox: Inbox) -> list[str]:
     return [mirror.name for mirror in pending]
 
 
+def _advance(mirror: Mirror | SweepMirror) -> bool:
+    done = mirror.advance(live=mirror.place.mode == "online")
+    if done:
+        log.info("told: %s", mirror.name)
+    return done
+
+
 def main(arguments: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     inbox = Inbox(Store(arguments[0]))
-    os.nice(10)
+    os.nice(5)
     inbox.ended.wait(float(arguments[1]))
     try:
         left = follow(inbox)

@@ -20,21 +20,22 @@ from urllib.parse import urlparse
 from src.config import Point, Tracking
 from src.interruption import Interrupted
 from src.store import Store, read_json
+from src.tracking.follower import TOLD
 from src.tracking.mirror import Mirror
 from src.tracking.runs import TrackedRun, of_sweep, runs_of
 from src.tracking.session import Place
 from src.tracking.sweep import FILE, SweepMirror
 
-SHARE = 0.08  # of the time since it began, that is waited for it in the end
-LEAST, MOST = 5.0, 120.0  # seconds, of that
+SHARE = 0.08  # of the time since it began, that is waited in the end for another run to be told
+LEAST, MOST = 8.0, 120.0  # seconds, of that, and of all that is waited
 
 
 class Following:
     """While points are computed inside, W&B is told of those that ask for it, by a process of its own.
 
     folder: of the sweep, or output_dir: what a later upload is of. delay: of how many seconds a random share is waited
-    before the first word: many jobs that begin at once shall not ask at once. patience: seconds to wait for it in the
-    end at most; a share of the time until then, when not given.
+    before the first word: many jobs that begin at once shall not ask at once. patience: seconds to wait in the end for
+    each further run; a share of the time until then, when not given.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Following:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Nothing is computed any more: wait a little for it to tell the rest, and say so when W&B has not all."""
         hurry = kind is not None and issubclass(kind, KeyboardInterrupt | Interrupted)
-        failure = self._end(LEAST if hurry else self.patience) or self._why
+        failure = (self._end(LEAST, LEAST) if hurry else self._end(self.patience)) or self._why
         if failure:
             print(
                 f"warning: W&B has not all of this ({failure}); the store has: `python -m sweeps.wandb_sync "
@@ -121,21 +122,33 @@ class Following:
                 file=sys.stderr,
             )
 
-    def _end(self, patience: float | None) -> str | None:
+    def _end(self, patience: float | None, most: float | None = None) -> str | None:
+        """Wait while it advances. Why W&B has not everything, if so."""
         if self._process is None:
             return None
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
+        ended = advanced = time.monotonic()
         if patience is None:
-            patience = min(MOST, max(LEAST, SHARE * (time.monotonic() - self.begun)))
-        try:
-            code = self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return f"it did not take the rest within {patience:.0f} s"
-        lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
-        return None if code == 0 else (lines[-1] if lines else f"exit code {code}")
+            patience = min(MOST, max(LEAST, SHARE * (ended - self.begun)))
+        most = most or max(MOST, patience)
+        told = -1
+        while self._process.poll() is None:
+            now = time.monotonic()
+            if told != (told := self._lines().count(TOLD)):
+                advanced = now
+            if now - advanced > patience or now - ended > most:
+                self._process.kill()
+                return f"it did not take the rest within {now - ended:.0f} s"
+            time.sleep(0.1)
+        if self._process.returncode == 0:
+            return None
+        lines = self._lines().splitlines()
+        return lines[-1] if lines else f"exit code {self._process.returncode}"
+
+    def _lines(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
 
 def tracking_of(folder: Path) -> Tracking:
