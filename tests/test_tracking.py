@@ -288,6 +288,8 @@ def test_the_dashboard_in_w_and_b_is_the_definition_in_the_file_and_made_once(to
     assert [len(s["panels"]) for s in sections] == [len(s["panels"]) for s in definition["sections"]]
     colours = workspace["spec"]["section"]["customRunColors"]
     assert colours == dict.fromkeys(definition["runs"], definition["colours"]["dpo"])
+    pinned = workspace["spec"]["section"]["runSets"][0]["runFeed"]["columnPinned"]
+    assert "config:method.value.name" in pinned and "summary:quality/value" in pinned
     grids = [block for block in report["spec"]["blocks"] if block["type"] == "panel-grid"]
     assert len(grids) == len(sections)
 

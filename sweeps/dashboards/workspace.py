@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pandas as pd
@@ -32,7 +33,6 @@ def save(dashboard: Dashboard, best: pd.DataFrame, place: Place, known: dict[str
 
 def _workspace(dashboard: Dashboard, place: Place) -> Any:
     from wandb_workspaces import workspaces as ws
-    from wandb_workspaces.reports.v2.interface import Metric  # noqa: F401 - what expr builds on
 
     colours = {run: ws.RunSettings(color=dashboard.colours[method]) for run, method in dashboard.runs.items()}
     return ws.Workspace(
@@ -116,7 +116,8 @@ def _key(key: str) -> Any:
 
 
 def _columns(dashboard: Dashboard) -> list[str]:
-    return [f"{key}.value" if key.startswith("config:") else key for key in dashboard.columns]
+    """A key's value comes before what is inside it: config:method.value.name."""
+    return [re.sub(r"^(config:[^.]+)", r"\1.value", key) for key in dashboard.columns]
 
 
 def _filter(dashboard: Dashboard) -> str:
