@@ -19,7 +19,7 @@ from src.failure import StageError
 from src.store import Store, read_json, write_json, write_text
 from src.tracking import METRICS_FILE
 from src.tracking.following import logged_in, tracking_of
-from src.tracking.mirror import marks
+from src.tracking.marks import file_of
 from src.tracking.session import Place
 from src.train import answering
 from sweeps.record import check_sweep
@@ -64,7 +64,7 @@ def save(folder: Path, dashboard: Any, project: str | None, entity: str | None) 
         )
     own, file = tracking_of(folder), folder / "tables" / "best.csv"
     best = pd.read_csv(file, dtype=str, keep_default_na=False) if file.exists() else pd.DataFrame()
-    mark = marks(Store(folder.absolute().parent.parent)) / f"dashboard-{dashboard.name}.json"
+    mark = file_of(Store(folder.absolute().parent.parent), f"dashboard-{dashboard.name}")
     try:
         place = Place(project or own.project, entity or own.entity or wandb.Api().default_entity, "online")
         known = read_json(mark) if mark.exists() else {}

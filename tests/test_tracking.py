@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import time
 
@@ -16,39 +15,7 @@ from src.tracking.following import logged_in, place_of
 from src.tracking.session import Place
 from tests import wandb_server
 from tests.conftest import ROOT, SMALL, command
-from tests.tracked import metrics_of, read_yaml, run, shell, told
-
-BLOCK = 32768
-
-
-def records(path):
-    """The records of a .wandb file: LevelDB's log format after a header of seven bytes."""
-    data, at, parts = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if BLOCK - at % BLOCK < 7:
-            at += BLOCK - at % BLOCK
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # full, last
-            yield parts
-            parts = b""
-
-
-def offline_history(folder):
-    """Logged rows of an offline run, and the run."""
-    from wandb.proto import wandb_internal_pb2
-
-    rows, run = [], None
-    for data in records(next(folder.glob("*.wandb"))):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
-        elif record.WhichOneof("record_type") == "run":
-            run = record.run
-    return rows, run
+from tests.tracked import metrics_of, offline_history, read_yaml, run, shell, told
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What the tests of W&B have in common: running commands as one of its users, and reading what came of it."""
 
 import json
+import struct
 import subprocess
 import sys
 
@@ -44,3 +45,36 @@ def told(history):
     """The lines of metrics.jsonl in what W&B has."""
     rows = ({k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")} for row in history)
     return [row for row in rows if row]
+
+
+BLOCK = 32768
+
+
+def records(path):
+    """The records of a .wandb file: LevelDB's log format after a header of seven bytes."""
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # full, last
+            yield parts
+            parts = b""
+
+
+def offline_history(folder):
+    """Logged rows of an offline run, and the run."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows, run = [], None
+    for data in records(next(folder.glob("*.wandb"))):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+        elif record.WhichOneof("record_type") == "run":
+            run = record.run
+    return rows, run

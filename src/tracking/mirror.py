@@ -18,9 +18,8 @@ from src.store import (
     StageName,
     Store,
     read_json,
-    write_json,
 )
-from src.tracking import METRICS_FILE
+from src.tracking import METRICS_FILE, marks
 from src.tracking.runs import TrackedRun
 from src.tracking.session import About, Place, Session, Taken
 
@@ -53,18 +52,8 @@ class Mirror:
         return self.tracked.name
 
     @property
-    def _mark(self) -> Path:
-        """Says that W&B has all of it."""
-        return marks(self.store) / f"{self.tracked.id}.json"
-
-    @property
     def complete(self) -> bool:
-        """Whether W&B has all of it; offline: whether its files have."""
-        try:
-            mark = read_json(self._mark)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return mark["stages"] == self.tracked.stages and self.place.mode in (mark["mode"], "offline")
+        return marks.has(self.store, self.id, self.tracked.stages, self.place)
 
     def advance(self, live: bool) -> bool:
         """Log what is new; whether the run is complete in W&B. live: also of a run that is not done yet."""
@@ -146,13 +135,7 @@ class Mirror:
         session.keep((folder / name for folder in folders.values() for name in KEPT), self.store.root)
         url = session.url
         session.end(complete=True)
-        self._mark.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._mark, {"stages": own.stages, "url": url, "mode": self.place.mode})
-
-
-def marks(store: Store) -> Path:
-    """Where is written down what W&B has."""
-    return store.output_dir / "wandb" / "complete"
+        marks.note(self.store, self.id, own.stages, self.place, url)
 
 
 def _samples(folders: dict[str, Path]) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from src.identity import run_of
-from src.store import Store, read_json, write_json
-from src.tracking.mirror import marks
+from src.store import Store, read_json
+from src.tracking import marks
 from src.tracking.session import About, Place, Session, Taken
 
 FILE = "sweep.json"
@@ -40,16 +40,8 @@ class SweepMirror:
         return f"sweep-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
     @property
-    def _mark(self) -> Path:
-        return marks(self.store) / f"{self.id}.json"
-
-    @property
     def complete(self) -> bool:
-        try:
-            mark = read_json(self._mark)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return mark["content"] == self._content() and self.place.mode in (mark["mode"], "offline")
+        return marks.has(self.store, self.id, self._content(), self.place)
 
     def advance(self, live: bool) -> bool:
         done = read_json(self.folder / FILE)["finished"] is not None and (self.folder / REPORT).exists()
@@ -104,8 +96,7 @@ class SweepMirror:
         self._keep(FILE, session)
         content, url = self._content(), session.url
         session.end(complete=True)
-        self._mark.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._mark, {"content": content, "url": url, "mode": self.place.mode})
+        marks.note(self.store, self.id, content, self.place, url)
 
     def _keep(self, name: str, session: Session | None = None) -> None:
         session = session or self.session
