@@ -11,7 +11,7 @@ from src.checks import check_packages, point_from
 from src.composition import register
 from src.config import CONF_DIR, ConfigError, method_options
 from src.methods import METHODS
-from tests.conftest import train
+from tests.conftest import at_once, train
 
 
 def composed(*overrides):
@@ -191,10 +191,11 @@ def test_a_package_that_is_not_there_is_named_before_a_launch_and_a_plan_does_wi
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
 def test_a_bad_request_is_one_line_exit_code_two_and_nothing_runs(arguments, message, tmp_path):
     given = [] if any(a.startswith("output_dir=") for a in arguments) else [f"output_dir={tmp_path}"]
-    done = train(*arguments, *given, check=False)
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    done = at_once(*arguments, *given)
+    said = done.stderr
+    assert done.returncode == 2, said
+    lines = said.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), said
     assert message in lines[0]
     assert "To append to your config" not in lines[0]
     assert not (tmp_path / "store").exists() and not (tmp_path / "sweeps").exists()

@@ -19,7 +19,7 @@ from src.store import Store
 from sweeps.aggregate import aggregate
 from sweeps.record import read_sweep
 from sweeps.search import Search
-from tests.conftest import train
+from tests.conftest import at_once, train
 from tests.test_config import composed
 from tests.test_prolonging import TINY
 from tests.test_resume import kill_when
@@ -230,7 +230,7 @@ def test_where_jobs_run_each_call_submits_the_rung_that_is_next(tmp_path, search
 def test_the_command_killed_in_the_last_rung_and_given_again_ends_as_undisturbed(tmp_path, searched):
     betas = f"beta={','.join(map(str, BETAS))}"
     command = ["-m", "method=dpo", betas, *TINY, *HALVING, "sweep.name=h", f"output_dir={tmp_path}"]
-    plan = train(*command, "dry_run=true").stdout
+    plan = at_once(*command, "dry_run=true").stdout
     assert re.search(r"^ +1 +0.5 +4\n +2 +1 +2$", plan, re.M), plan
     assert "the steps of 3 whole runs, 75 % of the 4 of the full grid; 6 times sampled" in plan
     later = {f"step-{step:08d}" for step in range(13, 24)}  # the first rung stops at 12

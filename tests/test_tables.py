@@ -15,7 +15,7 @@ from src.lease import Lease
 from src.plan import stages_of
 from src.store import Attempt
 from tests import tiny_llama
-from tests.conftest import train
+from tests.conftest import at_once
 from tests.test_config import composed
 
 PAIRS = [
@@ -191,7 +191,7 @@ def test_what_is_wrong_with_a_local_copy_is_said_before_anything_runs(damage, ov
     folder, model = tiny_llama.ultrachat_ultrafeedback(tmp_path / "data"), tiny_llama.model(tmp_path / "model")
     damage(folder)
     paths = [f"model.path={model}", f"dataset.path={folder}", f"output_dir={tmp_path / 'out'}"]
-    done = train(UF, "method=dpo", *paths, *overrides, check=False)
+    done = at_once(UF, "method=dpo", *paths, *overrides)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not list((tmp_path / "out").glob("store/*"))
 
@@ -229,5 +229,5 @@ def test_every_dataset_can_be_chosen_by_name(name, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3)
     path = [f"dataset.path={tmp_path / 'pairs.jsonl'}"] if name == "jsonl" else []
     gold = [] if name == "mini_tldr" else ["judge=none", "evaluation=preference"]
-    done = train(f"dataset={name}", *path, *gold, f"output_dir={tmp_path}", "dry_run=true", check=False)
+    done = at_once(f"dataset={name}", *path, *gold, f"output_dir={tmp_path}", "dry_run=true")
     assert done.returncode == (2 if name == "jsonl" else 0), done.stderr
