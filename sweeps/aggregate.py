@@ -119,7 +119,7 @@ def main() -> int:
             check_sweep(folder)
         out = arguments.out or folders[0].with_name("+".join(folder.name for folder in folders))
         aggregate(folders, out, select=arguments.select)
-        if arguments.dir == [str(out)]:
+        if out == folders[0] and not arguments.dir[0].startswith(SCHEME):
             tell(out)
     return 0
 

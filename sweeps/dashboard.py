@@ -29,11 +29,14 @@ DEFINITION, PAGE = "dashboard.json", "dashboard.html"
 
 
 def write(folder: Path) -> Any:
-    """Write the definition and the page of a sweep's dashboard. Returns the dashboard."""
+    """Write the definition and the page of a sweep's dashboard. Returns the dashboard. Raises ConfigError when no point
+    of it is done."""
     from sweeps.dashboards.definition import define
     from sweeps.dashboards.page import page
 
     results = collect([folder])
+    if not (results.points.state == "done").any():
+        raise ConfigError(f"{folder}: no point is done yet, so there is nothing to show")
     figures = [path.stem for path in sorted(folder.glob("figures/*.png"))]
     dashboard = define(results.sweeps[0], results.points, _metrics(results), figures)
     write_text(folder / DEFINITION, json.dumps(dashboard.as_json(), indent=1) + "\n")

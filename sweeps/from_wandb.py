@@ -25,7 +25,7 @@ def fetch(address: str, output_dir: Path | None = None) -> Path:
     Raises ConfigError when there is no such sweep, StageError when W&B does not answer.
     """
     parts = address.removeprefix(SCHEME).split("/", 2)
-    if len(parts) != 3 or not all(re.fullmatch(r"[^\s]+", part) for part in parts) or ".." in parts:
+    if len(parts) != 3 or not all(re.fullmatch(r"\w[\w.=+-]*", part) for part in parts):
         raise ConfigError(f"{address}: must be {SCHEME}ENTITY/PROJECT/GROUP")
     entity, project, group = parts
     if not logged_in():

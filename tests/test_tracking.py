@@ -236,7 +236,11 @@ def test_a_sweep_aggregated_from_w_and_b_alone_is_the_same(told_sweep, tmp_path)
     downloads = [path for path, _ in server.requests if path.startswith("GET") and path.endswith("/samples.jsonl")]
     assert len(downloads) == 3  # of two points and their baseline, in the first call alone
 
-    for address, said in {"wandb://me/alignment-sweep/none": "no runs", "wandb://told": "ENTITY/PROJECT/GROUP"}.items():
+    for address, said in {
+        "wandb://me/alignment-sweep/none": "no runs",
+        "wandb://told": "ENTITY/PROJECT/GROUP",
+        "wandb://me/p/a/../b": "ENTITY/PROJECT/GROUP",
+    }.items():
         done = run(server, address, module="sweeps.aggregate", cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
@@ -271,7 +275,7 @@ def test_the_dashboard_in_w_and_b_is_the_definition_in_the_file_and_made_once(to
     assert "<svg" in (folder / "dashboard.html").read_text()
 
 
-def test_a_dashboard_without_an_account_is_files_and_a_clear_word(told_sweep):
+def test_a_dashboard_without_an_account_is_files_and_a_clear_word(told_sweep, tmp_path):
     _, out = told_sweep
     folder = out / "sweeps" / "told"
     done = run(None, str(folder), module="sweeps.dashboard")
@@ -279,3 +283,12 @@ def test_a_dashboard_without_an_account_is_files_and_a_clear_word(told_sweep):
     assert run(None, str(folder), "--local", module="sweeps.dashboard").returncode == 0
     done = run(None, str(out), "--local", module="sweeps.dashboard")
     assert done.returncode == 2 and "no sweep.json there" in done.stderr
+    empty = tmp_path / "sweeps" / "empty"
+    empty.mkdir(parents=True)
+    sweep = read_json(folder / "sweep.json")
+    for point in sweep["points"]:
+        point |= {"identity": "0" * 24, "state": "to do"}
+    (empty / "sweep.json").write_text(json.dumps(sweep))
+    (tmp_path / "store").mkdir()
+    done = run(None, str(empty), "--local", module="sweeps.dashboard")
+    assert done.returncode == 2 and "no point is done yet" in done.stderr, done.stderr
