@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,12 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lay
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = _flat(query, key, value, layout)
-    grouped = q.shape[1] != k.shape[1]
     starts = layout.query_starts, layout.key_starts
+    # torch 2.11 groups query heads by itself and has no argument for it; from 2.12 on it must be asked to.
+    accepts_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if accepts_gqa else {}
     # (-1, 0): causal, which with fewer queries than keys means aligned to the bottom right.
-    output: Any = varlen_attn(q, k, v, *starts, *layout.longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+    output: Any = varlen_attn(q, k, v, *starts, *layout.longest, scale=scaling, window_size=(-1, 0), **options)
     return output[None]
 
 

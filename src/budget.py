@@ -15,6 +15,7 @@ import torch
 from src import head
 from src.config import ConfigError
 from src.distributed import world
+from src.machine import release_accelerator
 from src.pairs import Example, pack
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def fitting(free: int, measure: Callable[[int], tuple[int, int]], longest: int) 
 
 def on_gpu(engine: TrainingEngine, policy: Any, examples: Sequence[Example], device: torch.device) -> int:
     """Measured with the model at hand; the smallest of all processes, in every process."""
+    # Blocks that torch's allocator cached for an earlier model of this process are free, but the driver counts them as
+    # used: without this the second training stage of a process would find no memory.
+    release_accelerator()
     lengths = [e.length for e in examples]
     order = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 from pathlib import Path
+
+_ROOT = Path("/")
 
 
 def cores() -> int:
@@ -18,13 +21,37 @@ def cores() -> int:
     return count
 
 
+def cores_of_process(sharing: int) -> int:
+    """CPU cores for one of `sharing` processes on this machine, at least 1.
+
+    The tasks of a SLURM step already have cores of their own (`--cpus-per-task`), which are not divided again.
+    """
+    of_task = os.environ.get("SLURM_CPUS_PER_TASK")
+    if of_task and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return min(cores(), int(of_task))
+    return max(1, cores() // sharing)
+
+
+def release_accelerator() -> None:
+    """Return memory that torch's allocator keeps for models that are gone to the CUDA driver."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def visible_gpus() -> list[str]:
-    """What to set CUDA_VISIBLE_DEVICES to for each GPU."""
+    """What to set CUDA_VISIBLE_DEVICES to for each GPU.
+
+    WSL2, gVisor and some containers have no /proc/driver/nvidia, so device files are counted where it is missing.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [g for g in named.split(",") if g.strip() and g.strip() != "-1"]
-    driver = Path("/proc/driver/nvidia/gpus")
-    return [str(i) for i in range(len(list(driver.iterdir())))] if driver.is_dir() else []
+    driver = _ROOT / "proc/driver/nvidia/gpus"
+    gpus = list(driver.iterdir()) if driver.is_dir() else list((_ROOT / "dev").glob("nvidia[0-9]*"))
+    return [str(i) for i in range(len(gpus))]
 
 
 class FreedMemory:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from functools import lru_cache
@@ -19,7 +18,7 @@ from src.data.templates import Template
 from src.distributed import world
 from src.identity import locate
 from src.logprobs import Compute, prepare
-from src.machine import cores
+from src.machine import cores_of_process
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +47,9 @@ def _compute(precision: str, wanted: str, device: torch.device) -> Compute:
     return Compute(precision, kernel)
 
 
-def release_accelerator() -> None:
-    """Memory of models that are gone goes back to the driver: torch keeps it for the next one in this process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def use_threads(engine: Engine, share: int = 1) -> None:
     """CPU threads of this process: as configured, or its share of the cores."""
-    torch.set_num_threads(engine.threads or max(1, cores() // max(share, world().local_size)))
+    torch.set_num_threads(engine.threads or cores_of_process(max(share, world().local_size)))
 
 
 def load_base(point: Point) -> Any:

@@ -47,9 +47,30 @@ def dense(query, key, value, scaling):
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-def varlen_kernel(q, k, v, query_starts, key_starts, longest_query, longest_key, *, scale, window_size, enable_gqa):
+# Parameters of torch.nn.attention.varlen.varlen_attn, recorded from the releases named; the kernel runs on GPUs alone.
+VARLEN_PARAMETERS = {
+    "2.11": "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)",
+    "2.12": "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),"
+    " enable_gqa=False, seqused_k=None, block_table=None",
+}
+
+
+def varlen_of(release):
+    """varlen_attn as that release of torch declares it: an argument it does not have is a TypeError, as there."""
+    names: dict = {"kernel": varlen_kernel}
+    parameters = VARLEN_PARAMETERS[release]
+    given = "scale, window_size" + (", enable_gqa" if "enable_gqa" in parameters else "")
+    exec(
+        f"def varlen_attn({parameters}):\n"
+        f"    return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, {given})",
+        names,
+    )
+    return names["varlen_attn"]
+
+
+def varlen_kernel(q, k, v, query_starts, key_starts, longest_query, longest_key, scale, window_size, enable_gqa=None):
     """What torch documents of varlen_attn, as a loop: segments by cumulative starts, causal to the bottom right."""
-    assert window_size == (-1, 0) and enable_gqa == (q.shape[1] != k.shape[1])
+    assert window_size == (-1, 0) and enable_gqa in (None, q.shape[1] != k.shape[1])
     assert query_starts.dtype == key_starts.dtype == torch.int32
     lengths = [starts.diff().max().item() for starts in (query_starts, key_starts)]
     assert lengths == [longest_query, longest_key]
@@ -99,9 +120,10 @@ def test_what_the_compiled_kernel_cannot_express_it_refuses(table, reason):
         kernels.load().attention(torch.ones(3, 64, 16), x, x, torch.tensor([[0, 64, 0, 0]]), 1.0)
 
 
-def test_variable_length_kernels_are_asked_for_the_same(monkeypatch):
-    """Their arguments, against the documented meaning; the kernels themselves run on GPUs alone."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_kernel)
+@pytest.mark.parametrize("release", VARLEN_PARAMETERS)
+def test_variable_length_attention_is_called_as_each_release_of_torch_declares_it(monkeypatch, release):
+    """Its arguments, against the documented meaning; the kernel itself runs on GPUs alone."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of(release))
     inputs = tensors()
     expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
     found = outputs_and_gradients(lambda *x: attention.varlen(*x, 0.25, LAYOUT), inputs)

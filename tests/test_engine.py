@@ -18,7 +18,9 @@ from tests.conftest import ROOT, SMALL, environment, train
 
 POINT = [*SMALL, "method=dpo", "beta=0.1", "trainer.tokens_per_batch=512", "engine.precision=fp32"]
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
-TOLERANCE = 1e-4  # of any weight, learning rate 1e-3: sums in another order, through 12 steps of Adam
+TOLERANCE = (
+    3e-4  # of any weight, learning rate 1e-3: sums in another order, through 12 steps of Adam (1.5e-4 on torch 2.11)
+)
 
 
 def together(*arguments: str, processes: int = 2) -> subprocess.Popen[str]:
@@ -70,7 +72,7 @@ def test_two_processes_of_every_engine_train_what_one_process_does(engine, alone
         assert distance(weights(tmp_path, kind), weights(alone, kind)) < TOLERANCE
     assert quality(tmp_path) == quality(alone)
     # The control: what is compared moved by far more than the tolerance.
-    assert distance(weights(alone, "sft"), weights(alone)) > 20 * TOLERANCE
+    assert distance(weights(alone, "sft"), weights(alone)) > 10 * TOLERANCE
 
 
 def test_zero_in_one_process_is_that_too(alone, tmp_path):
@@ -110,7 +112,7 @@ def test_compiled_layers_train_the_same_model(tmp_path):
     plain = tmp_path / "plain"
     train(*arguments, "judge=none", "evaluation=preference", f"output_dir={plain}")
     # The first steps of Adam go by a gradient's sign, and where it is nearly zero rounding decides that.
-    assert distance(weights(tmp_path), weights(plain)) < 3 * TOLERANCE
+    assert distance(weights(tmp_path), weights(plain)) < TOLERANCE
     assert distance(weights(plain), load_file(ROOT / "src/data/mini_tldr_base/model.safetensors")) > 10 * TOLERANCE
 
 
@@ -137,7 +139,7 @@ def test_lora_of_two_processes_is_that_of_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train(*arguments, f"output_dir={one}")
     finish(together(*arguments, "engine=zero3", f"output_dir={two}"))
-    assert distance(weights(one), weights(two)) < 3 * TOLERANCE
+    assert distance(weights(one), weights(two)) < TOLERANCE
 
 
 def test_steps_of_3e_7_move_weights_in_bf16_as_they_do_in_float32(tmp_path):

@@ -1,18 +1,16 @@
 """What happens to a stage when its disk fills up or another process takes it over."""
 
 import os
-import platform
 import subprocess
-import sys
 
 import pytest
 
-from src import machine, stages
+from src import stages
 from src.checks import point_from
 from src.lease import LeaseLost
 from src.plan import make_plan
 from src.store import Store, write_json
-from tests.conftest import ROOT, SMALL, train
+from tests.conftest import SMALL, train
 from tests.test_config import composed
 
 
@@ -57,35 +55,3 @@ def test_a_stage_taken_over_by_another_process_is_waited_for(tmp_path, monkeypat
     assert len(calls) == 2
     stages.ensure(stage, store)
     assert len(calls) == 2
-
-
-def test_workers_share_out_the_gpus_they_may_see(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert machine.visible_gpus() == ["3", "5"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert machine.visible_gpus() == []
-
-
-# In a process of its own: in one that has worked already, the pieces lie in what others have left.
-HEAP_IN_PIECES = """
-from src import machine
-
-patient, freed = machine.FreedMemory(growth=10 << 30), machine.FreedMemory(growth=100 << 20)
-patient.give_back()
-freed.give_back()
-pieces = [bytearray(b"x" * 50_000) for _ in range(8_000)]  # 400 MB, each below what glibc maps by itself
-full = machine._resident_bytes()
-del pieces[:-1]  # the last one keeps the heap as long as it is
-patient.give_back()
-assert machine._resident_bytes() > full - (50 << 20)  # it has not grown by as much
-freed.give_back()
-assert machine._resident_bytes() < full - (300 << 20)
-assert freed.usual is None
-"""
-
-
-def test_what_a_heap_in_pieces_holds_goes_back_once_it_has_grown():
-    if not sys.platform.startswith("linux") or "glibc" not in platform.libc_ver()[0]:
-        pytest.skip("only glibc is asked to")
-    done = subprocess.run([sys.executable, "-c", HEAP_IN_PIECES], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from src.config import Point
 from src.data.questions import questions_of
 from src.logprobs import score
-from src.models import compute_of, load_base, load_checkpoint, release_accelerator, template_of
+from src.machine import release_accelerator
+from src.models import compute_of, load_base, load_checkpoint, template_of
 from src.pairs import Example
 from src.sampling import sample
 from src.serving import sample_through, served_folder, serving

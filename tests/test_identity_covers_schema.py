@@ -1,0 +1,176 @@
+"""Every key of the schema either changes the identity of a stage or is listed here with the reason why it need not."""
+
+import copy
+import json
+import typing
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from src.checks import CHOICES, point_from
+from src.config import Point, leaves
+from src.plan import stages_of
+from tests.test_config import composed
+
+# key, or group of keys ending with a dot -> why results do not depend on it
+NOT_HASHED = {
+    "setup.best": "default values of beta and lr, which are hashed themselves",
+    "beta_grid": "values a sweep expands beta=grid to; each point hashes its beta",
+    "lr_grid": "values a sweep expands lr=grid to; each point hashes its lr",
+    "best_from": "a file that beta and lr are read from, which are hashed themselves",
+    "init.name": "hashed as the upstream checkpoint and as the init of alignment, not by its own key",
+    "method.name": "hashed, and tested by name below",
+    "model.name": "a display name; the weights behind model.path are hashed",
+    "model.parameters": "for cost estimates",
+    "model.revision": "hashed for a model of the hub; a local folder is hashed by content",
+    "model.attention": "kernels that compute the same attention, to rounding",
+    "dataset.name": "a display name; source, files and tables are hashed",
+    "dataset.sft.rows": "expected table sizes, compared with the real ones",
+    "dataset.sft.tokens": "for cost estimates",
+    "dataset.preference.rows": "expected table sizes, compared with the real ones",
+    "dataset.preference.tokens": "for cost estimates",
+    "trainer.name": "a display name; its fields are hashed",
+    "trainer.tokens_per_batch": "how a step is split into micro-batches; every example keeps its weight",
+    "trainer.checkpoint_steps": "how often a checkpoint to resume from is written",
+    "engine.name": "a display name; precision is hashed",
+    "engine.device": "where it is computed; equal to rounding",
+    "engine.threads": "how many cores compute it; equal to rounding",
+    "engine.parallel": "how many processes compute it; equal to rounding",
+    "engine.activation_checkpointing": "recomputes the same activations",
+    "engine.compile": "compiles the same computation; equal to rounding",
+    "engine.tflops": "for cost estimates",
+    "engine.mfu": "for cost estimates",
+    "evaluation.name": "a display name; its fields are hashed",
+    "evaluation.generation.batch_size": "a sample depends on its prompt and seed, not on its batch",
+    "server.timeout": "how long to wait for a server to start",
+    "server.concurrency": "how many samples are asked for at once",
+    "judge.base_url": "where the judge model is served; the model is hashed",
+    "judge.api_key_env": "which variable holds the key",
+    "judge.concurrency": "how many questions are asked at once",
+    "judge.timeout": "how long to wait for an answer",
+    "judge.attempts": "how often a failed question is asked again",
+    "judge.max_calls": "a budget: what is beyond it is an error, not another result",
+    "judge.max_cost": "a budget: what is beyond it is an error, not another result",
+    "judge.input_price": "for the budget",
+    "judge.output_price": "for the budget",
+    "tracking.": "where metrics are sent",
+    "sweep.": "which points there are, and what is reported of them",
+    "output_dir": "where results are kept",
+    "keep": "which checkpoints stay",
+    "dry_run": "whether anything runs",
+}
+
+# Configs that together use every group; a key counts as hashed when it changes an identity in one of them.
+CONFIGS = [
+    (),
+    ("setup=llama32_3b_tldr", "judge=tldr", "evaluation.quality=win_rate", "model.lora.rank=8"),
+    ("method=simpo",),
+    ("method=cal_dpo", "init=base", "beta=0.1", "lr=1e-3"),
+    ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt={words}"),
+]
+
+WORDS = {"system_prompt": "judge", "prompt_template": ["{question_1} {answer_1} {answer_2}"]}
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    words = tmp_path_factory.mktemp("words") / "prompt.yaml"
+    words.write_text(json.dumps(WORDS))
+    return [point_from(composed(*(o.format(words=words) for o in overrides))) for overrides in CONFIGS]
+
+
+@pytest.fixture(scope="module")
+def other_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("other") / "other.jsonl"
+    file.write_text('{"prompt": "other"}')
+    return str(file)
+
+
+def keys(schema=Point, prefix=""):
+    """Dotted keys of the schema, from its types: optional groups are followed even where a config leaves them out."""
+    hints = typing.get_type_hints(schema)
+    for f in fields(schema):
+        kinds = [hints[f.name], *typing.get_args(hints[f.name])]
+        group = next((kind for kind in kinds if is_dataclass(kind)), None)
+        if group is None or typing.get_origin(hints[f.name]) is dict:
+            yield prefix + f.name
+        else:
+            yield from keys(group, f"{prefix}{f.name}.")
+
+
+def reason(key):
+    return next((why for k, why in NOT_HASHED.items() if key == k or (k.endswith(".") and key.startswith(k))), None)
+
+
+def other(key, value, file):
+    """A value of the same kind that is not this one."""
+    if key in CHOICES:
+        return next(choice for choice in CHOICES[key] if choice not in (value, None))
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value / 2 if value else 1
+        case dict():
+            return value | {"prompt": "another"}
+        case list() | tuple():
+            return type(value)([*value][::-1]) if len(value) > 1 else ["another"]
+        case None if "size" in key or "max_" in key or "rank" in key:
+            return 7
+    return file
+
+
+def with_value(point, key, file):
+    changed = copy.deepcopy(point)
+    node = changed
+    *groups, name = key.split(".")
+    for group in groups:
+        node = getattr(node, group)
+        if node is None:
+            return None
+    setattr(node, name, other(key, getattr(node, name), file))
+    return changed
+
+
+def identities(point):
+    return [stage.identity for stage in stages_of(point)]
+
+
+def hashed(key, points, file):
+    for point in points:
+        changed = with_value(point, key, file)
+        if changed is not None and identities(changed) != identities(point):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("key", keys())
+def test_a_key_changes_an_identity_or_is_listed_with_a_reason(key, points, other_file):
+    if reason(key) is None:
+        assert hashed(key, points, other_file), f"{key} changes no identity: hash it, or list it in NOT_HASHED"
+
+
+def test_what_is_listed_exists_and_changes_no_identity(points, other_file):
+    schema = list(keys())
+    for listed in NOT_HASHED:
+        of = [k for k in schema if k == listed or (listed.endswith(".") and k.startswith(listed))]
+        assert of, f"NOT_HASHED has {listed}, which is no key of the schema"
+        by_content = {"init.name", "method.name", "model.revision"}
+        for key in of:
+            if listed not in by_content and key != "sweep.variant":
+                assert not hashed(key, points, other_file), f"{key} changes an identity: remove it from NOT_HASHED"
+
+
+def test_choices_that_are_hashed_under_another_name_change_identities(points):
+    default = identities(points[0])
+    for overrides in (["init=base", "beta=0.1", "lr=1e-3"], ["method=ipo", "beta=0.1", "lr=1e-3"]):
+        assert identities(point_from(composed(*overrides))) != default
+    hub = points[1]
+    pinned = with_value(hub, "model.revision", "abc")
+    assert identities(pinned) != identities(hub)
+
+
+def test_every_key_of_a_composed_point_is_one_of_the_schema(points):
+    schema = set(keys())
+    for point in points:
+        assert {key for key, _ in leaves(point)} <= schema | {"setup.best", "dataset.sft", "dataset.preference"}
