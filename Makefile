@@ -37,13 +37,13 @@ chaos: $(VENV)/.dev $(VENV)/.kernels ## a sweep under random blows on a loopback
 	$(PY) -m benchmarks.chaos $(ARGS)
 
 slurm-install: ## Debian's SLURM packages, for the loopback cluster (root)
-	$(PYTHON) tests/slurm_cluster.py install
+	$(PYTHON) tests/support/slurm_cluster.py install
 
 slurm-up: ## start a real SLURM cluster on loopback: 4 nodes, fake GPUs, a preemptible partition (root)
-	$(PYTHON) tests/slurm_cluster.py up $(ARGS)
+	$(PYTHON) tests/support/slurm_cluster.py up $(ARGS)
 
 slurm-down: ## stop it
-	$(PYTHON) tests/slurm_cluster.py down $(ARGS)
+	$(PYTHON) tests/support/slurm_cluster.py down $(ARGS)
 
 clean: ## remove .venv and caches; outputs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
@@ -59,8 +59,8 @@ $(VENV)/.run: pyproject.toml constraints.txt Makefile
 	touch $@
 
 # Nothing depends on them, and the next make tries again.
-$(VENV)/.kernels: $(wildcard src/kernels/*.cpp src/kernels/*.h src/kernels/*.py) $(VENV)/.run
-	@$(PY) -m src.kernels && touch $@ || true
+$(VENV)/.kernels: $(wildcard src/model/cpu/kernels/*.cpp src/model/cpu/kernels/*.h src/model/cpu/kernels/*.py) $(VENV)/.run
+	@$(PY) -m src.model.cpu.kernels && touch $@ || true
 
 $(VENV)/.dev: $(VENV)/.run
 	@echo "adding what tests and setup=smollm2_jsonl need"

@@ -1,4 +1,4 @@
-"""The training engine against TRL's trainers, same model, pairs, threads and whole optimiser steps:
+"""The training engine against TRL's trainers, same model, pairs, threads and whole optimizer steps:
 `python -m benchmarks.against_trl [ROW ...]`; without rows, all of them (most of an hour on two cores).
 
 Each measurement is a process of its own, ours and TRL's taking turns; results are kept in
@@ -21,7 +21,8 @@ from typing import Any
 from benchmarks.our_side import BETA, model_of, ours, tokenizer, unpack
 from benchmarks.pairs import SHAPES, make_pairs
 from benchmarks.trl_side import plain, trl, trl_trainer
-from src.machine import cores
+from src.hardware import cores
+from src.model.logprobs import patch_model_
 
 RESULTS = Path("outputs/benchmarks/against_trl.json")
 
@@ -63,13 +64,13 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
 
     examples = make_pairs(job["shape"], job["micro_batch"])
     if job["who"] == "ours":
-        from src.config import Point
-        from src.logprobs import sequence_logps
-        from src.models import compute_of, use_threads
-        from src.pairs import pack
+        from src.config.schema import Point
+        from src.model.loading import numerics_of, set_cpu_threads
+        from src.model.logprobs import sequence_logps
+        from src.model.packing import pack
 
-        use_threads(Point().engine)
-        model, compute = model_of(), compute_of(Point())
+        set_cpu_threads(Point().engine)
+        model, compute = model_of(), numerics_of(Point())
 
         def step() -> None:
             logps = sequence_logps(model, pack(examples, range(len(examples))), compute)[0].view(-1, 2)
@@ -100,13 +101,13 @@ def gradients(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from src.config import Point
-    from src.logprobs import prepare, sequence_logps
-    from src.models import compute_of
-    from src.pairs import pack
+    from src.config.schema import Point
+    from src.model.loading import numerics_of
+    from src.model.logprobs import sequence_logps
+    from src.model.packing import pack
 
     examples = make_pairs(job["shape"], 2, draw=job["draw"])
-    model, compute = model_of(), compute_of(Point())
+    model, compute = model_of(), numerics_of(Point())
     with torch.no_grad():
         logps = sequence_logps(model, pack(examples, range(2)), compute)[0].view(-1, 2)
     rng = random.Random(0)
@@ -120,7 +121,7 @@ def gradients(job: dict[str, Any]) -> dict[str, Any]:
     for precision in (torch.float32, torch.float64):
         if precision == torch.float64:
             mock.patch.object(LlamaRMSNorm, "forward", norm).start()  # on both sides
-        prepare(model.to(precision)).zero_grad()
+        patch_model_(model.to(precision)).zero_grad()
         ratios = sequence_logps(model, pack(examples, range(2)), compute)[0].view(-1, 2) - torch.tensor(references)
         (-torch.nn.functional.logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1]))).mean().backward()
         found["ours", precision] = torch.cat([p.grad.flatten().double() for p in model.parameters()])
@@ -161,7 +162,7 @@ def gemm_peak() -> float:
     """FLOP/s of the fastest float32 product there is here: what 100 % would be."""
     import torch
 
-    from src.linear import product
+    from src.model.cpu.linear import product
 
     torch.set_num_threads(cores())
     a = torch.randn(2048, 2048)

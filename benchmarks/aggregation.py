@@ -12,7 +12,7 @@ from pathlib import Path
 
 from src.methods import METHODS
 from src.stages.evaluate import mean_and_error, selection_items
-from src.store import DONE, QUALITY_FILE, RESULT_FILE
+from src.store.store import DONE, QUALITY_FILE, RESULT_FILE
 
 PROMPTS = 512
 
@@ -39,7 +39,11 @@ def make_sweep(folder: Path, seeds: int = 5, lrs: int = 25, betas: int = 10, set
             **dict.fromkeys(("reward_accuracy", "reward_margin", "response_tokens"), some),
             "stages": [{"stage": "align", "identity": f"align-{identity}", "seconds": 1.0, "tokens": 1}],
         }
-        quality = {"prompts": list(range(PROMPTS)), "values": values, "selects": [i in selects for i in range(PROMPTS)]}
+        quality = {
+            "prompts": list(range(PROMPTS)),
+            "values": values,
+            "selection": [i in selects for i in range(PROMPTS)],
+        }
         (stage / RESULT_FILE).write_text(json.dumps(result, indent=1))
         (stage / QUALITY_FILE).write_text(json.dumps(quality, indent=1))
         (stage / DONE).write_text("{}")

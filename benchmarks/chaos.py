@@ -3,7 +3,7 @@
     python -m benchmarks.chaos [--seed 0] [--blows 24]        as root, with Debian's SLURM packages
 
 Twelve points of the embedded setup are computed twice: undisturbed by the local launcher, and as SLURM jobs of a
-preemptible partition while blows fall at random moments. Every artefact of the two stores is then compared byte for
+preemptible partition while blows fall at random moments. Every artifact of the two stores is then compared byte for
 byte (timings left out). Exit code 1 when a point is missing or differs.
 """
 
@@ -22,15 +22,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launchers.slurm import ledger
-from src.store import read_json
-from tests.artefacts import results
-from tests.slurm_cluster import Cluster, missing
+from launchers.slurm import job_records as ledger
+from src.store.files import read_json
+from tests.support.artifacts import results
+from tests.support.slurm_cluster import Cluster, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = [
     *("-m", "method=dpo,ipo,simpo", "beta=0.03,0.1,0.3,1", "lr=1e-3", "sweep.name=chaos", "tracking=none"),
-    *("trainer.align.epochs=4", "trainer.checkpoint_steps=10"),
+    *("trainer.align.epochs=4", "trainer.save_steps=10"),
 ]
 ON_SLURM = [
     *("hydra/launcher=slurm", "hydra.launcher.partition=preempt", "hydra.launcher.array_parallelism=4"),
@@ -229,7 +229,7 @@ def report(chaos: Chaos, calm: Path, given: int, calm_seconds: float, seconds: f
         print(f"| {name} | {times} |")
     print(f"| all | {sum(chaos.count.values())} |\n")
     print(f"points done: {chaos.done()} of {POINTS}; sweep.json says {record['state']}")
-    print(f"artefacts compared: {len(expected)}; different: {len(differing)}")
+    print(f"artifacts compared: {len(expected)}; different: {len(differing)}")
     for key in differing[:10]:
         print(f"  {key}")
     print(f"starts of jobs: {sum(starts)} for {len(starts)} jobs; the command was given {given} times to its end")

@@ -72,7 +72,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         shared = Path(place) / "shared"
         train("method=dpo", "trainer.align.max_steps=1", f"output_dir={shared}")  # whatever it trains is no point's
-        grid, halving = (search(Path(place) / kind, shared, kind) for kind in ("grid", "halving"))
+        grid, halving = (search(Path(place) / kind, shared, kind) for kind in ("grid", "successive_halving"))
     print(f"{'':8} {'full grid: choosing, reporting half':36}  {'halving: the same':36}  rank in the grid")
     for method, row in grid.best.items():
         own, other = grid.points[grid.points.method == method], halving.best[method]

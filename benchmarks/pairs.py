@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from src.pairs import Example
+from src.data.examples import Example
 
 # Prompt and response tokens, medians: sequences of 416 and 409 tokens, prompt : response 11 : 1 and 0.42 : 1.
 SHAPES = {"tldr": (381, 35), "ultrafeedback": (121, 288)}

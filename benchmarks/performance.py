@@ -171,7 +171,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     names, values, keys = zip(*reversed(bars), strict=True)
     drawn = axes.barh(names, values, color=[colours[k] for k in keys])
     axes.bar_label(drawn, fmt="%.2f", padding=3)
-    axes.set_xlabel("preference pairs a second (whole optimiser steps, float32, two cores)")
+    axes.set_xlabel("preference pairs a second (whole optimizer steps, float32, two cores)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

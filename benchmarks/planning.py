@@ -12,7 +12,7 @@ import tempfile
 import time
 
 TINY = [
-    *("dataset.sft_size=64", "dataset.train_size=32", "dataset.validation_size=8", "evaluation.prompts=8"),
+    *("dataset.sft_size=64", "dataset.train_size=32", "dataset.validation_size=8", "evaluation.num_prompts=8"),
     *("trainer.align.max_steps=1", "trainer.sft.max_steps=1"),
 ]
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from sweeps.held_out import gains
-from sweeps.prompts import PromptQuality
-from sweeps.results import COLUMNS, NUMBERS
-from sweeps.statistics import best_points, over_seeds
+from sweeps.analysis.per_prompt import PromptQuality
+from sweeps.analysis.reporting_split import gains
+from sweeps.analysis.results import COLUMNS, NUMBERS
+from sweeps.analysis.selection import best_points, over_seeds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,8 +14,8 @@ def plain(model: Any) -> Any:
     """The model as TRL's users have it."""
     import torch
 
-    from src.layers import GatedMLP, LastLayer, RMSNorm
-    from src.linear import Linear
+    from src.model.cpu.linear import Linear
+    from src.model.last_layer import GatedMLP, LastLayer, RMSNorm
 
     for module in model.modules():
         if isinstance(module, Linear):

@@ -14,16 +14,16 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from launchers.live import LiveTable
-from launchers.schedule import Schedule
+from launchers.job_order import Schedule
+from launchers.progress_table import LiveTable
 from launchers.worker import DIED, Place, Worker
-from src.checks import check_programs
-from src.config import ConfigError
-from src.failure import Lost
-from src.machine import cores, visible_gpus
-from src.plan import Plan, Stage
-from src.retention import release
-from src.store import Store
+from src.errors import ConfigError, PointFailure
+from src.hardware import cores, visible_gpus
+from src.planning.plan import Plan
+from src.planning.stage import Stage
+from src.preflight import check_programs
+from src.store.retention import release
+from src.store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class LocalLauncher(Launcher):
         if plan.needed:
             check_programs(plan.points)
 
-    def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, Lost]:
-        """Compute what the plan needs. Returns the points (by identity) that were not reached, each with the reason;
+    def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, PointFailure]:
+        """NumericsConfig what the plan needs. Returns the points (by identity) that were not reached, each with the reason;
         `finish` is for launchers that end after this process does.
 
         Raises KeyboardInterrupt on Ctrl-C or SIGTERM, workers stopped; what was done stays done.
@@ -80,7 +80,11 @@ class LocalLauncher(Launcher):
                         if worker.stage is not None and (worker.pipe in ready or worker.process.sentinel in ready):
                             news = self._settle(worker, schedule)
                             for stage, reason in news:
-                                if stage.kind == "evaluate" and reason is None and stage.point.keep == "none":
+                                if (
+                                    stage.kind == "evaluate"
+                                    and reason is None
+                                    and stage.point.keep_checkpoints == "none"
+                                ):
                                     release(store, plan, stage.upstream["align"])
                             ended += news
                             if not worker.process.is_alive():
@@ -91,7 +95,7 @@ class LocalLauncher(Launcher):
             for worker in workers:
                 worker.stop()
             signal.signal(signal.SIGTERM, before)
-        return {result: Lost("failed", why) for result, why in schedule.failed_points().items()}
+        return {result: PointFailure("failed", why) for result, why in schedule.failed_points().items()}
 
     @staticmethod
     def _settle(worker: Worker, schedule: Schedule) -> list[tuple[Stage, str | None]]:

@@ -15,10 +15,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.plan import VERSIONS
+from src.planning.identity import VERSIONS
 
 if TYPE_CHECKING:
-    from src.plan import Stage
+    from src.planning.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path) -> N
     logging.captureWarnings(True)
     log = logging.getLogger(__name__)
 
-    from src.failure import one_line_failure
-    from src.models import use_threads
-    from src.stages import ensure
-    from src.store import Store
+    from src.errors import describe_failure
+    from src.model.loading import set_cpu_threads
+    from src.stages.runner import compute_or_wait
+    from src.store.store import Store
 
     store = Store(output_dir)
     while True:
@@ -103,12 +103,12 @@ def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path) -> N
         except EOFError:
             return
         try:
-            use_threads(stage.point.engine, place.share)
-            ensure(stage, store)
+            set_cpu_threads(stage.point.engine.cpu_threads, place.share)
+            compute_or_wait(stage, store)
             outcome = None
         except Exception as error:
             log.exception("%s failed", stage.label)
-            outcome = one_line_failure(error)
+            outcome = describe_failure(error)
         pipe.send(outcome)
 
 

@@ -1,5 +1,5 @@
-"""Several processes of one run (engine.parallel=ddp): the first leads - it holds leases, writes and publishes - and
-the others follow it through the stages that train."""
+"""Multi-process runs (DDP or ZeRO): rank 0 holds the lease, writes and publishes; the other ranks take part in the
+training stages only."""
 
 from __future__ import annotations
 
@@ -8,59 +8,59 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from src.config import ConfigError
+from src.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-# What leader and followers tell each other between stages may take as long as the leader samples alone.
-_PATIENCE = timedelta(days=7)
-# A step, during which the leader may write a checkpoint of a large model to a slow disk.
-_STEP = timedelta(hours=2)
+# Control messages between stages wait while rank 0 generates samples alone, which can take days.
+CONTROL_TIMEOUT = timedelta(days=7)
+# Within a step rank 0 may write a checkpoint of a large model to a slow disk.
+STEP_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
-class World:
-    """The processes of this run, as RANK, WORLD_SIZE and LOCAL_RANK name them (by torchrun or our SLURM jobs)."""
+class DistributedContext:
+    """The ranks of this run, as RANK, WORLD_SIZE and LOCAL_RANK number them (set by torchrun or by our SLURM jobs)."""
 
     rank: int = 0
     size: int = 1
-    local_size: int = 1  # of them on this machine
-    control: Any = None  # process group for messages
+    local_size: int = 1  # ranks on this machine
+    gloo_group: Any = None  # process group for control messages
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
-    def tell(self, message: Any = None) -> Any:
-        """The leader's message, in every process."""
+    def broadcast_object(self, message: Any = None) -> Any:
+        """Return rank 0's message on every rank."""
         if self.size == 1:
             return message
         import torch.distributed as dist
 
         box = [message]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0, group=self.gloo_group)
         return box[0]
 
-    def meet(self) -> None:
-        """Wait until every process is here."""
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier(group=self.control)
+            dist.barrier(group=self.gloo_group)
 
-    def least(self, number: int) -> int:
-        """The smallest of all processes' numbers, in every process."""
+    def all_reduce_min(self, number: int) -> int:
+        """Return the smallest of all ranks' numbers on every rank."""
         if self.size == 1:
             return number
         import torch.distributed as dist
 
         numbers: list[Any] = [None] * self.size
-        dist.all_gather_object(numbers, number, group=self.control)
+        dist.all_gather_object(numbers, number, group=self.gloo_group)
         return min(numbers)
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes, in every process."""
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks, in place."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -68,48 +68,51 @@ class World:
         return values
 
 
-_world: World | None = None
+_context: DistributedContext | None = None
 
 
-def world() -> World:
-    """This process's place; alone unless `join` was called."""
-    return _world or World()
+def get_distributed() -> DistributedContext:
+    """Return the context of this process: a single rank unless `init_distributed` was called."""
+    return _context or DistributedContext()
 
 
-def join(parallel: str) -> World:
-    """Meet the other processes when the environment names any. Raises ConfigError when the engine knows of one only."""
-    global _world
+def init_distributed(strategy: str) -> DistributedContext:
+    """Join the process group that the environment names, if any.
+
+    Raises ConfigError when several processes were started for an engine that uses one.
+    """
+    global _context
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    # DeepSpeed wants to meet even when it is alone.
-    if _world is not None or (size == 1 and not parallel.startswith("zero")):
-        return world()
-    if parallel == "none":
-        raise ConfigError(f"{size} processes were started, but engine.parallel=none uses one: choose engine=ddp")
+    # DeepSpeed needs a process group even for a single process.
+    if _context is not None or (size == 1 and not strategy.startswith("zero")):
+        return get_distributed()
+    if strategy == "none":
+        raise ConfigError(f"{size} processes were started, but engine.strategy=none uses one: choose engine=ddp")
     import torch
     import torch.distributed as dist
 
     cuda = torch.cuda.is_available()
     if cuda:
-        # A site may show every process all GPUs of the job, or its own alone.
+        # Sites differ: a process sees all GPUs of the job, or only its own.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if size == 1:
         os.environ.setdefault("LOCAL_RANK", "0")
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_STEP, **alone)
-    _world = World(
+    single: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=STEP_TIMEOUT, **single)
+    _context = DistributedContext(
         dist.get_rank(),
         dist.get_world_size(),
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        dist.new_group(backend="gloo", timeout=_PATIENCE),
+        dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
     )
-    return _world
+    return _context
 
 
-def leave() -> None:
-    """Take leave of the others; they may end in any order afterwards."""
-    global _world
-    if _world is not None:
+def destroy_distributed() -> None:
+    """Leave the process group; ranks may exit in any order afterwards."""
+    global _context
+    if _context is not None:
         import torch.distributed as dist
 
         dist.destroy_process_group()
-        _world = None
+        _context = None

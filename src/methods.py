@@ -1,94 +1,15 @@
-"""The alignment losses, each a pure function of two sequence scores, and the table of what they need.
-
-Notation (arXiv 2502.01237): `r(y) = log pi(y|x) - log pi_ref(y|x)` summed over response tokens, `p(y)` the
-exponential of the mean log-prob per response token, `o(y) = log p(y) - log(1 - p(y))` its log odds,
-`s` the logistic function, `b` = beta, `w` chosen, `l` rejected. Everything is computed in float32.
-
-The functions use tensor methods only, so planning can read METHODS without importing torch.
-"""
+"""The table of alignment methods. The loss of a method is the function of its name in `src.losses`. No torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# A float32 log-softmax resolves log p only to about half an ulp of 1: nearer to 0 it reads 0.
-_LOG_P_CEILING = -(2.0**-24)
-
-
-def log_sigmoid(x: Tensor) -> Tensor:
-    """`log s(x)`, stable for both signs. Any shape."""
-    return -(-x).logaddexp(x.new_zeros(()))
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """`log(1 - exp(x))` for x < 0, in two branches (Maechler 2012), float32. Any shape.
-
-    Computed in bfloat16 the result is -inf for all x > -0.00195, where p rounds to 1.
-    """
-    x = x.float().clamp(max=_LOG_P_CEILING)
-    near = x > -math.log(2)
-    # Each branch sees only arguments it is good for, or its unused gradient would be NaN.
-    near_zero = (-x.where(near, x.new_tensor(-0.5)).expm1()).log()
-    far = (-x.where(~near, x.new_tensor(-1.0)).exp()).log1p()
-    return near_zero.where(near, far)
-
-
-def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b (r_w - r_l))` (Rafailov et al. 2023). Scores: log-ratios, (pairs,) -> (pairs,)."""
-    return -log_sigmoid(beta * (chosen - rejected))
-
-
-def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`(r_w - r_l - 1/(2b))^2` (Azar et al. 2023), on sums over tokens as in the paper. (pairs,) -> (pairs,)."""
-    return (chosen - rejected - 1 / (2 * beta)) ** 2
-
-
-def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta_ratio: float) -> Tensor:
-    """`-log s(b log p_w - b log p_l - gamma)`, gamma = ratio * b (Meng et al. 2024). Scores: mean log-probs."""
-    return -log_sigmoid(beta * (chosen - rejected - gamma_beta_ratio))
-
-
-def orpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b (o_w - o_l))` (Hong et al. 2024, b inside). Scores: log odds, (pairs,) -> (pairs,)."""
-    return -log_sigmoid(beta * (chosen - rejected))
-
-
-def asft(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b o_w) - log s(-b o_l)` (Wang et al. 2024, b inside). Scores: log odds, (pairs,) -> (pairs,)."""
-    return -log_sigmoid(beta * chosen) - log_sigmoid(-beta * rejected)
-
-
-def apo_zero(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-s(b r_w) + s(b r_l)` (D'Oosterlinck et al. 2024; others add a constant 1). Scores: log-ratios."""
-    return -(beta * chosen).sigmoid() + (beta * rejected).sigmoid()
-
-
-def nca(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b r_w) - 0.5 log s(-b r_w) - 0.5 log s(-b r_l)` (Chen et al. 2024). Scores: log-ratios."""
-    return -log_sigmoid(beta * chosen) - 0.5 * log_sigmoid(-beta * chosen) - 0.5 * log_sigmoid(-beta * rejected)
-
-
-def cal_dpo(chosen: Tensor, rejected: Tensor, beta: float, calibration_weight: float) -> Tensor:
-    """`-log s(r_w - r_l) + c [(r_w - 1/(2b))^2 + (r_l + 1/(2b))^2]` (Xiao et al. 2024), no b in the sigmoid.
-
-    The paper weighs the squares with c = 1, the original repository with 0.5. Scores: log-ratios.
-    """
-    target = 1 / (2 * beta)
-    return -log_sigmoid(chosen - rejected) + calibration_weight * ((chosen - target) ** 2 + (rejected + target) ** 2)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a loss is called, which score it reads and which config fields it takes besides beta."""
+    """The display name of a method, the score its loss reads, and the config fields it takes besides beta."""
 
     name: str  # in tables and figures
-    loss: Callable[..., Tensor]
     score: str  # "log_ratio" (summed, against the reference) | "mean_log_prob" | "log_odds"
     kind: str  # "pairwise" | "pointwise"
     options: tuple[str, ...] = field(default=())
@@ -100,60 +21,12 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "dpo": Method("DPO", dpo, "log_ratio", "pairwise", trl_beta=0.1),
-    "ipo": Method("IPO", ipo, "log_ratio", "pairwise"),
-    "simpo": Method("SimPO", simpo, "mean_log_prob", "pairwise", ("gamma_beta_ratio",), trl_beta=0.1),
-    "orpo": Method("ORPO", orpo, "log_odds", "pairwise"),
-    "asft": Method("ASFT", asft, "log_odds", "pointwise"),
-    "apo_zero": Method("APO-Zero", apo_zero, "log_ratio", "pointwise", trl_beta=0.1),
-    "nca": Method("NCA", nca, "log_ratio", "pointwise", trl_beta=0.1),
-    "cal_dpo": Method("Cal-DPO", cal_dpo, "log_ratio", "pointwise", ("calibration_weight",)),
+    "dpo": Method("DPO", "log_ratio", "pairwise", trl_beta=0.1),
+    "ipo": Method("IPO", "log_ratio", "pairwise"),
+    "simpo": Method("SimPO", "mean_log_prob", "pairwise", ("gamma_beta_ratio",), trl_beta=0.1),
+    "orpo": Method("ORPO", "log_odds", "pairwise"),
+    "asft": Method("ASFT", "log_odds", "pointwise"),
+    "apo_zero": Method("APO-Zero", "log_ratio", "pointwise", trl_beta=0.1),
+    "nca": Method("NCA", "log_ratio", "pointwise", trl_beta=0.1),
+    "cal_dpo": Method("Cal-DPO", "log_ratio", "pointwise", ("calibration_weight",)),
 }
-
-
-class PairLoss(NamedTuple):
-    """Per pair, all (pairs,) float32: the loss, and the scores the method compares (nats; not times beta)."""
-
-    loss: Tensor
-    chosen_score: Tensor
-    rejected_score: Tensor
-
-
-def sequence_score(kind: str, logps: Tensor, tokens: Tensor, reference_logps: Tensor | None) -> Tensor:
-    """The score a method reads. logps, reference_logps: (sequences,) summed over response tokens, nats;
-    tokens: (sequences,) response tokens, all >= 1. Returns (sequences,) float32."""
-    logps = logps.float()
-    if kind == "log_ratio":
-        assert reference_logps is not None, "a log-ratio needs reference log-probs"
-        return logps - reference_logps.float()
-    mean = logps / tokens
-    # Average first, then take the odds: the odds of a whole sequence's probability are its log-prob.
-    return mean if kind == "mean_log_prob" else mean - log1mexp(mean)
-
-
-def preference_loss(
-    method: str,
-    beta: float,
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    chosen_tokens: Tensor,
-    rejected_tokens: Tensor,
-    reference_chosen_logps: Tensor | None = None,
-    reference_rejected_logps: Tensor | None = None,
-    *,
-    sft_weight: float = 0.0,
-    align_weight: float = 1.0,
-    options: dict[str, float] | None = None,
-) -> PairLoss:
-    """`sft_weight * (-log p_w) + align_weight * L_align` for each pair.
-
-    sft_weight 0, align_weight 1 is the two-stage form every sweep runs; sft_weight 1 is the one-stage form, in
-    which align_weight is the papers' lambda. Log-probs are (pairs,), summed over response tokens, in nats.
-    """
-    spec = METHODS[method]
-    chosen = sequence_score(spec.score, chosen_logps, chosen_tokens, reference_chosen_logps)
-    rejected = sequence_score(spec.score, rejected_logps, rejected_tokens, reference_rejected_logps)
-    loss = align_weight * spec.loss(chosen, rejected, beta, **(options or {}))
-    if sft_weight:
-        loss = loss - sft_weight * chosen_logps.float() / chosen_tokens
-    return PairLoss(loss, chosen, rejected)

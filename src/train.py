@@ -4,58 +4,61 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from src.checks import check_key, check_packages, check_programs, point_from
-from src.composition import register
-from src.config import USER_ERRORS, ConfigError, Point, one_line
-from src.cost import Cost
-from src.failure import EXPECTED, one_line_failure
-from src.overrides import GRID_WORDS, as_sweeps
-from src.plan import Plan, make_plan
+from src.config.hydra_setup import GRID_KEYWORDS, encode_keywords, register
+from src.config.renamed_keys import check_renamed, rename_hint
+from src.config.schema import Point
+from src.config.validation import build_point
+from src.errors import ConfigError, one_line, report_errors
+from src.planning.cost import Cost
+from src.planning.plan import Plan, make_plan
+from src.preflight import check_input_files, check_key, check_packages, check_programs
 from src.progress import RunProgress
-from src.retention import tidy
-from src.store import RESULT_FILE, Report, Store, read_json
+from src.store.attempt import Report
+from src.store.files import read_json
+from src.store.retention import apply_retention
+from src.store.store import RESULT_FILE, Store
 from src.tracking.following import Following
 
 
 def run_stages(plan: Plan, store: Store, report: Report) -> bool:
-    """sft -> reference -> align -> generate -> evaluate: what is done is reused, the rest runs here.
+    """Run sft -> reference -> align -> generate -> evaluate here; stages that are done are reused.
 
-    Of several processes (torchrun) all take part; returns whether this is the one that speaks for them.
+    All ranks (torchrun) take part. Returns True on rank 0.
     """
-    from src.distributed import join, leave
-    from src.models import use_threads
-    from src.stages import ensure
+    from src.distributed import destroy_distributed, init_distributed
+    from src.model.loading import set_cpu_threads
+    from src.stages.runner import compute_or_wait
 
-    here = join(plan.points[0].engine.parallel)
-    use_threads(plan.points[0].engine)
-    needed = here.tell(plan.needed)  # a later look at the store may have seen more
+    ranks = init_distributed(plan.points[0].engine.strategy)
+    set_cpu_threads(plan.points[0].engine.cpu_threads)
+    needed = ranks.broadcast_object(plan.needed)  # ranks may have read the store at different times
     for identity, stage in plan.stages.items():
         if identity in needed:
-            ensure(stage, store, report)
-    leave()
-    return here.leads
+            compute_or_wait(stage, store, report)
+    destroy_distributed()
+    return ranks.is_main_process
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def run(cfg: DictConfig) -> None:
-    """The single run; with -m Hydra calls the sweeper instead."""
-    with answering():
+    """Run a single point; with -m Hydra calls the sweeper instead."""
+    with report_errors():
         launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
         if launcher != "local":
-            raise ConfigError(f"hydra/launcher={launcher} runs sweeps: add -m (a sweep may be of one point)")
-        point = point_from(cfg)
+            raise ConfigError(f"hydra/launcher={launcher} runs sweeps only: add -m (a sweep may have a single point)")
+        point = build_point(cfg)
         if point.sweep.search != "grid":
-            raise ConfigError(f"sweep.search={point.sweep.search} searches among points: add -m")
+            raise ConfigError(f"sweep.search={point.sweep.search} needs a sweep: add -m")
         store = Store(point.output_dir)
+        check_input_files([point])
         plan = make_plan([point], store)
         if point.dry_run:
             print(plan.text(), Cost(plan, store).text(), sep="\n")
@@ -69,31 +72,10 @@ def run(cfg: DictConfig) -> None:
                     wandb.points([point])
                 if not run_stages(plan, store, report):
                     return
-        tidy(store, plan, point.keep, set(plan.results))
-        path = store.artefacts(plan.stages[plan.results[0]]) / RESULT_FILE
+        apply_retention(store, plan, point.keep_checkpoints, set(plan.results))
+        path = store.artifacts(plan.stages[plan.results[0]]) / RESULT_FILE
         print(result_text(point, read_json(path)))
         print(f"result: {path}")
-
-
-@contextmanager
-def answering(arguments: list[str] | None = None) -> Iterator[None]:
-    """Turn an exception into one line and an exit code: 1 a run failed, 2 the request was wrong, 130 interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("\nstopped; the same command again continues where this one was", file=sys.stderr)
-        raise SystemExit(130) from None
-    except USER_ERRORS as error:
-        print(f"error: {_explained(error, arguments or [])}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except Exception as error:
-        if not isinstance(error, EXPECTED):
-            traceback.print_exc()
-        print(f"failed: {one_line_failure(error)}", file=sys.stderr)
-        raise SystemExit(1) from error
 
 
 def result_text(point: Point, result: dict[str, Any]) -> str:
@@ -115,24 +97,27 @@ def result_text(point: Point, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and a user gets one line instead of a traceback
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach report_errors, and a user gets one line, not a traceback
     register()
     arguments = sys.argv[1:]
-    sys.argv[1:] = as_sweeps(arguments)
-    with answering(arguments):
+    sys.argv[1:] = encode_keywords(arguments)
+    with report_errors():
+        check_renamed(arguments)
         try:
             run()
         except OSError as error:  # before any stage: Hydra's own folder, or the sweep's
             if error.filename is None:
                 raise
             raise ConfigError(f"output_dir: cannot write {error.filename} ({error.strerror})") from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_add_hint(one_line(error), arguments)) from error
 
 
-def _explained(error: Exception, arguments: list[str]) -> str:
-    words = [a for a in arguments if a in GRID_WORDS]
-    if words and not isinstance(error, ConfigError) and not {"-m", "--multirun"} & set(arguments):
-        return f"{words[0]} names several points: add -m to sweep over them"
-    return one_line(error)
+def _add_hint(message: str, arguments: list[str]) -> str:
+    keywords = [argument for argument in arguments if argument in GRID_KEYWORDS]
+    if keywords and not {"-m", "--multirun"} & set(arguments):
+        return f"{keywords[0]} expands to several points: add -m to run a sweep."
+    return message + rename_hint(message)
 
 
 if __name__ == "__main__":

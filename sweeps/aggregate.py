@@ -14,14 +14,15 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from src.checks import CHOICES
-from src.store import Store, write_text
+from src.config.validation import CHOICES
+from src.errors import report_errors
+from src.store.files import atomic_write
+from src.store.store import Store
 from src.tracking.following import Following
-from src.train import answering
-from sweeps.from_wandb import SCHEME, fetch
-from sweeps.record import check_sweep
-from sweeps.results import collect
-from sweeps.statistics import chosen_points, over_seeds
+from sweeps.analysis.results import collect
+from sweeps.analysis.selection import chosen_points, over_seeds
+from sweeps.search.record import check_sweep
+from sweeps.wandb.from_wandb import SCHEME, fetch
 
 
 def aggregate(
@@ -32,10 +33,11 @@ def aggregate(
 
     select: how a point of each method is chosen, `sweep.select` of the first sweep when not given.
     """
-    from sweeps import figures, held_out
-    from sweeps.comparison import pairwise_against_pointwise
-    from sweeps.report import Found, write_report
-    from sweeps.tables import benchmark_table, best_table, print_best, write_tables
+    from sweeps.analysis import reporting_split as held_out
+    from sweeps.analysis.significance import pairwise_against_pointwise
+    from sweeps.report import figures
+    from sweeps.report.report import Found, write_report
+    from sweeps.report.tables import benchmark_table, best_table, print_best, write_tables
 
     out = out or folders[0]
     results = collect(folders)
@@ -49,7 +51,7 @@ def aggregate(
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
     points.to_csv(out / "points.csv", index=False)
-    write_text(out / "best.yaml", best_yaml(best))
+    atomic_write(out / "best.yaml", best_yaml(best))
     tables = {
         "best": table,
         "pairwise_pointwise": groups,
@@ -112,7 +114,7 @@ def main() -> int:
     parser.add_argument("--select", choices=CHOICES["sweep.select"], help="how one point of each method is chosen")
     parser.add_argument("--out", type=Path, help="where to write; of several sweeps A and B: A+B beside A")
     arguments = parser.parse_args()
-    with answering():
+    with report_errors():
         given = [fetch(name) if name.startswith(SCHEME) else Path(name) for name in arguments.dir]
         folders = list({folder.resolve(): folder for folder in given}.values())
         for folder in folders:

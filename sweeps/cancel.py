@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from launchers.slurm import cluster, ledger
-from launchers.slurm.states import look
+from launchers.slurm import cluster
+from launchers.slurm import job_records as ledger
+from launchers.slurm.status import look
 from launchers.slurm.submit import abandon
-from src.lease import Lease
-from src.train import answering
-from sweeps.record import check_sweep
+from src.errors import report_errors
+from src.store.lease import Lease
+from sweeps.search.record import check_sweep
 
 
 def main() -> int:
@@ -19,13 +20,13 @@ def main() -> int:
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
     parser.add_argument("--removed", action="store_true", help="only jobs of points the sweep no longer has")
     arguments = parser.parse_args()
-    with answering():
+    with report_errors():
         check_sweep(arguments.dir)
         with Lease(arguments.dir.resolve().parent / ".submitting"):
             abandon(ledger.submissions([arguments.dir.resolve()]), cluster.queue())
         picture = look(arguments.dir, patience=0.0)
         if picture.silent:
-            raise cluster.ClusterSilent(picture.silent)
+            raise cluster.SlurmUnavailable(picture.silent)
         # The aggregation stays, to write down what has become of every point.
         jobs = (
             list(picture.removed)

@@ -14,16 +14,15 @@ from typing import Any
 
 import pandas as pd
 
-from src.config import ConfigError
-from src.failure import StageError
-from src.store import Store, read_json, write_json, write_text
+from src.errors import ConfigError, StageError, report_errors
+from src.store.files import atomic_write, read_json, write_json
+from src.store.store import Store
 from src.tracking import METRICS_FILE
 from src.tracking.following import logged_in, tracking_of
 from src.tracking.marks import file_of
 from src.tracking.session import Place
-from src.train import answering
-from sweeps.record import check_sweep
-from sweeps.results import Results, collect
+from sweeps.analysis.results import Results, collect
+from sweeps.search.record import check_sweep
 
 DEFINITION, PAGE = "dashboard.json", "dashboard.html"
 
@@ -31,16 +30,16 @@ DEFINITION, PAGE = "dashboard.json", "dashboard.html"
 def write(folder: Path) -> Any:
     """Write the definition and the page of a sweep's dashboard. Returns the dashboard. Raises ConfigError when no point
     of it is done."""
-    from sweeps.dashboards.definition import define
-    from sweeps.dashboards.page import page
+    from sweeps.wandb.dashboard_definition import define
+    from sweeps.wandb.dashboard_page import page
 
     results = collect([folder])
     if not (results.points.state == "done").any():
         raise ConfigError(f"{folder}: no point is done yet, so there is nothing to show")
     figures = [path.stem for path in sorted(folder.glob("figures/*.png"))]
     dashboard = define(results.sweeps[0], results.points, _metrics(results), figures)
-    write_text(folder / DEFINITION, json.dumps(dashboard.as_json(), indent=1) + "\n")
-    write_text(folder / PAGE, page(dashboard, results, folder))
+    atomic_write(folder / DEFINITION, json.dumps(dashboard.as_json(), indent=1) + "\n")
+    atomic_write(folder / PAGE, page(dashboard, results, folder))
     return dashboard
 
 
@@ -48,7 +47,7 @@ def _metrics(results: Results) -> list[str]:
     """Keys that training of any point logs."""
     found: dict[str, None] = {}
     for result in results.points.identity[results.points.state == "done"]:
-        file = results.artefacts(result, "align")
+        file = results.artifacts(result, "align")
         if file is not None and (file / METRICS_FILE).exists():
             with (file / METRICS_FILE).open() as lines:
                 found |= dict.fromkeys(f"train/{name}" for name in json.loads(next(lines, "{}")))
@@ -59,7 +58,7 @@ def save(folder: Path, dashboard: Any, project: str | None, entity: str | None) 
     """Save it in W&B. Raises ConfigError when nobody is logged in, StageError when W&B does not take it."""
     import wandb
 
-    from sweeps.dashboards import workspace
+    from sweeps.wandb import workspace
 
     if not logged_in():
         raise ConfigError(
@@ -87,7 +86,7 @@ def main() -> int:
     parser.add_argument("--project", help="W&B project; the sweep's own when not given")
     parser.add_argument("--entity", help="W&B entity; the sweep's own, or your default, when not given")
     arguments = parser.parse_args()
-    with answering():
+    with report_errors():
         check_sweep(arguments.dir)
         dashboard = write(arguments.dir)
         print(f"definition: {arguments.dir / DEFINITION}\npage: {arguments.dir / PAGE}")

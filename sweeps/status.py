@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launchers.slurm.states import look
-from launchers.slurm.table import render, watch
-from src.train import answering
-from sweeps.record import check_sweep
+from launchers.slurm.status import look
+from launchers.slurm.status_table import render, watch
+from src.errors import report_errors
+from sweeps.search.record import check_sweep
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--watch", action="store_true", help="until all its jobs have ended")
     parser.add_argument("--all", action="store_true", help="every point on a line of its own")
     arguments = parser.parse_args()
-    with answering():
+    with report_errors():
         check_sweep(arguments.dir)
         # In a file or a pipe nothing is gained by cutting lines at 80 columns.
         console = Console(width=None if sys.stdout.isatty() else 240)

@@ -9,17 +9,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from src.config import ConfigError, Tracking
-from src.failure import StageError
+from src.config.schema import Tracking
+from src.errors import ConfigError, StageError, report_errors
 from src.progress import RunProgress
-from src.store import DONE, Store
+from src.store.store import DONE, Store
 from src.tracking.following import logged_in, tracking_of
 from src.tracking.mirror import Mirror
 from src.tracking.runs import in_store, of_sweep
 from src.tracking.session import Place
 from src.tracking.sweep import SweepMirror
-from src.train import answering
-from sweeps.record import FILE
+from sweeps.search.record import FILE
 
 
 def mirrors_of(folder: Path, project: str | None, entity: str | None) -> list[Mirror | SweepMirror]:
@@ -43,7 +42,7 @@ def main() -> int:
     parser.add_argument("--project", help="W&B project; the sweep's own when not given")
     parser.add_argument("--entity", help="W&B entity; the sweep's own, or your default, when not given")
     arguments = parser.parse_args()
-    with answering():
+    with report_errors():
         mirrors = mirrors_of(arguments.dir, arguments.project, arguments.entity)
         if not logged_in():
             raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY")

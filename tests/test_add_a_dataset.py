@@ -6,8 +6,8 @@ import re
 
 import pandas as pd
 
-from tests.conftest import SMALL
-from tests.worked_example import WorkedExample
+from tests.support.commands import SMALL
+from tests.support.worked_example import WorkedExample
 
 SCORES = [3.0, 8.5, 1.0, 6.0]
 
@@ -40,7 +40,7 @@ def test_the_page_adds_a_dataset_up_to_the_report(tmp_path):
     copy_of_ultrafeedback(example.folder / "copy")
     own = [option for option in SMALL if not option.startswith("dataset.")]
     more = {
-        "src.train": [*own, "dataset.validation_size=3", "evaluation.prompts=2", f"output_dir={tmp_path}"],
+        "src.train": [*own, "dataset.validation_size=3", "evaluation.num_prompts=2", f"output_dir={tmp_path}"],
         "pytest": ["-k", "ultrafeedback_scored or every_key_of_every_config_says_what_it_is"],
     }
     _, tests, plan, sweep = example.run_commands(more)

@@ -4,8 +4,8 @@ import re
 
 import yaml
 
-from tests.conftest import ROOT, SMALL
-from tests.worked_example import WorkedExample
+from tests.support.commands import ROOT, SMALL
+from tests.support.worked_example import WorkedExample
 
 
 def test_the_page_adds_a_method_up_to_the_report(tmp_path):

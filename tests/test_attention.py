@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from src import attention, kernels
-from src.config import ConfigError
-from src.pairs import Layout, Segment
-from tests.conftest import ROOT
+from src.errors import ConfigError
+from src.model import attention
+from src.model.cpu import kernels
+from src.model.packing import Layout, Segment
+from tests.support.commands import ROOT
 
 CPU = torch.device("cpu")
 # Pairs: short ones, long ones (several blocks of queries and tiles of keys each), short responses to a long prompt.
@@ -68,15 +69,15 @@ def varlen_of(release):
     return names["varlen_attn"]
 
 
-def varlen_kernel(q, k, v, query_starts, key_starts, longest_query, longest_key, scale, window_size, enable_gqa=None):
+def varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, longest_query, longest_key, scale, window_size, enable_gqa=None):
     """What torch documents of varlen_attn, as a loop: segments by cumulative starts, causal to the bottom right."""
     assert window_size == (-1, 0) and enable_gqa in (None, q.shape[1] != k.shape[1])
-    assert query_starts.dtype == key_starts.dtype == torch.int32
-    lengths = [starts.diff().max().item() for starts in (query_starts, key_starts)]
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    lengths = [starts.diff().max().item() for starts in (cu_seqlens_q, cu_seqlens_k)]
     assert lengths == [longest_query, longest_key]
     out = []
-    for i in range(len(query_starts) - 1):
-        rows, columns = slice(*query_starts[i : i + 2].tolist()), slice(*key_starts[i : i + 2].tolist())
+    for i in range(len(cu_seqlens_q) - 1):
+        rows, columns = slice(*cu_seqlens_q[i : i + 2].tolist()), slice(*cu_seqlens_k[i : i + 2].tolist())
         queries, keys, values = q[rows].float(), k[columns].float(), v[columns].float()
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
@@ -97,7 +98,7 @@ def test_kernels_on_a_cpu_are_dense_attention_with_everything_else_hidden(name, 
     inputs = tensors(heads, kv_heads, d=d)
     inputs[0] = (size * inputs[0]).detach().requires_grad_()
     expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
-    found = outputs_and_gradients(lambda *x: attention.KERNELS[name](*x, 0.25, LAYOUT), inputs)
+    found = outputs_and_gradients(lambda *x: attention.ATTENTION_BACKENDS[name](*x, 0.25, LAYOUT), inputs)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
 
@@ -135,11 +136,11 @@ def test_variable_length_attention_is_called_as_each_release_of_torch_declares_i
 @pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
 def test_kernels_on_a_gpu(name):
     device = torch.device("cuda")
-    wanted, _ = attention.choose(name, device, "bf16")
+    wanted, _ = attention.resolve_backend(name, device, "bf16")
     inputs = tensors()
     expected = outputs_and_gradients(lambda *x: dense(*x, 0.25), inputs)
     there = [x.detach().to(device).requires_grad_() for x in inputs]
-    found = outputs_and_gradients(lambda *x: attention.KERNELS[wanted](*x, 0.25, LAYOUT.to(device)), there)
+    found = outputs_and_gradients(lambda *x: attention.ATTENTION_BACKENDS[wanted](*x, 0.25, LAYOUT.to(device)), there)
     for a, b in zip(found, expected, strict=True):
         assert ((a.float().cpu() - b).norm() / b.norm()) < 0.02
 
@@ -173,10 +174,10 @@ def test_what_overflows_is_seen_to():
 def test_without_its_kernel_compiled_attention_is_torchs_and_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "_BUILT", tmp_path / "none")
     monkeypatch.setattr(kernels, "load", kernels.load.__wrapped__)
-    kernel, reason = attention.choose("auto", CPU, "fp32")
-    assert kernel == "sdpa" and "no onednn: its kernel is not compiled: run python -m src.kernels" in reason
+    kernel, reason = attention.resolve_backend("auto", CPU, "fp32")
+    assert kernel == "sdpa" and "no onednn: its kernel is not compiled: run python -m src.model.cpu.kernels" in reason
     with pytest.raises(ConfigError, match=r"model.attention=onednn: its kernel is not compiled: run python -m src"):
-        attention.choose("onednn", CPU, "fp32")
+        attention.resolve_backend("onednn", CPU, "fp32")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_a_kernel_that_cannot_be_compiled_is_said_and_nothing_is_left_behind(com
 
 def test_compiling_twice_at_once_leaves_one_kernel_that_runs(tmp_path):
     """As make calls it, in an environment of its own without one."""
-    code = f"import pathlib, src.kernels as k; k._BUILT = pathlib.Path({str(tmp_path)!r}); import src.kernels.__main__"
+    code = f"import pathlib, src.model.cpu.kernels as k; k._BUILT = pathlib.Path({str(tmp_path)!r}); import src.kernels.__main__"
     running = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
@@ -205,13 +206,13 @@ def test_compiling_twice_at_once_leaves_one_kernel_that_runs(tmp_path):
 
 
 def test_auto_takes_what_there_is_and_says_why():
-    kernel, reason = attention.choose("auto", CPU, "bf16")
+    kernel, reason = attention.resolve_backend("auto", CPU, "bf16")
     assert kernel == "sdpa" and "no varlen: it needs CUDA, this is cpu" in reason
     assert "no onednn: it computes in float32, engine.precision is bf16" in reason
-    assert attention.choose("auto", CPU, "fp32")[0] == "onednn"
+    assert attention.resolve_backend("auto", CPU, "fp32")[0] == "onednn"
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
 def test_a_kernel_that_cannot_be_had_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=rf"model.attention={name}: it needs CUDA, this is cpu; use model.attention="):
-        attention.choose(name, CPU, "bf16")
+        attention.resolve_backend(name, CPU, "bf16")

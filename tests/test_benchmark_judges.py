@@ -12,11 +12,13 @@ import pytest
 import yaml
 from scipy.optimize import minimize_scalar
 
-from src.config import ConfigError, Dataset, Evaluation, Judge, Point
-from src.data.questions import answers_from, check_readable, questions_of
+from src.config.schema import Dataset, Evaluation, Judge, Point
+from src.data.evaluation_prompts import answers_from, questions_of
+from src.errors import ConfigError
 from src.judges.arena_hard import Game, game, score
-from sweeps.tables import benchmark_table
-from tests.conftest import ROOT, SMALL, environment, train
+from src.preflight import check_readable
+from sweeps.report.tables import benchmark_table
+from tests.support.commands import ROOT, SMALL, environment, train
 
 QUESTIONS = 10
 POINT = [*SMALL, "trainer.align.max_steps=2", "trainer.sft.max_steps=2", "method=dpo"]
@@ -89,14 +91,14 @@ def alpaca(proxy, served, folder, *more, **of_annotator):
     return [
         *POINT,
         "evaluation=alpaca_eval",
-        f"evaluation.questions={folder}/alpaca_eval_gpt4_baseline.json",
-        f"evaluation.prompts={QUESTIONS}",
+        f"evaluation.prompts_file={folder}/alpaca_eval_gpt4_baseline.json",
+        f"evaluation.num_prompts={QUESTIONS}",
         "evaluation.generation.max_new_tokens=8",
         "judge=alpaca_eval",
         f"judge.model={home}",
         f"judge.base_url={proxy.url}",
         "judge.concurrency=2",
-        "judge.attempts=1",
+        "judge.max_retries=1",
         f"output_dir={folder}/out",
         *more,
     ]
@@ -317,12 +319,12 @@ def test_arena_hard_plays_two_games_a_question_in_the_words_of_its_config(proxy,
     train(
         *POINT,
         "evaluation=arena_hard",
-        f"evaluation.questions={questions}",
-        f"evaluation.prompts={QUESTIONS}",
+        f"evaluation.prompts_file={questions}",
+        f"evaluation.num_prompts={QUESTIONS}",
         "evaluation.generation.max_new_tokens=8",
         "judge=arena_hard",
         f"judge.baseline={answers}",
-        f"judge.prompt={words}",
+        f"judge.prompt_file={words}",
         f"judge.model={served.model}",
         f"judge.base_url={proxy.url}",
         "judge.max_tokens=8",
@@ -350,7 +352,7 @@ def test_arena_hard_plays_two_games_a_question_in_the_words_of_its_config(proxy,
     ("rows", "prompts", "message"),
     [
         ([{"text": "hello"}], 1, "entry 0: needs question_id, instruction or prompt; it has 'text'"),
-        ([{"instruction": "a", "output": "b"}], 2, "1 questions and evaluation.prompts=2"),
+        ([{"instruction": "a", "output": "b"}], 2, "1 questions and evaluation.num_prompts=2"),
         ([{"instruction": "a", "output": "b"}] * 2, 2, "a question is there twice: 'a'"),
         ([{"instruction": "a"}], 1, "entry 0: needs an answer"),
         ([{"question_id": "1", "turns": [{"content": "a"}, {"content": "b"}]}], 1, "turns must be one user message"),
@@ -382,15 +384,18 @@ def test_a_question_without_an_answer_of_the_baseline_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["evaluation=alpaca_eval", "judge=alpaca_eval"], "evaluation.questions is not set: evaluation=alpaca_eval"),
+        (["evaluation=alpaca_eval", "judge=alpaca_eval"], "evaluation.prompts_file is not set: evaluation=alpaca_eval"),
         (["judge=alpaca_eval"], "judge.baseline is not set"),
-        (["evaluation.questions=nowhere.json", "judge=none"], "evaluation.questions=nowhere.json: no such file"),
+        (["evaluation.prompts_file=nowhere.json", "judge=none"], "evaluation.prompts_file=nowhere.json: no such file"),
         (["judge=arena_hard"], "judge.baseline is not set"),
         (["judge=arena_hard", "judge.baseline=nowhere"], "judge.baseline=nowhere: no such file; it is sft, chosen or"),
-        (["judge=arena_hard", "judge.baseline=sft", "judge.prompt=README.md"], "judge.prompt=README.md: needs system_"),
-        (["judge=tldr", "judge.base_url=http://x", "judge.prompt=README.md"], "judge=tldr has no such field"),
+        (
+            ["judge=arena_hard", "judge.baseline=sft", "judge.prompt_file=README.md"],
+            "judge.prompt_file=README.md: needs system_",
+        ),
+        (["judge=tldr", "judge.base_url=http://x", "judge.prompt_file=README.md"], "judge=tldr has no such field"),
         (["judge=alpaca_eval", "judge.baseline=sft", "judge.model=gpt5"], "judge.model=gpt5: no annotator"),
-        (["evaluation.questions=README.md"], "judge=gold compares samples of dataset=mini_tldr"),
+        (["evaluation.prompts_file=README.md"], "judge=gold compares samples of dataset=mini_tldr"),
     ],
 )
 def test_a_benchmark_that_cannot_be_run_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):

@@ -5,19 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
-from src.checks import check_packages, point_from
-from src.composition import register
-from src.config import CONF_DIR, ConfigError, method_options
+from src.config.schema import CONF_DIR, method_options
+from src.config.validation import build_point
+from src.errors import ConfigError
 from src.methods import METHODS
-from tests.conftest import at_once, train
-
-
-def composed(*overrides):
-    register()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
+from src.preflight import check_packages
+from tests.support.commands import at_once, train
+from tests.support.configs import composed
 
 
 def options(group):
@@ -36,7 +31,7 @@ def test_every_setup_runs_its_methods_at_its_own_best_values(setup, method, tmp_
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     data = [f"dataset.path={pairs}"] if setup == "smollm2_jsonl" else []
-    point = point_from(composed(f"setup={setup}", f"method={method}", *data))
+    point = build_point(composed(f"setup={setup}", f"method={method}", *data))
     best = point.setup.best[method]
     assert (point.beta, point.lr) == (best.beta, best.lr)
     assert set(point.setup.best) == set(point.beta_grid) == set(point.lr_grid)
@@ -44,7 +39,7 @@ def test_every_setup_runs_its_methods_at_its_own_best_values(setup, method, tmp_
 
 @pytest.mark.parametrize("setup", [s for s in TUNED if s != "smollm2_jsonl"])
 def test_best_values_lie_on_the_setups_own_grids(setup):
-    point = point_from(composed(f"setup={setup}"))
+    point = build_point(composed(f"setup={setup}"))
     for method, best in point.setup.best.items():
         assert best.beta in point.beta_grid[method], method
         assert best.lr in point.lr_grid[method], method
@@ -60,14 +55,14 @@ def test_every_option_of_every_group_composes(group):
         needed += ["evaluation=preference"] if (group, option) == ("judge", "none") else []
         needed += ["judge.model=some/name"] if (group, option) == ("judge", "reward_model") else []
         if option in ("alpaca_eval", "arena_hard"):  # of judge and of evaluation
-            needed += ["evaluation.questions=README.md", "judge.baseline=README.md"]
+            needed += ["evaluation.prompts_file=README.md", "judge.baseline=README.md"]
             needed += ["judge=arena_hard"] if group == "evaluation" else []
-        point_from(composed(f"{group}={option}", *needed))
+        build_point(composed(f"{group}={option}", *needed))
 
 
 def test_the_papers_grids_have_the_papers_number_of_points():
     def count(beta_grid, lr_grid):
-        point = point_from(composed(f"beta_grid={beta_grid}", f"lr_grid={lr_grid}"))
+        point = build_point(composed(f"beta_grid={beta_grid}", f"lr_grid={lr_grid}"))
         return sum(len(betas) * len(point.lr_grid[method]) for method, betas in point.beta_grid.items())
 
     assert count("paper", "paper_llama") == 200
@@ -91,20 +86,20 @@ def test_every_key_of_every_config_says_what_it_is():
 def test_every_method_has_a_config_and_the_schema_has_its_options():
     assert options("method") == sorted(METHODS) == sorted(best_of("mini_tldr"))
     for method, spec in METHODS.items():
-        point = point_from(composed(f"method={method}", "beta=1", "lr=1e-3"))
+        point = build_point(composed(f"method={method}", "beta=1", "lr=1e-3"))
         assert all(isinstance(value, float) for value in method_options(point).values())
         assert set(method_options(point)) == set(spec.options)
 
 
 def test_command_line_wins_over_the_setup():
-    assert point_from(composed("setup=mini_tldr", "trainer=paper")).trainer.align.batch_size == 128
-    assert point_from(composed("beta=0.7")).beta == 0.7
+    assert build_point(composed("setup=mini_tldr", "trainer=paper")).trainer.align.batch_size == 128
+    assert build_point(composed("beta=0.7")).beta == 0.7
 
 
 def test_best_from_reads_the_aggregators_file(tmp_path):
     path = tmp_path / "best.yaml"
     path.write_text(yaml.safe_dump({"mini_tldr": {"dpo": {"beta": 0.42, "lr": 3e-4}}}))
-    point = point_from(composed(f"best_from={path}"))
+    point = build_point(composed(f"best_from={path}"))
     assert (point.beta, point.lr) == (0.42, 3e-4)
 
 
@@ -143,7 +138,7 @@ BAD = [
     (["-m", "beta=1,2", "sweep.name=../x"], "sweep.name=../x: names a folder"),
     (["init=base", "method=orpo"], "init=base names no best beta"),
     (["engine.precision=fp8"], "must be one of fp32, bf16"),
-    (["engine.parallel=zero4"], "must be one of none, ddp, zero1, zero2, zero3, zero3_offload"),
+    (["engine.strategy=zero4"], "must be one of none, ddp, zero1, zero2, zero3, zero3_offload"),
     (["model.attention=varlen"], "model.attention=varlen computes in 16 bits: add engine.precision=bf16"),
     (["model.lora.rank=0"], "model.lora.rank=0: must be >= 1"),
     (["best_from=/nowhere.yaml"], "best_from=/nowhere.yaml"),
@@ -157,9 +152,9 @@ BAD = [
     (["-m", "hydra/launcher=basic", "beta=1,2"], "hydra/launcher"),
     (["-m", "setup=mini_tldr,smollm2_jsonl", "beta=0.1,1"], "setup=smollm2_jsonl beta=0.1 output_dir="),
     (["-m", "sweep.name=a,b"], "sweep.name: must be one value for a whole sweep"),
-    (["-m", "sweep.share=0.3,0.5"], "sweep.share: must be one value for a whole sweep"),
-    (["-m", "beta=0.1,1", "sweep.search=halving", "sweep.rungs=[0.5]"], "sweep.rungs=[0.5]: must be shares"),
-    (["sweep.search=halving"], "sweep.search=halving searches among points: add -m"),
+    (["-m", "sweep.keep_fraction=0.3,0.5"], "sweep.keep_fraction: must be one value for a whole sweep"),
+    (["-m", "beta=0.1,1", "sweep.search=successive_halving", "sweep.rungs=[0.5]"], "sweep.rungs=[0.5]: must be shares"),
+    (["sweep.search=successive_halving"], "sweep.search=successive_halving searches among points: add -m"),
     (["-m", "hydra/sweeper=basic", "beta=1,2"], "hydra/sweeper=grid"),
     (["+sweep=nosuch"], "sweep/nosuch"),
 ]
@@ -175,17 +170,17 @@ BAD = [
 )
 def test_a_secret_in_a_config_is_refused_and_not_repeated(key, value):
     with pytest.raises(ConfigError) as refused:
-        point_from(composed("judge=tldr", f"{key}={value}"))
+        build_point(composed("judge=tldr", f"{key}={value}"))
     assert str(refused.value).startswith(f"{key}: ") and "canary" not in str(refused.value)
 
 
 def test_a_package_that_is_not_there_is_named_before_a_launch_and_a_plan_does_without(monkeypatch):
-    point = point_from(composed("engine=zero3"))
+    point = build_point(composed("engine=zero3"))
     check_packages([point])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"engine.parallel=zero3 needs the package deepspeed: pip install"):
+    with pytest.raises(ConfigError, match=r"engine.strategy=zero3 needs the package deepspeed: pip install"):
         check_packages([point])
-    check_packages([point_from(composed())])
+    check_packages([build_point(composed())])
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])

@@ -6,17 +6,17 @@ import re
 import pytest
 from safetensors import safe_open
 
-from src.checks import point_from
-from src.cost import Cost, parameters_of, warning
-from src.plan import make_plan
-from src.store import Store
-from tests.conftest import ROOT, SMALL, dry_run, train
-from tests.test_config import composed
+from src.config.validation import build_point
+from src.planning.cost import Cost, parameters_of, warning
+from src.planning.plan import make_plan
+from src.store.store import Store
+from tests.support.commands import ROOT, SMALL, dry_run, train
+from tests.support.configs import composed
 
 
 def planned(tmp_path, *overrides):
     store = Store(tmp_path)
-    point = point_from(composed(*overrides, f"output_dir={tmp_path}"))
+    point = build_point(composed(*overrides, f"output_dir={tmp_path}"))
     return make_plan([point], store), store
 
 
@@ -40,7 +40,9 @@ def test_a_sweeps_estimate_counts_shared_stages_once(tmp_path):
     _, output = dry_run("+sweep=paper_tldr_3b", f"output_dir={tmp_path}")
     rows = dict(re.findall(r"^(sft|reference|align|generate) +(\d+) .*assumed$", output, re.M))
     assert rows == {"sft": "1", "reference": "1", "align": "200", "generate": "200"}
-    assert re.search(r"^disk: 2\.58 TB for the weights of 201 models until the sweep ends and keep=best", output, re.M)
+    assert re.search(
+        r"^disk: 2\.58 TB for the weights of 201 models until the sweep ends and keep_checkpoints=best", output, re.M
+    )
 
 
 def test_finished_stages_say_what_the_next_ones_take(tmp_path):
@@ -60,11 +62,11 @@ def test_finished_stages_say_what_the_next_ones_take(tmp_path):
 
 
 def test_parameters_are_those_of_the_model():
-    model = point_from(composed()).model
+    model = build_point(composed()).model
     with safe_open(ROOT / "src" / "data" / "mini_tldr_base" / "model.safetensors", "pt") as file:
         counted = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     assert parameters_of(model) == pytest.approx(counted, rel=0.01)
-    assert parameters_of(point_from(composed("model=llama32_3b")).model) == 3.21e9
+    assert parameters_of(build_point(composed("model=llama32_3b")).model) == 3.21e9
 
 
 def test_a_sweep_that_its_disk_cannot_hold_is_warned_of(tmp_path):

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.budget import fitting
-from src.config import ConfigError
-from src.pairs import Example, split_step
-from tests.conftest import ROOT, SMALL, environment, train
+from src.data.examples import Example
+from src.errors import ConfigError
+from src.model.packing import distribute_examples
+from src.training.token_budget import max_token_budget
+from tests.support.commands import ROOT, SMALL, environment, train
 
-POINT = [*SMALL, "method=dpo", "beta=0.1", "trainer.tokens_per_batch=512", "engine.precision=fp32"]
+POINT = [*SMALL, "method=dpo", "beta=0.1", "trainer.max_tokens_per_micro_batch=512", "engine.precision=fp32"]
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 TOLERANCE = (
     3e-4  # of any weight, learning rate 1e-3: sums in another order, through 12 steps of Adam (1.5e-4 on torch 2.11)
@@ -177,34 +178,34 @@ def lengths_of(count, seed=0):
 def test_a_step_is_split_alike_for_all_and_every_example_counts_once(processes, budget):
     lengths = lengths_of(200)
     chosen = list(range(30, 70))
-    step = split_step(lengths, chosen, budget, processes)
-    assert step == split_step(lengths, chosen, budget, processes)
+    step = distribute_examples(lengths, chosen, budget, processes)
+    assert step == distribute_examples(lengths, chosen, budget, processes)
     assert len({len(own) for own in step}) == 1, "as many micro-batches for each"
-    assert sorted(i for own in step for m in own if m.counts for i in m.indices) == chosen
+    assert sorted(i for own in step for m in own if not m.is_filler for i in m.indices) == chosen
     assert all(sum(lengths[i] for i in m.indices) <= budget or len(m.indices) == 1 for own in step for m in own)
     assert all(own[-1].counts for own in step), "gradients are exchanged in the last one"
-    tokens = [sum(lengths[i] for m in own if m.counts for i in m.indices) for own in step]
+    tokens = [sum(lengths[i] for m in own if not m.is_filler for i in m.indices) for own in step]
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
 def test_a_process_with_nothing_left_to_split_repeats_one_that_does_not_count():
-    long, short = split_step([500, 100, 100, 100], [0, 1, 2, 3], 10, 2)
-    assert [m.counts for m in long] == [False, False, True] and [m.counts for m in short] == [True] * 3
+    long, short = distribute_examples([500, 100, 100, 100], [0, 1, 2, 3], 10, 2)
+    assert [not m.is_filler for m in long] == [False, False, True] and [not m.is_filler for m in short] == [True] * 3
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
 def test_the_gradient_of_a_step_does_not_depend_on_budget_or_number_of_processes(processes, budget):
-    from src.config import MethodFields, Point
-    from src.logprobs import sequence_logps
-    from src.pairs import pack
-    from src.stages.align import objective_of
-    from src.training import StepSize
-    from tests.test_logprobs import make_model, random_pairs, relative
+    from src.config.schema import MethodFields, Point
+    from src.model.logprobs import sequence_logps
+    from src.model.packing import pack
+    from src.stages.align import make_loss_fn
+    from src.training.loop import GlobalBatch
+    from tests.support.small_models import make_model, random_pairs, relative
 
     model, examples = make_model(), random_pairs(9, 1)
-    objective = objective_of(Point(method=MethodFields("dpo"), beta=0.1), torch.randn(9, 2))
-    lengths, size = [e.length for e in examples], StepSize(9, 0)
+    objective = make_loss_fn(Point(method=MethodFields("dpo"), beta=0.1), torch.randn(9, 2))
+    lengths, size = [e.length for e in examples], GlobalBatch(9, 0)
 
     def gradient(steps):
         total = 0.0
@@ -218,18 +219,18 @@ def test_the_gradient_of_a_step_does_not_depend_on_budget_or_number_of_processes
         return total
 
     torch.manual_seed(0)
-    whole = gradient(split_step(lengths, range(9), 10**6, 1))
-    assert relative(gradient(split_step(lengths, range(9), budget, processes)), whole) < 1e-6
+    whole = gradient(distribute_examples(lengths, range(9), 10**6, 1))
+    assert relative(gradient(distribute_examples(lengths, range(9), budget, processes)), whole) < 1e-6
 
 
 def test_the_token_budget_is_what_fits_and_an_example_that_does_not_is_an_error():
     def measure(tokens):
         return tokens, 7_000_000 + 1_000_000 * tokens  # a megabyte a token, and something that is always there
 
-    assert fitting(20 * 2**30, measure, longest=4096) == 16384
-    assert fitting(20 * 2**30 + 10**6, measure, longest=4096) == 16384, "a little more memory: the same budget"
+    assert max_token_budget(20 * 2**30, measure, longest=4096) == 16384
+    assert max_token_budget(20 * 2**30 + 10**6, measure, longest=4096) == 16384, "a little more memory: the same budget"
     with pytest.raises(ConfigError, match="an example of 20000 tokens does not fit"):
-        fitting(20 * 2**30, measure, longest=20000)
+        max_token_budget(20 * 2**30, measure, longest=20000)
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(tmp_path):

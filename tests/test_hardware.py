@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from src import budget, machine
-from src.logprobs import prepare
-from src.pairs import Example
-from tests.conftest import ROOT
+from src import hardware as machine
+from src.data.examples import Example
+from src.model.logprobs import patch_model_
+from src.training import token_budget as budget
+from tests.support.commands import ROOT
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_second_model_of_one_process_has_the_memory_that_the_first_left(releas
     monkeypatch.setattr(torch.cuda, "mem_get_info", allocator.mem_get_info)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    policy = prepare(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)))
+    policy = patch_model_(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)))
     policy.forward = lambda batch: batch  # what it computes does not matter, only what it seems to allocate
     examples = [Example((1,) * 100, ((2,) * 20, (3,) * 20))] * 80
     found = budget.on_gpu(Engine, policy, examples, torch.device("cpu"))
@@ -101,15 +102,15 @@ def test_a_second_model_of_one_process_has_the_memory_that_the_first_left(releas
 HEAP_IN_PIECES = """
 from src import machine
 
-patient, freed = machine.FreedMemory(growth=10 << 30), machine.FreedMemory(growth=100 << 20)
-patient.give_back()
-freed.give_back()
+patient, freed = machine.HeapTrimmer(growth=10 << 30), machine.HeapTrimmer(growth=100 << 20)
+patient.maybe_trim()
+freed.maybe_trim()
 pieces = [bytearray(b"x" * 50_000) for _ in range(8_000)]  # 400 MB, each below what glibc maps by itself
 full = machine._resident_bytes()
 del pieces[:-1]  # the last one keeps the heap as long as it is
-patient.give_back()
+patient.maybe_trim()
 assert machine._resident_bytes() > full - (50 << 20)  # it has not grown by as much
-freed.give_back()
+freed.maybe_trim()
 assert machine._resident_bytes() < full - (300 << 20)
 assert freed.usual is None
 """

@@ -2,14 +2,14 @@
 
 import pytest
 
-from src.checks import point_from
-from src.identity import fingerprint
-from src.plan import stages_of
-from tests.test_config import composed
+from src.config.validation import build_point
+from src.planning.identity import fingerprint
+from src.planning.stage import stages_of
+from tests.support.configs import composed
 
 
 def identities(*overrides):
-    return {stage.role: stage.identity for stage in stages_of(point_from(composed(*overrides)))}
+    return {stage.role: stage.identity for stage in stages_of(build_point(composed(*overrides)))}
 
 
 ALL = {"sft", "reference", "align", "baseline", "generate", "evaluate"}
@@ -29,13 +29,13 @@ ALL = {"sft", "reference", "align", "baseline", "generate", "evaluate"}
         ("dataset.seed=1", ALL),
         ("seed=1", ALL),
         ("engine.precision=bf16", ALL),
-        ("trainer.align.stop=0.5", {"align", "generate", "evaluate"}),
-        ("trainer.align.stop=1", set()),
-        ("sweep.search=halving", set()),
-        ("trainer.tokens_per_batch=100", set()),
-        ("trainer.checkpoint_steps=1", set()),
+        ("trainer.align.stop_fraction=0.5", {"align", "generate", "evaluate"}),
+        ("trainer.align.stop_fraction=1", set()),
+        ("sweep.search=successive_halving", set()),
+        ("trainer.max_tokens_per_micro_batch=100", set()),
+        ("trainer.save_steps=1", set()),
         ("evaluation.generation.batch_size=1", set()),
-        ("engine.threads=2", set()),
+        ("engine.cpu_threads=2", set()),
         ("tracking=wandb", set()),
         ("output_dir=elsewhere", set()),
     ],

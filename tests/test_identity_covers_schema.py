@@ -7,10 +7,10 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from src.checks import CHOICES, point_from
-from src.config import Point, leaves
-from src.plan import stages_of
-from tests.test_config import composed
+from src.config.schema import Point, leaves
+from src.config.validation import CHOICES, build_point
+from src.planning.stage import stages_of
+from tests.support.configs import composed
 
 # key, or group of keys ending with a dot -> why results do not depend on it
 NOT_HASHED = {
@@ -30,12 +30,12 @@ NOT_HASHED = {
     "dataset.preference.rows": "expected table sizes, compared with the real ones",
     "dataset.preference.tokens": "for cost estimates",
     "trainer.name": "a display name; its fields are hashed",
-    "trainer.tokens_per_batch": "how a step is split into micro-batches; every example keeps its weight",
-    "trainer.checkpoint_steps": "how often a checkpoint to resume from is written",
+    "trainer.max_tokens_per_micro_batch": "how a step is split into micro-batches; every example keeps its weight",
+    "trainer.save_steps": "how often a checkpoint to resume from is written",
     "engine.name": "a display name; precision is hashed",
     "engine.device": "where it is computed; equal to rounding",
-    "engine.threads": "how many cores compute it; equal to rounding",
-    "engine.parallel": "how many processes compute it; equal to rounding",
+    "engine.cpu_threads": "how many cores compute it; equal to rounding",
+    "engine.strategy": "how many processes compute it; equal to rounding",
     "engine.activation_checkpointing": "recomputes the same activations",
     "engine.compile": "compiles the same computation; equal to rounding",
     "engine.tflops": "for cost estimates",
@@ -48,7 +48,7 @@ NOT_HASHED = {
     "judge.api_key_env": "which variable holds the key",
     "judge.concurrency": "how many questions are asked at once",
     "judge.timeout": "how long to wait for an answer",
-    "judge.attempts": "how often a failed question is asked again",
+    "judge.max_retries": "how often a failed question is asked again",
     "judge.max_calls": "a budget: what is beyond it is an error, not another result",
     "judge.max_cost": "a budget: what is beyond it is an error, not another result",
     "judge.input_price": "for the budget",
@@ -63,10 +63,10 @@ NOT_HASHED = {
 # Configs that together use every group; a key counts as hashed when it changes an identity in one of them.
 CONFIGS = [
     (),
-    ("setup=llama32_3b_tldr", "judge=tldr", "evaluation.quality=win_rate", "model.lora.rank=8"),
+    ("setup=llama32_3b_tldr", "judge=tldr", "evaluation.metric=win_rate", "model.lora.rank=8"),
     ("method=simpo",),
     ("method=cal_dpo", "init=base", "beta=0.1", "lr=1e-3"),
-    ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt={words}"),
+    ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt_file={words}"),
 ]
 
 WORDS = {"system_prompt": "judge", "prompt_template": ["{question_1} {answer_1} {answer_2}"]}
@@ -76,7 +76,7 @@ WORDS = {"system_prompt": "judge", "prompt_template": ["{question_1} {answer_1} 
 def points(tmp_path_factory):
     words = tmp_path_factory.mktemp("words") / "prompt.yaml"
     words.write_text(json.dumps(WORDS))
-    return [point_from(composed(*(o.format(words=words) for o in overrides))) for overrides in CONFIGS]
+    return [build_point(composed(*(o.format(words=words) for o in overrides))) for overrides in CONFIGS]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_what_is_listed_exists_and_changes_no_identity(points, other_file):
 def test_choices_that_are_hashed_under_another_name_change_identities(points):
     default = identities(points[0])
     for overrides in (["init=base", "beta=0.1", "lr=1e-3"], ["method=ipo", "beta=0.1", "lr=1e-3"]):
-        assert identities(point_from(composed(*overrides))) != default
+        assert identities(build_point(composed(*overrides))) != default
     hub = points[1]
     pinned = with_value(hub, "model.revision", "abc")
     assert identities(pinned) != identities(hub)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from src.config import Judge, Point
+from src.config.schema import Judge, Point
 from src.data.rows import text_prompt
-from src.failure import StageError
+from src.errors import StageError
 from src.judges import Comparison
 from src.judges.answers import Answers
-from src.judges.endpoint import Endpoint
+from src.judges.judge_client import Endpoint
 from src.judges.tldr import questions, verdict, winner
-from tests.conftest import ROOT, SMALL, start, train
+from tests.support.commands import ROOT, SMALL, start, train
 
 PROMPTS = 12  # two questions each
 
@@ -139,9 +139,9 @@ def test_answers_of_other_processes_are_known_and_half_lines_are_not(tmp_path):
 
 def judged(proxy, served, folder, *more):
     return [
-        *("method=dpo", "beta=0.1", *SMALL, f"evaluation.prompts={PROMPTS}", f"output_dir={folder}"),
+        *("method=dpo", "beta=0.1", *SMALL, f"evaluation.num_prompts={PROMPTS}", f"output_dir={folder}"),
         *("judge=tldr", f"judge.base_url={proxy.url}", f"judge.model={served.model}", "judge.max_tokens=2"),
-        *("judge.attempts=2", "judge.concurrency=2", *more),
+        *("judge.max_retries=2", "judge.concurrency=2", *more),
     ]
 
 
@@ -197,7 +197,7 @@ def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
         (["judge=reward_model"], "judge.model is not set"),
         (["judge=reward_model", "judge.model=./nowhere"], "judge.model=./nowhere: no such file or folder"),
         (["judge=tldr", "judge.baseline=chosen"], "has no pairs on its held-out posts"),
-        (["judge=none"], "evaluation.quality=win_rate needs a judge"),
+        (["judge=none"], "evaluation.metric=win_rate needs a judge"),
     ],
 )
 def test_a_judge_that_cannot_work_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):

@@ -9,17 +9,19 @@ import threading
 
 import pytest
 
-from launchers.slurm import cluster, ledger
+from launchers.slurm import cluster
+from launchers.slurm import job_records as ledger
 from launchers.slurm.graph import shares
-from launchers.slurm.ledger import Task
+from launchers.slurm.job_records import Task
 from launchers.slurm.submit import _on_their_way
-from src import hub, revision
-from src.checks import point_from
-from src.config import ConfigError
-from src.plan import make_plan
-from src.store import Store
-from tests.conftest import ROOT, SMALL, environment, train
-from tests.test_config import composed
+from src import preflight as hub
+from src.config.validation import build_point
+from src.errors import ConfigError
+from src.planning.plan import make_plan
+from src.store import code_snapshot as revision
+from src.store.store import Store
+from tests.support.commands import ROOT, SMALL, environment, train
+from tests.support.configs import composed
 
 
 def test_without_sbatch_the_command_says_so_and_writes_nothing(tmp_path):
@@ -59,7 +61,7 @@ def test_what_waits_for_a_job_that_has_failed_is_not_on_its_way(monkeypatch, tmp
     """Between the failure of a shared stage and SLURM's next look at dependencies, its children still stand in the
     queue: a moment too short to meet on a cluster on purpose."""
     store = Store(tmp_path)
-    point = point_from(composed("method=orpo"))
+    point = build_point(composed("method=orpo"))
     plan = make_plan([point], store)
     sft, align = (next(s for s in plan.stages.values() if s.kind == kind) for kind in ("sft", "align"))
     tasks = [Task("sft", [["sft", sft.identity]], "1"), Task("point", [["align", align.identity]], "2")]
@@ -91,7 +93,7 @@ def test_the_code_is_copied_whole_wherever_results_go(tmp_path):
 
 
 def test_hub_names_that_cannot_be_checked_are_named_in_one_warning(monkeypatch, tmp_path):
-    point = point_from(composed("setup=llama32_3b_tldr"))
+    point = build_point(composed("setup=llama32_3b_tldr"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (warning,) = hub.check([point, point])
@@ -100,7 +102,7 @@ def test_hub_names_that_cannot_be_checked_are_named_in_one_warning(monkeypatch, 
     folder.mkdir(parents=True)
     (warning,) = hub.check([point])
     assert "model.path" not in warning, "what is in the cache is there"
-    assert hub.check([point_from(composed())]) == []
+    assert hub.check([build_point(composed())]) == []
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -142,7 +144,7 @@ def reachable_hub(monkeypatch, tmp_path):
 
 def test_a_name_the_hub_does_not_have_or_give_is_an_error(reachable_hub):
     with pytest.raises(ConfigError, match=r"model\.path=some/where: neither a local path nor on the hub"):
-        hub.check([point_from(composed("model.path=some/where"))])
+        hub.check([build_point(composed("model.path=some/where"))])
     with pytest.raises(ConfigError, match=r"model\.path=gated/model: gated on the hub"):
-        hub.check([point_from(composed("model.path=gated/model"))])
-    assert hub.check([point_from(composed("model.path=open/model"))]) == []
+        hub.check([build_point(composed("model.path=gated/model"))])
+    assert hub.check([build_point(composed("model.path=open/model"))]) == []

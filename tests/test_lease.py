@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from src import lease as lease_module
-from src.lease import Lease, LeaseLost
+from src.store import lease as lease_module
+from src.store.lease import Lease, LeaseLost
 
 
 @pytest.fixture

@@ -20,45 +20,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from src import attention
-from src.config import ConfigError
-from src.head import Head
-from src.layers import GatedMLP, LastLayer, RMSNorm
-from src.linear import ONEDNN, Linear, product
-from src.logprobs import Compute, prepare, score, sequence_logps
-from src.pairs import Example, Layout, Segment, pack, partition
-from tests.padded import padded_logps
-
-VOCABULARY = 211
-
-
-def make_model(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, prepared=True, **changes):
-    torch.manual_seed(seed)
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,  # far from uniform, so that a wrong neighbour shows
-    }
-    model = cls(config(**(shape | changes))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:  # not all ones, as they are before training
-                parameter.uniform_(0.5, 1.5)
-    return prepare(model) if prepared else model
-
-
-def random_pairs(count, seed):
-    rng = random.Random(seed)
-
-    def tokens(low, high):
-        return tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(low, high)))
-
-    return [Example(tokens(1, 40), (tokens(1, 25), tokens(1, 25))) for _ in range(count)]
+from src.data.examples import Example
+from src.errors import ConfigError
+from src.model import attention
+from src.model.cpu.linear import ONEDNN, Linear, product
+from src.model.last_layer import GatedMLP, LastLayer, RMSNorm
+from src.model.lm_head import Head
+from src.model.logprobs import NumericsConfig, iter_logps, patch_model_, sequence_logps
+from src.model.packing import Layout, Segment, pack, pack_first_fit
+from tests.support.padded import padded_logps
+from tests.support.small_models import make_model, random_pairs, relative
 
 
 def loss_and_gradient(model, logps):
@@ -66,10 +37,6 @@ def loss_and_gradient(model, logps):
     chosen, rejected = logps.view(-1, 2).unbind(1)
     F.softplus(-0.1 * (chosen - rejected)).mean().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -86,15 +53,15 @@ def relative(a, b):
 def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(cls, config, changes, seed, kernel, monkeypatch):
     for piece, rows in (("linear._PIECE", 32), ("layers._NORM_ROWS", 40), ("layers._MLP_ROWS", 50), ("head.SLAB", 90)):
         monkeypatch.setattr(f"src.{piece}", rows)  # several of each, the last one smaller
-    model, examples = make_model(cls, config, seed, prepared=False, **changes), random_pairs(7, seed)
+    model, examples = make_model(cls, config, seed, patched=False, **changes), random_pairs(7, seed)
     expected = padded_logps(model, examples)
     expected_gradient = loss_and_gradient(model, expected)
-    prepare(model)
+    patch_model_(model)
     assert {LastLayer, GatedMLP, RMSNorm, Linear, Head} <= {b for m in model.modules() for b in type(m).__mro__}
     seen = []
     model.base_model.layers[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1]))
     batch = pack(examples, range(len(examples)))
-    logps, tokens = sequence_logps(model, batch, Compute("fp32", kernel))
+    logps, tokens = sequence_logps(model, batch, NumericsConfig("fp32", kernel))
     assert seen == [len(batch.targets)], "the last layer looks at what predicts, nothing else"
     assert relative(logps, expected) < 1e-5
     assert relative(loss_and_gradient(model, logps), expected_gradient) < 1e-5
@@ -130,7 +97,7 @@ def test_the_comparison_would_notice_a_wrong_layout(spoil):
 
 def all_logps(model, examples, budget):
     found = torch.empty(len(examples), 2)
-    for indices, logps, _ in score(model, examples, budget):
+    for indices, logps, _ in iter_logps(model, examples, budget):
         found[indices] = logps.view(-1, 2)
     return found
 
@@ -151,8 +118,8 @@ def test_the_head_in_parts_gives_the_head_at_once(chunk, slab, monkeypatch):
     batch = pack(examples, range(len(examples)))
     whole, _ = sequence_logps(model, batch)
     gradient = loss_and_gradient(model, whole)
-    monkeypatch.setattr("src.head.CHUNK", chunk)
-    monkeypatch.setattr("src.head.SLAB", slab)
+    monkeypatch.setattr("src.model.lm_head.CHUNK", chunk)
+    monkeypatch.setattr("src.model.lm_head.SLAB", slab)
     chunked, _ = sequence_logps(model, batch)
     assert relative(chunked, whole) < 1e-6
     assert relative(loss_and_gradient(model, chunked), gradient) < 1e-5
@@ -173,8 +140,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(("chunk", "slab"), [(16, 10**6), (10**6, 500), (10**6, 10**6)])
 def test_nothing_of_tokens_times_vocabulary_is_ever_whole(chunk, slab, monkeypatch):
-    monkeypatch.setattr("src.head.CHUNK", chunk)
-    monkeypatch.setattr("src.head.SLAB", slab)
+    monkeypatch.setattr("src.model.lm_head.CHUNK", chunk)
+    monkeypatch.setattr("src.model.lm_head.SLAB", slab)
     model, examples = make_model(vocab_size=5000), random_pairs(12, 7)
     batch = pack(examples, range(len(examples)))
     predictions = len(batch.targets)
@@ -205,27 +172,27 @@ def test_single_responses_and_one_token_responses_are_examples_too():
 
 def test_partition_keeps_every_example_once_within_the_budget():
     lengths = [random.Random(i).randint(1, 50) for i in range(200)]
-    batches = partition(lengths, range(200), 64)
+    batches = pack_first_fit(lengths, range(200), 64)
     assert sorted(i for b in batches for i in b) == list(range(200))
     assert all(sum(lengths[i] for i in b) <= 64 for b in batches)
     assert len(batches) < 1.15 * sum(lengths) / 64 + 1
-    assert partition(lengths, range(200), 64) == batches
-    assert partition([100, 3], [0, 1], 64) == [[0], [1]]  # a longer example goes alone
+    assert pack_first_fit(lengths, range(200), 64) == batches
+    assert pack_first_fit([100, 3], [0, 1], 64) == [[0], [1]]  # a longer example goes alone
 
 
 def test_policy_and_reference_agree_in_bf16_as_they_do_in_fp32():
     """Both go through one path in one precision: at step 0 log-ratios are rounding noise and DPO's loss is log 2."""
     model, examples = make_model(initializer_range=0.02), random_pairs(16, 6)
     reference = torch.empty(len(examples), 2)
-    for indices, logps, _ in score(model, examples, 200, Compute("bf16")):
+    for indices, logps, _ in iter_logps(model, examples, 200, NumericsConfig("bf16")):
         reference[indices] = logps.view(-1, 2)
-    policy, _ = sequence_logps(model, pack(examples, range(len(examples))), Compute("bf16"))
+    policy, _ = sequence_logps(model, pack(examples, range(len(examples))), NumericsConfig("bf16"))
     margin = (policy.view(-1, 2) - reference).detach()
     loss = F.softplus(-0.1 * (margin[:, 0] - margin[:, 1])).mean()
     assert loss.item() == pytest.approx(0.693147, abs=1e-3)
     # The control: against a reference in float32 the two roundings would differ.
     exact = torch.empty_like(reference)
-    for indices, logps, _ in score(model, examples, 200):
+    for indices, logps, _ in iter_logps(model, examples, 200):
         exact[indices] = logps.view(-1, 2)
     assert (policy.view(-1, 2) - exact).abs().mean() > 2 * margin.abs().mean()
 

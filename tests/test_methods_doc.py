@@ -18,7 +18,7 @@ from sympy.parsing.sympy_parser import (
 from benchmarks.methods import draw, loss_and_gradients, options_of, table
 from src.methods import METHODS, log1mexp, preference_loss
 from tests import test_methods
-from tests.conftest import ROOT
+from tests.support.commands import ROOT
 
 PAGE = (ROOT / "docs/methods.md").read_text()
 BY_NAME = {spec.name: method for method, spec in METHODS.items()}
@@ -77,7 +77,7 @@ def holds(cell, method):
             if letter == "p":
                 chosen, rejected = -abs(chosen), -abs(rejected)
             scores = torch.tensor([chosen, rejected], dtype=torch.float64)
-            value = METHODS[method].loss(*scores, beta, **dict(options.values())).item()
+            value = LOSSES[method](*scores, beta, **dict(options.values())).item()
             of_page = (math.exp(chosen), math.exp(rejected)) if letter == "p" else (chosen, rejected)
             given = {f"{letter}_w": of_page[0], f"{letter}_l": of_page[1], "beta": beta}
             try:
@@ -160,9 +160,9 @@ def test_the_shifts_of_the_page_are_those_at_its_pair():
 
 def test_simpo_without_its_target_is_dpo_on_mean_log_probs():
     w, lo = -3 * torch.rand(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    simpo = METHODS["simpo"].loss
-    torch.testing.assert_close(simpo(w, lo, 0.7, gamma_beta_ratio=0.0), METHODS["dpo"].loss(w, lo, 0.7))
-    assert not torch.allclose(simpo(w, lo, 0.7, gamma_beta_ratio=0.5), METHODS["dpo"].loss(w, lo, 0.7))
+    simpo = LOSSES["simpo"]
+    torch.testing.assert_close(simpo(w, lo, 0.7, gamma_beta_ratio=0.0), LOSSES["dpo"](w, lo, 0.7))
+    assert not torch.allclose(simpo(w, lo, 0.7, gamma_beta_ratio=0.5), LOSSES["dpo"](w, lo, 0.7))
 
 
 @pytest.mark.parametrize("beta", [0.02, 0.3, 1.0, 5.0])
@@ -256,8 +256,8 @@ def test_trls_losses_differ_as_the_page_says():
 
     # Where both responses have T tokens: T^-2 times the loss of sums with beta / T.
     even, tokens = torch.tensor([-3.0, -9.0]), 4.0
-    of_means = METHODS["ipo"].loss(even[:1] / tokens, even[1:] / tokens, beta)
-    torch.testing.assert_close(of_means, METHODS["ipo"].loss(even[:1], even[1:], beta / tokens) / tokens**2)
+    of_means = LOSSES["ipo"](even[:1] / tokens, even[1:] / tokens, beta)
+    torch.testing.assert_close(of_means, LOSSES["ipo"](even[:1], even[1:], beta / tokens) / tokens**2)
 
 
 def test_odds_of_a_whole_sequences_probability_are_hardly_more_than_its_log_prob():

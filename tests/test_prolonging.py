@@ -5,33 +5,33 @@ from pathlib import Path
 
 import pytest
 
-from src.checks import point_from
-from src.plan import Plan, make_plan
-from src.stages import ensure
-from src.store import Store
-from sweeps.halving import stopped
-from tests.artefacts import results
-from tests.test_config import composed
+from src.config.validation import build_point
+from src.planning.plan import Plan, make_plan
+from src.stages.runner import compute_or_wait
+from src.store.store import Store
+from sweeps.search.successive_halving import stopped
+from tests.support.artifacts import results
+from tests.support.configs import composed
 
 TINY = [
-    *("dataset.sft_size=64", "dataset.train_size=64", "dataset.validation_size=8", "evaluation.prompts=8"),
+    *("dataset.sft_size=64", "dataset.train_size=64", "dataset.validation_size=8", "evaluation.num_prompts=8"),
     *("evaluation.generation.max_new_tokens=8", "trainer.align.batch_size=8", "trainer.sft.max_steps=2"),
-    "trainer.checkpoint_steps=3",
+    "trainer.save_steps=3",
 ]
 
 
 def aligned(folder: Path, *stops: float) -> tuple[Plan, Store]:
     """Train the point to each stop in turn; the plan of the last."""
-    from src.models import use_threads
+    from src.model.loading import set_cpu_threads
 
     store = Store(folder)
     for stop in stops:
-        point = stopped(point_from(composed(*TINY, f"output_dir={folder}")), stop)
+        point = stopped(build_point(composed(*TINY, f"output_dir={folder}")), stop)
         plan = make_plan([point], store)
-        use_threads(point.engine)
+        set_cpu_threads(point.engine)
         for stage in plan.stages.values():
             if stage.kind in ("sft", "reference", "align"):
-                ensure(stage, store)
+                compute_or_wait(stage, store)
     return plan, store
 
 
@@ -85,7 +85,7 @@ def test_a_shorter_part_does_not_go_on_from_a_later_checkpoint(tmp_path, through
 
 def test_a_run_to_its_end_has_the_identity_it_always_had():
     """Results from before there was a stop are found: the fields of a whole run do not name it."""
-    whole = point_from(composed(*TINY))
+    whole = build_point(composed(*TINY))
     plan = make_plan([whole], Store("/nowhere"))
     assert "stop" not in align_of(plan).fields["trainer"]
     half = make_plan([stopped(whole, 0.5)], Store("/nowhere"))

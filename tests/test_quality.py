@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from tests.conftest import train
+from tests.support.commands import train
 
 
 def test_dpo_has_an_inverted_u_over_beta_and_a_falling_kl(tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, environment, train
-from tests.slurm_cluster import missing
+from tests.support.commands import ROOT, SMALL, environment, train
+from tests.support.slurm_cluster import missing
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]

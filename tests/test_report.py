@@ -8,7 +8,7 @@ import pytest
 from benchmarks.aggregation import make_sweep
 from src.methods import METHODS
 from sweeps.aggregate import aggregate
-from sweeps.looks import COLOURS, KINDS, MARKERS, STYLES
+from sweeps.report.plot_style import COLOURS, KINDS, MARKERS, STYLES
 
 SETUP = "llama32_3b_tldr"
 

@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
-from tests.conftest import SMALL, train
-from tests.on_slurm import tool
+from tests.support.commands import SMALL, train
+from tests.support.on_slurm import tool
 
 sync_api = pytest.importorskip("playwright.sync_api")
 

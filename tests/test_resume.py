@@ -1,23 +1,21 @@
 """Killed at any moment, started twice at once: the results are those of an undisturbed run."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from src.checks import point_from
-from src.config import ConfigError
-from src.plan import Stage, make_plan
-from src.store import Store
-from tests.artefacts import results
-from tests.conftest import ROOT, SMALL, environment, start, train
-from tests.test_config import composed
+from src.config.validation import build_point
+from src.errors import ConfigError
+from src.planning.plan import make_plan
+from src.planning.stage import Stage
+from src.store.store import Store
+from tests.support.artifacts import results
+from tests.support.commands import ROOT, SMALL, environment, kill_when, start, train
+from tests.support.configs import composed
 
 POINT = [*SMALL, "dataset.sft_size=960", "dataset.train_size=256", "trainer.align.epochs=2"]
 
@@ -36,21 +34,6 @@ def checkpoint(stage: str, step: int) -> Callable[[Path], bool]:
 
 def begun(stage: str) -> Callable[[Path], bool]:
     return lambda store: any(store.glob(f"{stage}/.work/*/attempt-*"))
-
-
-def kill_when(condition: Callable[[Path], bool], folder: Path, *arguments: str) -> bool:
-    """Start the command, kill -9 its whole group when the store fulfils the condition; False if it ended first."""
-    process = start(*arguments)
-    try:
-        while process.poll() is None:
-            if condition(folder / "store"):
-                return True
-            time.sleep(0.002)
-        return False
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def test_kill_9_in_every_stage_and_the_same_command_again_gives_identical_results(tmp_path, undisturbed):
@@ -100,7 +83,7 @@ import os, shutil, sys
 sys.path.insert(0, {root!r})
 import src.stages.sft
 from src.plan import Stage, make_plan
-from src.stages import ensure
+from src.stages.runner import compute_or_wait
 from src.store import Store
 from tests.test_resume import sft_stage
 
@@ -119,15 +102,15 @@ for fatal in {numbers!r}:
         for module, name in ((os, "rename"), (os, "replace"), (os, "link"), (os, "fsync"), (os, "mkdir"),
                              (os, "unlink"), (os, "rmdir"), (shutil, "copy")):
             setattr(module, name, counting(getattr(module, name)))
-        ensure(stage, store)
+        compute_or_wait(stage, store)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 def sft_stage(folder: str) -> Stage:
-    tiny = ["dataset.sft_size=128", "trainer.sft.max_steps=4", "trainer.checkpoint_steps=1", f"output_dir={folder}"]
-    point = point_from(composed(*tiny))
+    tiny = ["dataset.sft_size=128", "trainer.sft.max_steps=4", "trainer.save_steps=1", f"output_dir={folder}"]
+    point = build_point(composed(*tiny))
     return next(s for s in make_plan([point], Store(folder)).stages.values() if s.kind == "sft")
 
 
@@ -162,8 +145,8 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, un
     arguments = [*POINT, f"output_dir={tmp_path}"]
     assert kill_when(checkpoint("sft", 10), tmp_path, *arguments)
     newest = max((tmp_path / "store").glob("sft/.work/*/checkpoints/*/step-*"))
-    optimiser = newest / "optimizer.bin"
-    optimiser.write_bytes(optimiser.read_bytes()[:-100])
+    optimizer = newest / "optimizer.bin"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
     train(*arguments, f"hydra.run.dir={tmp_path}/runs/again")
     log = (tmp_path / "runs" / "again" / "train.log").read_text()
     assert "optimizer.bin is not what was written" in log and "resuming from step" in log
@@ -194,7 +177,7 @@ def test_another_seed_gives_other_results(tmp_path, undisturbed):
 
 
 def test_artefacts_of_another_config_are_refused_with_the_keys_that_differ(tmp_path, undisturbed):
-    point = point_from(composed(*POINT, f"output_dir={tmp_path}"))
+    point = build_point(composed(*POINT, f"output_dir={tmp_path}"))
     store = Store(tmp_path)
     stage = next(iter(make_plan([point], store).stages.values()))
     folder = store.dir(stage)
@@ -204,4 +187,4 @@ def test_artefacts_of_another_config_are_refused_with_the_keys_that_differ(tmp_p
     other["fields"]["trainer"]["lr"] = 123
     (folder / "stage.json").write_text(json.dumps(other))
     with pytest.raises(ConfigError, match=r"disagrees with this run in fields\.trainer\.lr"):
-        store.artefacts(stage)
+        store.artifacts(stage)

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from src.checks import point_from
-from src.config import ConfigError, Point
-from sweeps.halving import advance, begin, foreseen
-from tests.test_config import composed
+from src.config.schema import Point
+from src.config.validation import build_point
+from src.errors import ConfigError
+from sweeps.search.successive_halving import advance, begin, foreseen
+from tests.support.configs import composed
 
 
 def grid(methods=("dpo",), betas=(0.1, 0.2, 0.3, 0.4), lrs=(1e-3,), seeds=(0,)) -> list[Point]:
-    point = point_from(composed())
+    point = build_point(composed())
     method = {name: replace(point.method, name=name) for name in methods}
     return [
         replace(point, method=method[m], beta=b, lr=lr, seed=s)
@@ -70,17 +71,17 @@ BAD = [
     ("sweep.rungs=[0.25,0.5]", "must be shares of alignment's steps that rise and end with 1"),
     ("sweep.rungs=[0,1]", "that rise"),
     ("sweep.rungs=[]", "that rise"),
-    ("sweep.share=0", "sweep.share=0: must be > 0 and <= 1"),
-    ("sweep.share=1.5", "sweep.share=1.5: must be > 0 and <= 1"),
+    ("sweep.keep_fraction=0", "sweep.keep_fraction=0: must be > 0 and <= 1"),
+    ("sweep.keep_fraction=1.5", "sweep.keep_fraction=1.5: must be > 0 and <= 1"),
     ("sweep.search=random", "sweep.search=random: must be one of grid, halving"),
-    ("trainer.align.stop=0", "trainer.align.stop=0: must be > 0 and <= 1"),
-    ("trainer.align.stop=0.5", "sweep.search=halving stops points itself; give sweep.rungs"),
+    ("trainer.align.stop_fraction=0", "trainer.align.stop_fraction=0: must be > 0 and <= 1"),
+    ("trainer.align.stop_fraction=0.5", "sweep.search=successive_halving stops points itself; give sweep.rungs"),
 ]
 
 
 @pytest.mark.parametrize(("override", "message"), BAD, ids=[override for override, _ in BAD])
 def test_a_bad_value_is_an_error_that_names_the_key(override, message):
-    own = [] if override.startswith("sweep.search") else ["sweep.search=halving"]
+    own = [] if override.startswith("sweep.search") else ["sweep.search=successive_halving"]
     with pytest.raises(ConfigError) as raised:
-        point_from(composed(*own, override))
+        build_point(composed(*own, override))
     assert message in str(raised.value)

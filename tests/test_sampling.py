@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from src.config import Generation
-from src.sampling import sample
-from tests.test_logprobs import make_model
+from src.config.schema import Generation
+from src.model.sampling import sample
+from tests.support.small_models import make_model
 
 
 class Template:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, start, train
+from tests.support.commands import SMALL, start, train
 
 PROGRAM = Path(sys.executable).with_name("transformers")
 SERVED = [
@@ -106,7 +106,7 @@ def test_a_server_that_dies_while_it_samples_is_one_line_that_says_so(here, tmp_
     (tmp_path / "store").mkdir()
     for kind in ("sft", "reference", "align"):
         (tmp_path / "store" / kind).symlink_to(here / "store" / kind)
-    many = ["server.concurrency=1", "evaluation.prompts=400"]  # it is not through when it is killed
+    many = ["server.concurrency=1", "evaluation.num_prompts=400"]  # it is not through when it is killed
     process = start(*POINT, *SERVED, *many, f"output_dir={tmp_path}")
     first_responses(process, tmp_path)
     running = servers(tmp_path)

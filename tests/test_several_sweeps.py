@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from sweeps.variants import telling_apart
-from tests.conftest import ROOT, SMALL, environment, train
+from sweeps.search.variants import telling_apart
+from tests.support.commands import ROOT, SMALL, environment, train
 
 
 def study(method="dpo", **settings):

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from tests.artefacts import results
-from tests.conftest import ROOT, SMALL, environment, start, train
-from tests.on_slurm import (
+from tests.support.artifacts import results
+from tests.support.commands import ROOT, SMALL, environment, start, train
+from tests.support.on_slurm import (
     FOUR,
     LATER,
     MAX_ARRAY,
@@ -102,7 +102,7 @@ def test_a_failing_sft_is_named_children_are_cancelled_and_the_same_command_comp
     status = tool("status", folder)
     assert "cancelled" in status.stdout and f"log: {folder}" in status.stdout
 
-    none = train(*FOUR, *SLURM, "hydra.launcher.retry=none", f"output_dir={tmp_path}", check=False)
+    none = train(*FOUR, *SLURM, "hydra.launcher.retry_failed=false", f"output_dir={tmp_path}", check=False)
     assert none.returncode == 1 and "4 of 4 points failed" in none.stderr and not queue(slurm)
 
     (tmp_path / "store" / "sft").unlink()
@@ -131,7 +131,7 @@ def test_only_what_is_new_is_submitted_and_what_is_gone_is_offered(slurm, tmp_pa
 
     fewer = submit("0.1,3")
     assert "dpo beta=1 lr=0.001" in fewer and f"sweeps.cancel {folder} --removed" in fewer
-    assert len(queue(slurm)) == len(before) + 1, "nothing is cancelled silently"
+    assert len(queue(slurm)) == len(before) + 1, "nothing is cancelled no_progress"
     status = tool("status", folder)
     assert "2 points: 2 queued" in status.stdout and "no longer has" in status.stdout
 

@@ -2,12 +2,12 @@
 
 import pandas as pd
 
-from tests.conftest import SMALL, train
-from tests.on_slurm import SLURM, finished, queue, said, sweep_json, tool, until
+from tests.support.commands import SMALL, train
+from tests.support.on_slurm import SLURM, finished, queue, said, sweep_json, tool, until
 
 # The second learning rate diverges.
-HALVING = ["-m", "method=orpo", "beta=0.1,1", "lr=1e-3,1e30", "sweep.search=halving", "sweep.rungs=[0.5,1]"]
-HALVING += ["sweep.share=0.25", *SMALL]
+HALVING = ["-m", "method=orpo", "beta=0.1,1", "lr=1e-3,1e30", "sweep.search=successive_halving", "sweep.rungs=[0.5,1]"]
+HALVING += ["sweep.keep_fraction=0.25", *SMALL]
 
 
 def points(folder):
@@ -28,7 +28,7 @@ def test_each_call_goes_on_and_what_failed_is_left_behind_when_it_is_told_so(slu
     status = tool("status", folder).stdout
     assert "4 points: 2 failed, 2 done" in status and "diverged" in status
 
-    output = train(*command, "hydra.launcher.retry=none").stdout
+    output = train(*command, "hydra.launcher.retry_failed=false").stdout
     assert "h: rung 2 of 2: 1 points to the end" in output and "1 submitted now" in output
     until(lambda: finished(folder))
     record = sweep_json(folder)

@@ -5,13 +5,13 @@ import subprocess
 
 import pytest
 
-from tests import tiny_llama
-from tests.conftest import ROOT, command, environment
-from tests.on_slurm import SLURM, said, sweep_json
+from tests.support import tiny_llama
+from tests.support.commands import ROOT, command, environment
+from tests.support.on_slurm import SLURM, said, sweep_json
 
 SMALLER = [
     *("trainer.sft.batch_size=8", "trainer.align.batch_size=8", "dataset.validation_size=16"),
-    *("evaluation.prompts=8", "evaluation.generation.max_new_tokens=12", "engine=zero3"),
+    *("evaluation.num_prompts=8", "evaluation.generation.max_new_tokens=12", "engine=zero3"),
 ]
 TASKS = ["hydra.launcher.gpus_per_node=2", "hydra.launcher.wait=true"]
 SETUPS = {"llama32_3b_tldr": tiny_llama.tldr, "llama31_8b_uf": tiny_llama.ultrachat_ultrafeedback}

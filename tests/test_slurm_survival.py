@@ -7,9 +7,9 @@ import subprocess
 import pytest
 from safetensors.torch import load_file
 
-from tests.artefacts import results
-from tests.conftest import SMALL, train
-from tests.on_slurm import (
+from tests.support.artifacts import results
+from tests.support.commands import SMALL, train
+from tests.support.on_slurm import (
     FOUR,
     LONG,
     SLURM,
@@ -124,13 +124,13 @@ def test_processes_of_a_job_told_to_stop_wait_for_the_one_that_saves(slurm, undi
         "method=dpo",
         "beta=0.1",
         *LONG,
-        "trainer.checkpoint_steps=10000",
+        "trainer.save_steps=10000",
         "engine=ddp",
         "sweep.name=stop",
     ]
     gpus = [
-        "hydra.launcher.kinds.point.gpus_per_node=2",
-        f"hydra.launcher.kinds.point.setup=['export PYTHONPATH={slow}']",
+        "hydra.launcher.kinds.align.gpus_per_node=2",
+        f"hydra.launcher.kinds.align.setup=['export PYTHONPATH={slow}']",
     ]
     shutil.copytree(undisturbed / "store" / "sft", tmp_path / "out" / "store" / "sft")
     train(*arguments, *SLURM, *gpus, f"output_dir={tmp_path / 'out'}")
@@ -156,7 +156,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_with_more_space(slurm
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
     try:
-        arguments = ["-m", "method=dpo", "beta=0.1", *SMALL, "trainer.checkpoint_steps=1", "sweep.name=full"]
+        arguments = ["-m", "method=dpo", "beta=0.1", *SMALL, "trainer.save_steps=1", "sweep.name=full"]
         train(*arguments, *SLURM, f"output_dir={disk}")
         folder = disk / "sweeps" / "full"
         until(lambda: "disk full while computing" in tool("status", folder).stdout)

@@ -1,10 +1,10 @@
 """Jobs of a real SLURM cluster and W&B: each tells of what it computes, or the last of everything."""
 
-from src.store import read_json
-from tests import wandb_server
-from tests.conftest import SMALL
-from tests.on_slurm import SLURM, finished, until
-from tests.tracked import metrics_of, run, told
+from src.store.files import read_json
+from tests.support import wandb_server
+from tests.support.commands import SMALL
+from tests.support.on_slurm import SLURM, finished, until
+from tests.support.tracked import metrics_of, run, told
 
 
 def test_jobs_tell_w_and_b_while_they_run_or_their_conclusion_in_one_go(slurm, tmp_path):

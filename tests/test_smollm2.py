@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.config import ConfigError
-from src.identity import locate
-from tests.conftest import train
+from src.errors import ConfigError
+from src.planning.identity import locate
+from tests.support.commands import train
 
 PAIRS = [
     ("What is the capital of France?", "The capital of France is Paris.", "I like turtles, and also the sea."),

@@ -5,13 +5,14 @@ import subprocess
 
 import pytest
 
-from src import stages
-from src.checks import point_from
-from src.lease import LeaseLost
-from src.plan import make_plan
-from src.store import Store, write_json
-from tests.conftest import SMALL, train
-from tests.test_config import composed
+from src.config.validation import build_point
+from src.planning.plan import make_plan
+from src.stages import runner
+from src.store.files import write_json
+from src.store.lease import LeaseLost
+from src.store.store import Store
+from tests.support.commands import SMALL, train
+from tests.support.configs import composed
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_a_clear_error_and_the_same_command_goes_on_with_more_space(small_disk):
-    arguments = [*SMALL, "trainer.checkpoint_steps=1", f"output_dir={small_disk}"]
+    arguments = [*SMALL, "trainer.save_steps=1", f"output_dir={small_disk}"]
     done = train(*arguments, f"hydra.run.dir={small_disk.parent}/run", check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "failed: disk full while computing mini_tldr sft" in done.stderr
@@ -37,7 +38,7 @@ def test_a_full_disk_is_a_clear_error_and_the_same_command_goes_on_with_more_spa
 
 
 def test_a_stage_taken_over_by_another_process_is_waited_for(tmp_path, monkeypatch):
-    point = point_from(composed(f"output_dir={tmp_path}"))
+    point = build_point(composed(f"output_dir={tmp_path}"))
     store = Store(tmp_path)
     stage = next(iter(make_plan([point], store).stages.values()))
     calls = []
@@ -50,8 +51,8 @@ def test_a_stage_taken_over_by_another_process_is_waited_for(tmp_path, monkeypat
                 raise LeaseLost("taken over")
             write_json(attempt.out / "made.json", 1)
 
-    monkeypatch.setattr(stages.importlib, "import_module", lambda name: Module)
-    assert (stages.ensure(stage, store) / "made.json").exists()
+    monkeypatch.setattr(runner.importlib, "import_module", lambda name: Module)
+    assert (runner.compute_or_wait(stage, store) / "made.json").exists()
     assert len(calls) == 2
-    stages.ensure(stage, store)
+    runner.compute_or_wait(stage, store)
     assert len(calls) == 2

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import ROOT, SMALL, dry_run, environment, start, train
+from tests.support.commands import ROOT, SMALL, dry_run, environment, start, train
 
 FOUR = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
 CONTRACT = [
@@ -209,7 +209,7 @@ def test_keep_best_leaves_the_best_models_and_everything_measured(tmp_path):
         *SMALL,
         f"output_dir={tmp_path}",
         "sweep.name=kept",
-        "keep=best",
+        "keep_checkpoints=best",
     ]
     train(*arguments)
     best = yaml.safe_load((tmp_path / "sweeps" / "kept" / "best.yaml").read_text())["mini_tldr"]
@@ -220,7 +220,7 @@ def test_keep_best_leaves_the_best_models_and_everything_measured(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*")} == before
     # Other samples of a model that is gone: it is made again, the same one.
     metrics = {p: p.read_text() for p in (tmp_path / "store" / "align").glob("*/validation.jsonl")}
-    train(*arguments[:-2], "sweep.name=other", "keep=all", "evaluation.generation.temperature=0.5")
+    train(*arguments[:-2], "sweep.name=other", "keep_checkpoints=all", "evaluation.generation.temperature=0.5")
     assert len(weights(tmp_path)) == 4
     assert {p: p.read_text() for p in metrics} == metrics
 
@@ -236,7 +236,7 @@ def test_points_that_share_a_model_all_get_it_before_it_goes(keep, tmp_path):
 def test_keep_none_also_frees_what_was_kept_before(tmp_path):
     train(*SMALL, f"output_dir={tmp_path}")
     assert len(weights(tmp_path)) == 1
-    train(*SMALL, f"output_dir={tmp_path}", "keep=none")
+    train(*SMALL, f"output_dir={tmp_path}", "keep_checkpoints=none")
     assert weights(tmp_path) == set() and list((tmp_path / "store" / "evaluate").glob("*/result.json"))
 
 

@@ -8,15 +8,16 @@ import datasets
 import pandas as pd
 import pytest
 
-from src.checks import point_from
-from src.config import CONF_DIR, ConfigError, Dataset, HubTable
+from src.config.schema import CONF_DIR, Dataset, HubTable
+from src.config.validation import build_point
 from src.data.tables import Hub
-from src.lease import Lease
-from src.plan import stages_of
-from src.store import Attempt
-from tests import tiny_llama
-from tests.conftest import at_once
-from tests.test_config import composed
+from src.errors import ConfigError
+from src.planning.stage import stages_of
+from src.store.attempt import Attempt
+from src.store.lease import Lease
+from tests.support import tiny_llama
+from tests.support.commands import at_once
+from tests.support.configs import composed
 
 PAIRS = [
     {"prompt": [{"role": "user", "content": f"p{n}"}], "chosen": f"a{n}", "rejected": f"b{n}", "score": n / 2}
@@ -107,9 +108,9 @@ def test_filters_leave_out_what_is_there_twice_and_what_is_rejected_elsewhere(tm
     demonstrations, pairs = read(distinct=True)
     assert demonstrations == [("p", "a"), ("q", "a"), ("q", "b"), ("r", "b")]
     assert pairs == ROWS[:2] + ROWS[3:]
-    demonstrations, pairs = read(never_rejected=True)
+    demonstrations, pairs = read(drop_if_rejected_elsewhere=True)
     assert pairs == [row for row in ROWS if row[:2] != ("q", "b")] and demonstrations == [p[:2] for p in pairs]
-    assert read(distinct=True, never_rejected=True)[0] == [("p", "a"), ("q", "a"), ("r", "b")]
+    assert read(distinct=True, drop_if_rejected_elsewhere=True)[0] == [("p", "a"), ("q", "a"), ("r", "b")]
     # Sizes are of what is left, and the fewer are part of the more.
     shares = [
         hub(folder, HubTable("x/sft"), HubTable("x/y", distinct=True), train_size=n).pairs("train") for n in (2, 4, 9)
@@ -136,7 +137,7 @@ def test_another_number_of_rows_than_the_config_says_is_a_warning_with_both(tmp_
 
 
 def test_filters_make_other_stages_and_what_is_said_of_a_table_does_not(tmp_path):
-    point = point_from(composed("dataset=tldr", "judge=none", "evaluation=preference"))
+    point = build_point(composed("dataset=tldr", "judge=none", "evaluation=preference"))
     point.dataset = hub(table(tmp_path, ROWS)).data
 
     def identities(**changes):
@@ -145,7 +146,12 @@ def test_filters_make_other_stages_and_what_is_said_of_a_table_does_not(tmp_path
 
     same = identities()
     assert identities(rows={"train": 3}, tokens=5.0) == same
-    for changes in ({"distinct": True}, {"never_rejected": True}, {"columns": {"chosen": "x"}}, {"adapter": "hh"}):
+    for changes in (
+        {"distinct": True},
+        {"drop_if_rejected_elsewhere": True},
+        {"columns": {"chosen": "x"}},
+        {"adapter": "hh"},
+    ):
         assert not set(identities(**changes).values()) & {same["sft"], same["align"], same["evaluate"]}
 
 
@@ -182,7 +188,7 @@ UF = "setup=llama31_8b_uf"
             "train_prefs, row 0: no column 'best' for chosen",
         ),
         (lambda f: None, ("+dataset.preference.columns.chosen=score_chosen",), "row 0: chosen must be text"),
-        (lambda f: None, ("dataset.sft.never_rejected=true",), "train_sft, row 0: no field 'chosen'"),
+        (lambda f: None, ("dataset.sft.drop_if_rejected_elsewhere=true",), "train_sft, row 0: no field 'chosen'"),
         (lambda f: None, ("dataset.sft.adapter=hhh",), "dataset.sft.adapter=hhh: must be one of null, hh"),
         (lambda f: None, ("dataset.preference.adapter=hh",), "row 0: not a conversation of Human: and Assistant:"),
     ],
@@ -211,15 +217,15 @@ def test_preparing_rows_says_how_far_it_is_once_it_lasts(tmp_path, monkeypatch):
     with Lease(tmp_path) as lease:
         attempt = Attempt(tmp_path, tmp_path, lease, lambda *said: told.append(said), "sft", "identity", tmp_path)
 
-        def prepare(count, seconds):
+        def patch_model_(count, seconds):
             rows = []
             for row in attempt.over(range(count), "rows"):
                 now[0] += seconds
                 rows.append(row)
             return rows
 
-        assert prepare(10, 0.1) == list(range(10)) and told == []
-        assert prepare(10, 1.0) == list(range(10))
+        assert patch_model_(10, 0.1) == list(range(10)) and told == []
+        assert patch_model_(10, 1.0) == list(range(10))
     assert told[0][0] == "sft: rows" and told[-1] == ("sft: rows", 10, 10)
     assert len(told) > 5 and [step for _, step, _ in told] == sorted(step for _, step, _ in told)
 

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from src.methods import METHODS
+from src.losses import LOSSES
 from src.toy.networks import _drawn, _gradient, _scores, _tested, train
 from src.toy.study import OBJECTIVES, Training
-from tests.conftest import ROOT, environment
+from tests.support.commands import ROOT, environment
 
-SMALL = Training("dpo", 3, 0.9, 0.03, 1.0, prompts=100, train_fraction=0.8, epochs=3, batch_size=16, optimiser="adam")
+SMALL = Training("dpo", 3, 0.9, 0.03, 1.0, prompts=100, train_fraction=0.8, epochs=3, batch_size=16, optimizer="adam")
 
 
 def toy(*overrides, check=True):
@@ -31,7 +31,7 @@ def test_the_gradient_by_hand_is_autograds(objective):
     options = {"calibration_weight": 1.0} if objective == "cal_dpo" else {}
 
     def loss(chosen, rejected):
-        return METHODS[objective].loss(chosen, rejected, 1.0, **options)
+        return LOSSES[objective](chosen, rejected, 1.0, **options)
 
     by_hand = _gradient(weights, x, y, loss)
     for seed in range(4):
@@ -121,7 +121,7 @@ def test_after_an_interruption_only_what_is_missing_is_trained_and_the_table_is_
         ("objectives=[simpo]", "objectives: simpo (on a scalar score it is dpo) is none of dpo, ipo,"),
         ("widths=[]", "widths: an empty list"),
         ("lrs=[0.1,0.1]", "a value stands there twice"),
-        ("optimiser=adamw", "optimiser=adamw: one of adam, sgd"),
+        ("optimizer=adamw", "optimizer=adamw: one of adam, sgd"),
         ("seeds=0", "seeds=0: at least 1"),
         ("train_fraction=1.0", "2000 prompts train and 0 test"),
         ("seed=3", "seed"),

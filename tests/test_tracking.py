@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from src.config import Tracking
-from src.store import read_json
+from src.config.schema import Tracking
+from src.store.files import read_json
 from src.tracking.following import logged_in, place_of
 from src.tracking.session import Place
-from tests import wandb_server
-from tests.conftest import ROOT, SMALL, command
-from tests.tracked import metrics_of, offline_history, read_yaml, run, shell, told
+from tests.support import wandb_server
+from tests.support.commands import ROOT, SMALL, command
+from tests.support.tracked import metrics_of, offline_history, read_yaml, run, shell, told
 
 
 @pytest.fixture

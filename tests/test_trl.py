@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.trl_side import trl_trainer
-from src.checks import point_from
-from src.data.tokenised import examples_of
-from src.models import template_of
-from src.training import batch_indices
-from tests.conftest import SMALL, train
-from tests.test_config import composed
+from src.config.validation import build_point
+from src.data.tokenization import examples_of
+from src.model.loading import template_of
+from src.training.loop import batch_indices
+from tests.support.commands import SMALL, train
+from tests.support.configs import composed
 
 STEPS = 50
 POINT = [
@@ -35,7 +35,7 @@ def test_fifty_steps_have_the_losses_that_trl_has(tmp_path):
 
     (sft,) = (path.parent for path in (tmp_path / "store").glob("sft/*/DONE"))
     (file,) = (tmp_path / "store").glob("reference/*/reference.safetensors")
-    point = point_from(composed(*POINT))
+    point = build_point(composed(*POINT))
     examples = examples_of(point, "train", template_of(point)).examples
     size = point.trainer.align.batch_size
     order = [i for step in range(STEPS) for i in batch_indices(step, len(examples), size, point.seed)]

@@ -5,7 +5,7 @@ from hydra.core.config_store import ConfigStore
 from launchers.local import LocalLauncher as _LocalLauncher
 from launchers.slurm.launcher import SlurmLauncher as _SlurmLauncher
 from launchers.slurm.options import schema
-from sweeps.grid import GridSweeper as _GridSweeper
+from sweeps.sweeper import GridSweeper as _GridSweeper
 
 ConfigStore.instance().store(group="hydra/launcher", name="slurm_schema", node=schema())
 

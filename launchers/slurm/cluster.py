@@ -12,14 +12,13 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from src.config import ConfigError
-from src.failure import StageError
+from src.errors import ConfigError, StageError
 
 PATIENCE_SECONDS = 30.0  # with a controller that does not answer
 DEFAULT_MAX_ARRAY = 1001  # SLURM's own
 
 
-class ClusterSilent(StageError):
+class SlurmUnavailable(StageError):
     """SLURM's controller does not answer, so nothing can be said about jobs."""
 
 
@@ -83,7 +82,7 @@ def max_array_size() -> int:
 
 
 def queue() -> dict[str, Queued]:
-    """This user's jobs that have not ended, array tasks each by their own id. Raises ClusterSilent."""
+    """This user's jobs that have not ended, array tasks each by their own id. Raises SlurmUnavailable."""
     text = _patiently(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%j"])
     jobs = (Queued(job, name, state, reason) for job, state, reason, name in _rows(text, 4))
     return {job.id: job for job in jobs}
@@ -122,7 +121,7 @@ def cancel(jobs: Iterable[str]) -> None:
 
 
 def state_of(job: str) -> str | None:
-    """Of one job or array task; None when the queue has it no more. Raises ClusterSilent."""
+    """Of one job or array task; None when the queue has it no more. Raises SlurmUnavailable."""
     text = _patiently(["squeue", "--noheader", "--jobs", job, "--format=%T"], known="Invalid job id")
     return text.split()[0] if text.strip() else None
 
@@ -135,7 +134,7 @@ def requeue(job: str) -> None:
 def _patiently(command: list[str], known: str | None = None) -> str:
     """Output of a command that a busy or restarting controller may leave unanswered for a while.
 
-    known: an error that is an answer: nothing. Raises ClusterSilent.
+    known: an error that is an answer: nothing. Raises SlurmUnavailable.
     """
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -146,7 +145,7 @@ def _patiently(command: list[str], known: str | None = None) -> str:
             return ""
         if time.monotonic() > end:
             said = " ".join((done.stdout + done.stderr).split())
-            raise ClusterSilent(f"SLURM does not answer ({' '.join(command[:2])}: {said}); try again")
+            raise SlurmUnavailable(f"SLURM does not answer ({' '.join(command[:2])}: {said}); try again")
         time.sleep(random.uniform(0.5, 2))  # hundreds of jobs may ask at once
 
 

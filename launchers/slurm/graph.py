@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from src.plan import Plan, Stage
+from src.planning.plan import Plan
+from src.planning.stage import Stage
 
 SHARED = ("sft", "reference", "baseline")
 

@@ -12,16 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.slurm import ledger
-from src import interruption
-from src.failure import one_line_failure
-from src.interruption import Interrupted
+from launchers.slurm import job_records as ledger
+from src import preemption as preemption
+from src.errors import describe_failure
+from src.preemption import Interrupted
 from src.progress import RunProgress
-from src.store import Store, read_json, write_json
+from src.store.files import read_json, write_json
+from src.store.store import Store
 from src.tracking.following import Following
 
 if TYPE_CHECKING:
-    from src.plan import Stage
+    from src.planning.stage import Stage
 
 AGAIN = 75  # exit code: interrupted, to be queued again (EX_TEMPFAIL of sysexits.h)
 LINE_SECONDS = 60.0  # between lines of progress in a job's output
@@ -34,20 +35,20 @@ log = logging.getLogger(__name__)
 
 
 def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int, wandb: str) -> None:
-    """Compute stages in order, resuming what an earlier run of this job had begun; runs in each of its processes.
+    """NumericsConfig stages in order, resuming what an earlier run of this job had begun; runs in each of its processes.
 
     Whatever a stage raises goes on to SLURM, which then says FAILED, and its line to the task's file. On USR2 (the
     time limit is near) and TERM the stage saves what it can resume from and the job asks to be queued again.
     """
     submission, store = ledger.read(Path(folder)), Store(output_dir)
     with speaking(submission, index):
-        _meet(stages[0].point.engine.parallel)
+        _meet(stages[0].point.engine.strategy)
 
-        from src.distributed import leave
-        from src.models import use_threads
-        from src.stages import ensure
+        from src.distributed import destroy_distributed
+        from src.model.loading import set_cpu_threads
+        from src.stages.runner import compute_or_wait
 
-        use_threads(stages[0].point.engine)
+        set_cpu_threads(stages[0].point.engine.cpu_threads)
         own = {identity for _, identity in submission.tasks[index].stages}
         delay = JITTER * len(submission.tasks)
         following = Following(store, Path(folder) / f"wandb-{index}.log", submission.folder.parent.parent, delay)
@@ -55,13 +56,13 @@ def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int, w
             if rank() == 0 and wandb == "live":
                 following.points([stage.point for stage in stages], own)
             for stage in stages:
-                ensure(stage, store, report)
-        if rank() == 0 and stages[0].point.keep == "none":
+                compute_or_wait(stage, store, report)
+        if rank() == 0 and stages[0].point.keep_checkpoints == "none":
             # No other point waits for a model that is this task's own; the conclusion would come too late for the disk.
             for stage in stages:
                 if stage.kind == "align" and {stage.identity, stages[-1].identity} <= own:
                     store.remove_weights(stage)
-        leave()
+        destroy_distributed()
 
 
 def _meet(parallel: str) -> None:
@@ -70,7 +71,7 @@ def _meet(parallel: str) -> None:
         return
     from submitit.helpers import TorchDistributedEnvironment
 
-    from src.distributed import join
+    from src.distributed import init_distributed
 
     # Of no other job of the node, nor of those that the system gives to outgoing connections.
     os.environ["MASTER_PORT"] = str(_PORTS.start + int(os.environ["SLURM_JOB_ID"]) % len(_PORTS))
@@ -78,7 +79,7 @@ def _meet(parallel: str) -> None:
     here = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if os.environ.get("SLURM_JOB_NUM_NODES") == "1":
         os.environ["MASTER_ADDR"] = "localhost"  # a node's name need not resolve on itself
-    joined = join(parallel)
+    joined = init_distributed(parallel)
     assert joined.size == here.world_size, f"{joined.size} processes met, {here.world_size} were started"
 
 
@@ -89,7 +90,7 @@ def rank() -> int:
 
 def conclude(finish: Callable[[dict[str, Any]], None], sweep: str, folder: str, wandb: str) -> None:
     """All jobs of a sweep have ended: say of each point what became of it, choose the best. Raises SweepFailed."""
-    from launchers.slurm.states import lost_points
+    from launchers.slurm.status import lost_points
 
     if rank() != 0:
         return
@@ -142,7 +143,7 @@ def speaking(submission: ledger.Submission, index: int) -> Any:
         with contextlib.suppress(OSError):  # a full disk must not hide what happened
             where = "" if leads else f"process {rank()}: "
             if submission.said(index).get("state") == "running":  # who fails first knows why
-                write_json(path, {**now, "state": "failed", "error": where + one_line_failure(error)})
+                write_json(path, {**now, "state": "failed", "error": where + describe_failure(error)})
         raise
     if leads:
         write_json(path, {**now, "state": "done"})
@@ -173,4 +174,4 @@ _near_its_limit = False  # whether it was the time limit that this job was told 
 def _ask_to_stop(signum: int, frame: Any) -> None:
     global _near_its_limit
     _near_its_limit = signum == signal.SIGUSR2
-    interruption.request("the time limit is near" if _near_its_limit else "SLURM wants the place back")
+    preemption.request("the time limit is near" if _near_its_limit else "SLURM wants the place back")

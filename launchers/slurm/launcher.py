@@ -13,11 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from launchers.slurm.graph import kind_of
 from launchers.slurm.options import RETRY, WANDB, resources_of
-from src.config import ConfigError, Point
-from src.failure import Lost
-from src.lease import Lease
-from src.plan import Plan
-from src.store import Store
+from src.config.schema import Point
+from src.errors import ConfigError, PointFailure
+from src.planning.plan import Plan
+from src.store.lease import Lease
+from src.store.store import Store
 
 if TYPE_CHECKING:
     from launchers.slurm.submit import Submitted
@@ -71,7 +71,7 @@ class SlurmLauncher(Launcher):
         for kind in sorted(kinds - {"aggregate"}):
             for point in plan.points:
                 self._check_share(kind, point)
-                if self.resources[kind].tasks > 1 and point.engine.parallel == "none":
+                if self.resources[kind].tasks > 1 and point.engine.strategy == "none":
                     raise ConfigError(
                         f"hydra.launcher: {kind} jobs have {self.resources[kind].tasks} GPUs, but engine="
                         f"{point.engine.name} uses one: choose engine=ddp, or give the job gpus_per_node=1"
@@ -94,19 +94,20 @@ class SlurmLauncher(Launcher):
                 " an example a step; lower hydra.launcher.gpus_per_node or nodes"
             )
 
-    def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, Lost] | None:
+    def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, PointFailure] | None:
         """Submit what is neither done nor on its way. Returns the points that were not reached once all has ended;
         None when jobs go on, the last of which calls `finish` with them.
 
-        Raises ConfigError when SLURM refuses a job, ClusterSilent when it does not answer.
+        Raises ConfigError when SLURM refuses a job, SlurmUnavailable when it does not answer.
         """
-        from launchers.slurm import cluster, ledger
+        from launchers.slurm import cluster
+        from launchers.slurm import job_records as ledger
 
         if not plan.needed and not ledger.submissions([folder]):
             return {}
-        from launchers.slurm.states import look, lost_points
+        from launchers.slurm.status import look, lost_points
+        from launchers.slurm.status_table import announce, watch
         from launchers.slurm.submit import submit
-        from launchers.slurm.table import announce, watch
 
         def leave() -> set[str]:
             if self.retry == "failed":
@@ -126,7 +127,7 @@ class SlurmLauncher(Launcher):
                     self.signal_delay_s,
                     self.wandb,
                 )
-        except (ConfigError, cluster.ClusterSilent):
+        except (ConfigError, cluster.SlurmUnavailable):
             if plan.needed:
                 raise
             return {}  # all is there, and SLURM not to be asked

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from src.config import ConfigError
+from src.errors import ConfigError
 
 KINDS = ("sft", "reference", "baseline", "point", "aggregate")
 RETRY = ("failed", "none")

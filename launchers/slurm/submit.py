@@ -13,15 +13,16 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from launchers.slurm import cluster, ledger
+from launchers.slurm import cluster
+from launchers.slurm import job_records as ledger
 from launchers.slurm.graph import Group, groups, shares
 from launchers.slurm.job import compute, conclude
-from launchers.slurm.ledger import Submission, Task
+from launchers.slurm.job_records import Submission, Task
 from launchers.slurm.options import Resources
-from src.config import ConfigError
-from src.plan import Plan
-from src.revision import snapshot
-from src.store import Store
+from src.errors import ConfigError
+from src.planning.plan import Plan
+from src.store.code_snapshot import snapshot
+from src.store.store import Store
 
 Finish = Callable[[dict[str, Any]], None]
 
@@ -54,7 +55,7 @@ def submit(
     known = ledger.submissions(store.sweeps.glob("*"))
     queue = cluster.queue()
     abandon(known, queue)
-    plan.look(store)  # only now: a job that the queue has no more has published by now
+    plan.refresh(store)  # only now: a job that the queue has no more has published by now
     running = _on_their_way(plan, known, queue)
     outcome = Submitted(on_their_way=sum(result in running for result in plan.results))
 
@@ -187,7 +188,7 @@ class _Sbatch:
             ],
             teardown=[
                 "code=$?",
-                f"[ $code -eq 0 ] || {shlex.quote(sys.executable)} -m launchers.slurm.after "
+                f"[ $code -eq 0 ] || {shlex.quote(sys.executable)} -m launchers.slurm.requeue "
                 f'{shlex.quote(str(submission.folder))} "${{SLURM_ARRAY_TASK_ID:-0}}" $code',
                 "exit $code",
             ],

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from src.config import ConfigError
 from src.data.rows import Row
+from src.errors import ConfigError
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.config import ConfigError
+from src.errors import ConfigError
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 Row = dict[str, Any]
@@ -126,7 +126,7 @@ def distinct_prompts(pairs: Iterable[Pair], count: int) -> list[Prompt]:
     return list(found.values())[:count]
 
 
-def chosen_at_random(count: int, size: int | None, seed: int | str) -> list[int]:
+def sample_indices(count: int, size: int | None, seed: int | str) -> list[int]:
     """`size` (None: all) of `count` places, ascending; the fewer are part of the more of the same seed."""
     order = list(range(count))
     random.Random(seed).shuffle(order)

@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from src.config import ConfigError, Dataset, HubTable
 from src.data.adapters import adapted
 from src.data.rows import (
     Demonstration,
     Pair,
     Prompt,
     Row,
-    chosen_at_random,
     demonstration_from,
     distinct_prompts,
     pair_from,
+    sample_indices,
 )
+from src.errors import ConfigError
+from src.planning.identity import DataInputs, TableInputs
 
 if TYPE_CHECKING:
     import datasets
 
 T = TypeVar("T", Demonstration, Pair)
 # Goes over rows, telling how far it is; the words say what is done.
-Over = Callable[[Sequence[Any], str], Iterable[Any]]
+ProgressFn = Callable[[Sequence[Any], str], Iterable[Any]]
+
+# table -> split -> number of rows that the config expects
+ExpectedRows = Mapping[str, Mapping[str, int]]
+NO_EXPECTATION: ExpectedRows = {}
 
 log = logging.getLogger(__name__)
 
 
-def silently(rows: Sequence[Any], what: str) -> Sequence[Any]:
+def no_progress(rows: Sequence[Any], what: str) -> Sequence[Any]:
     return rows
 
 
@@ -40,16 +45,16 @@ class Hub:
     """`dataset.sft` and `dataset.preference`; with dataset.path the folders sft and preference below it, each laid out
     as the hub lays out a table (parquet, arrow or JSON lines), or as `DatasetDict.save_to_disk` does."""
 
-    def __init__(self, data: Dataset) -> None:
-        self.data = data
+    def __init__(self, data: DataInputs, expected_rows: ExpectedRows = NO_EXPECTATION) -> None:
+        self.data, self.expected_rows = data, expected_rows
         self._validation = cache(self._pairs)  # every job of a sweep asks for it several times
 
-    def demonstrations(self, over: Over = silently) -> list[Demonstration]:
+    def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
         assert self.data.sft is not None
-        return self._read("sft", self.data.sft.train_split, demonstration_from, self.data.sft_size, over)
+        return self._read("sft", self.data.sft.train_split, demonstration_from, self.data.sft_size, track)
 
-    def pairs(self, split: str, over: Over = silently) -> list[Pair]:
-        return self._validation(split) if split == "validation" else self._pairs(split, over)
+    def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
+        return self._validation(split) if split == "validation" else self._pairs(split, track)
 
     def prompts(self, count: int) -> list[Prompt]:
         return distinct_prompts(self.pairs("validation"), count)
@@ -59,63 +64,68 @@ class Hub:
         data = self.data
         if data.path is None:
             return
-        assert data.sft is not None and data.preference is not None
-        self._check("sft", data.sft.train_split, demonstration_from)
-        if data.sft.never_rejected:
-            self._check("sft", data.sft.train_split, pair_from)
-        for split in (data.preference.train_split, data.preference.validation_split):
-            self._check("preference", split, pair_from)
+        if data.sft is not None:
+            self._check("sft", data.sft.train_split, demonstration_from)
+            if data.sft.drop_if_rejected_elsewhere:
+                self._check("sft", data.sft.train_split, pair_from)
+        if data.preference is not None:
+            for split in (data.preference.train_split, data.preference.validation_split):
+                self._check("preference", split, pair_from)
 
     def _check(self, name: str, split: str, parse: Callable[[Row, str], T]) -> None:
         first: Any = next(iter(self._table(name, split, streaming=True)), None)
         if first is None:
-            raise ConfigError(f"{self._where(name)}/{split}: no rows in it")
+            raise ConfigError(f"{self._location(name)}/{split}: no rows in it")
         self._parsed(name, split, first, 0, parse)
 
-    def _pairs(self, split: str, over: Over = silently) -> list[Pair]:
+    def _pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
         table = self.data.preference
         assert table is not None
         if split == "train":
-            return self._read("preference", table.train_split, pair_from, self.data.train_size, over)
-        return self._read("preference", table.validation_split, pair_from, self.data.validation_size, over)
+            return self._read("preference", table.train_split, pair_from, self.data.train_size, track)
+        return self._read("preference", table.validation_split, pair_from, self.data.validation_size, track)
 
-    def _read(self, name: str, split: str, parse: Callable[[Row, str], T], size: int | None, over: Over) -> list[T]:
+    def _read(
+        self, name: str, split: str, parse: Callable[[Row, str], T], size: int | None, track: ProgressFn
+    ) -> list[T]:
         rows = self._table(name, split)
-        left = self._left(name, split, rows, parse, over)
-        numbers = [left[i] for i in chosen_at_random(len(left), size, self.data.seed)]
-        told = over(rows.select(numbers), f"{split} rows")
+        kept = self._filtered_indices(name, split, rows, parse, track)
+        numbers = [kept[i] for i in sample_indices(len(kept), size, self.data.seed)]
+        told = track(rows.select(numbers), f"{split} rows")
         return [self._parsed(name, split, row, number, parse) for number, row in zip(numbers, told, strict=True)]
 
-    def _left(self, name: str, split: str, rows: Any, parse: Callable[[Row, str], T], over: Over) -> Sequence[int]:
+    def _filtered_indices(
+        self, name: str, split: str, rows: Any, parse: Callable[[Row, str], T], track: ProgressFn
+    ) -> Sequence[int]:
         """Numbers of the rows that the table's filters leave; how many is compared with what the config says."""
-        settings: HubTable = getattr(self.data, name)
+        settings: TableInputs = getattr(self.data, name)
         left: Sequence[int] = range(len(rows))
-        if settings.never_rejected:
-            told = over(rows, f"{split} rows rejected elsewhere")
+        if settings.drop_if_rejected_elsewhere:
+            told = track(rows, f"{split} rows rejected elsewhere")
             left = _never_rejected([self._parsed(name, split, row, i, pair_from) for i, row in enumerate(told)], left)
-        if settings.distinct:
-            told = over(rows, f"{split} rows that repeat")
+        if settings.deduplicate:
+            told = track(rows, f"{split} rows that repeat")
             left = _distinct([self._parsed(name, split, row, i, parse) for i, row in enumerate(told)], left)
-        said = settings.rows.get(split)
+        said = self.expected_rows.get(name, {}).get(split)
         if said not in (None, len(left)):
             of = f" of {len(rows)} after filtering" if len(left) < len(rows) else ""
-            where = f"{self._where(name)}/{split}"
+            where = f"{self._location(name)}/{split}"
             log.warning("%s has %d rows%s; dataset.%s.rows says %d", where, len(left), of, name, said)
         return left
 
     def _parsed(self, name: str, split: str, row: Row, number: int, parse: Callable[[Row, str], T]) -> T:
-        settings: HubTable = getattr(self.data, name)
-        where = f"{self._where(name)}/{split}, row {number}"
+        settings: TableInputs = getattr(self.data, name)
+        where = f"{self._location(name)}/{split}, row {number}"
         return parse(adapted(row, settings.columns, settings.adapter, where), where)
 
-    def _where(self, name: str) -> str:
-        return getattr(self.data, name).path if self.data.path is None else str(Path(self.data.path) / name)
+    def _location(self, name: str) -> str:
+        return getattr(self.data, name).path if self.data.path is None else str(Path(self.data.path.location) / name)
 
     def _table(self, name: str, split: str, streaming: bool = False) -> datasets.Dataset:
         """Raises ConfigError where it cannot be had."""
         import datasets
 
-        where = self._where(name)
+        where = self._location(name)
         key = f"dataset.{name}.path" if self.data.path is None else "dataset.path"
         try:
             if self.data.path is not None and (Path(where) / "dataset_dict.json").is_file():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from src.config import ConfigError
 from src.data.rows import Prompt
+from src.errors import ConfigError
 
 # The header format of Llama 3 (Meta's model card); base checkpoints come without a template.
 _LLAMA3 = (

@@ -14,19 +14,20 @@ from collections.abc import Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from src.config import ConfigError, Judge, Point
 from src.data.rows import read_rows
-from src.failure import EXPECTED, StageError, one_line_failure
-from src.identity import digest, fingerprint
+from src.errors import USER_FACING_ERRORS, ConfigError, StageError, describe_failure
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers
-from src.judges.endpoint import Endpoint, Question, account
-from src.store import Store, write_json
+from src.judges.judge_client import JudgeClient, Question, usage
+from src.planning.identity import ContentPath, EvaluateInputs, digest
+from src.planning.resources import JudgeEndpoint, Resources
+from src.store.files import write_json
+from src.store.store import Store
 
 if TYPE_CHECKING:
     import openai
 
-    from src.store import Attempt
+    from src.store.attempt import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +39,19 @@ TOKENS = "preference_price_per_example"  # at a price of 1
 PASSES = 2  # over the comparisons without a preference
 
 
-def alpaca_eval(point: Point, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
+def alpaca_eval(
+    inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt
+) -> Judged:
     """A verdict is the annotator's preference less one, a tie where it has none after two attempts. Raises StageError
     when the endpoint fails or the budget is spent."""
-    name = point.judge.model
-    assert name is not None
-    if len(comparisons) != point.evaluation.prompts:
+    judge = inputs.judge
+    assert judge is not None and isinstance(judge.model, ContentPath)
+    name = judge.model_name
+    if len(comparisons) != inputs.prompts.num_prompts:
         raise StageError(
-            f"{len(comparisons)} of {point.evaluation.prompts} questions have a sample: none may be missing"
+            f"{len(comparisons)} of {inputs.prompts.num_prompts} questions have a sample: none may be missing"
         )
-    generator = f"{point.setup.name} {point.label}"
+    generator = f"{inputs.setup} {attempt.label}"
     rows = [
         {
             "instruction": c.prompt.text,
@@ -70,9 +74,9 @@ def alpaca_eval(point: Point, comparisons: Sequence[Comparison], attempt: Attemp
     ]
     write_json(attempt.out / OUTPUTS_FILE, outputs)
     answers = Answers(Store(attempt.output_dir).answers("alpaca_eval", name))
-    annotator = fingerprint(name, key="judge.model")
+    annotator = judge.model.fingerprint
     keys = [digest([annotator, row["instruction"], row["output_1"], row["output_2"]]) for row in rows]
-    endpoint, annotate = Endpoint(point.judge, answers), _Annotator(point.judge)
+    endpoint, annotate = JudgeClient(judge, resources.judge, answers), _Annotator(name, resources.judge)
     parts = ("instruction", "output_1", "output_2")
     questions = {
         key: Question(partial(annotate, row), sum(len(row[part]) for part in parts))
@@ -87,7 +91,7 @@ def alpaca_eval(point: Point, comparisons: Sequence[Comparison], attempt: Attemp
     missing = sum(row["preference"] is None for row in rows)
     if missing == len(rows):
         raise StageError(f"judge.model={name}: not one of {len(rows)} annotations has a preference")
-    took = account(point.judge, [answers.known[key] for key in keys if key in answers.known], attempt, missing)
+    took = usage(resources.judge, [answers.known[key] for key in keys if key in answers.known], attempt, missing)
     if missing:
         level = logging.WARNING if 10 * missing > len(rows) else logging.INFO
         log.log(level, "%s: %d of %d annotations have no preference", attempt.label, missing, len(rows))
@@ -104,17 +108,17 @@ class _Annotator:
     """One row after the other through the package, from several threads; each answer is kept here as it comes, where
     the package would write many at once, and into itself."""
 
-    def __init__(self, judge: Judge) -> None:
-        self._judge, self._own = judge, threading.local()
+    def __init__(self, name: str, endpoint: JudgeEndpoint) -> None:
+        self._name, self._endpoint, self._own = name, endpoint, threading.local()
         _package()  # imported by one thread
 
     def __call__(self, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
         """The row with its preference, and as its price the number of tokens. Raises what the client does."""
         if not hasattr(self._own, "pairwise"):
             self._own.pairwise = _package().annotators.PairwiseAnnotator(
-                annotators_config=self._judge.model, caching_path=None, is_avoid_reannotations=False
+                annotators_config=self._name, caching_path=None, is_avoid_reannotations=False
             )
-        settings = {"timeout": self._judge.timeout, "max_retries": 0, "http_client": client._client}
+        settings = {"timeout": self._endpoint.timeout, "max_retries": 0, "http_client": client._client}
         (found,) = self._own.pairwise(
             [row],
             openai_api_keys=[client.api_key],
@@ -239,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{rows[0]['generator_2']} against {rows[0]['generator_1']}, {with_one} preferences")
         for name, score in win_rates(rows).items():
             print(f"{name:26} {score['value']:.2f} ± {score['se']:.2f}")
-    except EXPECTED as error:
-        sys.exit(f"error: {one_line_failure(error)}")
+    except USER_FACING_ERRORS as error:
+        sys.exit(f"error: {describe_failure(error)}")
 
 
 if __name__ == "__main__":

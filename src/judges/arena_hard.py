@@ -1,5 +1,5 @@
 """Arena-Hard v0.1: a language model compares an answer with the baseline's in two games, once in each order. Labels,
-weights, score and interval are the benchmark's; so are the words, when judge.prompt names its own config."""
+weights, score and interval are the benchmark's; so are the words, when judge.prompt_file names its own config."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from src.config import Point
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers
-from src.judges.endpoint import Endpoint, Messages, account
-from src.judges.words import read_words
-from src.store import Store
+from src.judges.judge_client import JudgeClient, Messages, usage
+from src.judges.prompt_file import load_judge_prompt
+from src.planning.identity import EvaluateInputs
+from src.planning.resources import Resources
+from src.store.store import Store
 
 if TYPE_CHECKING:
-    from src.store import Attempt
+    from src.store.attempt import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,15 @@ class Game(NamedTuple):
     weight: int
 
 
-def arena_hard(point: Point, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
+def arena_hard(
+    inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt
+) -> Judged:
     """A verdict is the weighted mean of its two games, a tie when neither has a label."""
-    judge = point.judge
-    assert judge.model is not None
-    words = read_words(judge.prompt) if judge.prompt else (SYSTEM, TEMPLATE)
-    endpoint = Endpoint(judge, Answers(Store(attempt.output_dir).answers("arena_hard", judge.model)))
+    judge = inputs.judge
+    assert judge is not None
+    words = load_judge_prompt(judge.prompt_file.location) if judge.prompt_file else (SYSTEM, TEMPLATE)
+    answers_dir = Store(attempt.output_dir).answers("arena_hard", judge.model_name)
+    endpoint = JudgeClient(judge, resources.judge, Answers(answers_dir))
     answers = endpoint.ask([q for comparison in comparisons for q in _questions(comparison, *words)], attempt)
     texts = [answer["text"] for answer in answers]
     games = [game(text, response_is="BA"[i % 2]) for i, text in enumerate(texts)]
@@ -71,7 +75,7 @@ def arena_hard(point: Point, comparisons: Sequence[Comparison], attempt: Attempt
         _verdict(own, reasons)
         for own, reasons in zip(zip(*[iter(games)] * 2, strict=True), zip(*[iter(texts)] * 2, strict=True), strict=True)
     ]
-    found = account(judge, answers, attempt, unparsable=sum(played is None for played in games))
+    found = usage(resources.judge, answers, attempt, unparsable=sum(played is None for played in games))
     scored = score([played for played in games if played is not None])
     return Judged(verdicts, found, {"arena_hard": scored} if scored else {})
 

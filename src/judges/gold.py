@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from src.config import Point
 from src.data.mini_tldr import gold_score
 from src.judges import Comparison, Judged, Verdict
+from src.planning.identity import EvaluateInputs
+from src.planning.resources import Resources
 
 if TYPE_CHECKING:
-    from src.store import Attempt
+    from src.store.attempt import Attempt
 
 
-def gold(point: Point, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
+def gold(inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
     """Win: a higher gold score than the baseline's sample on the same post; equal: a tie."""
     return Judged([_verdict(comparison) for comparison in comparisons])
 

@@ -8,34 +8,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from src.config import ConfigError, Point
 from src.data.rows import Prompt
-from src.failure import StageError
-from src.identity import digest, fingerprint, locate
+from src.errors import ConfigError, StageError
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers
-from src.models import device_of
-from src.store import Store
+from src.model.loading import device_of
+from src.planning.identity import ContentPath, EvaluateInputs, digest, locate
+from src.planning.resources import Resources
+from src.store.store import Store
 
 if TYPE_CHECKING:
-    from src.store import Attempt
+    from src.store.attempt import Attempt
 
 BATCH = 16  # texts at once
 
 
-def reward_model(point: Point, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
+def reward_model(
+    inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt
+) -> Judged:
     """Rewards are kept by content: the baseline's are computed once for a whole grid."""
-    name = point.judge.model
-    assert name is not None
+    judge = inputs.judge
+    assert judge is not None and isinstance(judge.model, ContentPath)
+    name = judge.model_name
     answers = Answers(Store(attempt.output_dir).answers("reward_model", name))
-    model = fingerprint(name, key="judge.model")
+    model = judge.model.fingerprint
     texts = [(c.prompt, row["response"]) for c in comparisons for row in (c.response, c.baseline)]
     keys = [digest([model, prompt.messages, response]) for prompt, response in texts]
     answers.refresh()
     todo = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers.known}
     if todo:
         finished = len(texts) - len(todo)
-        for key, reward in _rewards(name, todo, point):
+        for key, reward in _rewards(name, todo, resources.device):
             answers.add(key, {"reward": reward, "by": attempt.identity})
             finished += 1
             attempt.step(finished, len(texts))
@@ -48,7 +51,7 @@ def reward_model(point: Point, comparisons: Sequence[Comparison], attempt: Attem
     return Judged(verdicts, {"answers": len(texts), "calls": sum(a["by"] == attempt.identity for a in own.values())})
 
 
-def _rewards(name: str, texts: dict[str, tuple[Prompt, str]], point: Point) -> Iterator[tuple[str, float]]:
+def _rewards(name: str, texts: dict[str, tuple[Prompt, str]], engine_device: str) -> Iterator[tuple[str, float]]:
     where = str(locate(name, "judge.model") or name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
@@ -57,7 +60,7 @@ def _rewards(name: str, texts: dict[str, tuple[Prompt, str]], point: Point) -> I
         raise ConfigError(f"judge.model={name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if model.config.num_labels != 1:
         raise ConfigError(f"judge.model={name} has {model.config.num_labels} labels; a reward model has one")
-    device = device_of(point.engine)
+    device = device_of(engine_device)
     model.to(device).eval()
     ids = {key: _ids(tokenizer, *text) for key, text in texts.items()}
     longest, limit = max(map(len, ids.values())), getattr(model.config, "max_position_embeddings", None)

@@ -7,14 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from src.config import Point
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers
-from src.judges.endpoint import Endpoint, Messages, account
-from src.store import Store
+from src.judges.judge_client import JudgeClient, Messages, usage
+from src.planning.identity import EvaluateInputs
+from src.planning.resources import Resources
+from src.store.store import Store
 
 if TYPE_CHECKING:
-    from src.store import Attempt
+    from src.store.attempt import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +49,20 @@ _VERDICT = re.compile(r"(?i:verdict)\W*(?:(?i:summary)\W*)?\b([ABC]\b(?! tie| dr
 _BARE = re.compile(r"\W*([ABC])\W*")
 
 
-def tldr(point: Point, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
+def tldr(inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
     """Mean of two games, the response once as A and once as B. An answer without a verdict is no game; a comparison
     without a game is a tie, and both are counted."""
-    assert point.judge.model is not None
-    endpoint = Endpoint(point.judge, Answers(Store(attempt.output_dir).answers("tldr", point.judge.model)))
+    judge = inputs.judge
+    assert judge is not None
+    answers_dir = Store(attempt.output_dir).answers("tldr", judge.model_name)
+    endpoint = JudgeClient(judge, resources.judge, Answers(answers_dir))
     answers = endpoint.ask([q for comparison in comparisons for q in questions(comparison)], attempt)
     verdicts = [verdict(first["text"], second["text"]) for first, second in zip(*[iter(answers)] * 2, strict=True)]
     unparsable = sum(winner(answer["text"]) is None for answer in answers)
     if unparsable:
         level = logging.WARNING if 10 * unparsable > len(answers) else logging.INFO
         log.log(level, "%s: %d of %d answers of the judge have no verdict", attempt.label, unparsable, len(answers))
-    return Judged(verdicts, account(point.judge, answers, attempt, unparsable))
+    return Judged(verdicts, usage(resources.judge, answers, attempt, unparsable))
 
 
 def questions(comparison: Comparison) -> tuple[Messages, Messages]:

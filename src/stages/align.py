@@ -3,95 +3,117 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config import Point, method_options
-from src.data.tokenised import Tokenised, examples_of
-from src.engine import TrainingEngine
-from src.logprobs import score
-from src.methods import METHODS, PairLoss, preference_loss
-from src.models import compute_of, load_base, load_checkpoint, save_checkpoint, template_of
+from src.data.tokenization import TokenizedDataset, load_examples
+from src.losses import PairLoss, preference_loss
+from src.methods import METHODS
+from src.model.loading import load_model, load_template, numerics_of, save_checkpoint
+from src.model.logprobs import iter_logps
+from src.planning.identity import AlignInputs
+from src.planning.resources import Resources
 from src.stages import reference
-from src.store import Attempt, write_json
-from src.tracking import Tracker
-from src.training import StepSize, train
+from src.store.attempt import Attempt
+from src.store.files import write_json
+from src.tracking.metrics_file import MetricsFile
+from src.training.engine import TrainingEngine
+from src.training.loop import GlobalBatch, LossFn, train
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from src.pairs import PackedBatch
+    from src.model.packing import PackedBatch
 
 VALIDATION_FILE = "validation.jsonl"
 
 
-def pair_losses(point: Point, logps: Tensor, tokens: Tensor, reference_logps: Tensor | None) -> PairLoss:
-    """The point's loss for (chosen, rejected, chosen, rejected, ...) sequences; reference_logps: (pairs, 2)."""
+def pair_losses(inputs: AlignInputs, logps: Tensor, tokens: Tensor, reference_logps: Tensor | None) -> PairLoss:
+    """Return the loss of (chosen, rejected, chosen, rejected, ...) sequences; reference_logps: (pairs, 2)."""
     chosen, rejected = logps.view(-1, 2).unbind(1)
     chosen_tokens, rejected_tokens = tokens.view(-1, 2).unbind(1)
     references = () if reference_logps is None else reference_logps.to(logps.device).unbind(1)
     return preference_loss(
-        point.method.name,
-        point.beta,
+        inputs.method,
+        inputs.beta,
         chosen,
         rejected,
         chosen_tokens,
         rejected_tokens,
         *references,
-        sft_weight=point.init.sft_weight,
-        align_weight=point.init.align_weight,
-        options=method_options(point),
+        sft_weight=inputs.sft_weight,
+        align_weight=inputs.align_weight,
+        options=inputs.options,
     )
 
 
-def objective_of(point: Point, references: Tensor | None) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-    """Mean of the method's loss over the pairs of a step. The margin is beta times the difference of the scores."""
+def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:
+    """Return the mean of the method's loss over the pairs of a step, with TRL's metrics.
 
-    def objective(
-        batch: PackedBatch, logps: Tensor, tokens: Tensor, step: StepSize
+    references: (all pairs, 2) log-probs of chosen and rejected; None for a method without reference. A reward is beta
+    times the score that the method compares, in nats: for methods with a reference TRL's beta * log-ratio.
+    """
+
+    def loss_fn(
+        packed: PackedBatch, logps: Tensor, counts: Tensor, batch: GlobalBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        own = None if references is None else references[list(batch.examples)]
-        pairs = pair_losses(point, logps, tokens, own)
-        margin = (pairs.chosen_score - pairs.rejected_score).detach()
-        chosen, rejected = logps.detach().view(-1, 2).unbind(1)
-        return pairs.loss.sum() / step.examples, {
-            "reward_accuracy": (margin > 0).float().sum(),
-            "reward_margin": point.beta * margin.sum(),
-            "chosen_logps": chosen.sum(),
-            "rejected_logps": rejected.sum(),
+        reference_logps = None if references is None else references[list(packed.examples)]
+        pairs = pair_losses(inputs, logps, counts, reference_logps)
+        chosen_rewards = inputs.beta * pairs.chosen_score.detach()
+        rejected_rewards = inputs.beta * pairs.rejected_score.detach()
+        chosen_logps, rejected_logps = logps.detach().view(-1, 2).unbind(1)
+        return pairs.loss.sum() / batch.num_examples, {
+            "rewards/chosen": chosen_rewards.sum(),
+            "rewards/rejected": rejected_rewards.sum(),
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float().sum(),
+            "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
+            "logps/chosen": chosen_logps.sum(),
+            "logps/rejected": rejected_logps.sum(),
         }
 
-    return objective
+    return loss_fn
 
 
-def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
-    template = template_of(point)
-    data, validation = (examples_of(point, part, template, attempt) for part in ("train", "validation"))
-    references = reference.read(upstream["reference"]) if METHODS[point.method.name].needs_reference else {}
-    objective = objective_of(point, references.get("train"))
-    with TrainingEngine(point, point.trainer.align) as engine, Tracker(attempt) as tracker:
-        model = engine.take(load_checkpoint(upstream["init"], point) if "init" in upstream else load_base(point))
-        train(engine, model, data.examples, objective, point, "align", attempt, tracker)
-        model = engine.whole(model)
-    if not attempt.leads:
+def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
+    template = load_template(inputs.model)
+    data, validation = (
+        load_examples(inputs.data, inputs.model, split, template, attempt, resources.expected_rows)
+        for split in ("train", "validation")
+    )
+    references = reference.read(upstream["reference"]) if METHODS[inputs.method].needs_reference else {}
+    loss_fn = make_loss_fn(inputs, references.get("train"))
+    with (
+        TrainingEngine(resources, inputs.trainer, inputs.lora, inputs.seed) as engine,
+        MetricsFile(attempt) as metrics,
+    ):
+        model = engine.configure_model(load_model(inputs.model, resources, upstream.get("init")))
+        train(engine, model, data.examples, loss_fn, inputs, attempt, metrics)
+        model = engine.gather_model(model)
+    if not attempt.is_main_process:
         return
-    _validate(point, model, validation, references.get("validation"), attempt)
+    _validate(inputs, resources, model, validation, references.get("validation"), attempt)
     save_checkpoint(model, template, attempt.out)
     dropped = {"train": data.dropped, "validation": validation.dropped}
     write_json(attempt.out / "data.json", {"pairs": len(data.examples), "dropped": dropped})
 
 
-def _validate(point: Point, model: Any, data: Tokenised, references: Tensor | None, attempt: Attempt) -> None:
-    """One line a validation pair: its prompt (by order of appearance), loss, margin, and whether the method's score
-    prefers the chosen response."""
+def _validate(
+    inputs: AlignInputs,
+    resources: Resources,
+    model: Any,
+    data: TokenizedDataset,
+    references: Tensor | None,
+    attempt: Attempt,
+) -> None:
+    """Write one line per validation pair: its prompt (numbered by first appearance), loss, reward margin, and whether
+    the method's score prefers the chosen response."""
     numbers: dict[tuple[int, ...], int] = {}
     prompts = [numbers.setdefault(example.prompt, len(numbers)) for example in data.examples]
     lines: dict[int, dict[str, Any]] = {}
-    scored = score(model, data.examples, point.trainer.tokens_per_batch, compute_of(point))
-    for indices, logps, tokens in scored:
-        pairs = pair_losses(point, logps, tokens, None if references is None else references[indices])
-        margins = point.beta * (pairs.chosen_score - pairs.rejected_score)
+    numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
+    for indices, logps, tokens in iter_logps(model, data.examples, budget, numerics):
+        pairs = pair_losses(inputs, logps, tokens, None if references is None else references[indices])
+        margins = inputs.beta * (pairs.chosen_score - pairs.rejected_score)
         for i, loss, margin in zip(indices, pairs.loss.tolist(), margins.tolist(), strict=True):
             lines[i] = {"prompt": prompts[i], "loss": loss, "margin": margin, "correct": float(margin > 0)}
         attempt.tokens += sum(data.examples[i].length for i in indices)

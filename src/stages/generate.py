@@ -8,19 +8,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config import Point
-from src.data.questions import questions_of
-from src.logprobs import score
-from src.machine import release_accelerator
-from src.models import compute_of, load_base, load_checkpoint, template_of
-from src.pairs import Example
-from src.sampling import sample
-from src.serving import sample_through, served_folder, serving
-from src.store import SAMPLES_FILE, Attempt, write_text
+from src.data.evaluation_prompts import read_prompts
+from src.data.examples import Example
+from src.hardware import release_accelerator
+from src.model.loading import load_model, load_template, numerics_of
+from src.model.logprobs import iter_logps
+from src.model.sampling import sample
+from src.planning.identity import GenerateInputs
+from src.planning.resources import Resources
+from src.serving.model_server import sample_through, served_folder, serving
+from src.store.attempt import Attempt
+from src.store.files import atomic_write
+from src.store.store import SAMPLES_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from src.data.templates import Template
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / SAMPLES_FILE).open()]
 
 
-def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
-    template = template_of(point)
-    prompts = [question.prompt for question in questions_of(point)]
+def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
+    template = load_template(inputs.model)
+    prompts = [entry.prompt for entry in read_prompts(inputs.prompts, resources.expected_rows)]
     numbered = [(i, template.prompt_ids(p)) for i, p in enumerate(prompts)]
-    limit = point.dataset.max_prompt_tokens
-    # Nothing can follow an empty prompt without a begin token.
+    limit = inputs.prompts.data.max_prompt_tokens
+    # A prompt without tokens, not even a begin token, has nothing to predict the first token from.
     rows = [(i, ids[-limit:]) for i, ids in numbered if ids]
     if len(rows) < len(prompts):
         log.warning("%s: dropped %d of %d prompts: empty", attempt.label, len(prompts) - len(rows), len(prompts))
@@ -48,19 +49,19 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
     prompt_ids = [ids for _, ids in rows]
     # The baseline draws its own numbers, so that policy and baseline are independent samples; all policies of a
     # grid share theirs, so that points are compared on common random numbers.
-    seed = f"{point.seed}/{point.evaluation.generation.seed}/{fields['role']}"
+    seed = f"{inputs.seed}/{inputs.generation.seed}/{inputs.role}"
 
-    count = len(rows)
-    model = load_checkpoint(upstream["checkpoint"], point) if point.server.name == "none" else None
-    responses = _sample(point, model or upstream["checkpoint"], template, prompt_ids, seed, attempt)
-    model = model or load_checkpoint(upstream["checkpoint"], point)  # only when the server has left the accelerator
+    count, checkpoint = len(rows), upstream["checkpoint"]
+    model = load_model(inputs.model, resources, checkpoint) if inputs.generation.server is None else None
+    responses = _sample(inputs, resources, model or checkpoint, template, prompt_ids, seed, attempt)
+    model = model or load_model(inputs.model, resources, checkpoint)  # once the server has left the accelerator
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i][0]),)) for i in range(count)]
-    logps = dict(_logps(point, model, examples))
+    logps = _logps(inputs, resources, model, examples)
     reference_logps = logps
-    if fields["role"] == "policy":
+    if inputs.role == "policy":
         attempt.step(count + count // 2, 2 * count)
-        start = load_checkpoint(upstream["reference"], point) if "reference" in upstream else load_base(point)
-        reference_logps = dict(_logps(point, start, examples))
+        reference_model = load_model(inputs.model, resources, upstream.get("reference"))
+        reference_logps = _logps(inputs, resources, reference_model, examples)
     attempt.step(2 * count, 2 * count)
 
     with (attempt.out / SAMPLES_FILE).open("w") as handle:
@@ -79,20 +80,28 @@ def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt
 
 
 def _sample(
-    point: Point, model: Any, template: Template, prompt_ids: list[list[int]], seed: str, attempt: Attempt
+    inputs: GenerateInputs,
+    resources: Resources,
+    model: Any,
+    template: Template,
+    prompt_ids: list[list[int]],
+    seed: str,
+    attempt: Attempt,
 ) -> dict[int, tuple[list[int], bool]]:
-    """Response and whether it finished, of every prompt. Each is written down as it comes: the next attempt goes on.
-    model: the folder of the checkpoint where a server samples."""
+    """Return the response ids of every prompt and whether they finished.
+
+    Each is written to disk at once, so that the next attempt resumes. model: a checkpoint's folder with a server.
+    """
     file = attempt.checkpoints / RESPONSES_FILE
     before = _written(file)
     if before:
         log.info("%s: %d of %d prompts were sampled before", attempt.label, len(before), len(prompt_ids))
-        attempt.spent_before = max(row["seconds"] for row in before)
+        attempt.prior_seconds = max(row["seconds"] for row in before)
         attempt.tokens = sum(len(row["ids"]) for row in before)
     responses = {row["index"]: (row["ids"], row["finished"]) for row in before}
     begun, count = time.perf_counter(), 2 * len(prompt_ids)
     drawn = 0
-    generation, compute = point.evaluation.generation, compute_of(point)
+    generation, numerics = inputs.generation, numerics_of(inputs.model, resources)
     with file.open("a") as handle:
 
         def keep(index: int, response: tuple[list[int], bool]) -> None:
@@ -109,15 +118,28 @@ def _sample(
         def beat() -> None:
             attempt.step(len(responses), count)
 
-        if point.server.name == "none":
-            for index, ids, finished in sample(model, template, prompt_ids, seed, generation, compute, set(responses)):
+        if generation.server is None:
+            samples = sample(
+                model,
+                template,
+                prompt_ids,
+                seed,
+                generation,
+                numerics,
+                batch_size=resources.sampling_batch_size,
+                done=set(responses),
+            )
+            for index, ids, finished in samples:
                 keep(index, (ids, finished))
                 beat()
         elif todo := {i: ids for i, ids in enumerate(prompt_ids) if i not in responses}:
             folder = served_folder(model, attempt.checkpoints, template, generation)
             release_accelerator()  # what training in this process has left; a server takes what it finds
-            with serving(point.server, folder, point.engine.precision, attempt.checkpoints, beat) as url:
-                sample_through(point.server, url, str(folder), template, todo, seed, generation, keep, beat)
+            _, command = generation.server
+            precision, timeout = inputs.model.precision, resources.server_timeout
+            with serving(command, timeout, folder, precision, attempt.checkpoints, beat) as url:
+                concurrency = resources.server_concurrency
+                sample_through(url, concurrency, str(folder), template, todo, seed, generation, keep, beat)
     if drawn:
         log.info("%s: %.0f tokens/s", attempt.label, drawn / (time.perf_counter() - begun))
     return responses
@@ -131,10 +153,14 @@ def _written(file: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(file, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
-def _logps(point: Point, model: Any, examples: list[Example]) -> Iterator[tuple[int, float]]:
-    for indices, values, _ in score(model, examples, point.trainer.tokens_per_batch, compute_of(point)):
-        yield from zip(indices, values.tolist(), strict=True)
+def _logps(inputs: GenerateInputs, resources: Resources, model: Any, examples: list[Example]) -> dict[int, float]:
+    """Return the summed log-prob of every response, nats."""
+    numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
+    logps: dict[int, float] = {}
+    for indices, values, _ in iter_logps(model, examples, budget, numerics):
+        logps |= zip(indices, values.tolist(), strict=True)
+    return logps

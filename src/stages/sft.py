@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from src.config import Point
-from src.data.tokenised import examples_of
-from src.engine import TrainingEngine
-from src.models import load_base, save_checkpoint, template_of
-from src.store import Attempt, write_json
-from src.tracking import Tracker
-from src.training import StepSize, train
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from src.pairs import PackedBatch
+from src.data.tokenization import load_examples
+from src.model.loading import load_model, load_template, save_checkpoint
+from src.planning.identity import SftInputs
+from src.planning.resources import Resources
+from src.store.attempt import Attempt
+from src.store.files import write_json
+from src.tracking.metrics_file import MetricsFile
+from src.training.engine import TrainingEngine
+from src.training.loop import sft_loss, train
 
 
-def token_mean_loss(
-    batch: PackedBatch, logps: Tensor, tokens: Tensor, step: StepSize
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Every response token of the optimiser step weighs the same, whichever micro-batch it is in."""
-    return -logps.sum() / step.response_tokens, {"response_tokens": tokens.sum()}
-
-
-def run(point: Point, fields: dict[str, Any], upstream: dict[str, Path], attempt: Attempt) -> None:
-    template = template_of(point)
-    data = examples_of(point, "sft", template, attempt)
-    examples_of(
-        point, "validation", template, attempt
-    )  # the pairs come later: what is wrong with them shows now, not then
-    with TrainingEngine(point, point.trainer.sft) as engine, Tracker(attempt) as tracker:
-        model = engine.take(load_base(point))
-        train(engine, model, data.examples, token_mean_loss, point, "sft", attempt, tracker)
-        model = engine.whole(model)
-    if not attempt.leads:
+def run(inputs: SftInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
+    template = load_template(inputs.model)
+    data = load_examples(inputs.data, inputs.model, "sft", template, attempt, resources.expected_rows)
+    if resources.pairs is not None:
+        # Validate the preference pairs now rather than after hours of SFT.
+        load_examples(resources.pairs, inputs.model, "validation", template, attempt, resources.expected_rows)
+    with (
+        TrainingEngine(resources, inputs.trainer, inputs.lora, inputs.seed) as engine,
+        MetricsFile(attempt) as metrics,
+    ):
+        model = engine.configure_model(load_model(inputs.model, resources))
+        train(engine, model, data.examples, sft_loss, inputs, attempt, metrics)
+        model = engine.gather_model(model)
+    if not attempt.is_main_process:
         return
     save_checkpoint(model, template, attempt.out)
     write_json(attempt.out / "data.json", {"rows": len(data.examples), "dropped": data.dropped})

@@ -13,15 +13,15 @@ import pandas as pd
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from src.errors import report_errors
 from src.progress import RunProgress
-from src.store import write_text
+from src.store.files import atomic_write
 from src.toy.study import REACH, Toy, check, run
-from src.train import answering
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="toy")
 def toy(cfg: DictConfig) -> None:
-    with answering():
+    with report_errors():
         chosen = OmegaConf.to_object(cfg)
         assert isinstance(chosen, Toy)
         check(chosen)
@@ -31,7 +31,7 @@ def toy(cfg: DictConfig) -> None:
         table.to_csv(folder / "toy.csv", index=False)
         kinds.to_csv(folder / "kinds.csv", index=False)
         shown = f"{as_markdown(table)}\n{kinds_as_markdown(kinds)}"
-        write_text(folder / "toy.md", shown)
+        atomic_write(folder / "toy.md", shown)
 
         from src.toy.figure import draw  # matplotlib takes a while
 
@@ -74,7 +74,7 @@ def _value(row: dict[Hashable, Any], name: str) -> str:
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and a user gets one line instead of a traceback
     ConfigStore.instance().store(name="toy_schema", node=Toy)
-    with answering():
+    with report_errors():
         toy()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from src.methods import METHODS
+from src.losses import LOSSES
 from src.toy.study import Training
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def train(training: Training, seeds: range) -> dict[str, NDArray[Any]]:
     x, y, weights = _drawn(training, seeds)
     split = round(training.train_fraction * training.prompts)
     step = _optimiser(training, weights)
-    loss = partial(METHODS[training.objective].loss, beta=training.beta, **_options(training.objective))
+    loss_fn: Any = LOSSES[training.objective]
+    loss = partial(loss_fn, beta=training.beta, **_options(training.objective))
     for epoch in range(training.epochs):
         # One order for all: rows of a seed are independent draws, so any order of them is a random one.
         order = torch.from_numpy(np.random.default_rng(epoch).permutation(split))
@@ -86,11 +87,11 @@ def _optimiser(training: Training, weights: Tensor) -> Callable[[Tensor], None]:
         "adam": partial(torch.optim.Adam, foreach=False, fused=True),
         "sgd": torch.optim.SGD,
     }
-    optimiser = kinds[training.optimiser]([weights], lr=training.lr)
+    optimizer = kinds[training.optimizer]([weights], lr=training.lr)
 
     def step(gradient: Tensor) -> None:
         weights.grad = gradient
-        optimiser.step()
+        optimizer.step()
 
     return step
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from src.config import ConfigError
-from src.identity import digest
+from src.errors import ConfigError
 from src.methods import METHODS
+from src.planning.identity import digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +45,7 @@ class Toy:
     train_fraction: float = 0.8
     epochs: int = 100
     batch_size: int = 64
-    optimiser: str = "adam"
+    optimizer: str = "adam"
     workers: int | None = None
 
 
@@ -62,7 +62,7 @@ class Training:
     train_fraction: float
     epochs: int
     batch_size: int
-    optimiser: str
+    optimizer: str
 
 
 def check(toy: Toy) -> None:
@@ -77,8 +77,8 @@ def check(toy: Toy) -> None:
         if name not in OBJECTIVES:
             same = " (on a scalar score it is dpo)" if METHODS.keys() & {name} else ""
             raise ConfigError(f"objectives: {name}{same} is none of {', '.join(OBJECTIVES)}")
-    if toy.optimiser not in OPTIMISERS:
-        raise ConfigError(f"optimiser={toy.optimiser}: one of {', '.join(OPTIMISERS)}")
+    if toy.optimizer not in OPTIMISERS:
+        raise ConfigError(f"optimizer={toy.optimizer}: one of {', '.join(OPTIMISERS)}")
     for name in ("lr_seeds", "seeds", "epochs", "batch_size", "workers"):
         value = getattr(toy, name)
         if value is not None and value < 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from src.store import Attempt
+    from src.store.attempt import Attempt
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,7 +17,7 @@ class Tracker:
     """`log(step, values)` appends a line to metrics.jsonl."""
 
     def __init__(self, attempt: Attempt) -> None:
-        self._file = (attempt.out / METRICS_FILE if attempt.leads else Path(os.devnull)).open("a")
+        self._file = (attempt.out / METRICS_FILE if attempt.is_main_process else Path(os.devnull)).open("a")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from src.store import Store
+from src.store.store import Store
 from src.tracking.mirror import Mirror
 from src.tracking.runs import from_row
 from src.tracking.session import Place

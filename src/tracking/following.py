@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from src.config import Point, Tracking
-from src.interruption import Interrupted
-from src.store import Store, read_json
+from src.config.schema import Point, Tracking
+from src.preemption import Interrupted
+from src.store.files import read_json
+from src.store.store import Store
 from src.tracking.follower import TOLD
 from src.tracking.mirror import Mirror
 from src.tracking.runs import TrackedRun, of_sweep, runs_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from src.store import Store, read_json, write_json
+from src.store.files import read_json, write_json
+from src.store.store import Store
 from src.tracking.session import Place
 
 

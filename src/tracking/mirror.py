@@ -7,20 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from src.store import (
+from src.store.files import read_json
+from src.store.store import (
     DONE,
     JUDGEMENTS_FILE,
     QUALITY_FILE,
     RESULT_FILE,
     SAMPLES_FILE,
     STAGE_FILE,
-    TRACKED_FILE,
     StageName,
     Store,
-    read_json,
 )
 from src.tracking import METRICS_FILE, marks
-from src.tracking.runs import TrackedRun
+from src.tracking.runs import TRACKED_FILE, TrackedRun
 from src.tracking.session import About, Place, Session, Taken
 
 STEP = "train/step"

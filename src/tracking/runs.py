@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from src.config import Point
-from src.plan import Stage, stages_of
-from src.store import STAGE_FILE, TRACKED_FILE, StageName, Store, read_json
+from src.config.schema import Point
+from src.planning.stage import Stage, stages_of
+from src.store.files import read_json
+from src.store.store import STAGE_FILE, StageName, Store
+
+TRACKED_FILE = "tracked.json"
 
 # Where results do not depend on it, or it is another point's.
 _NOT_CONFIG = ("beta_grid", "lr_grid", "best_from", "dry_run", "output_dir", "keep", "sweep", "tracking")
@@ -50,13 +53,13 @@ def _shared(stage: Stage) -> TrackedRun:
         name=stage.label,
         group=point.sweep.name,
         tags=(point.setup.name, point.init.name),
-        config={"setup": point.setup.name, **stage.fields},
+        config={"setup": point.setup.name, **stage.description["inputs"]},
         stages={stage.kind: stage.identity},
     )
 
 
 def _of_point(point: Point, own: dict[str, str], uses: dict[str, str]) -> TrackedRun:
-    whole = replace(point, trainer=replace(point.trainer, align=replace(point.trainer.align, stop=1.0)))
+    whole = replace(point, trainer=replace(point.trainer, align=replace(point.trainer.align, stop_fraction=1.0)))
     return TrackedRun(
         id=own["evaluate"] if whole == point else stages_of(whole)[-1].identity,
         job_type="align",
@@ -102,7 +105,7 @@ def in_store(store: Store, results: Iterable[str], group: str | None) -> list[Tr
         for role, identity in own.uses.items():
             stage = StageName("generate" if role == "baseline" else role, identity)
             if identity not in found and store.is_done(stage):
-                fields = read_json(store.dir(stage) / STAGE_FILE)["fields"]
+                fields = read_json(store.dir(stage) / STAGE_FILE)["inputs"]
                 found[identity] = replace(
                     own,
                     id=identity,

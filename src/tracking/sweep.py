@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from src.identity import run_of
-from src.store import Store, read_json
+from src.store.files import read_json
+from src.store.store import Store, full_run_id
 from src.tracking import marks
 from src.tracking.session import About, Place, Session, Taken
 
@@ -36,7 +36,7 @@ class SweepMirror:
     def id(self) -> str:
         """Of its name and points, whatever their rung: the same sweep is the same run wherever it is aggregated."""
         sweep = read_json(self.folder / FILE)
-        said = repr([sweep["name"], sorted(run_of(point["stages"]["align"]) for point in sweep["points"])])
+        said = repr([sweep["name"], sorted(full_run_id(point["stages"]["align"]) for point in sweep["points"])])
         return f"sweep-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
     @property

@@ -1,0 +1,100 @@
+"""What a person watches while a plan runs here: a table on a terminal, plain lines in a log or notebook."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from launchers.job_order import Schedule
+from launchers.worker import Worker
+from src.planning.stage import Stage
+from src.progress import seconds_text
+from src.store.files import read_json
+from src.store.store import RESULT_FILE, Store
+
+LINE_SECONDS = 15.0  # between plain lines when nothing ends
+
+
+class LiveTable:
+    def __init__(self, name: str, schedule: Schedule, store: Store, workers: list[Worker]) -> None:
+        self.name, self.schedule, self.store, self.workers = name, schedule, store, workers
+        self.console = Console()
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.started = self._told = time.monotonic()
+
+    def __enter__(self) -> LiveTable:
+        if self.live is not None:
+            self.live.start()
+        else:
+            done, _, _, waiting = self.schedule.point_counts()
+            todo = len(self.schedule.waiting)
+            print(f"{self.name}: {done + waiting} points, {done} done before, {todo} stages to compute", flush=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def told(self, ended: list[tuple[Stage, str | None]]) -> None:
+        """Say what ended since, once: shared stages, points, and whatever failed."""
+        for stage, reason in ended:
+            self._tell(stage, reason)
+        ended.clear()
+
+    def _tell(self, stage: Stage, reason: str | None) -> None:
+        if reason is not None:
+            self._line(f"FAILED {stage.label}: {reason}")
+        elif stage.role in ("sft", "reference", "baseline"):
+            self._line(f"done   {stage.label} in {seconds_text(self.schedule.completed[stage.identity])}")
+        elif stage.kind == "evaluate":
+            result = read_json(self.store.artifacts(stage) / RESULT_FILE)
+            quality, kl = result["quality"], result["kl"]["per_sequence"]
+            self._line(f"done   {stage.point.label}: {quality['metric']} {quality['value']:.3f}, KL {kl['value']:.2f}")
+
+    def refresh(self) -> None:
+        if self.live is not None:
+            self.live.update(self._table(), refresh=True)
+        elif time.monotonic() - self._told > LINE_SECONDS:
+            running = ", ".join(
+                f"{w.stage.label} {self._share(w.stage):.0%}" for w in self.workers if w.stage is not None
+            )
+            self._line(running)
+
+    def _line(self, text: str) -> None:
+        self._told = time.monotonic()
+        if self.live is not None:
+            self.console.print(Text(text, style="red" if text.startswith("FAILED") else ""))
+        else:
+            print(f"[{self._summary()}] {text}", flush=True)
+
+    def _summary(self) -> str:
+        done, running, failed, waiting = self.schedule.point_counts()
+        parts = [f"{done}/{done + running + failed + waiting} points", f"{running} running"]
+        if failed:
+            parts.append(f"{failed} failed")
+        shares = {s.identity: self._share(s) for s in self.schedule.running.values()}
+        left = self.schedule.seconds_left(len(self.workers), shares)
+        parts.append(seconds_text(time.monotonic() - self.started))
+        if left is not None:
+            parts.append(f"{seconds_text(left)} left")
+        return ", ".join(parts)
+
+    def _share(self, stage: Stage) -> float:
+        progress = self.store.progress(stage)
+        return progress["step"] / progress["total"] if progress and progress["total"] else 0.0
+
+    def _table(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for worker in self.workers:
+            if worker.stage is None:
+                table.add_row(Text("idle", style="dim"))
+                continue
+            progress = self.store.progress(worker.stage) or {"step": 0, "total": 0}
+            bar = ProgressBar(total=progress["total"] or 1, completed=progress["step"], width=30)
+            table.add_row(worker.stage.label, bar, f"{progress['step']}/{progress['total']}")
+        return Group(Text(f"{self.name}: {self._summary()}", style="bold"), table)

@@ -1,0 +1,55 @@
+"""Config keys and values of version 0.1, and what they are called now: an old one is an error that names the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from src.errors import ConfigError
+
+RENAMED_KEYS = {
+    "dataset.preference.distinct": "dataset.preference.deduplicate",
+    "dataset.preference.never_rejected": "dataset.preference.drop_if_rejected_elsewhere",
+    "dataset.sft.distinct": "dataset.sft.deduplicate",
+    "dataset.sft.never_rejected": "dataset.sft.drop_if_rejected_elsewhere",
+    "engine.parallel": "engine.strategy",
+    "engine.threads": "engine.cpu_threads",
+    "evaluation.prompts": "evaluation.num_prompts",
+    "evaluation.quality": "evaluation.metric",
+    "evaluation.questions": "evaluation.prompts_file",
+    "hydra.launcher.kinds.point": "hydra.launcher.kinds.align",
+    "hydra.launcher.retry": "hydra.launcher.retry_failed",
+    "hydra.launcher.wandb": "hydra.launcher.upload",
+    "judge.attempts": "judge.max_retries",
+    "judge.prompt": "judge.prompt_file",
+    "keep": "keep_checkpoints",
+    "sweep.share": "sweep.keep_fraction",
+    "trainer.align.schedule": "trainer.align.lr_scheduler_type",
+    "trainer.align.stop": "trainer.align.stop_fraction",
+    "trainer.checkpoint_steps": "trainer.save_steps",
+    "trainer.sft.schedule": "trainer.sft.lr_scheduler_type",
+    "trainer.tokens_per_batch": "trainer.max_tokens_per_micro_batch",
+}
+RENAMED_VALUES = {"sweep.search=halving": "sweep.search=successive_halving"}
+
+
+def check_renamed(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for an override that uses a key or value of version 0.1."""
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        new = next((f"{new}{key[len(old) :]}" for old, new in RENAMED_KEYS.items() if _is_within(key, old)), None)
+        if new is not None:
+            raise ConfigError(f"{override}: the key {key} is called {new} since version 0.2")
+        if f"{key}={value}" in RENAMED_VALUES:
+            raise ConfigError(f"{override}: since version 0.2 this is {RENAMED_VALUES[f'{key}={value}']}")
+
+
+def rename_hint(message: str) -> str:
+    """Return the new name of an old key that an error of OmegaConf names (`at key a.b`), for errors in YAML files."""
+    named = {word.strip(".,:'\"") for word in message.split()}
+    return next(
+        (f"; the key {old} is called {new} since version 0.2" for old, new in RENAMED_KEYS.items() if old in named), ""
+    )
+
+
+def _is_within(key: str, group: str) -> bool:
+    return key == group or key.startswith(f"{group}.")

@@ -1,0 +1,85 @@
+"""Errors that users can act on, and how a command turns any exception into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A request that cannot be run: one line that names the override or file, and what would be right."""
+
+
+class StageError(RuntimeError):
+    """A stage that could not be computed for a reason the user can act on: one line."""
+
+
+class SweepFailed(RuntimeError):
+    """Some points of a sweep failed; the others are done and aggregated."""
+
+
+@dataclass(frozen=True)
+class PointFailure:
+    """Why a point has no result."""
+
+    state: str  # failed, cancelled
+    reason: str
+
+
+CONFIG_ERRORS = (ConfigError, HydraException, OmegaConfBaseException)
+USER_FACING_ERRORS = (*CONFIG_ERRORS, StageError, SweepFailed)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of a Hydra or OmegaConf error and of its causes on one line."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        # Of the coordinates that OmegaConf appends, only the full key tells a user something.
+        lines = [line.strip() for line in str(cause).split("\n")]
+        lines = [line for line in lines if line and not line.startswith(("object_type=", "reference_type="))]
+        message = " ".join(lines).replace("full_key: ", "at key ")
+        # Hydra suggests `+key=value`, which a typed config refuses as well.
+        message = re.sub(r"\. To append to your config use \+\S+", "", message)
+        if message and not any(message in part or part in message for part in parts):
+            parts.append(message)
+        cause = cause.__cause__
+    return ": ".join(parts)
+
+
+def describe_failure(error: BaseException) -> str:
+    """Return one line for any exception: a user-facing message as it is, any other with the name of its type."""
+    if isinstance(error, USER_FACING_ERRORS):
+        return one_line(error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Turn an exception into one line on stderr and an exit code: 1 a run failed, 2 the request was wrong,
+    130 interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except CONFIG_ERRORS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except BrokenPipeError:  # the reader of our output has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:
+        if not isinstance(error, USER_FACING_ERRORS):
+            traceback.print_exc()
+        print(f"failed: {describe_failure(error)}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -1,0 +1,28 @@
+"""The words a judge is asked in, from a file in the layout of Arena-Hard's judge config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from src.errors import ConfigError
+
+FIELDS = ("question_1", "answer_1", "answer_2")
+
+
+def load_judge_prompt(file: str) -> tuple[str, str]:
+    """System prompt, and a template of the question with {question_1}, {answer_1}, {answer_2}. Raises ConfigError."""
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        system, template = found["system_prompt"], found["prompt_template"][0]
+        filled = template.format(**{name: f"<{name}>" for name in FIELDS})
+        missing = [name for name in FIELDS if f"<{name}>" not in filled]
+        if missing or not isinstance(system, str):
+            raise ValueError(f"no {missing[0]}" if missing else "system_prompt is no text")
+    except (yaml.YAMLError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"judge.prompt_file={file}: needs system_prompt, and prompt_template, a list whose first entry has "
+            f"{{question_1}}, {{answer_1}} and {{answer_2}} ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
+    return system, template

@@ -1,0 +1,132 @@
+"""The alignment losses, each a pure function of two sequence scores.
+
+Notation (arXiv 2502.01237): `r(y) = log pi(y|x) - log pi_ref(y|x)` summed over response tokens, `p(y)` the
+exponential of the mean log-prob per response token, `o(y) = log p(y) - log(1 - p(y))` its log odds,
+`s` the logistic function, `b` = beta, `w` chosen, `l` rejected. Everything is computed in float32.
+
+`src.methods.METHODS` says which score each loss reads; a method's loss is the function of its name.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from src.methods import METHODS
+
+# A float32 log-softmax resolves log p only to about half an ulp of 1: nearer to 0 it reads 0.
+_LOG_P_CEILING = -(2.0**-24)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """`log(1 - exp(x))` for x < 0, in two branches (Maechler 2012), float32. Any shape.
+
+    Computed in bfloat16 the result is -inf for all x > -0.00195, where p rounds to 1.
+    """
+    x = x.float().clamp(max=_LOG_P_CEILING)
+    near = x > -math.log(2)
+    # Each branch sees only arguments in its domain, or its unused gradient would be NaN.
+    near_zero = torch.log(-torch.expm1(torch.where(near, x, -0.5)))
+    far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, near_zero, far)
+
+
+def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`-log s(b (r_w - r_l))` (Rafailov et al. 2023). Scores: log-ratios, (pairs,) -> (pairs,)."""
+    return -logsigmoid(beta * (chosen - rejected))
+
+
+def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`(r_w - r_l - 1/(2b))^2` (Azar et al. 2023), on sums over tokens as in the paper. (pairs,) -> (pairs,)."""
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta_ratio: float) -> Tensor:
+    """`-log s(b log p_w - b log p_l - gamma)`, gamma = ratio * b (Meng et al. 2024). Scores: mean log-probs."""
+    return -logsigmoid(beta * (chosen - rejected - gamma_beta_ratio))
+
+
+def orpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`-log s(b (o_w - o_l))` (Hong et al. 2024, b inside). Scores: log odds, (pairs,) -> (pairs,)."""
+    return -logsigmoid(beta * (chosen - rejected))
+
+
+def asft(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`-log s(b o_w) - log s(-b o_l)` (Wang et al. 2024, b inside). Scores: log odds, (pairs,) -> (pairs,)."""
+    return -logsigmoid(beta * chosen) - logsigmoid(-beta * rejected)
+
+
+def apo_zero(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`-s(b r_w) + s(b r_l)` (D'Oosterlinck et al. 2024; others add a constant 1). Scores: log-ratios."""
+    return -torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def nca(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`-log s(b r_w) - 0.5 log s(-b r_w) - 0.5 log s(-b r_l)` (Chen et al. 2024). Scores: log-ratios."""
+    return -logsigmoid(beta * chosen) - 0.5 * logsigmoid(-beta * chosen) - 0.5 * logsigmoid(-beta * rejected)
+
+
+def cal_dpo(chosen: Tensor, rejected: Tensor, beta: float, calibration_weight: float) -> Tensor:
+    """`-log s(r_w - r_l) + c [(r_w - 1/(2b))^2 + (r_l + 1/(2b))^2]` (Xiao et al. 2024), no b in the sigmoid.
+
+    The paper weighs the squares with c = 1, the original repository with 0.5. Scores: log-ratios.
+    """
+    target = 1 / (2 * beta)
+    return -logsigmoid(chosen - rejected) + calibration_weight * ((chosen - target) ** 2 + (rejected + target) ** 2)
+
+
+LOSSES = {loss.__name__: loss for loss in (dpo, ipo, simpo, orpo, asft, apo_zero, nca, cal_dpo)}
+
+
+class PairLoss(NamedTuple):
+    """Per pair, all (pairs,) float32: the loss, and the scores the method compares (nats; not times beta)."""
+
+    loss: Tensor
+    chosen_score: Tensor
+    rejected_score: Tensor
+
+
+def sequence_score(kind: str, logps: Tensor, tokens: Tensor, reference_logps: Tensor | None) -> Tensor:
+    """Return the score a method reads, (sequences,) float32.
+
+    logps, reference_logps: (sequences,) summed over response tokens, nats; tokens: (sequences,) response tokens >= 1.
+    """
+    logps = logps.float()
+    if kind == "log_ratio":
+        assert reference_logps is not None, "a log-ratio needs reference log-probs"
+        return logps - reference_logps.float()
+    mean = logps / tokens
+    # Average first, then take the odds: the odds of a whole sequence's probability are its log-prob.
+    return mean if kind == "mean_log_prob" else mean - log1mexp(mean)
+
+
+def preference_loss(
+    method: str,
+    beta: float,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+    reference_chosen_logps: Tensor | None = None,
+    reference_rejected_logps: Tensor | None = None,
+    *,
+    sft_weight: float = 0.0,
+    align_weight: float = 1.0,
+    options: dict[str, float] | None = None,
+) -> PairLoss:
+    """`sft_weight * (-log p_w) + align_weight * L_align` for each pair.
+
+    sft_weight 0, align_weight 1 is the two-stage form every sweep runs; sft_weight 1 is the one-stage form, in
+    which align_weight is the papers' lambda. Log-probs are (pairs,), summed over response tokens, in nats.
+    """
+    kind = METHODS[method].score
+    chosen = sequence_score(kind, chosen_logps, chosen_tokens, reference_chosen_logps)
+    rejected = sequence_score(kind, rejected_logps, rejected_tokens, reference_rejected_logps)
+    loss = align_weight * LOSSES[method](chosen, rejected, beta, **(options or {}))
+    if sft_weight:
+        loss = loss - sft_weight * chosen_logps.float() / chosen_tokens
+    return PairLoss(loss, chosen, rejected)

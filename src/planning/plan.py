@@ -1,0 +1,76 @@
+"""The plan of a list of points: each distinct stage once, with its state. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from src.config.schema import Point
+from src.planning.stage import Stage, stages_of
+from src.store.store import Store
+
+
+@dataclass
+class Plan:
+    """The stages of a list of points, each once, upstream first."""
+
+    points: list[Point]
+    stages: dict[str, Stage]  # identity -> stage
+    point_stages: list[list[str]]  # per point: the identities of its stages, upstream first, `evaluate` last
+    done: set[str] = field(default_factory=set)  # identities whose artifacts are there
+    needed: set[str] = field(default_factory=set)  # identities that must be computed for the points to be complete
+    abandoned: set[str] = field(default_factory=set)  # results that are not wanted any more: nothing is needed for them
+
+    @property
+    def results(self) -> list[str]:
+        """Per point: the identity of its evaluate stage."""
+        return [stage_ids[-1] for stage_ids in self.point_stages]
+
+    def refresh(self, store: Store) -> None:
+        """Read from the store what is done now, and derive what is needed."""
+        self.done = {identity for identity, stage in self.stages.items() if store.is_done(stage)}
+        self.needed = set()
+        todo = [result for result in self.results if result not in self.done | self.abandoned]
+        while todo:
+            identity = todo.pop()
+            if identity not in self.needed:
+                self.needed.add(identity)
+                for role, up in self.stages[identity].upstream.items():
+                    # Samples need the model itself, which `keep_checkpoints` may have removed since.
+                    if up.identity not in self.done or (role == "checkpoint" and not store.has_weights(up)):
+                        todo.append(up.identity)
+
+    def text(self) -> str:
+        """Return a table of what would run, for `dry_run=true`."""
+        lines = []
+        for point, result in zip(self.points, self.results, strict=True):
+            state = "done" if result in self.done else "to do"
+            lines.append(f"{state:6} {result}  {point.setup.name}  {point.label}")
+        counts: dict[str, list[int]] = {}
+        for identity, stage in self.stages.items():
+            row = counts.setdefault(stage.role, [0, 0])
+            row[0 if identity in self.needed else 1] += 1
+        finished = sum(result in self.done for result in self.results)
+        lines.append("")
+        lines.append(f"{len(self.points)} points: {finished} done, {len(self.points) - finished} to do")
+        lines.append("stage      to do  done or not needed")
+        lines += [f"{role:9} {todo:6} {rest:6}" for role, (todo, rest) in counts.items()]
+        return "\n".join(lines)
+
+
+def make_plan(points: Iterable[Point], store: Store) -> Plan:
+    """Plan the stages of the points and read from the store which of them are done.
+
+    Raises ConfigError when a model or data file does not exist or cannot be read.
+    """
+    points = list(points)
+    stages: dict[str, Stage] = {}
+    point_stages = []
+    for point in points:
+        of_point = stages_of(point)
+        for stage in of_point:
+            stages.setdefault(stage.identity, stage)
+        point_stages.append([stage.identity for stage in of_point])
+    plan = Plan(points, stages, point_stages)
+    plan.refresh(store)
+    return plan

@@ -1,0 +1,82 @@
+"""What a stage may use without its results depending on it, beyond rounding: devices, budgets, addresses, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from src.config.schema import Point
+from src.planning.identity import DataInputs
+
+
+@dataclass(frozen=True)
+class JudgeEndpoint:
+    """Where a judge's model is served, how it is asked, and what may be spent; prices are dollars per million tokens."""
+
+    base_url: str | None = None  # None: OpenAI's
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout: float = 60.0
+    max_retries: int = 8
+    max_calls: int | None = None
+    max_cost: float | None = None
+    input_price: float | None = None
+    output_price: float | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """See `conf/engine`, `conf/trainer`, `conf/server` and `conf/judge` for the meaning and unit of each field."""
+
+    device: str = "auto"
+    strategy: str = "none"
+    cpu_threads: int | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+    attention: str = "auto"
+    max_tokens_per_micro_batch: int | None = None
+    save_steps: int = 100
+    sampling_batch_size: int = 64
+    server_timeout: float = 600.0
+    server_concurrency: int = 64
+    judge: JudgeEndpoint = field(default_factory=JudgeEndpoint)
+    max_sequence_tokens: int = 1024  # of training and sampling; a model with fewer positions is refused when loaded
+    pairs: DataInputs | None = None  # read once before SFT, so that a broken row is found before hours of training
+    expected_rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # table -> split -> rows, to warn
+
+    @property
+    def zero_stage(self) -> int:
+        """1, 2 or 3 for DeepSpeed ZeRO, 0 otherwise."""
+        return int(self.strategy[4]) if self.strategy.startswith("zero") else 0
+
+
+def resources_of(point: Point, pairs: DataInputs) -> Resources:
+    engine, judge, data = point.engine, point.judge, point.dataset
+    tables = {"sft": data.sft, "preference": data.preference}
+    return Resources(
+        device=engine.device,
+        strategy=engine.strategy,
+        cpu_threads=engine.cpu_threads,
+        activation_checkpointing=engine.activation_checkpointing,
+        compile=engine.compile,
+        attention=point.model.attention,
+        max_tokens_per_micro_batch=point.trainer.max_tokens_per_micro_batch,
+        save_steps=point.trainer.save_steps,
+        sampling_batch_size=point.evaluation.generation.batch_size,
+        server_timeout=point.server.timeout,
+        server_concurrency=point.server.concurrency,
+        judge=JudgeEndpoint(
+            base_url=judge.base_url,
+            api_key_env=judge.api_key_env,
+            concurrency=judge.concurrency,
+            timeout=judge.timeout,
+            max_retries=judge.max_retries,
+            max_calls=judge.max_calls,
+            max_cost=judge.max_cost,
+            input_price=judge.input_price,
+            output_price=judge.output_price,
+        ),
+        max_sequence_tokens=max(data.max_tokens, data.max_prompt_tokens + point.evaluation.generation.max_new_tokens),
+        pairs=pairs,
+        expected_rows={name: table.rows for name, table in tables.items() if table is not None},
+    )

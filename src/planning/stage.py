@@ -1,0 +1,236 @@
+"""A stage of a point, and which stages a point consists of. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, JUDGES
+from src.config.schema import AlignOptimization, HubTable, Judge, Point, SftOptimization, method_options
+from src.methods import METHODS
+from src.planning.identity import (
+    VERSIONS,
+    AlignInputs,
+    ContentPath,
+    DataInputs,
+    EvaluateInputs,
+    GenerateInputs,
+    GenerationInputs,
+    JudgeInputs,
+    LoraInputs,
+    ModelInputs,
+    PromptInputs,
+    ReferenceInputs,
+    SftInputs,
+    StageInputs,
+    TableInputs,
+    TrainerInputs,
+    digest,
+    hashable,
+)
+from src.planning.resources import Resources, resources_of
+from src.store.store import partial_run_id
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a point. Two stages with equal inputs and upstream are the same stage, whichever point asks for it."""
+
+    inputs: StageInputs
+    upstream: dict[str, Stage]  # role -> stage
+    resources: Resources = field(compare=False, repr=False)
+    point: Point = field(compare=False, repr=False)  # one that needs the stage, for labels, estimates and tracking
+
+    @property
+    def kind(self) -> str:
+        return self.inputs.kind
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The content of stage.json: everything the identity is a digest of."""
+        return {
+            "stage": self.kind,
+            "version": VERSIONS[self.kind],
+            "inputs": hashable(self.inputs),
+            "upstream": {role: stage.identity for role, stage in self.upstream.items()},
+        }
+
+    @cached_property
+    def identity(self) -> str:
+        if self.stop_fraction == 1:
+            return digest(self.description)
+        assert isinstance(self.inputs, AlignInputs)
+        full_run = replace(self, inputs=replace(self.inputs, stop_fraction=1.0))
+        return partial_run_id(full_run.identity, self.stop_fraction)
+
+    @property
+    def stop_fraction(self) -> float:
+        """The fraction of its steps after which the stage stops; a longer run of the same training resumes there."""
+        return self.inputs.stop_fraction if isinstance(self.inputs, AlignInputs) else 1.0
+
+    @property
+    def role(self) -> str:
+        """The kind, or `baseline` for the samples that a judge compares with."""
+        is_baseline = isinstance(self.inputs, GenerateInputs) and self.inputs.role == "baseline"
+        return "baseline" if is_baseline else self.kind
+
+    @property
+    def label(self) -> str:
+        """The name of the stage in progress lines."""
+        if self.role in ("sft", "reference", "baseline"):
+            fraction = self.point.dataset.sft_fraction
+            suffix = "" if fraction == 1 or self.role == "baseline" else f" on {100 * fraction:g} %"
+            return f"{self.point.setup.name} {self.role}{suffix}"
+        return f"{self.point.label} {self.kind}"
+
+
+def stages_of(point: Point) -> list[Stage]:
+    """Return the stages of a point in the order they run; the last one is `evaluate`.
+
+    Raises ConfigError when a local model or data file does not exist.
+    """
+    stages: list[Stage] = []
+    pairs = pair_data(point)
+    resources = resources_of(point, pairs)
+
+    def add(inputs: StageInputs, by: Point = point, **upstream: Stage | None) -> Stage:
+        present = {role: stage for role, stage in upstream.items() if stage is not None}
+        stage = Stage(inputs, present, resources, by)
+        if stage not in stages:
+            stages.append(stage)
+        return stage
+
+    model, lora, evaluation = model_inputs(point), _lora(point), point.evaluation
+
+    def sft(fraction: float) -> Stage:
+        by = replace(point, dataset=replace(point.dataset, sft_fraction=fraction))
+        trainer = _trainer(point.trainer.sft, point.trainer.sft.lr)
+        return add(SftInputs(model, lora, sft_data(by), trainer, point.seed), by)
+
+    fraction = point.dataset.sft_fraction
+    # The base model has no stage: it is part of the inputs of the stages that start from it.
+    start = sft(fraction) if point.init.name == "sft" and fraction > 0 else None
+    init = "base" if start is None else "sft"
+
+    reference = None
+    if METHODS[point.method.name].needs_reference:
+        reference = add(ReferenceInputs(model, init, pairs), init=start)
+    align = add(
+        AlignInputs(
+            model=model,
+            init=init,
+            lora=lora,
+            data=pairs,
+            method=point.method.name,
+            options=method_options(point),
+            beta=point.beta,
+            sft_weight=point.init.sft_weight,
+            align_weight=point.init.align_weight,
+            trainer=_trainer(point.trainer.align, point.lr),
+            seed=point.seed,
+            stop_fraction=point.trainer.align.stop_fraction,
+        ),
+        init=start,
+        reference=reference,
+    )
+
+    judge = judge_inputs(point.judge)
+    prompts = prompt_inputs(point)
+    generation = _generation(point)
+    baseline = None
+    if judge is not None and judge.baseline == "sft":
+        # The baseline is the SFT model's whatever the point starts from: all points are compared with the same one.
+        inputs = GenerateInputs("baseline", model, "sft", prompts, generation, point.seed)
+        baseline = add(inputs, checkpoint=sft(1.0))
+    inputs = GenerateInputs("policy", model, init, prompts, generation, point.seed)
+    samples = add(inputs, checkpoint=align, reference=start)
+    add(
+        EvaluateInputs(
+            setup=point.setup.name,
+            init=point.init.name,
+            prompts=prompts,
+            judge=judge,
+            metric=evaluation.metric,
+            selection_fraction=evaluation.selection_fraction,
+            split_seed=evaluation.split_seed,
+        ),
+        align=align,
+        samples=samples,
+        baseline=baseline,
+    )
+    return stages
+
+
+def model_inputs(point: Point) -> ModelInputs:
+    path = ContentPath.of(point.model.path, "model.path", point.model.revision)
+    return ModelInputs(path, point.model.template, point.engine.precision)
+
+
+def sft_data(point: Point) -> DataInputs:
+    """Return what SFT reads. JSON lines have no SFT table: SFT trains on the chosen responses of the training pairs."""
+    data = point.dataset
+    common = pair_data(point) if data.source == "jsonl" else _rows(point)
+    table = _table(data.sft) if data.source == "hub" and data.sft is not None else None
+    return replace(common, sft=table, sft_size=data.sft_size, sft_fraction=data.sft_fraction)
+
+
+def pair_data(point: Point) -> DataInputs:
+    """Return what every stage that needs preference pairs or their prompts reads."""
+    data = point.dataset
+    table = _table(data.preference) if data.source == "hub" and data.preference is not None else None
+    return replace(_rows(point), preference=table, train_size=data.train_size, validation_size=data.validation_size)
+
+
+def prompt_inputs(point: Point) -> PromptInputs:
+    file = point.evaluation.prompts_file
+    path = None if file is None else ContentPath.of(file, "evaluation.prompts_file")
+    return PromptInputs(pair_data(point), point.evaluation.num_prompts, path)
+
+
+def judge_inputs(judge: Judge) -> JudgeInputs | None:
+    """Return what verdicts depend on; None without a judge. Raises ConfigError when a local file does not exist."""
+    if judge.name == "none":
+        return None
+    options: dict[str, Any] = {name: getattr(judge, name) for name in JUDGES[judge.name]}
+    if judge.name in CONTENT_HASHED_MODELS:
+        options["model"] = ContentPath.of(options["model"], "judge.model")
+    if options.get("prompt_file") is not None:
+        options["prompt_file"] = ContentPath.of(options["prompt_file"], "judge.prompt_file")
+    assert judge.baseline is not None
+    from_file = judge.baseline not in BASELINES
+    baseline = ContentPath.of(judge.baseline, "judge.baseline") if from_file else judge.baseline
+    return JudgeInputs(judge.name, baseline, **options)
+
+
+def _rows(point: Point) -> DataInputs:
+    data = point.dataset
+    path = None if data.path is None else ContentPath.of(data.path, "dataset.path")
+    return DataInputs(data.source, data.seed, data.max_tokens, data.max_prompt_tokens, path)
+
+
+def _table(table: HubTable) -> TableInputs:
+    """Return the table without its expected size, which is only compared and shown."""
+    expected = ("rows", "tokens")
+    return TableInputs(**{name: value for name, value in asdict(table).items() if name not in expected})
+
+
+def _lora(point: Point) -> LoraInputs | None:
+    lora = point.model.lora
+    targets = None if lora.targets is None else tuple(lora.targets)
+    return None if lora.rank is None else LoraInputs(lora.rank, lora.alpha, targets)
+
+
+def _trainer(optimization: SftOptimization | AlignOptimization, lr: float) -> TrainerInputs:
+    options = {name: value for name, value in asdict(optimization).items() if name not in ("lr", "stop_fraction")}
+    return TrainerInputs(lr=lr, **options)
+
+
+def _generation(point: Point) -> GenerationInputs:
+    generation = asdict(point.evaluation.generation)
+    del generation["batch_size"]  # samples do not depend on it
+    server = None
+    if point.server.name != "none":
+        assert point.server.command is not None
+        server = (point.server.name, point.server.command)
+    return GenerationInputs(**generation, server=server)

@@ -1,0 +1,153 @@
+"""What is checked before anything runs or is submitted, beyond the config itself: input files, packages, keys, programs,
+and names on the Hugging Face hub. No torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES
+from src.config.packages import require_package
+from src.config.schema import Point
+from src.data.evaluation_prompts import answers_from, read_prompts
+from src.data.sources import open_source
+from src.errors import ConfigError
+from src.judges.prompt_file import load_judge_prompt
+from src.planning.identity import locate
+from src.planning.stage import pair_data, prompt_inputs, sft_data
+
+HUB_TIMEOUT = 5.0  # seconds
+
+# (config key, repository, kind of repository, revision)
+HubName = tuple[str, str, str, str | None]
+
+
+def check_input_files(points: Sequence[Point]) -> None:
+    """Read every row of the local files that points name. Raises ConfigError naming file and line."""
+    for point in {repr(p.dataset): p for p in points}.values():
+        for data in (sft_data(point), pair_data(point)):
+            open_source(data).check()
+    for point in {repr((p.dataset, p.evaluation, p.judge)): p for p in points}.values():
+        judge, source = point.judge, point.dataset.source
+        if judge.prompt_file is not None:
+            load_judge_prompt(judge.prompt_file)
+        baseline = None if judge.name == "none" or judge.baseline in BASELINES else judge.baseline
+        # Prompts of the hub are not fetched here: planning needs no network.
+        if point.evaluation.prompts_file is not None or (baseline is not None and source != "hub"):
+            prompts = read_prompts(prompt_inputs(point))
+            if baseline is not None:
+                answers_from(baseline, prompts, "judge.baseline")
+
+
+def check_packages(points: Iterable[Point]) -> None:
+    """Raise ConfigError when an optional package that a point needs is not installed."""
+    for point in points:
+        engine, judge, server = point.engine, point.judge, point.server
+        if engine.strategy.startswith("zero"):
+            require_package("deepspeed", f"engine.strategy={engine.strategy}")
+        if point.model.attention == "flash_attention_2":
+            require_package("flash_attn", "model.attention=flash_attention_2")
+        if judge.name in ENDPOINT_JUDGES:
+            require_package("openai", f"judge={judge.name}")
+        if server.name != "none":
+            require_package("openai", f"server={server.name}")
+        if judge.name == "alpaca_eval":
+            _check_annotator(require_package("alpaca_eval", "judge=alpaca_eval"), judge.model or "")
+
+
+def _check_annotator(package: Path, name: str) -> None:
+    known = package / "evaluators_configs"
+    if not (known / name / "configs.yaml").is_file():  # joining an absolute path gives that path
+        raise ConfigError(
+            f"judge.model={name}: unknown annotator; use one of alpaca-eval's ({known}), "
+            "or the absolute path of a folder with a configs.yaml"
+        )
+
+
+def check_key(points: Iterable[Point]) -> None:
+    """Raise ConfigError when the API key of a judge is not in the environment, which jobs inherit."""
+    for judge in (point.judge for point in points):
+        if judge.name in ENDPOINT_JUDGES and judge.base_url is None and not os.environ.get(judge.api_key_env):
+            raise ConfigError(
+                f"judge={judge.name} asks OpenAI and {judge.api_key_env} is not set: export it (judge.api_key_env "
+                "names another variable), or set judge.base_url=URL to use another endpoint"
+            )
+
+
+def check_programs(points: Iterable[Point]) -> None:
+    """Raise ConfigError when the program of a server that runs on this machine is not installed."""
+    for command in dict.fromkeys(point.server.command for point in points):
+        if command is not None and shutil.which(program := shlex.split(command)[0]) is None:
+            raise ConfigError(f"server.command: {program} is not on PATH; install it, or give its absolute path")
+
+
+def check_hub(points: Iterable[Point]) -> list[str]:
+    """Ask the hub for the models and tables that points name.
+
+    Returns a warning for names that could not be checked. Raises ConfigError for a name that does not exist.
+    """
+    names = dict.fromkeys(name for point in points for name in _hub_names(point))
+    if not names:
+        return []
+    from huggingface_hub import constants
+
+    absent = [name for name in names if not _is_cached(name, Path(constants.HF_HUB_CACHE))]
+    if not absent:
+        return []
+    if constants.HF_HUB_OFFLINE:
+        return [_hub_warning(absent, "HF_HUB_OFFLINE is set")]
+    for number, name in enumerate(absent):
+        if reason := _query_hub(name):
+            return [_hub_warning(absent[number:], reason)]
+    return []
+
+
+def _hub_names(point: Point) -> Iterable[HubName]:
+    if locate(point.model.path) is None:
+        yield "model.path", point.model.path, "model", point.model.revision
+    if point.judge.name == "reward_model" and point.judge.model is not None and locate(point.judge.model) is None:
+        yield "judge.model", point.judge.model, "model", None
+    data = point.dataset
+    if data.source == "hub" and data.path is None:
+        for key, table in (("dataset.sft.path", data.sft), ("dataset.preference.path", data.preference)):
+            if table is not None:
+                yield key, table.path, "dataset", None
+
+
+def _is_cached(name: HubName, cache: Path) -> bool:
+    _, repository, kind, _ = name
+    return (cache / f"{kind}s--{repository.replace('/', '--')}" / "snapshots").is_dir()
+
+
+def _query_hub(name: HubName) -> str | None:
+    """Return why the hub could not be asked; None when the name exists. Raises ConfigError when it does not."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    key, repository, kind, revision = name
+    api = HfApi()
+    try:
+        info = api.repo_info(repository, repo_type=kind, revision=revision, timeout=HUB_TIMEOUT)
+        if getattr(info, "gated", False):
+            api.auth_check(repository, repo_type=kind)
+    except GatedRepoError:
+        raise ConfigError(
+            f"{key}={repository}: gated on the hub: request access there and `hf auth login`, or give a local path"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"{key}={repository}: neither a local path nor on the hub (or private: `hf auth login`)"
+        ) from None
+    except RevisionNotFoundError:
+        raise ConfigError(f"{key}={repository}: the hub has no revision {revision}") from None
+    except Exception as error:  # no network on this machine says nothing about the compute nodes
+        return type(error).__name__
+    return None
+
+
+def _hub_warning(names: list[HubName], reason: str) -> str:
+    what = ", ".join(f"{key}={repository}" for key, repository, _, _ in names)
+    return f"could not verify {what} on the Hub ({reason}); compute nodes need Hub access or a warm cache"

@@ -1,0 +1,91 @@
+"""One attempt at computing a stage: where it writes, where it resumes from, and how it reports progress. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from src import preemption
+from src.store.files import write_json
+from src.store.lease import Lease
+
+T = TypeVar("T")
+
+PROGRESS_FILE = "progress.json"  # beside the lease of a stage: how far it is
+
+# (stage label, step, total): called as a stage advances.
+Report = Callable[[str, int, int], None]
+
+
+@dataclass
+class Attempt:
+    """One attempt at computing a stage: output directory, checkpoint directory and progress callback."""
+
+    out: Path  # private until published
+    checkpoints: Path  # outlives the attempt; the next attempt resumes from it
+    lease: Lease | None  # of rank 0; other ranks have none and write nothing
+    report: Report
+    label: str
+    identity: str
+    output_dir: Path
+    started: float = field(default_factory=time.time)
+    prior_seconds: float = 0.0  # spent by earlier attempts, as the checkpoint recorded it
+    tokens: int = 0
+    processes: int = 1  # that compute the stage together, one accelerator each where there are any
+    _last_report: float = 0.0
+    _first_step: int | None = None
+
+    def step(self, step: int, total: int, interruptible: bool = True) -> None:
+        """Report progress.
+
+        Raises LeaseLost when another process has taken the stage over, and Interrupted when this process was asked to
+        stop (unless not `interruptible`: the caller saves a checkpoint first and raises by itself).
+        """
+        if self._first_step is None:
+            self._first_step = step
+        self._report(self.label, step, total, self._first_step, self.started, interruptible)
+
+    def track(self, rows: Sequence[T], description: str) -> Iterator[T]:
+        """Iterate over rows, reporting progress once it takes longer than two seconds. Raises like `step`."""
+        started = time.time()
+        for number, row in enumerate(rows):
+            if time.time() - started > 2:
+                self._report(f"{self.label}: {description}", number, len(rows), 0, started)
+            yield row
+        if time.time() - started > 2:
+            self._report(f"{self.label}: {description}", len(rows), len(rows), 0, started)
+
+    def _report(
+        self, label: str, step: int, total: int, first: int, started: float, interruptible: bool = True
+    ) -> None:
+        if self.lease is None:
+            return
+        self.lease.check()
+        if interruptible and step < total and (reason := preemption.stop_reason()):
+            raise preemption.Interrupted(f"{label} stopped at {step}/{total}: {reason}")
+        now = time.monotonic()
+        if now - self._last_report >= 0.5 or step >= total:
+            self._last_report = now
+            if self.lease.held:
+                progress = {
+                    "label": label,
+                    "step": step,
+                    "total": total,
+                    "first": first,  # the step this attempt resumed at
+                    "started": started,
+                    "now": time.time(),
+                }
+                write_json(self.lease.folder / PROGRESS_FILE, progress)
+            self.report(label, step, total)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes the artifacts: rank 0 of those that compute the stage together."""
+        return self.lease is not None
+
+    @property
+    def seconds(self) -> float:
+        return self.prior_seconds + time.time() - self.started

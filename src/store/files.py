@@ -1,0 +1,45 @@
+"""Files that readers see whole or not at all. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    atomic_write(path, json.dumps(value, indent=1) + "\n")
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Replace `path`: readers, also on other machines, see the old content or the new, never a part of it."""
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        with draft.open("wb") as handle:
+            handle.write(content.encode() if isinstance(content, str) else content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def is_full(folder: Path) -> bool:
+    """Return whether the disk under `folder` has less than a megabyte left."""
+    return shutil.disk_usage(folder).free < 2**20
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file below `folder` to disk, so that a rename afterwards cannot expose a partly written one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())

@@ -1,0 +1,193 @@
+"""Where results are: one directory per stage identity, published whole by one rename; sweeps beside it. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.errors import ConfigError
+from src.store.attempt import PROGRESS_FILE, Attempt, Report
+from src.store.code_snapshot import revision
+from src.store.files import fsync_tree, read_json, write_json
+from src.store.lease import Lease
+
+if TYPE_CHECKING:
+    from src.planning.stage import Stage
+
+DONE = "DONE"
+STAGE_FILE = "stage.json"
+WEIGHTS_REMOVED = "WEIGHTS_REMOVED"  # marks a finished stage whose model was deleted by keep_checkpoints
+RESULT_FILE = "result.json"  # of an evaluate stage: what a point is compared by
+QUALITY_FILE = "quality.json"  # beside it: quality per prompt, and which prompts select hyper-parameters
+JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, with a judge: verdict and reason for every prompt
+RUN_CONFIG_FILE = "run_config.json"  # beside stage.json: the resolved config of the run that computed the stage
+SAMPLES_FILE = "samples.jsonl"  # of a generate stage
+METRICS_FILE = "metrics.jsonl"  # of a stage that trains
+
+
+def partial_run_id(run: str, stop_fraction: float) -> str:
+    """Return the identity of a run that stops after that fraction of its steps; every such run starts like `run`."""
+    return f"{run}@{stop_fraction!r}"
+
+
+def full_run_id(identity: str) -> str:
+    """Return the identity of the run to its end that a partial run is part of; any other identity unchanged."""
+    return identity.partition("@")[0]
+
+
+@dataclass(frozen=True)
+class StageName:
+    """The part of a stage that names its directory in a store."""
+
+    kind: str
+    identity: str
+
+
+class Store:
+    """`<output_dir>/store/<stage>/<identity>/` with DONE inside, `<output_dir>/sweeps/<name>/` beside it."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.output_dir = Path(output_dir).absolute()
+        self.root = self.output_dir / "store"
+
+    def dir(self, stage: Stage | StageName) -> Path:
+        return self.root / stage.kind / stage.identity
+
+    def work(self, stage: Stage | StageName) -> Path:
+        """Return where the stage is computed.
+
+        Partial runs of one training share it, with lease and checkpoints: one of them is computed at a time, and
+        resumes where a shorter one stopped.
+        """
+        return self.root / stage.kind / ".work" / full_run_id(stage.identity)
+
+    @property
+    def sweeps(self) -> Path:
+        return self.output_dir / "sweeps"
+
+    def sweep_dir(self, name: str) -> Path:
+        return self.sweeps / name
+
+    def answers(self, judge: str, model: str) -> Path:
+        """Return the folder of a judge model's answers: append-only files that all sweeps share."""
+        return self.root / "answers" / judge / re.sub(r"[^\w.-]+", "_", model)[-100:]
+
+    def tokenized(self, key: str) -> Path:
+        """Return where the tokens of one split are cached for every stage that reads it."""
+        return self.root / "tokenized" / key
+
+    def is_done(self, stage: Stage | StageName) -> bool:
+        return (self.dir(stage) / DONE).exists()
+
+    def has_weights(self, stage: Stage) -> bool:
+        """Return whether the stage is done and its model was not removed since."""
+        return self.is_done(stage) and not (self.dir(stage) / WEIGHTS_REMOVED).exists()
+
+    def remove_weights(self, stage: Stage) -> None:
+        """Delete the model of a finished stage but keep its measurements; whoever needs the model recomputes it."""
+        folder = self.dir(stage)
+        if self.has_weights(stage):
+            write_json(folder / WEIGHTS_REMOVED, {"removed": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        for path in folder.glob("*.safetensors*"):
+            path.unlink(missing_ok=True)
+
+    def finished(self, kind: str, newest: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield (inputs, content of DONE) of the newest finished stages of a kind, newest first."""
+        found = [(done.stat().st_mtime, done) for done in (self.root / kind).glob(f"*/{DONE}")]
+        for _, done in sorted(found, reverse=True)[:newest]:
+            yield read_json(done.with_name(STAGE_FILE))["inputs"], read_json(done)
+
+    def artifacts(self, stage: Stage) -> Path:
+        """Return the directory of a finished stage. Raises ConfigError when it was made from other inputs."""
+        folder = self.dir(stage)
+        stored = read_json(folder / STAGE_FILE)
+        if stored != stage.description:
+            keys = ", ".join(_differences(stored, stage.description))
+            raise ConfigError(
+                f"{folder / STAGE_FILE} was written for other inputs ({keys}): move the folder away and run again"
+            )
+        return folder
+
+    def progress(self, stage: Stage | StageName) -> dict[str, Any] | None:
+        """Return the last reported progress of a running stage; None when there is none."""
+        try:
+            return read_json(self.work(stage) / PROGRESS_FILE)
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def begin(self, stage: Stage, lease: Lease, report: Report) -> Attempt:
+        """Start an attempt in a fresh private directory under the stage's lease; unfinished ones are deleted."""
+        work = self.work(stage)
+        for entry in work.iterdir():
+            if entry.name.startswith("attempt-"):
+                shutil.rmtree(entry, ignore_errors=True)
+        (work / PROGRESS_FILE).unlink(missing_ok=True)  # of a shorter run of the same training
+        out = work / f"attempt-{lease.token}"
+        out.mkdir()
+        checkpoints = work / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        return Attempt(out, checkpoints, lease, report, stage.label, stage.identity, self.output_dir)
+
+    def join_attempt(self, stage: Stage, out: Path) -> Attempt:
+        """Return rank 0's attempt as the other ranks see it."""
+        checkpoints = self.work(stage) / "checkpoints"
+        return Attempt(out, checkpoints, None, lambda *_: None, stage.label, stage.identity, self.output_dir)
+
+    def publish(self, stage: Stage, attempt: Attempt) -> None:
+        """Make the artifacts visible: flush everything to disk, write DONE last, then rename once."""
+        assert attempt.lease is not None
+        attempt.lease.check()
+        write_json(attempt.out / STAGE_FILE, stage.description)
+        write_json(attempt.out / RUN_CONFIG_FILE, asdict(stage.point))
+        fsync_tree(attempt.out)
+        done = {
+            "stage": stage.kind,
+            "identity": stage.identity,
+            "seconds": round(attempt.seconds, 3),
+            "tokens": attempt.tokens,
+            "processes": attempt.processes,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "commit": revision()["commit"],
+        }
+        write_json(attempt.out / DONE, done)
+        final = self.dir(stage)
+        if (final / WEIGHTS_REMOVED).exists():
+            old = attempt.out.with_name("without-weights")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
+        try:
+            os.rename(attempt.out, final)
+        except OSError:
+            if not (final / DONE).exists():
+                raise
+            # Another process published the same identity meanwhile; its artifacts are equal by construction.
+
+    def clean_up_work_dir(self, stage: Stage) -> None:
+        """Delete the work directory of a finished stage.
+
+        A partial run leaves its checkpoint to longer runs, unless the full run is done already.
+        """
+        full_run = StageName(stage.kind, full_run_id(stage.identity))
+        if self.is_done(full_run):
+            self.discard_work_dir(full_run)
+
+    def discard_work_dir(self, stage: Stage | StageName) -> None:
+        """Delete the checkpoints that a stage, or a longer run of its training, would resume from."""
+        shutil.rmtree(self.work(stage), ignore_errors=True)
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(a.keys() | b.keys())
+        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)]
+    return [] if a == b else [prefix]

@@ -1,0 +1,191 @@
+"""How a training stage uses its processes and GPUs: one process, DDP, or DeepSpeed ZeRO, all through accelerate.
+
+Weights, gradients and optimizer state are float32 on every engine (a learning rate of 3e-7 vanishes in bf16 weights);
+engine.precision is that of the computation alone. DeepSpeed's configuration is made from the trainer's fields alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, PartialState
+
+from src.config.packages import require_package
+from src.distributed import get_distributed, init_distributed
+from src.errors import ConfigError
+from src.model.loading import device_of
+from src.model.logprobs import patch_model_
+from src.model.lora import add_adapters, merge_adapters
+from src.planning.identity import LoraInputs, TrainerInputs
+from src.planning.resources import Resources
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# accelerate logs every file of every checkpoint, and warns of tied weights, which safetensors stores once.
+logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+class TrainingEngine:
+    """Loads, trains and gives back one model; every rank of the run does the same."""
+
+    def __init__(self, resources: Resources, trainer: TrainerInputs, lora: LoraInputs | None, seed: int) -> None:
+        """Raises ConfigError when DeepSpeed is needed and not installed. seed: of the initial adapters."""
+        self.resources, self.lora, self.seed = resources, lora, seed
+        self.device = device_of(resources.device)
+        self.zero = resources.zero_stage
+        self.max_grad_norm = trainer.max_grad_norm
+        _quiet_deepspeed(self.device)
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        plugin = None
+        if self.zero:
+            if self.device.type == "cpu" and torch.cuda.is_available():
+                raise ConfigError("engine.device=cpu: ZeRO takes the GPU it sees; hide it with CUDA_VISIBLE_DEVICES=")
+            require_package("deepspeed", f"engine.strategy={resources.strategy}")
+            init_distributed(resources.strategy)
+            _load_deepspeed(self.device)
+            plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(resources, trainer, self.device))
+        # Precision is applied in the log-prob path, so that everything that uses that path agrees.
+        cpu = self.device.type == "cpu"
+        PartialState(cpu=cpu)
+        # Passing cpu=True again would disable the DeepSpeed plugin.
+        self.accelerator = Accelerator(cpu=cpu and not self.zero, deepspeed_plugin=plugin, mixed_precision="no")
+        # accelerate has been observed to fall back to a single process silently.
+        assert self.accelerator.num_processes == get_distributed().size, f"{self.accelerator.num_processes} processes"
+
+    @property
+    def checkpoint_format(self) -> str:
+        """Which engines can read a checkpoint: `full` by one process or DDP, `zeroSxN` by ZeRO-S on N ranks alone."""
+        return f"zero{self.zero}x{get_distributed().size}" if self.zero else "full"
+
+    def configure_model(self, model: Any) -> Any:
+        """Add adapters, activation checkpointing and compilation to the model as configured, in place."""
+        self._adapted = self._adapt(model)
+        if self.resources.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.resources.compile:
+            for layer in model.base_model.layers:
+                layer.compile(dynamic=True)
+        return model
+
+    def _adapt(self, model: Any) -> Any:
+        return None if self.lora is None else add_adapters(model, self.lora, self.seed)
+
+    def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        """Return the policy wrapped for the strategy; the engine keeps the optimizer."""
+        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        return self.policy
+
+    def set_lr(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch, inside its micro_step."""
+        # DDP and ZeRO average gradients over ranks, while the ranks' losses are parts of one sum.
+        size = get_distributed().size
+        self.accelerator.backward(loss * size if size > 1 else loss)
+
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        """Compute a micro-batch; gradients are exchanged (and under ZeRO applied) in the last one of a step."""
+        self.accelerator.sync_gradients = last
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
+            yield
+
+    def step(self) -> Tensor:
+        """Clip and apply the gradients; return their norm before clipping."""
+        if self.zero:  # DeepSpeed has applied them in the last backward pass
+            norm = self.accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return torch.as_tensor(norm)
+
+    def save(self, folder: Path) -> None:
+        """Save what `load` resumes from; of the weights, those that are trained."""
+        options = {"exclude_frozen_parameters": True} if self.zero else {}
+        self.accelerator.save_state(str(folder), **options)
+
+    def load(self, folder: Path) -> None:
+        options = {"load_module_strict": False} if self.zero else {"strict": False}
+        self.accelerator.load_state(str(folder), **options)
+
+    def gather_model(self, model: Any) -> Any:
+        """Return the trained model as an ordinary one, adapters merged. Under ZeRO-3 rank 0 has it, others None."""
+        if self.zero < 3:
+            return merge_adapters(self._adapted) if self._adapted else model
+        weights = self.accelerator.get_state_dict(self.policy)
+        self.close()
+        if not get_distributed().is_main_process:
+            return None
+        fresh = type(model)(model.config)
+        self._adapted = self._adapt(fresh)
+        fresh.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()}, assign=True)
+        fresh.tie_weights()
+        merged = merge_adapters(self._adapted) if self._adapted else fresh
+        return patch_model_(merged.to(self.accelerator.device))
+
+    def __enter__(self) -> TrainingEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds, so that the next model of this process is an ordinary one."""
+        if self.zero:
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            if wrapped := self.accelerator.deepspeed_engine_wrapped:
+                wrapped.engine.destroy()
+                self.accelerator.deepspeed_engine_wrapped = None
+            unset_hf_deepspeed_config()
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def deepspeed_config(resources: Resources, trainer: TrainerInputs, device: torch.device) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; whatever it could disagree about with the trainer is the trainer's."""
+    cuda = device.type == "cuda"
+    zero: dict[str, Any] = {"stage": resources.zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
+    if resources.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # in whatever precision the weights have
+    if resources.strategy.endswith("_offload"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
+    return {
+        # Examples are packed to a token budget: the training loop decides on micro-batches and where a step ends.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": trainer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+
+
+def _quiet_deepspeed(device: torch.device) -> None:
+    """Silence DeepSpeed, which accelerate imports wherever it is installed."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")  # at every call
+
+
+def _load_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed without compiling its shared-memory all-reduce for CPUs."""
+    import deepspeed
+
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

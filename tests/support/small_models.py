@@ -1,0 +1,46 @@
+"""Random decoders of a few thousand parameters, and pairs for them."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from src.data.examples import Example
+from src.model.logprobs import patch_model_
+
+VOCABULARY = 211
+
+
+def make_model(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, patched=True, **changes):
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # far from uniform, so that a wrong neighbour shows
+    }
+    model = cls(config(**(shape | changes))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # not all ones, as they are before training
+                parameter.uniform_(0.5, 1.5)
+    return patch_model_(model) if patched else model
+
+
+def random_pairs(count, seed):
+    rng = random.Random(seed)
+
+    def tokens(low, high):
+        return tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(low, high)))
+
+    return [Example(tokens(1, 40), (tokens(1, 25), tokens(1, 25))) for _ in range(count)]
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()

@@ -1,0 +1,80 @@
+"""What the tests of W&B have in common: running commands as one of its users, and reading what came of it."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import yaml
+
+from tests.support.commands import ROOT, environment
+
+
+def shell(server=None, **changes):
+    """Of a user of W&B; logged in when there is a server."""
+    known = {name: value for name, value in environment().items() if not name.startswith("WANDB_")}
+    return (
+        known
+        | {"NETRC": "/nowhere", "WANDB_CONFIG_DIR": "/nowhere"}
+        | ({} if server is None else server.environment)
+        | changes
+    )
+
+
+def read_yaml(path):
+    return yaml.safe_load(path.read_text())
+
+
+def run(server, *arguments, module="src.train", cwd=ROOT, **changes):
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env=shell(server, PYTHONPATH=str(ROOT), **changes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def metrics_of(out, kind, identity):
+    text = (out / "store" / kind / identity / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def told(history):
+    """The lines of metrics.jsonl in what W&B has."""
+    rows = ({k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")} for row in history)
+    return [row for row in rows if row]
+
+
+BLOCK = 32768
+
+
+def records(path):
+    """The records of a .wandb file: LevelDB's log format after a header of seven bytes."""
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # full, last
+            yield parts
+            parts = b""
+
+
+def offline_history(folder):
+    """Logged rows of an offline run, and the run."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows, run = [], None
+    for data in records(next(folder.glob("*.wandb"))):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+        elif record.WhichOneof("record_type") == "run":
+            run = record.run
+    return rows, run

@@ -1,0 +1,73 @@
+"""A page of docs that adds something: its blocks are applied to a copy of the project, its commands run there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.commands import ROOT, environment
+
+_BLOCK = re.compile(
+    r"^(?:A new file )?`(?P<path>[^`]+)`"
+    r"(?:, (?P<where>before|after) the line that begins (?P<tick>`+) ?(?P<line>.+?) ?(?P=tick))?:"
+    r"\n\n```\w+\n(?P<text>.*?)```$",
+    re.M | re.S,
+)
+
+
+class WorkedExample:
+    def __init__(self, page: str, folder: Path) -> None:
+        """folder: for what git has of this project, before the page."""
+        self.page, self.folder = (ROOT / "docs" / page).read_text(), folder
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+            if name and (ROOT / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment() | {"PYTEST_ADDOPTS": "-n0"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def apply(self) -> None:
+        """Every block where the page says it goes."""
+        blocks = list(_BLOCK.finditer(self.page))
+        assert len(blocks) == len(re.findall(r"^```\w", self.page, re.M)) - len(re.findall("^```sh", self.page, re.M))
+        assert blocks
+        for block in blocks:
+            self._put(block)
+        assert (done := self.run("ruff", "check", ".")).returncode == 0, done.stdout
+
+    def _put(self, block: re.Match[str]) -> None:
+        path, text = self.folder / block["path"], block["text"]
+        if block["where"] is None:
+            assert not path.exists(), f"{path} is not new"
+            path.write_text(text)
+            return
+        lines = path.read_text().splitlines(keepends=True)
+        found = [i for i, line in enumerate(lines) if line.lstrip().startswith(block["line"])]
+        assert len(found) == 1, f"{block['path']}: {len(found)} lines begin {block['line']}"
+        lines.insert(found[0] + (block["where"] == "after"), text)
+        path.write_text("".join(lines))
+
+    def run_commands(self, more: dict[str, list[str]]) -> list[str]:
+        """What each command of the page printed. more: arguments added here, by module."""
+        printed = []
+        for line in (line for block in re.findall(r"```sh\n(.*?)```", self.page, re.S) for line in block.splitlines()):
+            python, dash, module, *arguments = shlex.split(line)
+            assert (python, dash) == ("python", "-m")
+            done = self.run(module, *arguments, *more.get(module, []))
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            printed.append(done.stdout)
+        return printed

@@ -1,0 +1,145 @@
+"""What a sweep expands to, and how long that takes."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from src.methods import METHODS
+from tests.support.commands import ROOT, dry_run, environment, train
+
+
+def test_sweep_syntax_is_hydras_own_plus_grids():
+    labels, _ = dry_run("method=dpo", "beta=0.1,0.3", "lr=1e-3")
+    assert labels == ["dpo beta=0.1 lr=0.001", "dpo beta=0.3 lr=0.001"]
+    assert dry_run("method=dpo", "beta=range(1,4)")[0] == [f"dpo beta={b} lr=0.001" for b in (1, 2, 3)]
+    assert dry_run("method=dpo", "beta=choice(0.1,0.3)")[0] == labels
+    assert [x.split()[0] for x in dry_run("method=glob(*po)")[0]] == ["cal_dpo", "dpo", "ipo", "orpo", "simpo"]
+    assert dry_run("method=dpo", "beta=1,1.0")[0] == ["dpo beta=1 lr=0.001"]
+    grids, _ = dry_run("method=dpo,nca", "beta=grid")
+    listed = yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text())
+    assert grids == [f"{m} beta={b:g} lr=0.001" for m in ("dpo", "nca") for b in listed[m]]
+    swept = dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[11,12],[13,14]")[0]
+    assert swept == [f"dpo beta={b} lr=0.001" for b in (11, 12, 13, 14)]
+    assert len(dry_run("method=dpo", "beta=grid,7,0.1")[0]) == len(listed["dpo"]) + 1
+    assert dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[5,6]")[0] == [
+        "dpo beta=5 lr=0.001",
+        "dpo beta=6 lr=0.001",
+    ]
+
+
+def test_values_set_for_one_point_do_not_reach_the_next():
+    labels, _ = dry_run("method=dpo", "evaluation.generation={temperature:0.5},{top_k:5}")
+    assert labels == [
+        "dpo beta=0.1 lr=0.001 evaluation.generation.temperature=0.5 evaluation.generation.top_k=0",
+        "dpo beta=0.1 lr=0.001 evaluation.generation.temperature=1.0 evaluation.generation.top_k=5",
+    ]
+
+
+def test_what_else_varies_is_part_of_a_points_name():
+    labels, _ = dry_run("method=simpo", "beta=1", "method.gamma_beta_ratio=0.3,0.5")
+    assert labels == [f"simpo beta=1 lr=0.001 method.gamma_beta_ratio={g}" for g in (0.3, 0.5)]
+    assert dry_run("method=dpo", "beta=1", "engine.cpu_threads=1,2")[0] == ["dpo beta=1 lr=0.001"]  # one and the same
+
+
+def test_all_methods_on_both_grids_of_the_paper():
+    paper = ["setup=llama31_8b_uf", "method=all", "beta=grid", "lr=grid"]
+    assert len(dry_run(*paper)[0]) == 179
+    output = dry_run("setup=llama32_3b_uf", *paper[1:], "beta_grid=paper")[1]
+    # 200 points rest on one SFT and one set of reference log-probs.
+    assert "200 points: 0 done, 200 to do" in output
+    assert re.search(r"^sft +1 ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
+
+
+def test_all_methods_are_those_of_the_chosen_beta_grid():
+    labels, _ = dry_run("method=all", "beta=1", "~beta_grid.dpo")
+    assert {label.split()[0] for label in labels} == set(METHODS) - {"dpo"}
+    # One that is named besides is there; and its grid, where it has none, is asked for by name.
+    assert "dpo beta=1 lr=0.001" in dry_run("method=all,dpo", "beta=1", "~beta_grid.dpo")[0]
+    refused = train("-m", "method=dpo", "beta=grid", "~beta_grid.dpo", check=False)
+    assert refused.returncode == 2 and "no list for method=dpo; give beta_grid.dpo=[...]" in refused.stderr
+
+
+def test_a_named_sweep_yields_to_the_command_line():
+    assert len(dry_run("+sweep=demo")[0]) == sum(
+        len(v) for v in yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text()).values()
+    )
+    assert len(dry_run("+sweep=demo", "method=dpo", "beta=0.1,1")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "points", "sft"), [("paper_tldr_3b", 200, 1), ("paper_uf_3b", 200, 1), ("paper_uf_8b", 179, 1)]
+)
+def test_sweeps_of_the_paper_have_its_points_and_rest_on_one_sft_and_one_reference(name, points, sft):
+    labels, output = dry_run(f"+sweep={name}")
+    assert len(labels) == len(set(labels)) == points
+    assert re.search(rf"^sft +{sft} ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
+
+
+def test_the_grids_of_mistral_are_those_of_v3():
+    labels, _ = dry_run("setup=mistral_7b_uf", "method=all", "beta=grid", "lr=grid")
+    betas = {"dpo": 6, "ipo": 6, "simpo": 8, "orpo": 11, "asft": 9, "apo_zero": 6, "nca": 9, "cal_dpo": 7}
+    assert {m: sum(x.split()[0] == m for x in labels) for m in betas} == {m: 4 * n for m, n in betas.items()}
+
+
+def test_every_named_sweep_plans():
+    for path in sorted((ROOT / "conf/sweep").glob("*.yaml")):
+        assert dry_run(f"+sweep={path.stem}")[0], path.stem
+
+
+def test_a_sweep_in_parts_has_the_points_of_each_and_yields_to_the_command_line():
+    labels, _ = dry_run("+sweep=demo_init_ablation")
+    assert [label for label in labels if "init=base" in label] == [
+        f"{method} beta=1 lr=0.001 init=base init.align_weight={weight}"
+        for method in ("orpo", "asft")
+        for weight in (0.1, 1.0)
+    ]
+    assert [label.split()[0] for label in labels].count("dpo") == 1
+    # Methods of equal settings are compared, in whatever order the parts name those.
+    named = {
+        label.partition("init.")[2].split()[0] for label in labels if "init=base" not in label and "init." in label
+    }
+    assert named == {"align_weight=0.1", "align_weight=1.0"}
+    only = dry_run("+sweep=demo_init_ablation", "method=asft")[0]
+    assert {label.split()[0] for label in only} == {"asft"} and len(only) == 6
+
+
+def test_each_share_of_the_demonstrations_has_an_sft_of_its_own_and_all_one_baseline():
+    labels, output = dry_run("+sweep=demo_sft_fraction", "method=dpo")
+    assert len(labels) == 6
+    # None is the base model, which is not trained; what a judge compares with is the SFT model on all of them.
+    for kind, count in (("sft", 5), ("reference", 6), ("baseline", 1)):
+        assert re.search(rf"^{kind} +{count} ", output, re.M), output
+
+
+PROBE = """
+import runpy, sys, time
+begun = time.monotonic()
+sys.argv = ["src.train", *{arguments!r}]
+try:
+    runpy.run_module("src.train", run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code, stop.code
+heavy = [m for m in ("torch", "transformers", "pandas", "matplotlib", "wandb", "datasets") if m in sys.modules]
+print("PROBE", round(time.monotonic() - begun, 2), heavy, file=sys.stderr)
+"""
+
+
+def probe(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(arguments=list(arguments))],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr.strip().splitlines()[-1], done.stdout
+
+
+def test_help_and_planning_a_thousand_points_never_import_torch():
+    assert probe("--help")[0].endswith("[]")
+    line, output = probe("-m", "dry_run=true", "method=all", "beta=range(1,126)")
+    assert line.endswith("[]") and f"{125 * len(METHODS)} points" in output
