@@ -6,7 +6,6 @@ import logging
 import signal
 from collections.abc import Sequence
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -22,8 +21,8 @@ from src.hardware import cores, visible_gpus
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.preflight import check_programs
-from src.store.retention import release
-from src.store.store import Store
+from src.store.retention import release_model
+from src.store.sweep_folder import SweepFolder
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ log = logging.getLogger(__name__)
 class LocalLauncher(Launcher):
     """Hydra discovers and builds it; what it runs is a plan, not a list of overrides."""
 
-    here = True  # points are computed while this process waits
+    runs_in_process = True  # points are computed while this process waits
 
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
@@ -49,16 +48,14 @@ class LocalLauncher(Launcher):
         if plan.needed:
             check_programs(plan.points)
 
-    def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, PointFailure]:
-        """NumericsConfig what the plan needs. Returns the points (by identity) that were not reached, each with the reason;
-        `finish` is for launchers that end after this process does.
+    def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure]:
+        """Compute what the plan needs and return the points without a result: identity of the result -> why.
 
-        Raises KeyboardInterrupt on Ctrl-C or SIGTERM, workers stopped; what was done stays done.
+        Raises KeyboardInterrupt on Ctrl-C or SIGTERM, after the workers have been stopped.
         """
-        schedule = Schedule(plan)
+        schedule, store, logs = Schedule(plan), folder.store, folder.logs
         if not plan.needed:
             return {}
-        logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         gpus = visible_gpus()
         count = min(self.workers or len(gpus) or cores(), schedule.width())
@@ -85,7 +82,7 @@ class LocalLauncher(Launcher):
                                     and reason is None
                                     and stage.point.keep_checkpoints == "none"
                                 ):
-                                    release(store, plan, stage.upstream["align"])
+                                    release_model(store, plan.stages_by_role, stage.upstream["align"].identity)
                             ended += news
                             if not worker.process.is_alive():
                                 workers[number] = Worker(worker.place, store.output_dir, worker.log_file)

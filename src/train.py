@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> None:
                     wandb.points([point])
                 if not run_stages(plan, store, report):
                     return
-        apply_retention(store, plan, point.keep_checkpoints, set(plan.results))
+        apply_retention(store, plan.stages_by_role, point.keep_checkpoints, set(plan.results))
         path = store.artifacts(plan.stages[plan.results[0]]) / RESULT_FILE
         print(result_text(point, read_json(path)))
         print(f"result: {path}")

@@ -12,6 +12,7 @@ from launchers.slurm.status import look
 from launchers.slurm.submit import abandon
 from src.errors import report_errors
 from src.store.lease import Lease
+from src.store.sweep_folder import SweepFolder
 from sweeps.search.record import check_sweep
 
 
@@ -23,7 +24,7 @@ def main() -> int:
     with report_errors():
         check_sweep(arguments.dir)
         with Lease(arguments.dir.resolve().parent / ".submitting"):
-            abandon(ledger.submissions([arguments.dir.resolve()]), cluster.queue())
+            abandon(ledger.submissions(SweepFolder(arguments.dir.resolve())), cluster.queue())
         picture = look(arguments.dir, patience=0.0)
         if picture.silent:
             raise cluster.SlurmUnavailable(picture.silent)

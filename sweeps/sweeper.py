@@ -14,6 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from launchers.protocol import PlanLauncher
 from src.config.hydra_setup import decode_keywords, parse_overrides
 from src.config.schema import Point
 from src.config.validation import build_point, check_grid
@@ -52,7 +53,7 @@ class GridSweeper(Sweeper):
             raise
 
     def sweep(self, arguments: list[str]) -> None:
-        if not hasattr(self.launcher, "launch_plan"):
+        if not isinstance(self.launcher, PlanLauncher):
             kind = type(self.launcher).__name__
             raise ConfigError(f"hydra/launcher: {kind} cannot run planned stages; use hydra/launcher=local or slurm")
         overrides = self._merged(arguments)

@@ -14,12 +14,13 @@ from launchers.slurm import job_records as ledger
 from launchers.slurm.graph import shares
 from launchers.slurm.job_records import Task
 from launchers.slurm.submit import _on_their_way
-from src import preflight as hub
+from src import preflight
 from src.config.validation import build_point
 from src.errors import ConfigError
 from src.planning.plan import make_plan
-from src.store import code_snapshot as revision
+from src.store import code_snapshot
 from src.store.store import Store
+from src.store.sweep_folder import SweepFolder
 from tests.support.commands import ROOT, SMALL, environment, train
 from tests.support.configs import composed
 
@@ -64,11 +65,11 @@ def test_what_waits_for_a_job_that_has_failed_is_not_on_its_way(monkeypatch, tmp
     point = build_point(composed("method=orpo"))
     plan = make_plan([point], store)
     sft, align = (next(s for s in plan.stages.values() if s.kind == kind) for kind in ("sft", "align"))
-    tasks = [Task("sft", [["sft", sft.identity]], "1"), Task("point", [["align", align.identity]], "2")]
-    known = [ledger.new(tmp_path / "sweeps" / "x", task.label, [task]) for task in tasks]
+    tasks = [Task("sft", [["sft", sft.identity]], "1"), Task("align", [["align", align.identity]], "2")]
+    known = [ledger.new(SweepFolder(tmp_path / "sweeps" / "x"), task.label, [task]) for task in tasks]
     ended: set[str] = set()
     monkeypatch.setattr("launchers.slurm.cluster.cancel", ended.update)
-    waiting = cluster.Queued("2", "x-point", "PENDING", "Dependency")
+    waiting = cluster.Queued("2", "x-align", "PENDING", "Dependency")
     running = cluster.Queued("1", "x-sft", "RUNNING", "None")
     assert _on_their_way(plan, known, {"1": running, "2": waiting}) == {sft.identity: "1", align.identity: "2"}
     assert not ended
@@ -87,8 +88,8 @@ def test_variables_of_the_shell_do_not_overrule_what_is_submitted(monkeypatch, n
 
 def test_the_code_is_copied_whole_wherever_results_go(tmp_path):
     for output_dir in (ROOT / "outputs", tmp_path, ROOT.parent, ROOT):
-        code = revision.snapshot(tmp_path / "code", output_dir)
-        assert (code / "src" / "train.py").exists() and (code / "sweeps" / "grid.py").exists()
+        code = code_snapshot.snapshot(tmp_path / "code", output_dir)
+        assert (code / "src" / "train.py").exists() and (code / "sweeps" / "sweeper.py").exists()
     assert len(list((tmp_path / "code").iterdir())) == 1
 
 
@@ -96,13 +97,13 @@ def test_hub_names_that_cannot_be_checked_are_named_in_one_warning(monkeypatch, 
     point = build_point(composed("setup=llama32_3b_tldr"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (warning,) = hub.check([point, point])
+    (warning,) = preflight.check_hub([point, point])
     assert warning.count("model.path=meta-llama/Llama-3.2-3B") == 1 and "HF_HUB_OFFLINE" in warning
     folder = tmp_path / "models--meta-llama--Llama-3.2-3B" / "snapshots"
     folder.mkdir(parents=True)
-    (warning,) = hub.check([point])
+    (warning,) = preflight.check_hub([point])
     assert "model.path" not in warning, "what is in the cache is there"
-    assert hub.check([build_point(composed())]) == []
+    assert preflight.check_hub([build_point(composed())]) == []
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -144,7 +145,7 @@ def reachable_hub(monkeypatch, tmp_path):
 
 def test_a_name_the_hub_does_not_have_or_give_is_an_error(reachable_hub):
     with pytest.raises(ConfigError, match=r"model\.path=some/where: neither a local path nor on the hub"):
-        hub.check([build_point(composed("model.path=some/where"))])
+        preflight.check_hub([build_point(composed("model.path=some/where"))])
     with pytest.raises(ConfigError, match=r"model\.path=gated/model: gated on the hub"):
-        hub.check([build_point(composed("model.path=gated/model"))])
-    assert hub.check([build_point(composed("model.path=open/model"))]) == []
+        preflight.check_hub([build_point(composed("model.path=gated/model"))])
+    assert preflight.check_hub([build_point(composed("model.path=open/model"))]) == []

@@ -1,6 +1,7 @@
 """The search that halves, over a store: what runs and what is said of it, in one go or in many."""
 
 import json
+import pkgutil
 import re
 import shutil
 from collections import Counter
@@ -27,22 +28,24 @@ from tests.test_prolonging import TINY
 class Here:
     """A launcher that computes a plan in this process, and stops like Ctrl-C after some stages."""
 
+    runs_in_process = False
+
     def __init__(self, stages: int = 10**9) -> None:
         self.left, self.computed = stages, []
 
     def check(self, plan: Plan) -> None:
         pass
 
-    def launch_plan(self, plan, store, folder, finish):
+    def launch_plan(self, plan, folder, finalize):
         from src.model.loading import set_cpu_threads
 
-        set_cpu_threads(plan.points[0].engine)
+        set_cpu_threads(plan.points[0].engine.cpu_threads)
         for identity, stage in plan.stages.items():
             if identity in plan.needed:
                 if self.left == 0:
                     raise KeyboardInterrupt
                 self.left -= 1
-                compute_or_wait(stage, store)
+                compute_or_wait(stage, folder.store)
                 self.computed.append(stage.kind)
         return {}
 
@@ -161,9 +164,9 @@ def test_models_stay_as_keep_says_and_checkpoints_as_long_as_a_later_rung_may_ne
     seen: list[int] = []
 
     class Watching(Here):
-        def launch_plan(self, plan, store, folder, finish):
-            seen.append(len(list(store.root.glob("align/.work/*/checkpoints/whole/step-*"))))
-            return super().launch_plan(plan, store, folder, finish)
+        def launch_plan(self, plan, folder, finalize):
+            seen.append(len(list(folder.store.root.glob("align/.work/*/checkpoints/full/step-*"))))
+            return super().launch_plan(plan, folder, finalize)
 
     search(tmp_path, Watching(), "keep_checkpoints=best")
     assert seen == [0, 2], "those that go on, and no others"
@@ -174,12 +177,12 @@ def test_models_stay_as_keep_says_and_checkpoints_as_long_as_a_later_rung_may_ne
 class Failing(Here):
     """Of which one point fails."""
 
-    def launch_plan(self, plan, store, folder, finish):
+    def launch_plan(self, plan, folder, finalize):
         bad = [r for r, p in zip(plan.results, plan.points, strict=True) if p.beta == 0.5 and r in plan.needed]
-        plan.left |= set(bad)
-        plan.refresh(store)
+        plan.abandoned |= set(bad)
+        plan.refresh(folder.store)
         self.failed = [*getattr(self, "failed", []), *bad]
-        super().launch_plan(plan, store, folder, finish)
+        super().launch_plan(plan, folder, finalize)
         return {result: PointFailure("failed", "diverged") for result in bad}
 
 
@@ -200,13 +203,13 @@ class Jobs(Here):
 
     jobs = None
 
-    def launch_plan(self, plan, store, folder, finish):
+    def launch_plan(self, plan, folder, finalize):
         if not plan.needed:
             return {}
 
         def jobs():
-            Here.launch_plan(self, plan, store, folder, finish)
-            finish({})
+            Here.launch_plan(self, plan, folder, finalize)
+            pkgutil.resolve_name(finalize)(folder.path, {})
 
         self.jobs = jobs
         return None
@@ -215,10 +218,10 @@ class Jobs(Here):
 def test_where_jobs_run_each_call_submits_the_rung_that_is_next(tmp_path, searched, capsys):
     first, second, third = Jobs(), Jobs(), Jobs()
     assert search(tmp_path, first)["search"]["rung"] == 1
-    assert "the same command goes on with rung 2" in capsys.readouterr().out
+    assert "rerun the same command to start rung 2" in capsys.readouterr().out
     assert second.jobs is None and search(tmp_path, second)["search"]["rung"] == 1, "before it has ended: no other"
     first.jobs()
-    assert "rung 1 has ended" in capsys.readouterr().out
+    assert "rung 1 is done" in capsys.readouterr().out
     assert not (tmp_path / "sweeps" / "h" / "best.yaml").exists(), "nothing is chosen between rungs"
     assert search(tmp_path, third)["search"]["rung"] == 2
     third.jobs()
@@ -233,7 +236,7 @@ def test_the_command_killed_in_the_last_rung_and_given_again_ends_as_undisturbed
     assert re.search(r"^ +1 +0.5 +4\n +2 +1 +2$", plan, re.M), plan
     assert "the steps of 3 whole runs, 75 % of the 4 of the full grid; 6 times sampled" in plan
     later = {f"step-{step:08d}" for step in range(13, 24)}  # the first rung stops at 12
-    there = lambda store: any(p.name in later for p in store.glob("align/.work/*/checkpoints/whole/*"))  # noqa: E731
+    there = lambda store: any(p.name in later for p in store.glob("align/.work/*/checkpoints/full/*"))  # noqa: E731
     assert kill_when(there, tmp_path, *command), "the kill came too late"
     output = train(*command).stdout
     assert "rung 1 of" not in output and "h: rung 2 of 2: 2 points to the end" in output

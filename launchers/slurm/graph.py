@@ -14,7 +14,7 @@ SHARED = ("sft", "reference", "baseline")
 
 def kind_of(stage: Stage) -> str:
     """Which resources it is computed with."""
-    return stage.role if stage.role in SHARED else "point"
+    return stage.role if stage.role in SHARED else "align"
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Work:
 class Group:
     """What one sbatch submits."""
 
-    kind: str  # which resources: sft, reference, baseline, point
+    kind: str  # which resources: sft, reference, baseline, align
     work: list[Work]
     needs: tuple[str, ...]  # identities of stages that other jobs compute first
     parallel: int | None = None  # how many of its tasks may run at once; None: all
@@ -74,7 +74,7 @@ def groups(plan: Plan, elsewhere: Collection[str], leave: Collection[str], array
             points[needs(alone)].append(work(point.label, alone))
     for needed, together in points.items():
         for start in range(0, len(together), array_size):
-            yield Group("point", together[start : start + array_size], needed)
+            yield Group("align", together[start : start + array_size], needed)
 
 
 def _upstream(stage: Stage) -> Iterator[str]:

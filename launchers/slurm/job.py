@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from src import preemption as preemption
 from src.errors import describe_failure
 from src.preemption import Interrupted
 from src.progress import RunProgress
-from src.store.files import read_json, write_json
+from src.store.files import write_json
 from src.store.store import Store
 from src.tracking.following import Following
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 AGAIN = 75  # exit code: interrupted, to be queued again (EX_TEMPFAIL of sysexits.h)
 LINE_SECONDS = 60.0  # between lines of progress in a job's output
-PATIENCE = {"live": 120.0, "last": 1800.0}  # seconds that the conclusion waits for W&B at most
+PATIENCE = {"during": 120.0, "after": 1800.0}  # seconds that the conclusion waits for W&B at most
 JITTER = 0.15  # seconds a job over which those that may begin together spread their first word to W&B
 
 _PORTS = range(20_000, 32_000)
@@ -51,9 +52,9 @@ def compute(stages: Sequence[Stage], output_dir: str, folder: str, index: int, w
         set_cpu_threads(stages[0].point.engine.cpu_threads)
         own = {identity for _, identity in submission.tasks[index].stages}
         delay = JITTER * len(submission.tasks)
-        following = Following(store, Path(folder) / f"wandb-{index}.log", submission.folder.parent.parent, delay)
+        following = Following(store, Path(folder) / f"wandb-{index}.log", submission.sweep.path, delay)
         with following, RunProgress(LINE_SECONDS) as report:
-            if rank() == 0 and wandb == "live":
+            if rank() == 0 and wandb == "during":
                 following.points([stage.point for stage in stages], own)
             for stage in stages:
                 compute_or_wait(stage, store, report)
@@ -88,28 +89,28 @@ def rank() -> int:
     return int(os.environ.get("SLURM_PROCID", "0"))
 
 
-def conclude(finish: Callable[[dict[str, Any]], None], sweep: str, folder: str, wandb: str) -> None:
-    """All jobs of a sweep have ended: say of each point what became of it, choose the best. Raises SweepFailed."""
+def run_aggregation(folder: Path) -> None:
+    """Finalize the sweep that the submission in `folder` belongs to, once its jobs have ended. Raises SweepFailed."""
     from launchers.slurm.status import lost_points
 
     if rank() != 0:
         return
-    submission = ledger.read(Path(folder))
+    submission = ledger.read(folder)
+    sweep, wandb = submission.sweep, submission.upload
     with speaking(submission, 0):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever ends this has a better conclusion coming
-        now = [point["identity"] for point in read_json(Path(sweep) / "sweep.json")["points"]]
+        now = [point["identity"] for point in sweep.read()["points"]]
         if now != submission.results:
             log.warning("the sweep has other points by now: nothing to conclude")
             return
         # Nobody waits for this job: it gives W&B the time it takes, and without `live` it is the first to tell.
-        store = Store(Path(sweep).parent.parent)
-        with Following(store, Path(folder) / "wandb.log", Path(sweep), patience=PATIENCE[wandb]) as following:
+        with Following(sweep.store, folder / "wandb.log", sweep.path, patience=PATIENCE[wandb]) as following:
             try:
-                finish(lost_points(Path(sweep)))
+                pkgutil.resolve_name(submission.finalize)(sweep.path, lost_points(sweep.path))
             finally:
-                if wandb == "last":
-                    following.finished_of(Path(sweep))
-                following.sweep(Path(sweep))
+                if wandb == "after":
+                    following.finished_of(sweep.path)
+                following.sweep(sweep.path)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from src.store.files import read_json, write_json
+from src.store.store import Store
+from src.store.sweep_folder import SweepFolder
 
 FILE = "submission.json"
 
@@ -36,13 +38,19 @@ class Submission:
     """One sbatch."""
 
     folder: Path
-    kind: str  # sft, reference, baseline, point, aggregate
+    kind: str  # sft, reference, baseline, align, aggregate
     tasks: list[Task]
     results: list[str] = field(default_factory=list)  # of an aggregation: the points it concludes
     waits_for: list[str] = field(default_factory=list)  # of an aggregation: the jobs that end before it
+    finalize: str = ""  # of an aggregation: "MODULE:FUNCTION" it calls with the sweep's folder and the failures
+    upload: str = ""  # of an aggregation: hydra.launcher.upload
     code: str = ""
     written: float = field(default_factory=time.time)
     state: str = "preparing"  # preparing, submitted, abandoned
+
+    @property
+    def sweep(self) -> SweepFolder:
+        return SweepFolder.of_job(self.folder)
 
     @property
     def id(self) -> str:
@@ -73,9 +81,9 @@ class Submission:
         return self.folder / f"{self.tasks[index].job}_0_log.err"
 
 
-def new(folder: Path, kind: str, tasks: list[Task], **more: Any) -> Submission:
-    """A submission of the sweep in `folder`, not written yet."""
-    return Submission(folder / "jobs" / uuid.uuid4().hex[:10], kind, tasks, **more)
+def new(sweep: SweepFolder, kind: str, tasks: list[Task], **more: Any) -> Submission:
+    """Return a submission of the sweep, not written yet."""
+    return Submission(sweep.jobs / uuid.uuid4().hex[:10], kind, tasks, **more)
 
 
 def read(folder: Path) -> Submission:
@@ -94,7 +102,12 @@ def strays(own: Iterable[Submission], wanted: Container[str], live: Container[st
     }
 
 
-def submissions(sweeps: Iterable[Path]) -> list[Submission]:
-    """Of the sweeps in these folders, oldest first."""
-    found = [read(path.parent) for sweep in sweeps for path in sweep.glob(f"jobs/*/{FILE}")]
-    return sorted(found, key=lambda s: s.written)
+def submissions(sweep: SweepFolder) -> list[Submission]:
+    """Return the submissions of a sweep, oldest first."""
+    return sorted((read(path.parent) for path in sweep.jobs.glob(f"*/{FILE}")), key=lambda s: s.written)
+
+
+def all_submissions(store: Store) -> list[Submission]:
+    """Return the submissions of every sweep of the store, oldest first."""
+    sweeps = (SweepFolder(path) for path in store.sweeps.glob("*"))
+    return sorted((s for sweep in sweeps for s in submissions(sweep)), key=lambda s: s.written)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn
@@ -12,12 +11,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from launchers.slurm.graph import kind_of
-from launchers.slurm.options import RETRY, WANDB, resources_of
+from launchers.slurm.options import UPLOAD, resources_of
 from src.config.schema import Point
 from src.errors import ConfigError, PointFailure
 from src.planning.plan import Plan
 from src.store.lease import Lease
-from src.store.store import Store
+from src.store.sweep_folder import SweepFolder
 
 if TYPE_CHECKING:
     from launchers.slurm.submit import Submitted
@@ -26,15 +25,15 @@ if TYPE_CHECKING:
 class SlurmLauncher(Launcher):
     """Hydra discovers and builds it from conf/hydra/launcher/slurm.yaml."""
 
-    here = False  # points are computed by jobs, which do what belongs to that
+    runs_in_process = False  # points are computed by jobs, which do what belongs to that
 
     def __init__(
         self,
         kinds: Any,
         array_parallelism: int | None,
         signal_delay_s: int,
-        retry: str,
-        wandb: str,
+        retry_failed: bool,
+        upload: str,
         wait: bool,
         **common: Any,
     ) -> None:
@@ -50,12 +49,10 @@ class SlurmLauncher(Launcher):
                     f" start (signal_delay_s={signal_delay_s} before the end, and up to 60 s earlier): raise the one or"
                     " lower the other"
                 )
-        if retry not in RETRY:
-            raise ConfigError(f"hydra.launcher.retry={retry}: must be one of {', '.join(RETRY)}")
-        if wandb not in WANDB:
-            raise ConfigError(f"hydra.launcher.wandb={wandb}: must be one of {', '.join(WANDB)}")
+        if upload not in UPLOAD:
+            raise ConfigError(f"hydra.launcher.upload={upload}: must be one of {', '.join(UPLOAD)}")
         self.array_parallelism, self.signal_delay_s = array_parallelism, signal_delay_s
-        self.retry, self.wandb, self.wait = retry, wandb, wait
+        self.retry_failed, self.upload, self.wait = retry_failed, upload, wait
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         pass  # a plan brings all there is to know
@@ -67,7 +64,7 @@ class SlurmLauncher(Launcher):
         """What can be wrong before anything is written down. Raises ConfigError."""
         if not plan.needed:
             return
-        kinds = {kind_of(plan.stages[identity]) for identity in plan.needed} | {"point", "aggregate"}
+        kinds = {kind_of(plan.stages[identity]) for identity in plan.needed} | {"align", "aggregate"}
         for kind in sorted(kinds - {"aggregate"}):
             for point in plan.points:
                 self._check_share(kind, point)
@@ -84,7 +81,7 @@ class SlurmLauncher(Launcher):
 
     def _check_share(self, kind: str, point: Point) -> None:
         """Every process of a job that trains must have an example of each step."""
-        stage = {"sft": "sft", "point": "align"}.get(kind)
+        stage = {"sft": "sft", "align": "align"}.get(kind)
         if stage is None:
             return
         size, tasks = getattr(point.trainer, stage).batch_size, self.resources[kind].tasks
@@ -94,50 +91,49 @@ class SlurmLauncher(Launcher):
                 " an example a step; lower hydra.launcher.gpus_per_node or nodes"
             )
 
-    def launch_plan(self, plan: Plan, store: Store, folder: Path, finish: Any) -> dict[str, PointFailure] | None:
+    def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure] | None:
         """Submit what is neither done nor on its way. Returns the points that were not reached once all has ended;
-        None when jobs go on, the last of which calls `finish` with them.
+        None when jobs go on, the last of which calls `finalize` with them.
 
         Raises ConfigError when SLURM refuses a job, SlurmUnavailable when it does not answer.
         """
         from launchers.slurm import cluster
         from launchers.slurm import job_records as ledger
 
-        if not plan.needed and not ledger.submissions([folder]):
+        if not plan.needed and not ledger.submissions(folder):
             return {}
         from launchers.slurm.status import look, lost_points
         from launchers.slurm.status_table import announce, watch
         from launchers.slurm.submit import submit
 
         def leave() -> set[str]:
-            if self.retry == "failed":
+            if self.retry_failed:
                 return set()
-            return {p.identity for p in look(folder).points if p.state in ("failed", "cancelled")}
+            return {p.identity for p in look(folder.path).points if p.state in ("failed", "cancelled")}
 
         try:
-            with Lease(store.sweeps / ".submitting", _say_once()):
+            with Lease(folder.store.sweeps / ".submitting", _say_once()):
                 submitted = submit(
                     plan,
-                    store,
                     folder,
-                    finish,
+                    finalize,
                     self.resources,
                     leave(),
                     self.array_parallelism,
                     self.signal_delay_s,
-                    self.wandb,
+                    self.upload,
                 )
         except (ConfigError, cluster.SlurmUnavailable):
             if plan.needed:
                 raise
             return {}  # all is there, and SLURM not to be asked
-        announce(plan, folder, submitted)
+        announce(plan, folder.path, submitted)
         if _nothing_to_wait_for(submitted):
-            return lost_points(folder)
+            return lost_points(folder.path)
         if not self.wait:
             return None
-        watch(folder)
-        return lost_points(folder)
+        watch(folder.path)
+        return lost_points(folder.path)
 
 
 def _nothing_to_wait_for(submitted: Submitted) -> bool:

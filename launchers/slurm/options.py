@@ -11,12 +11,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from src.errors import ConfigError
 
-KINDS = ("sft", "reference", "baseline", "point", "aggregate")
-RETRY = ("failed", "none")
-WANDB = ("live", "last")
+KINDS = ("sft", "reference", "baseline", "align", "aggregate")
+UPLOAD = ("during", "after")
 
 # sbatch options that are the launcher's own business: it relies on their values.
-_OURS = {
+_RESERVED_OPTIONS = {
     "array": "hydra.launcher.array_parallelism",
     "dependency": "the plan",
     "kill-on-invalid-dep": "the plan",
@@ -62,7 +61,7 @@ class Kinds:
     sft: KindOptions = field(default_factory=KindOptions)
     reference: KindOptions = field(default_factory=KindOptions)
     baseline: KindOptions = field(default_factory=KindOptions)
-    point: KindOptions = field(default_factory=KindOptions)
+    align: KindOptions = field(default_factory=KindOptions)
     aggregate: KindOptions = field(default_factory=KindOptions)
 
 
@@ -86,8 +85,8 @@ class SlurmOptions:
     kinds: Kinds = field(default_factory=Kinds)
     array_parallelism: int | None = MISSING
     signal_delay_s: int = MISSING
-    retry: str = MISSING
-    wandb: str = MISSING
+    retry_failed: bool = MISSING
+    upload: str = MISSING
     wait: bool = MISSING
 
 
@@ -175,8 +174,8 @@ def _checked(base: Resources, values: dict[str, Any], where: str) -> Resources:
         raise ConfigError(f"{where}.mem_gb={resources.mem_gb}: must be > 0, or null for the site's default")
     for key in resources.additional_parameters:
         name = str(key).lstrip("-").replace("_", "-")
-        if name in _OURS:
-            raise ConfigError(f"{where}.additional_parameters.{key}: decided by {_OURS[name]}")
+        if name in _RESERVED_OPTIONS:
+            raise ConfigError(f"{where}.additional_parameters.{key}: decided by {_RESERVED_OPTIONS[name]}")
     for name in resources.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
             raise ConfigError(f"{where}.environment.{name}: not a name of an environment variable")

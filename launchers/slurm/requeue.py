@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     if code != AGAIN and code <= 128:
         _fail(submission, index, said, f"exit code {code}; see {submission.log(index)}")
         return 0
-    store = Store(folder.parents[3])
+    store = submission.sweep.store
     mark = progress_mark(store, submission.tasks[index].stages)
     stalls = 0 if mark > (said.get("mark") or [0, 0]) else said.get("stalls", 0) + 1
     if stopped:

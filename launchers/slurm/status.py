@@ -17,6 +17,7 @@ from src.errors import ConfigError, PointFailure
 from src.store.files import read_json
 from src.store.lease import in_use
 from src.store.store import RESULT_FILE, StageName, Store
+from src.store.sweep_folder import SweepFolder
 
 STATES = ("failed", "cancelled", "running", "queued", "to do", "done")  # as one wants to read them
 PATIENCE_SECONDS = 6.0  # with accounting, which lags behind
@@ -91,9 +92,9 @@ class Picture:
 def look(folder: Path, patience: float = PATIENCE_SECONDS) -> Picture:
     """Ask the store and SLURM. patience: seconds to wait for accounting to catch up with jobs that have just ended."""
     folder = folder.resolve()
-    sweep = read_json(folder / "sweep.json")
-    store = Store(folder.parent.parent)
-    known = [s for s in ledger.submissions(store.sweeps.glob("*")) if s.state == "submitted"]
+    sweep = SweepFolder(folder).read()
+    store = SweepFolder(folder).store
+    known = [s for s in ledger.all_submissions(store) if s.state == "submitted"]
     silent = None
     queue: dict[str, Queued] = {}
     if known:
@@ -154,7 +155,7 @@ class _View:
     def picture(self, folder: Path) -> Picture:
         points = [self._state(point["label"], _stages(point), point) for point in self.sweep["points"]]
         mine = {identity for point in self.sweep["points"] for identity in point["stages"].values()}
-        own = [s for s in self.known if s.folder.parent.parent == folder]
+        own = [s for s in self.known if s.sweep.path == folder]
         jobs = [job for s in own for job in s.jobs if job in self.queue]
         return Picture(
             points,

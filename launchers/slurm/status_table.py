@@ -26,14 +26,14 @@ _STYLES = {"running": "green", "failed": "red", "cancelled": "yellow", "queued":
 def announce(plan: Plan, folder: Path, submitted: Submitted) -> None:
     """Say what a submission did, and how to follow it."""
     done, where = sum(result in plan.done for result in plan.results), shlex.quote(str(folder))
-    new = sum(len(s.tasks) for s in submitted.submissions if s.kind == "point")
+    new = sum(len(s.tasks) for s in submitted.submissions if s.kind == "align")
     print(
         f"{folder.name}: {len(plan.points)} points: {done} done, {submitted.on_their_way} on their way,"
         f" {new} submitted now"
     )
     for submission in submitted.submissions:
         jobs = submission.jobs
-        what = f"{len(jobs)} points" if submission.kind == "point" else submission.kind
+        what = f"{len(jobs)} points" if submission.kind == "align" else submission.kind
         print(f"  job {jobs[0].partition('_')[0]:>8}  {what}")
     if submitted.removed:
         print(

@@ -16,15 +16,14 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from launchers.slurm import cluster
 from launchers.slurm import job_records as ledger
 from launchers.slurm.graph import Group, groups, shares
-from launchers.slurm.job import compute, conclude
+from launchers.slurm.job import compute, run_aggregation
 from launchers.slurm.job_records import Submission, Task
 from launchers.slurm.options import Resources
 from src.errors import ConfigError
 from src.planning.plan import Plan
 from src.store.code_snapshot import snapshot
 from src.store.store import Store
-
-Finish = Callable[[dict[str, Any]], None]
+from src.store.sweep_folder import SweepFolder
 
 
 @dataclass
@@ -38,21 +37,21 @@ class Submitted:
 
 def submit(
     plan: Plan,
-    store: Store,
-    folder: Path,
-    finish: Finish,
+    folder: SweepFolder,
+    finalize: str,
     resources: dict[str, Resources],
     leave: set[str],
     array_parallelism: int | None,
     signal_delay_s: int,
     wandb: str,
 ) -> Submitted:
-    """Submit the jobs of a plan and one that calls `finish` when all have ended. The caller holds the store's lease.
+    """Submit the jobs of a plan and one that calls `finalize` when all have ended. The caller holds the store's lease.
 
     leave: results that are not wanted, though they are not there.
     Raises ConfigError when SLURM refuses; what it took before that stays, and the same call adds the rest.
     """
-    known = ledger.submissions(store.sweeps.glob("*"))
+    store = folder.store
+    known = ledger.all_submissions(store)
     queue = cluster.queue()
     abandon(known, queue)
     plan.refresh(store)  # only now: a job that the queue has no more has published by now
@@ -60,9 +59,9 @@ def submit(
     outcome = Submitted(on_their_way=sum(result in running for result in plan.results))
 
     todo = list(groups(plan, running, leave, cluster.max_array_size()))
-    code = snapshot(folder / "code", output_dir=store.output_dir) if todo else None
+    code = snapshot(folder.code, output_dir=store.output_dir) if todo else None
 
-    points = [group for group in todo if group.kind == "point"]
+    points = [group for group in todo if group.kind == "align"]
     for group, share in zip(points, shares(array_parallelism, [len(g.work) for g in points]), strict=True):
         group.parallel = share
     jobs = dict(running)
@@ -75,7 +74,7 @@ def submit(
             assert task.job is not None
             jobs |= {stage.identity: task.job for stage in work.own}
 
-    own = [s for s in known if s.folder.parent.parent == folder]
+    own = [s for s in known if s.sweep == folder]
     mine = {i for own_stages in plan.point_stages for i in own_stages}
     outcome.removed = ledger.strays(own, mine, queue)
     waited_for = sorted({jobs[i] for i in mine if i in jobs})
@@ -83,7 +82,7 @@ def submit(
     kept = [s for s in former if waited_for and s.results == plan.results and set(waited_for) <= set(s.waits_for)]
     if waited_for and not kept:
         executor = _Sbatch(folder, "aggregate", resources["aggregate"], code or _code_of(own, folder, store), 60)
-        outcome.submissions.append(executor.submit_aggregation(plan.results, finish, waited_for, wandb))
+        outcome.submissions.append(executor.submit_aggregation(plan.results, finalize, waited_for, wandb))
     cluster.cancel(job for s in former if s not in kept for job in s.jobs)  # others conclude for them
     return outcome
 
@@ -117,8 +116,8 @@ def _on_their_way(plan: Plan, known: list[Submission], queue: dict[str, cluster.
     return live
 
 
-def _code_of(own: list[Submission], folder: Path, store: Store) -> Path:
-    return Path(own[-1].code) if own else snapshot(folder / "code", output_dir=store.output_dir)
+def _code_of(own: list[Submission], folder: SweepFolder, store: Store) -> Path:
+    return Path(own[-1].code) if own else snapshot(folder.code, output_dir=store.output_dir)
 
 
 def abandon(known: list[Submission], queue: dict[str, cluster.Queued]) -> None:
@@ -134,7 +133,7 @@ def abandon(known: list[Submission], queue: dict[str, cluster.Queued]) -> None:
 class _Sbatch:
     """submitit's executor for one submission."""
 
-    def __init__(self, folder: Path, kind: str, resources: Resources, code: Path, signal_delay_s: int) -> None:
+    def __init__(self, folder: SweepFolder, kind: str, resources: Resources, code: Path, signal_delay_s: int) -> None:
         self.folder, self.kind, self.resources, self.code = folder, kind, resources, code
         self.signal_delay_s = signal_delay_s
 
@@ -151,11 +150,10 @@ class _Sbatch:
         )
         return self._sbatch(submission, compute, arguments, _dependency("afterok", after), group.parallel)
 
-    def submit_aggregation(self, results: list[str], finish: Finish, after: list[str], wandb: str) -> Submission:
-        more = {"code": str(self.code), "results": results, "waits_for": after}
+    def submit_aggregation(self, results: list[str], finalize: str, after: list[str], wandb: str) -> Submission:
+        more = {"code": str(self.code), "results": results, "waits_for": after, "finalize": finalize, "upload": wandb}
         submission = ledger.new(self.folder, self.kind, [Task("aggregation", [])], **more)
-        arguments = ([finish], [str(self.folder)], [str(submission.folder)], [wandb])
-        return self._sbatch(submission, conclude, arguments, _dependency("afterany", after), None)
+        return self._sbatch(submission, run_aggregation, [[submission.folder]], _dependency("afterany", after), None)
 
     def _sbatch(
         self,

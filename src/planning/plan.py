@@ -26,6 +26,11 @@ class Plan:
         """Per point: the identity of its evaluate stage."""
         return [stage_ids[-1] for stage_ids in self.point_stages]
 
+    @property
+    def stages_by_role(self) -> list[dict[str, str]]:
+        """Per point: role -> identity of its stages, `evaluate` last, as sweep.json records them."""
+        return [{self.stages[i].role: i for i in stage_ids} for stage_ids in self.point_stages]
+
     def refresh(self, store: Store) -> None:
         """Read from the store what is done now, and derive what is needed."""
         self.done = {identity for identity, stage in self.stages.items() if store.is_done(stage)}

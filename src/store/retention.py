@@ -1,49 +1,58 @@
-"""What stays on disk after a plan: models as `keep` says, and nothing of interrupted attempts at finished stages."""
+"""What stays on disk after a sweep: models as `keep_checkpoints` says, and no work directory of a finished stage.
+
+Points are given as sweep.json records their stages: role (sft, reference, align, ...) -> identity.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import yaml
 
-from src.planning.plan import Plan
-from src.planning.stage import Stage
 from src.store.files import read_json
 from src.store.lease import in_use
-from src.store.store import STAGE_FILE, Store
+from src.store.store import STAGE_FILE, StageName, Store, full_run_id
+
+PointStages = Mapping[str, str]
 
 
-def apply_retention(store: Store, plan: Plan, keep: str, best: set[str]) -> None:
-    """Apply `keep` (all, best, none) to the aligned models of a plan; best: identities of results that were chosen.
+def apply_retention(store: Store, points: Sequence[PointStages], keep: str, best: set[str]) -> None:
+    """Apply `keep` (all, best, none) to the aligned models of the points; best: identities of selected results.
 
-    A model that a point still waits for, or (keep_checkpoints=best) that rests under any chosen result, stays.
+    A model stays while a point still waits for it, and with keep=best when a selected result was computed with it.
+    """
+    for kind, identity in (work.relative_to(store.root).parts[::2] for work in store.root.glob("*/.work/*")):
+        stage = StageName(kind, identity)
+        # A process killed between publication and clean-up leaves this behind.
+        if store.has_weights(stage) and not in_use(store.work(stage)):
+            store.discard_work_dir(stage)
+    kept = {_model_of(store, result) for result in best} if keep == "best" else set()
+    if keep != "all":
+        for align in {stages["align"] for stages in points} - kept:
+            release_model(store, points, align)
+
+
+def apply_retention_after_rung(
+    store: Store, points: Sequence[PointStages], keep: str, ended: set[str], best: set[str]
+) -> None:
+    """Apply `keep` to the models of partial runs, and delete the checkpoints of points that are not promoted.
+
+    ended: identities of the results of points that stay in this rung; best: of results that any sweep has selected.
     """
     kept = {_model_of(store, result) for result in best} if keep == "best" else set()
-    for identity, stage in plan.stages.items():
-        if stage.kind == "align" and keep != "all" and identity not in kept:
-            release(store, plan, stage)
-        if store.is_done(stage) and store.work(stage).exists() and not in_use(store.work(stage)):
-            store.clean_up_work_dir(stage)  # a kill came between publication and this
-
-
-def after_rung(store: Store, plan: Plan, ending: set[str], best: set[str]) -> None:
-    """When a rung of a search has ended: of the models that stopped early only what `keep` says stays, and of results
-    in `ending`, which go no further, nothing to go on from.
-
-    best: identities of results that any sweep has chosen.
-    """
-    keep = plan.points[0].keep_checkpoints
-    kept = {_model_of(store, result) for result in best} if keep == "best" else set()
-    for own in plan.point_stages:
-        (align,) = (plan.stages[i] for i in own if plan.stages[i].kind == "align")
-        if align.stop_fraction == 1 or not store.is_done(plan.stages[own[-1]]):
+    for stages in points:
+        align = StageName("align", stages["align"])
+        is_partial = full_run_id(align.identity) != align.identity
+        if not is_partial or not store.is_done(StageName("evaluate", stages["evaluate"])):
             continue
         if keep != "all" and align.identity not in kept:
             store.remove_weights(align)
-        if own[-1] in ending and not in_use(store.work(align)):
+        if stages["evaluate"] in ended and not in_use(store.work(align)):
             store.discard_work_dir(align)
 
 
 def best_results_in_store(store: Store) -> set[str]:
-    """Results that a sweep of this store has found best."""
+    """Return the identities of all results that a sweep of this store has selected as best."""
     best: set[str] = set()
     for path in store.sweeps.glob("*/best.yaml"):
         for methods in (yaml.safe_load(path.read_text()) or {}).values():
@@ -51,15 +60,15 @@ def best_results_in_store(store: Store) -> set[str]:
     return best
 
 
-def release(store: Store, plan: Plan, align: Stage) -> None:
-    """Remove an aligned model once every point of the plan that rests on it is done."""
-    waiting = (own[-1] for own in plan.point_stages if align.identity in own)
-    if all(store.is_done(plan.stages[result]) for result in waiting):
-        store.remove_weights(align)
+def release_model(store: Store, points: Sequence[PointStages], align: str) -> None:
+    """Remove the aligned model with this identity once every point that uses it is done."""
+    results = (stages["evaluate"] for stages in points if stages["align"] == align)
+    if all(store.is_done(StageName("evaluate", result)) for result in results):
+        store.remove_weights(StageName("align", align))
 
 
 def _model_of(store: Store, result: str) -> str | None:
-    """The align stage under a result, which may be another sweep's."""
+    """Return the identity of the model that a result, perhaps of another sweep, was computed with."""
     try:
         return read_json(store.root / "evaluate" / result / STAGE_FILE)["upstream"]["align"]
     except FileNotFoundError:

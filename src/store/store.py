@@ -87,11 +87,11 @@ class Store:
     def is_done(self, stage: Stage | StageName) -> bool:
         return (self.dir(stage) / DONE).exists()
 
-    def has_weights(self, stage: Stage) -> bool:
+    def has_weights(self, stage: Stage | StageName) -> bool:
         """Return whether the stage is done and its model was not removed since."""
         return self.is_done(stage) and not (self.dir(stage) / WEIGHTS_REMOVED).exists()
 
-    def remove_weights(self, stage: Stage) -> None:
+    def remove_weights(self, stage: Stage | StageName) -> None:
         """Delete the model of a finished stage but keep its measurements; whoever needs the model recomputes it."""
         folder = self.dir(stage)
         if self.has_weights(stage):

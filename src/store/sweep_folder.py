@@ -39,6 +39,11 @@ class SweepFolder:
         for record in sorted(output_dir.glob(f"sweeps/*/{_RECORD}")):
             yield SweepFolder(record.parent)
 
+    @staticmethod
+    def of_job(job: Path) -> SweepFolder:
+        """Return the sweep that a folder in `jobs` belongs to."""
+        return SweepFolder(job.parents[1])
+
     @property
     def name(self) -> str:
         return self.path.name

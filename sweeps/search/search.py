@@ -1,4 +1,4 @@
-"""A sweep on its way: all of its points to their end at once, or rung by rung (sweeps.search.successive_halving decides who goes on).
+"""A sweep on its way: all of its points to their end at once, or rung by rung (see sweeps.search.successive_halving).
 
 What comes next is read from the store at every call, so that the same command goes on wherever it was stopped.
 """
@@ -6,20 +6,23 @@ What comes next is read from the store at every call, so that the same command g
 from __future__ import annotations
 
 import sys
-from typing import Any
 
+from launchers.protocol import PlanLauncher
 from src.errors import PointFailure
 from src.planning import cost
 from src.planning.cost import Cost
 from src.planning.plan import Plan, make_plan
 from src.preflight import check_hub, check_key, check_packages
 from src.store.files import read_json
-from src.store.retention import after_rung, best_results_in_store
+from src.store.retention import apply_retention_after_rung, best_results_in_store
 from src.store.store import RESULT_FILE, StageName, Store
+from src.store.sweep_folder import SweepFolder
 from src.tracking.following import Following
 from sweeps.search import successive_halving as halving
 from sweeps.search.record import FILE, SweepRecord, read_sweep
 from sweeps.search.successive_halving import Standing
+
+FINALIZE = "sweeps.finalize:finalize"  # what the aggregation job of a sweep calls
 
 
 class Search:
@@ -52,16 +55,16 @@ class Search:
             said += [halving.table(self.points, self.start, self.at, rung, self.rungs, self.share)]
         return "\n".join(said)
 
-    def run(self, launcher: Any, name: str, command: str) -> None:
+    def run(self, launcher: PlanLauncher, name: str, command: str) -> None:
         """Hand rung after rung to the launcher, then conclude; or return when jobs go on.
 
         Raises SweepFailed when points failed.
         """
-        folder = self.store.sweep_dir(name)
-        with Following(self.store, folder / "logs" / "wandb.log", folder) as wandb:
+        folder = SweepFolder(self.store.sweep_dir(name))
+        with Following(self.store, folder.logs / "wandb.log", folder.path) as wandb:
             self._run(launcher, name, command, wandb)
 
-    def _run(self, launcher: Any, name: str, command: str, wandb: Following) -> None:
+    def _run(self, launcher: PlanLauncher, name: str, command: str, wandb: Following) -> None:
         over, lost = self._over(name)
         last = len(self.rungs) - 1
         for rung in range(len(self.rungs)):
@@ -72,27 +75,35 @@ class Search:
                 if self.halving and plan.needed:
                     self._say(name, rung)
                 record.start()
-                if getattr(launcher, "here", False):
+                if launcher.runs_in_process:
                     wandb.points(plan.points)
-                    wandb.sweep(record.folder)
+                    wandb.sweep(record.folder.path)
                 elif plan.needed:
                     wandb.elsewhere(plan.points)
-                failures = launcher.launch_plan(plan, self.store, record.folder, record.conclude)
+                failures = launcher.launch_plan(plan, record.folder, FINALIZE)
                 if failures is None:
-                    record.submitted()  # a job calls conclude when all have ended
+                    record.submitted()
                     if rung < last:
-                        print(f"when rung {rung + 1} has ended, the same command goes on with rung {rung + 2}")
+                        print(f"when rung {rung + 1} is done, rerun the same command to start rung {rung + 2}")
                     return
                 lost |= failures
             if rung < last:
                 before = self.at
                 self._advance(rung)
                 stay = {self.results[rung][i] for i, at in enumerate(self.at) if at == before[i] == rung}
-                after_rung(self.store, plan, stay, best_results_in_store(self.store))
+                apply_retention_after_rung(
+                    self.store,
+                    plan.stages_by_role,
+                    plan.points[0].keep_checkpoints,
+                    stay,
+                    best_results_in_store(self.store),
+                )
+        from sweeps.finalize import finalize  # pandas: only when there is something to aggregate
+
         try:
-            record.conclude(lost)
+            finalize(record.folder.path, lost)
         finally:
-            wandb.sweep(record.folder)
+            wandb.sweep(record.folder.path)
 
     def _plan(self, lost: dict[str, PointFailure]) -> Plan:
         """Every point as far as it has got. What was lost on the way is not tried again in a later rung."""
@@ -105,7 +116,7 @@ class Search:
         plan.refresh(self.store)
         return plan
 
-    def _check(self, plan: Plan, launcher: Any) -> None:
+    def _check(self, plan: Plan, launcher: PlanLauncher) -> None:
         """What can be wrong before anything is written down. Raises ConfigError."""
         if plan.needed:
             check_packages(plan.points)
