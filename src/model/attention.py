@@ -1,4 +1,4 @@
-"""Attention over a packed, shared-prefix batch, registered with transformers once for every kernel that can do it."""
+"""Attention over a packed, shared-prefix batch: every backend that can compute it, registered with transformers."""
 
 from __future__ import annotations
 
@@ -22,79 +22,102 @@ if TYPE_CHECKING:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
-    """torch's scaled_dot_product_attention, segment by segment: any device, any precision."""
-    # One split, whose gradient is one concatenation; slices would each give one of the size of the whole.
-    cuts = sorted({0, *(c for s in layout.segments for c in (s.start, s.end, s.prefix_start, s.prefix_end))})
-    place = {cut: number for number, cut in enumerate(cuts)}
-    sizes = [end - start for start, end in pairwise(cuts)]
+    """Run torch's scaled_dot_product_attention once per segment: any device, any precision."""
+    # One split has one concatenation as its gradient; slices would each have a gradient of the full size.
+    edges = sorted({0, *(edge for s in layout.segments for edge in (s.start, s.end, s.prefix_start, s.prefix_end))})
+    index_of = {edge: index for index, edge in enumerate(edges)}
+    sizes = [end - start for start, end in pairwise(edges)]
     keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
     queries = query.split([s.end - s.start for s in layout.segments], dim=2)
     outputs = []
     for s, q in zip(layout.segments, queries, strict=True):
-        seen = [*range(place[s.prefix_start], place[s.prefix_end]), *range(place[s.start], place[s.end])]
-        k, v = (torch.cat([pieces[i] for i in seen], dim=2) for pieces in (keys, values))
+        prefix, causal = (
+            range(index_of[s.prefix_start], index_of[s.prefix_end]),
+            range(index_of[s.start], index_of[s.end]),
+        )
+        k, v = (torch.cat([pieces[i] for i in (*prefix, *causal)], dim=2) for pieces in (keys, values))
         mask = None
-        if prefix := s.prefix_end - s.prefix_start:
-            # Causal aligned to the bottom right: query i sees the whole prefix and itself up to i.
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
-        grouped = q.shape[1] != k.shape[1]
+        if prefix_length := s.prefix_end - s.prefix_start:
+            # Causal, aligned to the bottom right: query i attends to the whole prefix and to itself up to i.
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix_length)
         outputs.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def onednn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
-    """One call for all segments, through oneDNN's products: float32 on a CPU."""
+    """Run this project's C++ kernel once for all segments: float32 on a CPU."""
     if query.dtype != torch.float32 or query.shape[3] != value.shape[3]:
         return sdpa(query, key, value, scaling, layout)
     return PackedAttention.apply(query, key, value, layout.table, scaling or query.shape[3] ** -0.5)
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
-    """torch's own variable-length kernel (FlashAttention inside): one call for all segments, 16 bit, CUDA."""
+    """Run torch's variable-length kernel (FlashAttention inside) once for all segments: bf16, CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = _flat(query, key, value, layout)
-    starts = layout.cu_seqlens_q, layout.cu_seqlens_k
-    # torch 2.11 groups query heads by itself and has no argument for it; from 2.12 on it must be asked to.
-    accepts_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if accepts_gqa else {}
-    # (-1, 0): causal, which with fewer queries than keys means aligned to the bottom right.
-    output: Any = varlen_attn(q, k, v, *starts, *layout.longest, scale=scaling, window_size=(-1, 0), **options)
+    q, k, v = _unpadded(query, key, value, layout)
+    # torch 2.11 has no enable_gqa and always allows fewer key-value heads; from 2.12 on they must be allowed.
+    has_enable_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if has_enable_gqa else {}
+    output: Any = varlen_attn(
+        q,
+        k,
+        v,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        scale=scaling,
+        window_size=(-1, 0),  # causal; with fewer queries than keys, aligned to the bottom right
+        **options,
+    )
     return output[None]
 
 
 def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
-    """The same through the package flash-attn."""
+    """Run the package flash-attn once for all segments: bf16, CUDA."""
     from flash_attn import flash_attn_varlen_func
 
-    q, k, v = _flat(query, key, value, layout)
-    starts = layout.cu_seqlens_q, layout.cu_seqlens_k
-    # Without deterministic=True the gradient of the queries is summed in any order.
-    return flash_attn_varlen_func(
-        q, k, v, *starts, *layout.longest, softmax_scale=scaling, causal=True, deterministic=True
-    )[None]
+    output = flash_attn_varlen_func(
+        *_unpadded(query, key, value, layout),
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        softmax_scale=scaling,
+        causal=True,
+        deterministic=True,  # otherwise the gradient of the queries is summed in an arbitrary order
+    )
+    return output[None]
 
 
-def _flat(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """(1, heads, n, d) -> (tokens, heads, d), keys and values of every segment in a row, in the kernels' precision."""
+def _unpadded(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (tokens, heads, d) of (1, heads, n, d) in bf16, with the keys and values of every segment in a row."""
     q, k, v = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
-    # A position is in two segments at most, and a sum of two does not depend on their order: deterministic.
-    return q, k.index_select(0, layout.keys), v.index_select(0, layout.keys)
+    # A position is in two segments at most, so its gradient has two terms: their order does not change the sum.
+    return q, k.index_select(0, layout.key_positions), v.index_select(0, layout.key_positions)
 
 
-ATTENTION_BACKENDS = {kernel.__name__: kernel for kernel in (sdpa, onednn, varlen, flash_attention_2)}
+ATTENTION_BACKENDS = {backend.__name__: backend for backend in (sdpa, onednn, varlen, flash_attention_2)}
 
 
-def registered_name(kernel: str) -> str:
-    return f"packed_{kernel}"
+def registered_name(backend: str) -> str:
+    """Return the name under which transformers knows the backend (`attn_implementation`)."""
+    return f"packed_{backend}"
 
 
 def _register(name: str) -> None:
-    @torch.compiler.disable  # segments differ with every batch; what is around them is worth compiling
+    @torch.compiler.disable  # segments differ in every batch and would be recompiled each time
     def packed_attention(
         module: torch.nn.Module,
         query: Tensor,
@@ -105,11 +128,11 @@ def _register(name: str) -> None:
         layout: Layout | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Each segment attends to itself causally and to its prefix; nothing else is seen.
+        """Return attention (1, n, heads, d) in which each segment attends to itself causally and to its prefix.
 
-        query: (1, heads, n, d); key, value: (1, kv_heads, n, d). Returns (1, n, heads, d), as transformers expects.
+        query: (1, heads, n, d); key, value: (1, kv_heads, n, d).
         """
-        assert layout is not None, "a packed batch passes its layout to the model"
+        assert layout is not None, "the packed path passes a layout to the model"
         return ATTENTION_BACKENDS[name](query, key, value, scaling, layout), None
 
     AttentionInterface.register(registered_name(name), packed_attention)
@@ -119,29 +142,33 @@ for _name in ATTENTION_BACKENDS:
     _register(_name)
 
 
-def resolve_backend(wanted: str, device: torch.device, precision: str) -> tuple[str, str]:
-    """The kernel for model.attention=`wanted` on this device, and why. Raises ConfigError when it cannot be had."""
-    missing = {
+def resolve_backend(requested: str, device: torch.device, precision: str) -> tuple[str, str]:
+    """Return the backend for model.attention=`requested` on this device, and the reason.
+
+    Raises ConfigError when the requested backend cannot run.
+    """
+    reasons = {
         "sdpa": None,
         "onednn": why_not_onednn(device, precision),
         "varlen": why_not_varlen(device, precision),
-        "flash_attention_2": why_not_flash(device, precision),
+        "flash_attention_2": why_not_flash_attention_2(device, precision),
     }
-    if wanted != "auto":
-        if missing[wanted]:
-            raise ConfigError(f"model.attention={wanted}: {missing[wanted]}; use model.attention=auto")
-        return wanted, "as configured"
+    if requested != "auto":
+        if reasons[requested]:
+            raise ConfigError(f"model.attention={requested}: {reasons[requested]}; use model.attention=auto")
+        return requested, "as configured"
     for name in ("flash_attention_2", "varlen", "onednn"):
-        if missing[name] is None:
+        if reasons[name] is None:
             return name, "fastest available"
-    return "sdpa", "; ".join(f"no {name}: {why}" for name, why in missing.items() if why)
+    return "sdpa", "; ".join(f"no {name}: {reason}" for name, reason in reasons.items() if reason)
 
 
 def why_not_onednn(device: torch.device, precision: str) -> str | None:
+    """Return the reason why the backend cannot run, or None."""
     if device.type != "cpu":
-        return f"it is for a CPU, this is {device.type}"
+        return f"CPU only, device is {device.type}"
     if precision != "fp32":
-        return f"it computes in float32, engine.precision is {precision}"
+        return f"requires fp32, but engine.precision={precision}"
     try:
         kernels.load()
     except kernels.NotBuiltError as error:
@@ -149,37 +176,45 @@ def why_not_onednn(device: torch.device, precision: str) -> str | None:
     return None
 
 
-def why_not_cuda_kernels(device: torch.device, precision: str) -> str | None:
+def why_not_varlen(device: torch.device, precision: str) -> str | None:
+    """Return the reason why the backend cannot run, or None."""
+    installed = importlib.util.find_spec("torch.nn.attention.varlen")
+    return _why_not_bf16_on_cuda(device, precision) or (None if installed else f"not in torch {torch.__version__}")
+
+
+def why_not_flash_attention_2(device: torch.device, precision: str) -> str | None:
+    """Return the reason why the backend cannot run, or None."""
+    installed = importlib.util.find_spec("flash_attn")
+    return _why_not_bf16_on_cuda(device, precision) or (None if installed else "package flash-attn is not installed")
+
+
+def _why_not_bf16_on_cuda(device: torch.device, precision: str) -> str | None:
     if device.type != "cuda":
-        return f"it needs CUDA, this is {device.type}"
+        return f"CUDA only, device is {device.type}"
     if precision != "bf16":
-        return f"it computes in 16 bits, engine.precision is {precision}"
+        return f"requires bf16, but engine.precision={precision}"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+        return f"requires compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
     return None
 
 
-def why_not_varlen(device: torch.device, precision: str) -> str | None:
-    found = importlib.util.find_spec("torch.nn.attention.varlen")
-    return why_not_cuda_kernels(device, precision) or (None if found else f"torch {torch.__version__} has none")
+def check_supported(config: Any, max_sequence_tokens: int) -> None:
+    """Refuse a model whose log-probs this project would get wrong.
 
-
-def why_not_flash(device: torch.device, precision: str) -> str | None:
-    found = importlib.util.find_spec("flash_attn")
-    return why_not_cuda_kernels(device, precision) or (None if found else "the package flash-attn is not installed")
-
-
-def check_supported(config: Any, longest: int) -> None:
-    """Refuse a model whose log-probs this project would get wrong: attention that is not plain causal softmax over
-    the whole sequence, or logits that are more than the head's output. longest: tokens of a sequence, in training
-    or sampling. Raises ConfigError."""
+    Attention must be plain causal softmax over the whole sequence of up to max_sequence_tokens (of training and
+    sampling), and logits the output of the head. Raises ConfigError.
+    """
     name = config.model_type
     window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and window < longest:
-        raise ConfigError(f"model {name}: its sliding window of {window} tokens is shorter than sequences of {longest}")
+    if window and getattr(config, "use_sliding_window", True) and window < max_sequence_tokens:
+        raise ConfigError(
+            f"model {name}: its sliding window of {window} tokens is shorter than sequences of {max_sequence_tokens}"
+        )
     positions = getattr(config, "max_position_embeddings", None)
-    if positions and positions < longest:
-        raise ConfigError(f"model {name}: it has {positions} positions, sequences have up to {longest} tokens")
+    if positions and positions < max_sequence_tokens:
+        raise ConfigError(
+            f"model {name}: it has {positions} positions, sequences have up to {max_sequence_tokens} tokens"
+        )
     if getattr(config, "attn_logit_softcapping", None):
         raise ConfigError(f"model {name}: soft-capped attention scores are not supported")
     for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):

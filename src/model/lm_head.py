@@ -1,98 +1,102 @@
-"""The language-model head as the log-prob path uses it: hidden states and the tokens that follow -> their log-probs."""
+"""The language-model head of the log-prob path: hidden states and target tokens -> log-probs, without whole logits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
-from src.model.cpu.linear import Linear, product
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# Logits held at once, in float32: this many positions times, on a CPU, this much of the vocabulary, which stays in its
-# cache; elsewhere times all of it.
+# The largest block of float32 logits is TOKEN_CHUNK rows times the vocabulary, or times the head's vocab_chunk.
 TOKEN_CHUNK = 1024
-VOCAB_CHUNK = 2048
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Logits exist a chunk of positions and a slab of the vocabulary at a time, in the forward pass and, computed
-    again, in the backward pass, where their memory becomes that of their gradient."""
+    """Log-probs from logits that exist one chunk of positions and vocabulary at a time.
+
+    The backward pass computes each chunk again and overwrites it with its gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        narrow, slabs = weight.to(ctx.dtype), _slabs(weight)
-        logps, normalisers = [], []
+        ctx.matmul_nt, ctx.vocab_chunks = head.matmul_nt, _vocab_chunks(len(weight), head.vocab_chunk)
+        weight_cast = weight.to(ctx.dtype)
+        logps, lses = [], []
         for h, t in zip(hidden.to(ctx.dtype).split(TOKEN_CHUNK), targets.split(TOKEN_CHUNK), strict=True):
-            chosen, sums = torch.zeros_like(t, dtype=torch.promote_types(ctx.dtype, torch.float32)), []
-            for slab in slabs:
-                logits = _logits(h, narrow, bias, slab)
-                inside, place = _found(t, slab)
-                chosen = torch.where(inside, logits.gather(1, place[:, None])[:, 0], chosen)
-                largest = logits.amax(1)
-                sums.append(logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest))
-            normaliser = torch.stack(sums).logsumexp(0)
-            logps.append(chosen - normaliser)
-            normalisers.append(normaliser)
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
+            target_logits = torch.zeros_like(t, dtype=torch.promote_types(ctx.dtype, torch.float32))
+            lse_chunks = []
+            for chunk in ctx.vocab_chunks:
+                logits = _logits(ctx.matmul_nt, h, weight_cast, bias, chunk)
+                inside, index = _targets_in_chunk(t, chunk)
+                target_logits = torch.where(inside, logits.gather(1, index[:, None])[:, 0], target_logits)
+                row_max = logits.amax(1)
+                lse_chunks.append(logits.sub_(row_max[:, None]).exp_().sum(1).log_().add_(row_max))
+            lse = torch.stack(lse_chunks).logsumexp(0)
+            logps.append(target_logits - lse)
+            lses.append(lse)
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lses))
         return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        narrow, slabs = weight.to(ctx.dtype), _slabs(weight)
-        of_hidden, of_weight, of_bias = (
-            torch.zeros_like(x, dtype=normalisers.dtype) if x is not None and needed else None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lses = ctx.saved_tensors
+        weight_cast = weight.to(ctx.dtype)
+        grad_hidden, grad_weight, grad_bias = (
+            torch.zeros_like(x, dtype=lses.dtype) if x is not None and needed else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         )
         starts = range(0, len(hidden), TOKEN_CHUNK)
-        pieces = (x.split(TOKEN_CHUNK) for x in (hidden.to(ctx.dtype), targets, normalisers, gradients[0]))
-        for start, h, t, normaliser, gradient in zip(starts, *pieces, strict=True):
-            for slab in slabs:
+        token_chunks = (x.split(TOKEN_CHUNK) for x in (hidden.to(ctx.dtype), targets, lses, grad_outputs[0]))
+        for start, h, t, lse, grad in zip(starts, *token_chunks, strict=True):
+            for chunk in ctx.vocab_chunks:
                 # d log p(t) / d logits = one-hot(t) - softmax(logits)
-                logits = _logits(h, narrow, bias, slab)
-                logits.sub_(normaliser[:, None]).exp_().mul_(-gradient[:, None])
-                inside, place = _found(t, slab)
-                logits.scatter_add_(1, place[:, None], (gradient * inside)[:, None])
-                cast = logits.to(ctx.dtype)
-                if of_hidden is not None:
-                    of_hidden[start : start + TOKEN_CHUNK] += product(cast, narrow[slab].t())
-                if of_weight is not None:
-                    of_weight[slab] += product(cast.t(), h.t())
-                if of_bias is not None:
-                    of_bias[slab] += logits.sum(0)
-        like = ((of_hidden, hidden), (of_weight, weight), (of_bias, bias))
-        return *(None if x is None else x.to(its.dtype) for x, its in like), None
+                logits = _logits(ctx.matmul_nt, h, weight_cast, bias, chunk)
+                grad_logits = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+                inside, index = _targets_in_chunk(t, chunk)
+                grad_logits.scatter_add_(1, index[:, None], (grad * inside)[:, None])
+                grad_cast = grad_logits.to(ctx.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + TOKEN_CHUNK] += ctx.matmul_nt(grad_cast, weight_cast[chunk].t())
+                if grad_weight is not None:
+                    grad_weight[chunk] += ctx.matmul_nt(grad_cast.t(), h.t())
+                if grad_bias is not None:
+                    grad_bias[chunk] += grad_logits.sum(0)
+        grads = ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
+        return *(None if grad is None else grad.to(x.dtype) for grad, x in grads), None, None
 
 
-def _slabs(weight: Tensor) -> list[slice]:
-    vocabulary = weight.shape[0]
-    width = VOCAB_CHUNK if weight.device.type == "cpu" else vocabulary
-    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+def _vocab_chunks(vocab_size: int, width: int | None) -> list[slice]:
+    width = width or vocab_size
+    return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, slab: slice) -> Tensor:
-    """(t, d), (vocabulary, d) -> (t, slab), multiplied as they are, in float32 at least from then on."""
-    logits = product(hidden, weight[slab])
+def _logits(
+    matmul_nt: Callable[..., Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: slice
+) -> Tensor:
+    """Return (t, chunk) logits of hidden (t, d) and weight (vocabulary, d), float32 after the product."""
+    logits = matmul_nt(hidden, weight[chunk])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if bias is None else logits.add_(bias[slab])
+    return logits if bias is None else logits.add_(bias[chunk])
 
 
-def _found(targets: Tensor, slab: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in the slab, and where in it; those that do not: somewhere."""
-    inside = (targets >= slab.start) & (targets < slab.stop)
-    return inside, (targets - slab.start).clamp(0, slab.stop - slab.start - 1)
+def _targets_in_chunk(targets: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+    """Return the mask of targets inside the vocabulary chunk, and their index in it (clamped for the others)."""
+    inside = (targets >= chunk.start) & (targets < chunk.stop)
+    return inside, (targets - chunk.start).clamp(0, chunk.stop - chunk.start - 1)
 
 
-class Head(Linear):
-    """A linear head that can be asked for log-probs instead of logits."""
+class Head(torch.nn.Linear):
+    """A linear head that returns logits, or the log-probs of given targets."""
+
+    matmul_nt: ClassVar[Callable[..., Tensor]] = staticmethod(linear)  # (t, k), (n, k) -> (t, n)
+    vocab_chunk: int | None = None  # columns of logits at once; None: the whole vocabulary
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """(..., d) -> (..., vocabulary) logits; with targets (t,) int64 and x (t, d): (t,) float32 log-probs, nats."""
+        """Return (..., vocabulary) logits; with targets (t,) int64 and x (t, d): (t,) float32 log-probs in nats."""
         if targets is None:
             return super().forward(x)
-        return _TokenLogps.apply(x, self.weight, self.bias, targets)
+        return _TokenLogps.apply(x, self.weight, self.bias, targets, self)

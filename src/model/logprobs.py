@@ -1,5 +1,7 @@
-"""Model and packed batch -> log-probs of the responses. The only log-prob path of the project: SFT, reference,
-alignment, validation and KL all go through it."""
+"""Model and packed batch -> log-probs of the responses.
+
+The only log-prob path of the project: SFT, reference, alignment, validation and KL all use it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from src.data.examples import Example
 from src.errors import ConfigError
 from src.hardware import HeapTrimmer
 from src.model import attention
-from src.model.cpu.linear import Linear
-from src.model.last_layer import LastLayer, prepare_layers
+from src.model.cpu.patch import patch_for_cpu_
+from src.model.last_layer import SparseOutputLayer, patch_last_layer_
 from src.model.lm_head import Head
 from src.model.packing import PackedBatch, pack, pack_first_fit
 
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NumericsConfig:
-    """How everything of a run computes: policy, reference and samples alike, or log-ratios would carry the difference
-    of two roundings."""
+    """Numerics shared by policy, reference and sampling.
 
-    precision: str = "fp32"  # or bf16, over float32 weights
-    attention: str = "sdpa"  # a kernel of src.model.attention
+    If they differed, log-ratios would contain rounding differences between the two.
+    """
+
+    precision: str = "fp32"  # or bf16; weights are float32 either way
+    attention: str = "sdpa"  # a key of ATTENTION_BACKENDS
 
     def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -36,53 +40,60 @@ class NumericsConfig:
 
 FLOAT32 = NumericsConfig()
 
-SCORING_TOKEN_BUDGET = 16384  # without gradients the activations of a single layer are all the memory it takes
+SCORING_TOKEN_BUDGET = 16384  # without gradients only the activations of one layer are held
 
 
 def patch_model_(model: Any) -> Any:
-    """Let a transformers causal decoder take this path, in place: its layers and its head learn what the path asks of
-    them. Parameters and their names stay. Raises ConfigError for a head that is not one linear layer."""
+    """Patch a transformers causal LM in place, by changing `__class__`, and return it.
+
+    Its head can return log-probs of targets, and its last layer can compute some positions only. On a CPU all linear
+    layers are swapped too; elsewhere every other module stays as it is. Parameters and their names do not change. The
+    model must already be on its device. Raises ConfigError for a head that is not one linear layer.
+    """
     head = model.get_output_embeddings()
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = Head if module is head else Linear
+    if type(head) is torch.nn.Linear:
+        head.__class__ = Head
     if not isinstance(head, Head):
         raise ConfigError(f"model {model.config.model_type}: its head is {type(head).__name__}, not one linear layer")
-    prepare_layers(model)
+    patch_last_layer_(model)
+    if head.weight.device.type == "cpu":
+        patch_for_cpu_(model)
     return model
 
 
 def sequence_logps(model: Any, batch: PackedBatch, numerics: NumericsConfig = FLOAT32) -> tuple[Tensor, Tensor]:
-    """Sum of log-probs and number of response tokens of every sequence of the batch.
+    """Return the sum of log-probs and the number of response tokens of every sequence of the batch.
 
-    model: a transformers causal decoder, prepared. Returns ((sequences,) float32 in nats,
-    (sequences,) float32 counts). The head sees only positions that predict a response
-    token; the softmax is float32 whatever precision the model computes in.
+    model: a patched causal LM. Both are (sequences,) float32, log-probs in nats. The head computes only positions that
+    predict a response token; the softmax is float32 whatever precision the model computes in.
     """
     name = attention.registered_name(numerics.attention)
     if model.config._attn_implementation != name:
         model.set_attn_implementation(name)
-    only = {"only": batch.predict_from} if any(isinstance(m, LastLayer) for m in model.modules()) else {}
+    sparse_output = any(isinstance(module, SparseOutputLayer) for module in model.modules())
+    options = {"output_positions": batch.predict_positions} if sparse_output else {}
     with numerics.autocast(batch.input_ids.device):
         hidden = model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             layout=batch.layout,
-            **only,
+            **options,
         ).last_hidden_state[0]
-        logps = model.get_output_embeddings()(hidden if only else hidden[batch.predict_from], batch.targets)
-    zeros = logps.new_zeros(batch.sequences)
-    return zeros.index_add(0, batch.sequence, logps), zeros.index_add(0, batch.sequence, torch.ones_like(logps))
+        hidden = hidden if sparse_output else hidden[batch.predict_positions]
+        logps = model.get_output_embeddings()(hidden, batch.targets)
+    zeros = logps.new_zeros(batch.num_sequences)
+    sums, counts = (zeros.index_add(0, batch.sequence_ids, values) for values in (logps, torch.ones_like(logps)))
+    return sums, counts
 
 
 class SequenceLogps(torch.nn.Module):
-    """`sequence_logps` of one model as a module: what data parallelism wraps, for it acts on calls of a module."""
+    """`sequence_logps` of one model as a module, which DDP and DeepSpeed wrap."""
 
     def __init__(self, model: Any, numerics: NumericsConfig) -> None:
         super().__init__()
         self.model, self.numerics = model, numerics
-        # A checkpoint to resume from holds what is trained: with LoRA little beside the model it starts from.
+        # A checkpoint holds trained parameters only: with LoRA they are few.
         self.frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         if self.frozen:
             self.register_state_dict_post_hook(_drop_frozen)
@@ -100,12 +111,12 @@ def _drop_frozen(module: Any, state: dict[str, Tensor], prefix: str, _: Any) -> 
 def iter_logps(
     model: Any, examples: Sequence[Example], token_budget: int | None, numerics: NumericsConfig = FLOAT32
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Log-prob sums of many examples: yields (indices, logps, tokens), sequences in order of (example, response)."""
+    """Yield (indices, logps, tokens) for micro-batches of the examples, sequences in order of (example, response)."""
     model.eval()
     device = next(model.parameters()).device
     lengths = [e.length for e in examples]
-    freed = HeapTrimmer()
+    heap = HeapTrimmer()
     for indices in pack_first_fit(lengths, range(len(examples)), token_budget or SCORING_TOKEN_BUDGET):
         logps, tokens = sequence_logps(model, pack(examples, indices).to(device), numerics)
-        freed.maybe_trim()
+        heap.maybe_trim()
         yield indices, logps.cpu(), tokens.cpu()

@@ -1,4 +1,7 @@
-"""Sampling whose outcome for a prompt depends on the prompt's own seed alone, not on what shares its batch."""
+"""Sampling in which a prompt's response depends on the prompt's own seed, not on the other prompts of its batch.
+
+transformers draws from one random stream per batch, so its samples change with the batch size.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class _Draw(LogitsProcessor):
-    """Warps the logits as configured, then draws by inverse CDF from one uniform per prompt and step, leaving
-    only the drawn token possible. Exact sampling, with the randomness in our hands."""
+class _InverseCDFSampler(LogitsProcessor):
+    """Draws the next token by inverse CDF from one uniform number per prompt and step, after the configured warpers.
+
+    All other tokens get a logit of -inf, so that greedy decoding takes the drawn one.
+    """
 
     def __init__(self, generation: GenerationInputs, uniforms: Tensor, prompt_length: int) -> None:
         warpers: list[LogitsProcessor] = []
@@ -50,12 +55,12 @@ class _Draw(LogitsProcessor):
 
 
 def seed_from_str(seed: str) -> int:
-    """63 bits."""
+    """Return 63 bits of the SHA-256 of `seed`."""
     return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
 
 
 def _uniforms(seeds: Sequence[str], steps: int, device: torch.device) -> Tensor:
-    """(prompts, steps) float64 in [0, 1), each row from its own seed."""
+    """Return (prompts, steps) float64 in [0, 1), each row from its own seed."""
     rows = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed_from_str(seed))
@@ -75,11 +80,13 @@ def sample(
     batch_size: int = 64,
     done: Container[int] = (),
 ) -> Iterator[tuple[int, list[int], bool]]:
-    """Yields (index, response ids, finished) of every prompt; the end token is part of a finished response. Batches of
-    which every prompt is `done` are left out, so that the others are the same as without."""
+    """Yield (index, response ids, finished) for every prompt; a finished response includes its end token.
+
+    Batches whose prompts are all `done` are skipped; batches are formed before that, so that all others stay the same.
+    """
     model.eval()
     model.set_attn_implementation("sdpa")
-    # What its own says would fill whatever ours leaves open (a repetition penalty, say), unseen by any config.
+    # The checkpoint's generation_config would set what ours leaves open (a repetition penalty, for example).
     model.generation_config = GenerationConfig()
     device = next(model.parameters()).device
     pad = template.end_id
@@ -91,27 +98,27 @@ def sample(
         bos_token_id=template.tokenizer.bos_token_id,
         use_cache=True,
     )
-    # Alike in length, so that little is padding; the order cannot matter to the outcome.
+    # Sorted by length, so that there is little padding; samples do not depend on the order.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for begin in range(0, len(order), batch_size):
         indices = order[begin : begin + batch_size]
         if all(i in done for i in indices):
             continue
-        longest = max(len(prompts[i]) for i in indices)
-        ids = torch.full((len(indices), longest), pad)
+        prompt_length = max(len(prompts[i]) for i in indices)
+        ids = torch.full((len(indices), prompt_length), pad)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(indices):
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, longest - len(prompts[i]) :] = 1
+            ids[row, prompt_length - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, prompt_length - len(prompts[i]) :] = 1
         uniforms = _uniforms([f"{seed}/{i}" for i in indices], generation.max_new_tokens, device)
-        draw = _Draw(generation, uniforms, longest)
+        sampler = _InverseCDFSampler(generation, uniforms, prompt_length)
         with numerics.autocast(device):
             output = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([draw]),
+                logits_processor=LogitsProcessorList([sampler]),
             )
-        for i, response in zip(indices, output[:, longest:].tolist(), strict=True):
+        for i, response in zip(indices, output[:, prompt_length:].tolist(), strict=True):
             finished = template.end_id in response
             yield i, response[: response.index(template.end_id) + 1] if finished else response, finished

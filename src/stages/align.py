@@ -57,7 +57,7 @@ def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:
     def loss_fn(
         packed: PackedBatch, logps: Tensor, counts: Tensor, batch: GlobalBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        reference_logps = None if references is None else references[list(packed.examples)]
+        reference_logps = None if references is None else references[list(packed.example_indices)]
         pairs = pair_losses(inputs, logps, counts, reference_logps)
         chosen_rewards = inputs.beta * pairs.chosen_score.detach()
         rejected_rewards = inputs.beta * pairs.rejected_score.detach()

@@ -1,5 +1,7 @@
-"""Kernels in C++, compiled once on the machine that sets the project up: `python -m src.model.cpu.kernels`, which `make` calls.
-Without them everything runs through torch's own, more slowly."""
+"""The C++ attention kernel, compiled once per machine: `python -m src.model.cpu.kernels`, which `make` runs.
+
+Without it attention in float32 on a CPU is torch's, which is slower.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,9 @@ from typing import Any
 import torch
 
 _SOURCE = Path(__file__).with_name("attention.cpp")
-# With the environment, not with the code: jobs run a copy of that, and every node has the environment.
-_BUILT = Path(sys.prefix) / "share" / "alignment-sweep"
-# No flag changes what is computed: sums are taken in another order only where the source says so (`omp simd`), and
-# numbers that are none stay that.
+# Beside the environment, not the code: jobs run from a snapshot of the code, while every node sees the environment.
+_BUILD_FOLDER = Path(sys.prefix) / "share" / "alignment-sweep"
+# No flag changes results: sums are reordered only where the source asks for it (`omp simd`), and NaN stays NaN.
 _FLAGS = (
     *("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math"),
@@ -28,20 +29,22 @@ _FLAGS = (
 
 
 class NotBuiltError(Exception):
-    """Why there are no compiled kernels, and what to do about it."""
+    """The kernel is not available; the message gives the reason and what to do."""
 
 
 def _library() -> Path:
-    """Where they are for this source, torch and kind of machine: what was built for another is not found. Those stay,
-    for jobs that run an earlier copy of the code."""
-    wanted = hashlib.sha256(repr((_FLAGS, torch.__version__, platform.machine())).encode())
+    """Return the path for this source, torch and kind of machine.
+
+    Libraries of other versions are left in place for jobs that run an earlier snapshot of the code.
+    """
+    key = hashlib.sha256(repr((_FLAGS, torch.__version__, platform.machine())).encode())
     for source in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))):
-        wanted.update(source.read_bytes())
-    return _BUILT / f"{_SOURCE.stem}-{wanted.hexdigest()[:12]}.so"
+        key.update(source.read_bytes())
+    return _BUILD_FOLDER / f"{_SOURCE.stem}-{key.hexdigest()[:12]}.so"
 
 
 def build() -> Path:
-    """Compile them unless that is done, and see that they run. Raises NotBuiltError."""
+    """Compile the kernel unless that is done, run it once, and return its path. Raises NotBuiltError."""
     library = _library()
     if not library.exists():
         _compile(library)
@@ -54,21 +57,21 @@ def _compile(library: Path) -> None:
     compiler = os.environ.get("CXX") or next((name for name in names if shutil.which(name)), None)
     if compiler is None:
         raise NotBuiltError(
-            "no C++ compiler here (g++, clang++): install one, then run python -m src.model.cpu.kernels"
+            "no C++ compiler found (g++, clang++); install one, then run python -m src.model.cpu.kernels"
         )
-    draft, home = library.with_suffix(f".{os.getpid()}"), Path(torch.__file__).parent
+    draft, torch_folder = library.with_suffix(f".{os.getpid()}"), Path(torch.__file__).parent
     command = [
         *(*shlex.split(compiler), *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
-        *(f"-I{home / 'include' / below}" for below in ("", "torch/csrc/api/include")),
+        *(f"-I{torch_folder / 'include' / subfolder}" for subfolder in ("", "torch/csrc/api/include")),
         *(str(_SOURCE), "-o", str(draft)),
-        *(f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"),
+        *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
     ]
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise NotBuiltError(f"{' '.join(command)}\n{done.stderr.strip()}")
-        draft.replace(library)  # whole or not at all, whoever else builds it
+        draft.replace(library)  # atomic: another process may be building the same library
     except OSError as error:
         raise NotBuiltError(f"{error.filename}: {error.strerror}") from error
     finally:
@@ -77,14 +80,14 @@ def _compile(library: Path) -> None:
 
 @cache
 def load() -> Any:
-    """Their operators, tried once on this processor. Raises NotBuiltError."""
+    """Return the operators `attention` and `attention_backward`, run once on this processor. Raises NotBuiltError."""
     if not _library().exists():
-        raise NotBuiltError("its kernel is not compiled: run python -m src.model.cpu.kernels")
+        raise NotBuiltError("CPU kernel not built: run `python -m src.model.cpu.kernels`")
     try:
         torch.ops.load_library(str(_library()))
         x = torch.ones(1, 16, 16)
         torch.ops.alignment_sweep.attention(x, x, x, torch.tensor([[0, 16, 0, 0]]), 1.0)
     except (OSError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise NotBuiltError(f"its kernel does not run here: {reason}") from error
+        raise NotBuiltError(f"CPU kernel does not run on this machine: {reason}") from error
     return torch.ops.alignment_sweep

@@ -1,11 +1,11 @@
-"""`python -m src.model.cpu.kernels`: compile them. Exit code 1 when they cannot be; nothing depends on them."""
+"""Compile the CPU attention kernel. Exit code 1 when that fails; the project then runs without it."""
 
 import sys
 
 from src.model.cpu.kernels import NotBuiltError, build
 
 try:
-    print(f"compiled kernels: {build()}")
+    print(f"CPU attention kernel: {build()}")
 except NotBuiltError as error:
-    print(f"no compiled kernels, so attention in float32 on a CPU is torch's, which is slower: {error}")
+    print(f"CPU attention kernel not built, falling back to torch SDPA (slower): {error}")
     sys.exit(1)

@@ -1,4 +1,4 @@
-// What lies between the products, a vector of numbers at a time.
+// Vectorized loops between the matrix products.
 #pragma once
 
 #include <cmath>
@@ -6,38 +6,38 @@
 
 #include "layout.h"
 
-// One version for each kind of processor, chosen as the library is loaded: the nodes of a cluster need not be alike.
-// Compilers learnt the names of levels late; the older ones know those of instructions.
+// Compiles a function once for each x86-64 level; the loader picks the version for the processor, since the nodes of a
+// cluster may differ. Older compilers know the names of instruction sets but not those of levels.
 #if defined(__x86_64__) && defined(__GLIBC__)
 #if (defined(__clang__) ? __clang_major__ >= 18 : __GNUC__ >= 12)
-#define EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define CPU_DISPATCH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#define CPU_DISPATCH __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 #else
-#define EACH_PROCESSOR
+#define CPU_DISPATCH
 #endif
 
 namespace {
 
 // (rows, columns) -> (columns, rows)
-EACH_PROCESSOR void transpose(const float* from, float* to, int64_t rows, int64_t columns) {
+CPU_DISPATCH void transpose(const float* in, float* out, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; i += LANES) {
     const int64_t lanes = std::min(LANES, rows - i);
     for (int64_t j = 0; j < columns; j++)
 #pragma omp simd
-      for (int64_t k = 0; k < lanes; k++) to[j * rows + i + k] = from[(i + k) * columns + j];
+      for (int64_t k = 0; k < lanes; k++) out[j * rows + i + k] = in[(i + k) * columns + j];
   }
 }
 
-// tile by tile: (width, d) -> (d, KEYS) of each
-void transpose_tiles(const Floats& from, int64_t d, Floats& to) {
-  to.resize(from.size());
-  for (size_t at = 0; at < from.size(); at += KEYS * d) transpose(from.data() + at, to.data() + at, KEYS, d);
+// Transposes each tile: (num_rows, d) -> (d, KEY_TILE) for each KEY_TILE rows.
+void transpose_tiles(const Floats& in, int64_t d, Floats& out) {
+  out.resize(in.size());
+  for (size_t i = 0; i < in.size(); i += KEY_TILE * d) transpose(in.data() + i, out.data() + i, KEY_TILE, d);
 }
 
-// e^x for x of 0 or less, to about an ulp: 2^n, ln 2 in two parts, and the series of what is left.
-inline __attribute__((always_inline)) float exponential(float x) {
+// e^x for x <= 0 to about one ulp (Cody and Waite): x = n ln 2 + r with ln 2 in two parts, e^r by its Taylor series.
+inline __attribute__((always_inline)) float fast_exp(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float n = std::nearbyint(x * 1.44269504088896341f);
   const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
@@ -55,56 +55,57 @@ inline __attribute__((always_inline)) float exponential(float x) {
   return p * power;
 }
 
-// scores, (rows, KEYS) of each tile -> e^(score - largest of its row), 0 where a row does not see, for `real` of the
-// rows; largest, sums: (real,)
-EACH_PROCESSOR void exponentials(float* scores, int64_t real, int64_t rows, const std::vector<Tile>& tiles,
-                                 const float* position, float* largest, float* sums) {
-  for (int64_t r = 0; r < real; r++) {
-    const auto seen = [&](const Tile& t) {
-      return t.first < 0 ? t.real : std::clamp<int64_t>(static_cast<int64_t>(position[r]) - t.first + 1, 0, t.real);
+// Replaces scores, (rows, KEY_TILE) for each tile, by exp(score - row_max), and by 0 where a key is masked, in the
+// first num_valid rows. row_max, row_sum: (num_valid,)
+CPU_DISPATCH void softmax_numerators(float* scores, int64_t num_valid, int64_t rows, const std::vector<Tile>& tiles,
+                                     const float* position, float* row_max, float* row_sum) {
+  for (int64_t r = 0; r < num_valid; r++) {
+    const auto num_attended = [&](const Tile& t) {
+      const int64_t up_to_query = static_cast<int64_t>(position[r]) - t.first_position + 1;
+      return t.first_position < 0 ? t.num_valid : std::clamp<int64_t>(up_to_query, 0, t.num_valid);
     };
-    float most = -INFINITE, sum = 0;
+    float max = -INFINITE, sum = 0;
     for (size_t i = 0; i < tiles.size(); i++) {
-      const float* row = scores + (i * rows + r) * KEYS;
-      const int64_t n = seen(tiles[i]);
-#pragma omp simd reduction(max : most)
-      for (int64_t j = 0; j < n; j++) most = row[j] > most ? row[j] : most;
+      const float* row = scores + (i * rows + r) * KEY_TILE;
+      const int64_t n = num_attended(tiles[i]);
+#pragma omp simd reduction(max : max)
+      for (int64_t j = 0; j < n; j++) max = row[j] > max ? row[j] : max;
     }
     for (size_t i = 0; i < tiles.size(); i++) {
-      float* row = scores + (i * rows + r) * KEYS;
-      const int64_t n = seen(tiles[i]);
+      float* row = scores + (i * rows + r) * KEY_TILE;
+      const int64_t n = num_attended(tiles[i]);
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; j++) sum += row[j] = exponential(row[j] - most);
-      std::fill(row + n, row + tiles[i].keys, 0.0f);
+      for (int64_t j = 0; j < n; j++) sum += row[j] = fast_exp(row[j] - max);
+      std::fill(row + n, row + tiles[i].num_padded, 0.0f);
     }
-    largest[r] = most;
-    sums[r] = sum;
+    row_max[r] = max;
+    row_sum[r] = sum;
   }
 }
 
-// scores, of_probabilities (keys, rows) -> probabilities and the gradient of the scores, in place
-EACH_PROCESSOR void of_scores(float* scores, float* of_probabilities, int64_t rows, const Tile& tile,
-                              const float* largest, const float* inverse, const float* inner,
-                              const float* position) {
-  for (int64_t j = 0; j < tile.keys; j++) {
-    float* s = scores + j * rows;
-    float* g = of_probabilities + j * rows;
-    const float at = j >= tile.real ? INFINITE : tile.first < 0 ? -1.0f : static_cast<float>(tile.first + j);
+// In place, (keys, rows): scores S -> probabilities P, and dP -> dS = P * (dP - delta).
+CPU_DISPATCH void softmax_backward_tile(float* S, float* dP, int64_t rows, const Tile& tile, const float* row_max,
+                                        const float* inverse_sum, const float* delta, const float* position) {
+  for (int64_t j = 0; j < tile.num_padded; j++) {
+    float* s = S + j * rows;
+    float* g = dP + j * rows;
+    const bool is_padding = j >= tile.num_valid, in_prefix = tile.first_position < 0;
+    const float key = is_padding ? INFINITE : in_prefix ? -1.0f : static_cast<float>(tile.first_position + j);
 #pragma omp simd
     for (int64_t r = 0; r < rows; r++) {
-      const float p = at <= position[r] ? exponential(s[r] - largest[r]) * inverse[r] : 0.0f;
+      const float p = key <= position[r] ? fast_exp(s[r] - row_max[r]) * inverse_sum[r] : 0.0f;
       s[r] = p;
-      g[r] = p * (g[r] - inner[r]);
+      g[r] = p * (g[r] - delta[r]);
     }
   }
 }
 
-EACH_PROCESSOR void scale(const float* from, float* to, int64_t n, float by) {
+CPU_DISPATCH void scale(const float* in, float* out, int64_t n, float factor) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) to[i] = from[i] * by;
+  for (int64_t i = 0; i < n; i++) out[i] = in[i] * factor;
 }
 
-EACH_PROCESSOR float dot(const float* a, const float* b, int64_t n) {
+CPU_DISPATCH float dot(const float* a, const float* b, int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
