@@ -1,4 +1,4 @@
-"""What the packed path replaces, for comparisons: every sequence in a row of its own, padded to the longest."""
+"""The baseline of the packed path: every sequence in its own row, padded to the longest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from src.data.examples import Example
 
 
 def padded_logps(model: Any, examples: Sequence[Example], attention: str = "eager") -> torch.Tensor:
-    """(sequences,) summed response log-probs: full logits, log-softmax, gather, sum; one prompt copy a response."""
+    """Return (sequences,) summed response log-probs, from full logits and one copy of the prompt per response."""
     model.set_attn_implementation(attention)
     rows = [(e.prompt, r) for e in examples for r in e.responses]
     longest = max(len(p) + len(r) for p, r in rows)

@@ -1,4 +1,4 @@
-"""Random decoders of a few thousand parameters, and pairs for them."""
+"""Small random decoders, and pairs for them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def make_model(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, patched=True, *
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
-        "initializer_range": 0.2,  # far from uniform, so that a wrong neighbour shows
+        "initializer_range": 0.2,  # far from uniform, so that attending to a wrong position shows
     }
     model = cls(config(**(shape | changes))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # not all ones, as they are before training
+            if "norm" in name:  # weights of norms are all ones before training
                 parameter.uniform_(0.5, 1.5)
     return patch_model_(model) if patched else model
 
