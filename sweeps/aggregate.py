@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from src.config.validation import CHOICES
+from src.config.fields import choices_of
+from src.config.schema import Sweep
 from src.errors import report_errors
 from src.store.files import atomic_write
 from src.store.store import Store
@@ -111,7 +112,7 @@ def _plain(value: Any) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
     parser.add_argument("dir", nargs="+", help="a sweep's folder, such as outputs/sweeps/demo, or wandb://E/P/GROUP")
-    parser.add_argument("--select", choices=CHOICES["sweep.select"], help="how one point of each method is chosen")
+    parser.add_argument("--select", choices=choices_of(Sweep, "select"), help="how one point of each method is chosen")
     parser.add_argument("--out", type=Path, help="where to write; of several sweeps A and B: A+B beside A")
     arguments = parser.parse_args()
     with report_errors():

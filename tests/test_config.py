@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from src.config.schema import CONF_DIR, method_options
+from src.config.fields import choices_of
+from src.config.judge_rules import JUDGES
+from src.config.schema import CONF_DIR, Dataset, HubTable, Judge, method_options
 from src.config.validation import build_point
+from src.data.adapters import ADAPTERS
+from src.data.sources import SOURCES
 from src.errors import ConfigError
 from src.methods import METHODS
 from src.preflight import check_packages
@@ -91,6 +95,13 @@ def test_every_method_has_a_config_and_the_schema_has_its_options():
         assert set(method_options(point)) == set(spec.options)
 
 
+def test_choices_of_the_schema_are_the_entries_of_the_registries():
+    """The schema cannot import the registries, which are in packages that import the schema."""
+    assert choices_of(Dataset, "source") == tuple(SOURCES)
+    assert choices_of(HubTable, "adapter") == (None, *ADAPTERS)
+    assert choices_of(Judge, "name") == ("none", *JUDGES)
+
+
 def test_command_line_wins_over_the_setup():
     assert build_point(composed("setup=mini_tldr", "trainer=paper")).trainer.align.batch_size == 128
     assert build_point(composed("beta=0.7")).beta == 0.7
@@ -111,7 +122,7 @@ BAD = [
     (["trainer.sft.adam_betas=[0.9,1.5]"], "trainer.sft.adam_betas=[0.9, 1.5]: must be"),
     (["output_dir=/dev/null/x"], "output_dir"),
     (["model.path=package://foo.bar/x"], "the package foo.bar is not installed"),
-    (["setup=llama32_3b_tldr", "dataset.path=nosuchfolder"], "dataset.path=nosuchfolder: no folder sft there"),
+    (["setup=llama32_3b_tldr", "dataset.path=nosuchfolder"], "dataset.path=nosuchfolder: missing folder sft"),
     (["beta=abc"], "beta"),
     (["beta=0"], "beta=0: must be > 0"),
     (["beta=-1"], "beta=-1: must be > 0"),
@@ -121,7 +132,7 @@ BAD = [
     (["trainer.align.batch_size=0"], "trainer.align.batch_size=0: must be >= 1"),
     (["method=ppo"], "method/ppo"),
     (["setup=nosuch"], "setup/nosuch"),
-    (["setup=mistral_7b_uf"], "setup=mistral_7b_uf init=sft names no best beta for method=dpo: give beta=VALUE"),
+    (["setup=mistral_7b_uf"], "setup=mistral_7b_uf init=sft has no best beta for method=dpo: set beta=VALUE"),
     (["method.gamma_beta_ratio=1"], "method=dpo has no such field"),
     (["method=simpo", "method.gamma_beta_ratio=null"], "method=simpo needs a value"),
     (["method=simpo", "method.gamma_beta_ratio=-1"], "method.gamma_beta_ratio=-1: must be >= 0"),
@@ -135,11 +146,14 @@ BAD = [
     (["model.path=./nowhere"], "model.path=./nowhere: no such file"),
     (["dataset.max_prompt_tokens=160"], "must be below dataset.max_tokens"),
     (["judge=none"], "needs a judge"),
-    (["-m", "beta=1,2", "sweep.name=../x"], "sweep.name=../x: names a folder"),
-    (["init=base", "method=orpo"], "init=base names no best beta"),
+    (["-m", "beta=1,2", "sweep.name=../x"], "sweep.name=../x: becomes a folder name"),
+    (["init=base", "method=orpo"], "init=base has no best beta"),
     (["engine.precision=fp8"], "must be one of fp32, bf16"),
     (["engine.strategy=zero4"], "must be one of none, ddp, zero1, zero2, zero3, zero3_offload"),
-    (["model.attention=varlen"], "model.attention=varlen computes in 16 bits: add engine.precision=bf16"),
+    (["dataset.sft_fraction=1.5"], "dataset.sft_fraction=1.5: must be >= 0 and <= 1"),
+    (["evaluation.generation.top_p=0"], "evaluation.generation.top_p=0: must be > 0 and <= 1"),
+    (["beta=inf"], "beta=inf: must be > 0"),
+    (["model.attention=varlen"], "model.attention=varlen requires engine.precision=bf16"),
     (["model.lora.rank=0"], "model.lora.rank=0: must be >= 1"),
     (["best_from=/nowhere.yaml"], "best_from=/nowhere.yaml"),
     (["-m", "method=dpo,ipo", "beta=0.1,-1"], "beta=-1: must be > 0"),
@@ -153,8 +167,11 @@ BAD = [
     (["-m", "setup=mini_tldr,smollm2_jsonl", "beta=0.1,1"], "setup=smollm2_jsonl beta=0.1 output_dir="),
     (["-m", "sweep.name=a,b"], "sweep.name: must be one value for a whole sweep"),
     (["-m", "sweep.keep_fraction=0.3,0.5"], "sweep.keep_fraction: must be one value for a whole sweep"),
-    (["-m", "beta=0.1,1", "sweep.search=successive_halving", "sweep.rungs=[0.5]"], "sweep.rungs=[0.5]: must be shares"),
-    (["sweep.search=successive_halving"], "sweep.search=successive_halving searches among points: add -m"),
+    (
+        ["-m", "beta=0.1,1", "sweep.search=successive_halving", "sweep.rungs=[0.5]"],
+        "sweep.rungs=[0.5]: must be an increasing list",
+    ),
+    (["sweep.search=successive_halving"], "sweep.search=successive_halving needs a sweep: add -m"),
     (["-m", "hydra/sweeper=basic", "beta=1,2"], "hydra/sweeper=grid"),
     (["+sweep=nosuch"], "sweep/nosuch"),
 ]

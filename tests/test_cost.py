@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from src.config.validation import build_point
-from src.planning.cost import Cost, parameters_of, warning
+from src.planning.cost import Cost, count_parameters, disk_warning
 from src.planning.plan import make_plan
 from src.store.store import Store
 from tests.support.commands import ROOT, SMALL, dry_run, train
@@ -22,35 +22,35 @@ def planned(tmp_path, *overrides):
 
 def test_before_anything_was_measured_hours_are_flops_over_the_stated_speed(tmp_path):
     plan, store = planned(tmp_path, "setup=llama32_3b_tldr")
-    found = Cost(plan, store).estimates
-    rows = 41_947 * 416  # conf/dataset/tldr.yaml
-    assert found["sft"].tokens == rows and not found["sft"].measured
-    assert found["sft"].hours == pytest.approx(6 * 3.21e9 * rows / (0.4 * 312e12) / 3600)
-    assert found["reference"].hours == pytest.approx(2 * 3.21e9 * (73_396 + 2000) * 451 / (0.4 * 312e12) / 3600)
-    assert found["align"].tokens == 73_396 * 451
+    estimates = Cost(plan, store).estimates
+    sft_tokens = 41_947 * 416  # conf/dataset/tldr.yaml
+    assert estimates["sft"].tokens == sft_tokens and not estimates["sft"].measured
+    assert estimates["sft"].hours == pytest.approx(6 * 3.21e9 * sft_tokens / (0.4 * 312e12) / 3600)
+    assert estimates["reference"].hours == pytest.approx(2 * 3.21e9 * (73_396 + 2000) * 451 / (0.4 * 312e12) / 3600)
+    assert estimates["align"].tokens == 73_396 * 451
     faster = Cost(*planned(tmp_path, "setup=llama32_3b_tldr", "engine.tflops=624")).estimates
-    assert faster["align"].hours == pytest.approx(found["align"].hours / 2)
+    assert faster["align"].hours == pytest.approx(estimates["align"].hours / 2)
     stepped = ["trainer.align.max_steps=10", "dataset.sft_fraction=0.1", "trainer.sft.epochs=2"]
     fewer = Cost(*planned(tmp_path, "setup=llama32_3b_tldr", *stepped)).estimates
     assert fewer["align"].tokens == 10 * 128 * 451
-    assert fewer["sft"].tokens == pytest.approx(0.1 * 2 * rows)
+    assert fewer["sft"].tokens == pytest.approx(0.1 * 2 * sft_tokens)
 
 
 def test_a_sweeps_estimate_counts_shared_stages_once(tmp_path):
     _, output = dry_run("+sweep=paper_tldr_3b", f"output_dir={tmp_path}")
-    rows = dict(re.findall(r"^(sft|reference|align|generate) +(\d+) .*assumed$", output, re.M))
-    assert rows == {"sft": "1", "reference": "1", "align": "200", "generate": "200"}
+    num_stages = dict(re.findall(r"^(sft|reference|align|generate) +(\d+) .*assumed$", output, re.M))
+    assert num_stages == {"sft": "1", "reference": "1", "align": "200", "generate": "200"}
     assert re.search(
         r"^disk: 2\.58 TB for the weights of 201 models until the sweep ends and keep_checkpoints=best", output, re.M
     )
 
 
-def test_finished_stages_say_what_the_next_ones_take(tmp_path):
+def test_estimates_are_measured_once_a_stage_of_the_same_data_and_model_has_finished(tmp_path):
     labels, before = dry_run(*SMALL, "method=dpo", "beta=0.1", f"output_dir={tmp_path}")
-    assert labels and "-: nothing is known before a first run" in before  # a CPU has no stated peak
+    assert labels and '"-" = no estimate yet' in before  # a CPU has no stated peak
     train(*SMALL, "method=dpo", "beta=0.1", f"output_dir={tmp_path}")
     output = dry_run(*SMALL, "method=dpo", "beta=0.2,0.3", f"output_dir={tmp_path}")[1]
-    assert re.search(r"^align +2 .* as measured here$", output, re.M) and "sft " not in output.partition("cost")[2]
+    assert re.search(r"^align +2 .* measured$", output, re.M) and "sft " not in output.partition("cost")[2]
 
     plan, store = planned(tmp_path, *SMALL, "method=ipo", "beta=0.1", "trainer.align.epochs=2")
     estimate = Cost(plan, store).estimates["align"]
@@ -61,15 +61,15 @@ def test_finished_stages_say_what_the_next_ones_take(tmp_path):
     assert other.hours is None and not other.measured  # another computation has another speed
 
 
-def test_parameters_are_those_of_the_model():
+def test_the_parameters_of_a_model_are_counted_from_its_config():
     model = build_point(composed()).model
     with safe_open(ROOT / "src" / "data" / "mini_tldr_base" / "model.safetensors", "pt") as file:
-        counted = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    assert parameters_of(model) == pytest.approx(counted, rel=0.01)
-    assert parameters_of(build_point(composed("model=llama32_3b")).model) == 3.21e9
+        num_parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert count_parameters(model) == pytest.approx(num_parameters, rel=0.01)
+    assert count_parameters(build_point(composed("model=llama32_3b")).model) == 3.21e9
 
 
-def test_a_sweep_that_its_disk_cannot_hold_is_warned_of(tmp_path):
-    assert warning(*planned(tmp_path, *SMALL)) is None
-    said = warning(*planned(tmp_path, "setup=llama31_8b_uf", "model.parameters=1e15"))
-    assert said is not None and "the weights of this sweep take 8e+03 TB" in said and str(tmp_path) in said
+def test_a_sweep_larger_than_the_disk_gives_a_warning(tmp_path):
+    assert disk_warning(*planned(tmp_path, *SMALL)) is None
+    warning = disk_warning(*planned(tmp_path, "setup=llama31_8b_uf", "model.parameters=1e15"))
+    assert warning is not None and "this sweep will write 8e+03 TB of weights" in warning and str(tmp_path) in warning

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 import pytest
 
 from src.config.schema import Point, leaves
-from src.config.validation import CHOICES, build_point
+from src.config.validation import build_point
 from src.planning.stage import stages_of
 from tests.support.configs import composed
 
@@ -56,7 +56,7 @@ NOT_HASHED = {
     "tracking.": "where metrics are sent",
     "sweep.": "which points there are, and what is reported of them",
     "output_dir": "where results are kept",
-    "keep": "which checkpoints stay",
+    "keep_checkpoints": "which checkpoints stay",
     "dry_run": "whether anything runs",
 }
 
@@ -102,10 +102,10 @@ def reason(key):
     return next((why for k, why in NOT_HASHED.items() if key == k or (k.endswith(".") and key.startswith(k))), None)
 
 
-def other(key, value, file):
-    """A value of the same kind that is not this one."""
-    if key in CHOICES:
-        return next(choice for choice in CHOICES[key] if choice not in (value, None))
+def another_value(key, choices, value, file):
+    """Return a value of the same kind that is not this one."""
+    if choices is not None:
+        return next(choice for choice in choices if choice not in (value, None))
     match value:
         case bool():
             return not value
@@ -128,7 +128,8 @@ def with_value(point, key, file):
         node = getattr(node, group)
         if node is None:
             return None
-    setattr(node, name, other(key, getattr(node, name), file))
+    choices = type(node).__dataclass_fields__[name].metadata.get("choices")
+    setattr(node, name, another_value(key, choices, getattr(node, name), file))
     return changed
 
 

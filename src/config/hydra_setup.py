@@ -1,4 +1,4 @@
-"""What Hydra needs besides conf/: the schema, the resolver `${best:...}`, and the keywords of a command line. No torch."""
+"""Hydra's set-up beside conf/: the schema, the resolver `${best:...}`, keywords of the command line. No torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from src.config.renamed_keys import new_name
 from src.config.schema import Point
 from src.errors import ConfigError, one_line
 
@@ -27,19 +28,19 @@ def register() -> None:
 
 
 def _best_value(key: str, *, _root_: DictConfig) -> float:
-    """Resolve `${best:beta}`: the setup's best value of the chosen method, or that of `best_from=FILE` (a best.yaml)."""
+    """Return the value of `${best:beta}`: the method's best beta in this setup, or in `best_from=FILE`, a best.yaml."""
     method, setup = _root_.method.name, _root_.setup.name
     if _root_.best_from is None:
         where = f"setup={setup} init={_root_.init.name}"
-        table = _root_.setup.best if _root_.init.name == "sft" else {}  # published values are those of two stages
+        table = _root_.setup.best if _root_.init.name == "sft" else {}  # published values are tuned from SFT models
     else:
         where = f"best_from={_root_.best_from}"
         try:
             table = yaml.safe_load(Path(_root_.best_from).read_text())[setup]
         except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{where}: best values of setup {setup} cannot be read from it ({error!r})") from None
+            raise ConfigError(f"{where}: cannot read the best values of setup {setup} ({error!r})") from None
     if method not in table or table[method].get(key) is None:
-        raise ConfigError(f"{where} names no best {key} for method={method}: give {key}=VALUE")
+        raise ConfigError(f"{where} has no best {key} for method={method}: set {key}=VALUE")
     entry = table[method]
     init = entry.get("init")
     if init is not None and init != _root_.init.name:
@@ -48,7 +49,7 @@ def _best_value(key: str, *, _root_: DictConfig) -> float:
         )
     for setting in (entry.get("variant") or "").split():
         name, _, value = setting.partition("=")
-        if str(OmegaConf.select(_root_, name)) != value:
+        if str(OmegaConf.select(_root_, new_name(name) or name)) != value:
             raise ConfigError(
                 f"{where}: its best {method} was tuned with {setting}; add {setting}, or set beta and lr explicitly"
             )

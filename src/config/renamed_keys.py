@@ -1,7 +1,8 @@
-"""Config keys and values of version 0.1, and what they are called now: an old one is an error that names the new one."""
+"""Config keys and values of version 0.1 that have new names: using one is an error that gives the new name."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from src.errors import ConfigError
@@ -36,20 +37,25 @@ def check_renamed(overrides: Sequence[str]) -> None:
     """Raise ConfigError for an override that uses a key or value of version 0.1."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        new = next((f"{new}{key[len(old) :]}" for old, new in RENAMED_KEYS.items() if _is_within(key, old)), None)
-        if new is not None:
+        if new := new_name(key):
             raise ConfigError(f"{override}: the key {key} is called {new} since version 0.2")
         if f"{key}={value}" in RENAMED_VALUES:
             raise ConfigError(f"{override}: since version 0.2 this is {RENAMED_VALUES[f'{key}={value}']}")
 
 
 def rename_hint(message: str) -> str:
-    """Return the new name of an old key that an error of OmegaConf names (`at key a.b`), for errors in YAML files."""
-    named = {word.strip(".,:'\"") for word in message.split()}
-    return next(
-        (f"; the key {old} is called {new} since version 0.2" for old, new in RENAMED_KEYS.items() if old in named), ""
-    )
+    """Return a hint to append to an error of Hydra about an old key in a YAML file; empty for other errors."""
+    place, argument = re.search(r"at key ([\w.]+)", message), re.search(r"unexpected keyword argument '(\w+)'", message)
+    if place is None:
+        return ""
+    key = f"{place[1]}.{argument[1]}" if argument else place[1]
+    new = new_name(key)
+    return f"; the key {key} is called {new} since version 0.2" if new else ""
 
 
-def _is_within(key: str, group: str) -> bool:
-    return key == group or key.startswith(f"{group}.")
+def new_name(key: str) -> str | None:
+    """Return what an old key, or one below it, is called now; None for any other key."""
+    for old, new in RENAMED_KEYS.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return None

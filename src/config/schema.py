@@ -1,13 +1,18 @@
-"""The schema of a run: dataclasses typed by OmegaConf. The rules between fields are in validation. No torch."""
+"""The schema of a run: dataclasses typed by OmegaConf, with the values each field may have.
+
+Rules between fields are in `src.config.validation`. No torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
+from src.config.fields import choice, number
 from src.errors import ConfigError
 from src.methods import METHODS
 
@@ -28,22 +33,22 @@ class Setup:
 
 @dataclass
 class Init:
-    name: str = MISSING  # sft | base
-    sft_weight: float = 0.0
-    align_weight: float = 1.0
+    name: str = choice("sft", "base")
+    sft_weight: float = number(0.0)
+    align_weight: float = number(1.0, above=0)
 
 
 @dataclass
 class MethodFields:
-    name: str = MISSING
-    gamma_beta_ratio: float | None = None
-    calibration_weight: float | None = None
+    name: str = choice(*METHODS)
+    gamma_beta_ratio: float | None = number(None)
+    calibration_weight: float | None = number(None)
 
 
 @dataclass
 class Lora:
-    rank: int | None = None
-    alpha: float = 32.0
+    rank: int | None = number(None, minimum=1)
+    alpha: float = number(32.0, above=0)
     targets: list[str] | None = None  # names of linear layers
 
 
@@ -51,10 +56,10 @@ class Lora:
 class Model:
     name: str = MISSING
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
-    template: str = "plain"  # plain | tokenizer | llama3 | mistral
+    template: str = choice("plain", "tokenizer", "llama3", "mistral", default="plain")
     parameters: float | None = None
     revision: str | None = None
-    attention: str = "auto"  # auto | flash_attention_2 | varlen | onednn | sdpa
+    attention: str = choice("auto", "flash_attention_2", "varlen", "onednn", "sdpa", default="auto")
     lora: Lora = field(default_factory=Lora)
 
 
@@ -63,50 +68,50 @@ class HubTable:
     path: str = MISSING
     train_split: str = "train"
     validation_split: str = "validation"
-    columns: dict[str, str] = field(default_factory=dict)  # prompt, chosen, ... -> what the table calls it
-    adapter: str | None = None  # one of src.data.adapters.ADAPTERS
-    deduplicate: bool = False  # a row that says what an earlier one did is left out
-    drop_if_rejected_elsewhere: bool = False  # and one whose chosen response another row of its prompt rejects
-    rows: dict[str, int] = field(default_factory=dict)  # split -> rows
-    tokens: float | None = None  # of a row
+    columns: dict[str, str] = field(default_factory=dict)  # prompt, chosen, ... -> column name in the table
+    adapter: str | None = choice(None, "hh", default=None)  # a key of src.data.adapters.ADAPTERS
+    deduplicate: bool = False  # drop rows equal to an earlier one
+    drop_if_rejected_elsewhere: bool = False  # drop rows whose chosen response another row of the prompt rejects
+    rows: dict[str, int] = field(default_factory=dict)  # split -> expected number of rows
+    tokens: float | None = None  # mean per row, for cost estimates
 
 
 @dataclass
 class Dataset:
     name: str = MISSING
-    source: str = MISSING  # mini_tldr | jsonl | hub
+    source: str = choice("mini_tldr", "jsonl", "hub")  # a key of src.data.sources.SOURCES
     path: str | None = None
     sft: HubTable | None = None
     preference: HubTable | None = None
-    sft_size: int | None = None
-    sft_fraction: float = 1.0  # 0: none, the base model itself
-    train_size: int | None = None
-    validation_size: int | None = None
+    sft_size: int | None = number(None, minimum=1)
+    sft_fraction: float = number(1.0, maximum=1)  # 0: no SFT, the base model itself
+    train_size: int | None = number(None, minimum=1)
+    validation_size: int | None = number(None, minimum=2)  # at least one pair to select and one to report
     seed: int = 0
-    max_tokens: int = 1024
-    max_prompt_tokens: int = 512
+    max_tokens: int = number(1024, minimum=2)
+    max_prompt_tokens: int = number(512, minimum=1)
 
 
 @dataclass
 class Optimization:
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 128
-    lr_scheduler_type: str = "linear"  # linear | cosine | constant
-    warmup_ratio: float = 0.03
+    epochs: float = number(1.0, above=0)
+    max_steps: int | None = number(None, minimum=1)
+    batch_size: int = number(128, minimum=1)
+    lr_scheduler_type: str = choice("linear", "cosine", "constant", default="linear")
+    warmup_ratio: float = number(0.03, maximum=1)
     adam_betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 2.0
+    weight_decay: float = number(0.0)
+    max_grad_norm: float = number(2.0, above=0)
 
 
 @dataclass
 class SftOptimization(Optimization):
-    lr: float = MISSING  # alignment has the point's lr instead
+    lr: float = number(above=0)  # alignment has the point's lr instead
 
 
 @dataclass
 class AlignOptimization(Optimization):
-    stop_fraction: float = 1.0  # fraction of the steps after which training stops
+    stop_fraction: float = number(1.0, above=0, maximum=1)  # fraction of the steps after which training stops
 
 
 @dataclass
@@ -114,17 +119,17 @@ class Trainer:
     name: str = MISSING
     sft: SftOptimization = field(default_factory=SftOptimization)
     align: AlignOptimization = field(default_factory=AlignOptimization)
-    max_tokens_per_micro_batch: int | None = None
-    save_steps: int = 100
+    max_tokens_per_micro_batch: int | None = number(None, minimum=1)
+    save_steps: int = number(100, minimum=1)
 
 
 @dataclass
 class Engine:
     name: str = MISSING
-    device: str = "auto"  # auto | cpu | cuda
-    precision: str = "fp32"  # fp32 | bf16: of the computation; weights and optimizer are float32 always
-    cpu_threads: int | None = None
-    strategy: str = "none"  # none | ddp | zero1 | zero2 | zero3 | zero3_offload
+    device: str = choice("auto", "cpu", "cuda", default="auto")
+    precision: str = choice("fp32", "bf16", default="fp32")  # of the computation; weights are float32
+    cpu_threads: int | None = number(None, minimum=1)
+    strategy: str = choice("none", "ddp", "zero1", "zero2", "zero3", "zero3_offload", default="none")
     activation_checkpointing: bool = False
     compile: bool = False
     tflops: float | None = None
@@ -133,11 +138,11 @@ class Engine:
 
 @dataclass
 class Generation:
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    batch_size: int = 64
+    temperature: float = number(1.0)
+    top_k: int = number(0)
+    top_p: float = number(1.0, above=0, maximum=1)
+    max_new_tokens: int = number(256, minimum=1)
+    batch_size: int = number(64, minimum=1)
     seed: int = 0
 
 
@@ -145,38 +150,38 @@ class Generation:
 class Server:
     name: str = MISSING  # none | vllm | transformers
     command: str | None = None  # with {checkpoint}, {port}, {dtype}
-    timeout: float = 600.0
-    concurrency: int = 64
+    timeout: float = number(600.0, above=0)
+    concurrency: int = number(64, minimum=1)
 
 
 @dataclass
 class Evaluation:
     name: str = MISSING
-    metric: str = MISSING  # win_rate | reward_accuracy
+    metric: str = choice("win_rate", "reward_accuracy")
     prompts_file: str | None = None  # file of a benchmark's; null: held-out prompts
-    num_prompts: int = 500
-    selection_fraction: float = 0.5
+    num_prompts: int = number(500, minimum=2)
+    selection_fraction: float = number(0.5, above=0, maximum=0.999)
     split_seed: int = 0
     generation: Generation = field(default_factory=Generation)
 
 
 @dataclass
 class Judge:
-    name: str = MISSING  # none | gold | tldr | alpaca_eval | arena_hard | reward_model
+    name: str = choice("none", "gold", "tldr", "alpaca_eval", "arena_hard", "reward_model")
     baseline: str | None = "sft"  # sft | chosen | a file of answers: what a response is compared with
     model: str | None = None  # as the endpoint calls it; of alpaca_eval: an annotator; of reward_model: a model
     prompt_file: str | None = None  # the question in Arena-Hard's judge_config.yaml format
     base_url: str | None = None  # of an OpenAI-compatible endpoint; null: OpenAI's
     api_key_env: str = "OPENAI_API_KEY"  # the key itself is never written down
-    temperature: float = 0.0
-    max_tokens: int = 256  # of an answer
-    concurrency: int = 8
-    timeout: float = 60.0
-    max_retries: int = 8
-    max_calls: int | None = None
-    max_cost: float | None = None
-    input_price: float | None = None  # of a million tokens
-    output_price: float | None = None
+    temperature: float = number(0.0)
+    max_tokens: int = number(256, minimum=1)  # of an answer
+    concurrency: int = number(8, minimum=1)
+    timeout: float = number(60.0, above=0)
+    max_retries: int = number(8, minimum=1)
+    max_calls: int | None = number(None)
+    max_cost: float | None = number(None)
+    input_price: float | None = number(None)  # dollars per million tokens
+    output_price: float | None = number(None)
 
 
 @dataclass
@@ -185,17 +190,18 @@ class Tracking:
     wandb: bool = False
     project: str = "alignment-sweep"
     entity: str | None = None
-    mode: str = "auto"  # auto | online | offline
+    mode: str = choice("auto", "online", "offline", default="auto")
 
 
 @dataclass
 class Sweep:
     name: str | None = None
-    variant: str = ""  # what else tells a point from its neighbours; filled in by the sweeper
-    select: str = "best"  # of each method: best | lowest_kl_in_shortlist (of those the prompts cannot tell from it)
-    search: str = "grid"  # grid: every point to its end | successive_halving: rung by rung
-    rungs: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # shares of alignment's steps
-    keep_fraction: float = 0.5  # of the points of each method that go on to the next rung
+    variant: str = ""  # settings that distinguish points with equal method, init, beta, lr; set by the sweeper
+    # The point of each method that stands for it; the shortlist is what is not significantly worse than the best.
+    select: str = choice("best", "lowest_kl_in_shortlist", default="best")
+    search: str = choice("grid", "successive_halving", default="grid")
+    rungs: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions of alignment's steps
+    keep_fraction: float = number(0.5, above=0, maximum=1)  # of a method's points, promoted to the next rung
 
 
 @dataclass
@@ -216,17 +222,17 @@ class Point:
     beta_grid: dict[str, list[float]] = field(default_factory=dict)
     lr_grid: dict[str, list[float]] = field(default_factory=dict)
     sweep: Sweep = field(default_factory=Sweep)
-    beta: float = MISSING
-    lr: float = MISSING
-    seed: int = 0
+    beta: float = number(above=0)
+    lr: float = number(above=0)
+    seed: int = number(0, maximum=2**31 - 1)
     best_from: str | None = None
     output_dir: str = "outputs"
-    keep_checkpoints: str = "all"  # all | best | none
+    keep_checkpoints: str = choice("all", "best", "none", default="all")
     dry_run: bool = False
 
     @property
     def label(self) -> str:
-        """How people name this point: `dpo beta=0.05 lr=7e-07`, with what differs from the usual."""
+        """The display name of this point: `dpo beta=0.05 lr=7e-07`, with whatever differs from the defaults."""
         extra = "" if self.init.name == "sft" else f" init={self.init.name}"
         extra += f" seed={self.seed}" if self.seed else ""
         extra += f" {self.sweep.variant}" if self.sweep.variant else ""
@@ -239,17 +245,20 @@ def method_options(point: Point) -> dict[str, float]:
     return {name: getattr(point.method, name) for name in METHODS[point.method.name].options}
 
 
-def leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) of every field of a dataclass. Raises ConfigError on a key the schema has not."""
-    found: list[tuple[str, Any]] = []
-    known = {f.name for f in fields(node)}
+def typed_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Yield (dotted key, field, value) of every leaf of a config. Raises ConfigError for a key not in the schema."""
+    known = {f.name: f for f in fields(node)}
     for name in vars(node):
         if name not in known:  # `+key=value` adds even to a typed config
             raise ConfigError(f"{prefix}{name}: no such key; there are {', '.join(sorted(known))}")
-    for f in fields(node):
-        value = getattr(node, f.name)
+    for name, spec in known.items():
+        value = getattr(node, name)
         if is_dataclass(value):
-            found += leaves(value, f"{prefix}{f.name}.")
+            yield from typed_leaves(value, f"{prefix}{name}.")
         else:
-            found.append((prefix + f.name, value))
-    return found
+            yield prefix + name, spec, value
+
+
+def leaves(node: Any) -> list[tuple[str, Any]]:
+    """Return (dotted key, value) of every leaf of a config. Raises ConfigError for a key not in the schema."""
+    return [(key, value) for key, _, value in typed_leaves(node)]

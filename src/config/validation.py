@@ -1,4 +1,4 @@
-"""Every rule a run's config must keep; a checked Point comes out. No torch."""
+"""Rules between the fields of a config; the values of single fields are rules of the schema. No torch."""
 
 from __future__ import annotations
 
@@ -12,94 +12,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.judge_rules import JUDGES, check_judge, check_server
-from src.config.schema import Point, leaves
-from src.data.adapters import ADAPTERS
-from src.data.sources import SOURCES
+from src.config.fields import check_value
+from src.config.judge_rules import check_judge, check_server
+from src.config.schema import Point, typed_leaves
 from src.errors import ConfigError, one_line
 from src.methods import METHODS
 
-BENCHMARKS = ("alpaca_eval", "arena_hard")  # evaluations that have questions of their own
-
-# Which values a field may take, where its type does not say so.
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "init.name": ("sft", "base"),
-    "method.name": tuple(METHODS),
-    "model.template": ("plain", "tokenizer", "llama3", "mistral"),
-    "dataset.source": tuple(SOURCES),
-    "dataset.sft.adapter": (None, *ADAPTERS),
-    "dataset.preference.adapter": (None, *ADAPTERS),
-    "trainer.sft.lr_scheduler_type": ("linear", "cosine", "constant"),
-    "trainer.align.lr_scheduler_type": ("linear", "cosine", "constant"),
-    "engine.device": ("auto", "cpu", "cuda"),
-    "engine.precision": ("fp32", "bf16"),
-    "engine.strategy": ("none", "ddp", "zero1", "zero2", "zero3", "zero3_offload"),
-    "model.attention": ("auto", "flash_attention_2", "varlen", "onednn", "sdpa"),
-    "evaluation.metric": ("win_rate", "reward_accuracy"),
-    "judge.name": ("none", *JUDGES),
-    "keep_checkpoints": ("all", "best", "none"),
-    "sweep.select": ("best", "lowest_kl_in_shortlist"),
-    "sweep.search": ("grid", "successive_halving"),
-    "tracking.mode": ("auto", "online", "offline"),
-}
-
-# Numbers and the interval they must lie in: (lowest, is it allowed, highest).
-RANGES: dict[str, tuple[float, bool, float]] = {
-    "beta": (0, False, math.inf),
-    "lr": (0, False, math.inf),
-    "seed": (0, True, 2**31 - 1),
-    "init.sft_weight": (0, True, math.inf),
-    "init.align_weight": (0, False, math.inf),
-    "method.gamma_beta_ratio": (0, True, math.inf),
-    "method.calibration_weight": (0, True, math.inf),
-    "dataset.sft_size": (1, True, math.inf),
-    "dataset.sft_fraction": (0, True, 1),
-    "dataset.train_size": (1, True, math.inf),
-    "dataset.validation_size": (2, True, math.inf),  # one to select, one to report
-    "dataset.max_tokens": (2, True, math.inf),
-    "dataset.max_prompt_tokens": (1, True, math.inf),
-    "model.lora.rank": (1, True, math.inf),
-    "model.lora.alpha": (0, False, math.inf),
-    "trainer.sft.lr": (0, False, math.inf),
-    "trainer.align.stop_fraction": (0, False, 1),
-    "sweep.keep_fraction": (0, False, 1),
-    "trainer.max_tokens_per_micro_batch": (1, True, math.inf),
-    "trainer.save_steps": (1, True, math.inf),
-    "engine.cpu_threads": (1, True, math.inf),
-    "evaluation.num_prompts": (2, True, math.inf),
-    "evaluation.selection_fraction": (0, False, 0.999),
-    "server.timeout": (0, False, math.inf),
-    "server.concurrency": (1, True, math.inf),
-    "judge.temperature": (0, True, math.inf),
-    "judge.max_tokens": (1, True, math.inf),
-    "judge.concurrency": (1, True, math.inf),
-    "judge.timeout": (0, False, math.inf),
-    "judge.max_retries": (1, True, math.inf),
-    "judge.max_calls": (0, True, math.inf),
-    "judge.max_cost": (0, True, math.inf),
-    "judge.input_price": (0, True, math.inf),
-    "judge.output_price": (0, True, math.inf),
-    "evaluation.generation.temperature": (0, True, math.inf),
-    "evaluation.generation.top_k": (0, True, math.inf),
-    "evaluation.generation.top_p": (0, False, 1),
-    "evaluation.generation.max_new_tokens": (1, True, math.inf),
-    "evaluation.generation.batch_size": (1, True, math.inf),
-} | {
-    f"trainer.{stage}.{key}": bounds
-    for stage in ("sft", "align")
-    for key, bounds in {
-        "epochs": (0.0, False, math.inf),
-        "max_steps": (1.0, True, math.inf),
-        "batch_size": (1.0, True, math.inf),
-        "warmup_ratio": (0.0, True, 1.0),
-        "weight_decay": (0.0, True, math.inf),
-        "max_grad_norm": (0.0, False, math.inf),
-    }.items()
-}
+BENCHMARKS = ("alpaca_eval", "arena_hard")  # evaluations that need a file of prompts
 
 
 def build_point(cfg: DictConfig) -> Point:
-    """Resolve and check a composed config. Raises ConfigError."""
+    """Return the resolved, checked Point of a composed config. Raises ConfigError."""
     try:
         point = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
@@ -110,53 +33,47 @@ def build_point(cfg: DictConfig) -> Point:
 
 
 def check(point: Point) -> None:
-    """Every rule between and within fields. Raises ConfigError naming the override to change."""
-    values = dict(leaves(point))
-    for key, value in values.items():
+    """Check every field and every rule between fields. Raises ConfigError naming the override to change."""
+    for key, spec, value in typed_leaves(point):
         _check_secret(key, value)
-        if key in CHOICES and value not in CHOICES[key]:
-            allowed = ", ".join("null" if c is None else c for c in CHOICES[key])
-            raise ConfigError(f"{key}={value}: must be one of {allowed}")
-        if key in RANGES and value is not None:
-            low, inclusive, high = RANGES[key]
-            if not (low <= value <= high and (inclusive or value > low)) or not math.isfinite(value):
-                bound = f"{'>=' if inclusive else '>'} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else "")
-                raise ConfigError(f"{key}={value:g}: must be {bound}")
+        check_value(key, spec, value)
     for stage in ("sft", "align"):
         betas = getattr(point.trainer, stage).adam_betas
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"trainer.{stage}.adam_betas={list(betas)}: must be two numbers >= 0 and < 1")
     if point.sweep.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", point.sweep.name):
-        raise ConfigError(f"sweep.name={point.sweep.name}: names a folder; letters, digits and . _ - = + only")
+        raise ConfigError(f"sweep.name={point.sweep.name}: becomes a folder name: use letters, digits and . _ - = +")
     _check_search(point)
     _check_method(point)
     _check_dataset(point)
     if point.model.attention in ("varlen", "flash_attention_2"):
         if point.engine.precision != "bf16":
-            raise ConfigError(f"model.attention={point.model.attention} computes in 16 bits: add engine.precision=bf16")
+            raise ConfigError(f"model.attention={point.model.attention} requires engine.precision=bf16")
         if point.engine.device == "cpu":
-            raise ConfigError(f"model.attention={point.model.attention} needs CUDA, and engine.device=cpu")
+            raise ConfigError(f"model.attention={point.model.attention} requires CUDA, but engine.device=cpu")
     for name in ("beta_grid", "lr_grid"):
         check_grid(name, getattr(point, name))
-    questions = point.evaluation.prompts_file
-    if questions is None and point.evaluation.name in BENCHMARKS:
+    prompts_file = point.evaluation.prompts_file
+    if prompts_file is None and point.evaluation.name in BENCHMARKS:
         raise ConfigError(
-            f"evaluation.prompts_file is not set: evaluation={point.evaluation.name} needs evaluation.prompts_file=FILE, "
-            "the benchmark's own"
+            f"evaluation.prompts_file is not set: evaluation={point.evaluation.name} needs the benchmark's prompts, "
+            "evaluation.prompts_file=FILE"
         )
-    if questions is not None and not Path(questions).is_file():
-        raise ConfigError(f"evaluation.prompts_file={questions}: no such file")
+    if prompts_file is not None and not Path(prompts_file).is_file():
+        raise ConfigError(f"evaluation.prompts_file={prompts_file}: no such file")
     check_judge(point)
     check_server(point)
 
 
 def _check_secret(key: str, value: Any) -> None:
-    """A config is written down in many places, so it only names where a key is. The message has no value."""
+    """Raise ConfigError, without repeating the value, for a secret: configs are copied to logs and trackers."""
     if isinstance(value, str) and re.search(r"\w://[^/\s]*@", value):
-        raise ConfigError(f"{key}: an address with a user or password; a config holds no secrets, export a key instead")
+        raise ConfigError(
+            f"{key}: URL contains credentials; pass secrets through environment variables, not the config"
+        )
     if key == "judge.api_key_env" and not re.fullmatch(r"[A-Za-z_]\w*", value):
         raise ConfigError(
-            f"{key}: names the environment variable that holds a key, such as OPENAI_API_KEY, not the key"
+            f"{key}: must be the name of an environment variable, such as OPENAI_API_KEY, not the key itself"
         )
 
 
@@ -165,12 +82,12 @@ def _check_search(point: Point) -> None:
     rising = all(low < high for low, high in pairwise([0.0, *rungs]))
     if not rungs or not rising or rungs[-1] != 1:
         raise ConfigError(
-            f"sweep.rungs={rungs}: must be shares of alignment's steps that rise and end with 1, as [0.25, 0.5, 1.0] do"
+            f"sweep.rungs={rungs}: must be an increasing list of step fractions ending in 1.0, e.g. [0.25, 0.5, 1.0]"
         )
     if point.sweep.search == "successive_halving" and point.trainer.align.stop_fraction != 1:
         raise ConfigError(
-            f"trainer.align.stop_fraction={point.trainer.align.stop_fraction:g}: sweep.search=successive_halving stops points itself; "
-            "give sweep.rungs=[...] and leave trainer.align.stop_fraction at 1"
+            f"trainer.align.stop_fraction={point.trainer.align.stop_fraction:g}: must be 1 with "
+            "sweep.search=successive_halving, which stops points itself at sweep.rungs=[...]"
         )
 
 
@@ -179,7 +96,7 @@ def check_grid(name: str, grid: dict[str, list[float]]) -> None:
         if method not in METHODS:
             raise ConfigError(f"{name}.{method}: no such method; methods are {', '.join(METHODS)}")
         if not values:
-            raise ConfigError(f"{name}.{method}=[]: an empty grid has no points; give at least one value")
+            raise ConfigError(f"{name}.{method}=[]: an empty grid has no points; add at least one value")
         for value in values:
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name}.{method}: {value:g} must be > 0")
@@ -188,10 +105,10 @@ def check_grid(name: str, grid: dict[str, list[float]]) -> None:
 def _check_method(point: Point) -> None:
     spec = METHODS[point.method.name]
     for option in sorted(f.name for f in fields(point.method) if f.name != "name"):
-        given = getattr(point.method, option) is not None
-        if given and option not in spec.options:
+        is_set = getattr(point.method, option) is not None
+        if is_set and option not in spec.options:
             raise ConfigError(f"method.{option}: method={point.method.name} has no such field; remove the override")
-        if not given and option in spec.options:
+        if not is_set and option in spec.options:
             raise ConfigError(f"method.{option}: method={point.method.name} needs a value")
 
 
@@ -200,8 +117,8 @@ def _check_dataset(point: Point) -> None:
     if data.source == "jsonl":
         if data.path is None:
             raise ConfigError(
-                "dataset.path is not set: give dataset.path=FILE, "
-                "a JSON list or JSON lines of prompt|conversations, chosen, rejected"
+                "dataset.path is not set: add dataset.path=FILE, "
+                "a JSON list or JSON lines with prompt or conversations, chosen, rejected"
             )
         if not Path(data.path).is_file():
             raise ConfigError(f"dataset.path={data.path}: no such file")
@@ -211,7 +128,7 @@ def _check_dataset(point: Point) -> None:
         for name in ("sft", "preference"):
             if data.path is not None and not (Path(data.path) / name).is_dir():
                 raise ConfigError(
-                    f"dataset.path={data.path}: no folder {name} there; a local copy has sft and preference"
+                    f"dataset.path={data.path}: missing folder {name}; a local copy has the folders sft and preference"
                 )
     if data.max_prompt_tokens >= data.max_tokens:
         raise ConfigError(

@@ -11,7 +11,7 @@ from src.planning.identity import DataInputs
 
 @dataclass(frozen=True)
 class JudgeEndpoint:
-    """Where a judge's model is served, how it is asked, and what may be spent; prices are dollars per million tokens."""
+    """How to reach a judge's endpoint and what may be spent on it; prices are dollars per million tokens."""
 
     base_url: str | None = None  # None: OpenAI's
     api_key_env: str = "OPENAI_API_KEY"

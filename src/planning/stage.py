@@ -229,8 +229,5 @@ def _trainer(optimization: SftOptimization | AlignOptimization, lr: float) -> Tr
 def _generation(point: Point) -> GenerationInputs:
     generation = asdict(point.evaluation.generation)
     del generation["batch_size"]  # samples do not depend on it
-    server = None
-    if point.server.name != "none":
-        assert point.server.command is not None
-        server = (point.server.name, point.server.command)
+    server = None if point.server.name == "none" else (point.server.name, point.server.command or "")
     return GenerationInputs(**generation, server=server)

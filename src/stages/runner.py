@@ -1,4 +1,4 @@
-"""How a stage gets done: reused, waited for while another process computes it, or computed here. No torch until then."""
+"""Runs a stage: reuses its artifacts, waits for another process that computes them, or computes them here."""
 
 from __future__ import annotations
 

@@ -100,10 +100,13 @@ class Store:
             path.unlink(missing_ok=True)
 
     def finished(self, kind: str, newest: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Yield (inputs, content of DONE) of the newest finished stages of a kind, newest first."""
-        found = [(done.stat().st_mtime, done) for done in (self.root / kind).glob(f"*/{DONE}")]
-        for _, done in sorted(found, reverse=True)[:newest]:
-            yield read_json(done.with_name(STAGE_FILE))["inputs"], read_json(done)
+        """Yield (content of stage.json, content of DONE) of the newest finished stages of a kind, newest first.
+
+        Their inputs have other fields when their version is not the current one.
+        """
+        by_time = [(done.stat().st_mtime, done) for done in (self.root / kind).glob(f"*/{DONE}")]
+        for _, done in sorted(by_time, reverse=True)[:newest]:
+            yield read_json(done.with_name(STAGE_FILE)), read_json(done)
 
     def artifacts(self, stage: Stage) -> Path:
         """Return the directory of a finished stage. Raises ConfigError when it was made from other inputs."""

@@ -98,8 +98,8 @@ class SweepFolder:
         record = read_json(self.path / _RECORD)
         if record["schema"] != SCHEMA:
             raise ConfigError(
-                f"{self.path / _RECORD} was written by another version (schema {record['schema']}, this one reads "
-                f"{SCHEMA}): run the sweep again, or use the version that wrote it"
+                f"{self.path / _RECORD} was written by another version of this program (schema {record['schema']}, "
+                f"this one reads {SCHEMA}): move the folder away and run the sweep again"
             )
         return record
 

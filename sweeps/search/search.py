@@ -9,8 +9,7 @@ import sys
 
 from launchers.protocol import PlanLauncher
 from src.errors import PointFailure
-from src.planning import cost
-from src.planning.cost import Cost
+from src.planning.cost import Cost, disk_warning
 from src.planning.plan import Plan, make_plan
 from src.preflight import check_hub, check_key, check_packages
 from src.store.files import read_json
@@ -123,7 +122,7 @@ class Search:
             check_key(plan.points)
         if plan.needed and not self.warned:
             self.warned = True
-            for warning in filter(None, [*check_hub(plan.points), cost.warning(plan, self.store)]):
+            for warning in filter(None, [*check_hub(plan.points), disk_warning(plan, self.store)]):
                 print(f"warning: {warning}", file=sys.stderr)
         launcher.check(plan)
 

@@ -1,0 +1,61 @@
+"""Keys and values of version 0.1, on a command line or in a user's own YAML, are one line that names the new ones."""
+
+import pytest
+import yaml
+
+from src.config.renamed_keys import RENAMED_KEYS, rename_hint
+from tests.support.commands import at_once
+
+COMMAND_LINES = [
+    *([f"{prefix}{key}=1"] for key in RENAMED_KEYS for prefix in ("", "+", "++")),
+    *(["-m", "beta=0.1,1", f"{key}=1,2"] for key in RENAMED_KEYS),
+    ["~dataset.preference.distinct"],
+]
+
+
+def refusal(folder, *arguments):
+    """Return the one line that a command is refused with, and check that nothing was written."""
+    done = at_once(*arguments, f"output_dir={folder}/outputs")
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and not (folder / "outputs").exists()
+    return line
+
+
+@pytest.mark.parametrize("arguments", COMMAND_LINES, ids=" ".join)
+def test_an_old_key_on_the_command_line_is_refused_with_the_new_name(arguments, tmp_path):
+    old = arguments[-1].lstrip("+~").partition("=")[0]
+    assert f"the key {old} is called {RENAMED_KEYS[old]} since" in refusal(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("key", ["hydra.launcher.kinds.point.timeout_min", "trainer.align.schedule.x"])
+def test_a_key_below_an_old_one_is_refused_with_its_new_place(key, tmp_path):
+    new = key.replace("point", "align").replace("schedule", "lr_scheduler_type")
+    assert f"is called {new} since" in refusal(tmp_path, f"{key}=1")
+
+
+@pytest.mark.parametrize("arguments", [["sweep.search=halving"], ["-m", "beta=0.1,1", "sweep.search=halving"]])
+def test_an_old_value_is_refused_with_the_new_one(arguments, tmp_path):
+    assert "this is sweep.search=successive_halving" in refusal(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("key", [key for key in RENAMED_KEYS if key != "hydra.launcher.kinds.point"])
+@pytest.mark.parametrize("sweep", [[], ["-m", "beta=0.1,1"]], ids=["run", "sweep"])
+def test_an_old_key_in_a_users_yaml_is_refused_with_the_new_name(key, sweep, tmp_path):
+    if key.startswith("hydra.launcher") and not sweep:
+        pytest.skip("a single run has no launcher")
+    node = 1
+    for name in reversed(key.split(".")):
+        node = {name: node}
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(node))
+    table = ["setup=llama32_3b_tldr"] if key.startswith("dataset") else []
+    line = refusal(tmp_path, "--config-dir", str(tmp_path), *sweep, *table, "+sweep=mine")
+    assert line.endswith(f"the key {key} is called {RENAMED_KEYS[key]} since version 0.2")
+
+
+def test_new_keys_and_other_errors_get_no_hint(tmp_path):
+    assert rename_hint("Key 'nosuch' not in 'Point' at key trainer.nosuch") == ""
+    for new in RENAMED_KEYS.values():
+        assert rename_hint(f"something else is wrong at key {new}") == ""
+    assert at_once("keep_checkpoints=best", "dry_run=true", f"output_dir={tmp_path}").returncode == 0
