@@ -1,16 +1,17 @@
-"""Rows -> token ids: truncated, counted where dropped, and kept for every stage that reads the same ones."""
+"""Rows -> token ids: truncated, counted where dropped, and cached on disk for every stage that reads the same rows."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, overload
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
 
 from src.data.examples import Example
 from src.data.rows import Demonstration, Pair
@@ -20,106 +21,150 @@ from src.data.templates import Template
 from src.errors import ConfigError
 from src.planning.identity import DataInputs, ModelInputs, digest, hashable
 from src.store.attempt import Attempt
+from src.store.files import fsync_tree, read_json, write_json
 from src.store.store import Store
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when rows become other tokens: kept ones are then not these any more
+VERSION = 2  # raise it when the same rows become other tokens: cached ones are then not reused
+DROPPED_FILE = "dropped.json"  # beside the Arrow file: reason -> number of rows
+CHUNK_ROWS = 1000  # converted to Arrow at a time: as Python integers, the tokens of a whole table take ten times as much
 
-_COLUMNS = {"tokens": "i", "ends": "q", "pieces": "q", "given": "i", "spans": "q"}
+_TOKENS = datasets.List(datasets.Value("int32"))
+_FEATURES = datasets.Features(
+    {"prompt": _TOKENS, "responses": datasets.List(_TOKENS), "unsupervised_spans": datasets.List(_TOKENS)}
+)
+
+datasets.disable_progress_bars()
 
 
-class Examples(Sequence[Example]):
-    """Kept flat, four bytes a token: a table of many million tokens would take ten times that as Python's numbers.
+class TokenizedExamples(Sequence[Example]):
+    """The rows of a dataset as Examples.
 
-    tokens: prompt and responses of each; ends: of each of these pieces in tokens; pieces: of each example's in ends;
-    given: Example.unsupervised_spans, flat; spans: end of each example's in given. The ends begin with 0.
+    Training reads every example several times, so they are sliced from numpy views of the Arrow columns, which is far
+    faster than indexing the dataset.
     """
 
-    def __init__(self, columns: dict[str, Any] | None = None) -> None:
-        self.columns = columns or {
-            name: array(kind, [0] if name in ("ends", "pieces", "spans") else []) for name, kind in _COLUMNS.items()
-        }
-
-    def append(self, prompt: Sequence[int], responses: Sequence[Sequence[int]], given: Iterable[int] = ()) -> None:
-        columns = self.columns
-        for piece in (prompt, *responses):
-            columns["tokens"].extend(piece)
-            columns["ends"].append(len(columns["tokens"]))
-        columns["given"].extend(given)
-        columns["pieces"].append(len(columns["ends"]) - 1)
-        columns["spans"].append(len(columns["given"]))
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        prompts, responses, spans = (dataset.data.column(name).combine_chunks() for name in _FEATURES)
+        self._prompt_ends, self._prompt_tokens = prompts.offsets.to_numpy(), prompts.values.to_numpy()
+        self._responses, self._spans = _NestedColumn(responses), _NestedColumn(spans)
 
     def __len__(self) -> int:
-        return len(self.columns["pieces"]) - 1
+        return len(self._prompt_ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+    def __getitem__(self, index: Any) -> Any:
+        """Return the example at an index, or the list of those in a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        columns = self.columns
-        first, last = columns["pieces"][index : index + 2].tolist()
-        edges = columns["ends"][first : last + 1].tolist()
-        prompt, *responses = (tuple(columns["tokens"][a:b].tolist()) for a, b in pairwise(edges))
-        first, last = columns["spans"][index : index + 2].tolist()
-        given = columns["given"][first:last].tolist()
-        return Example(prompt, tuple(responses), tuple(zip(given[::2], given[1::2], strict=True)))
+        start, end = self._prompt_ends[index : index + 2]
+        prompt = tuple(self._prompt_tokens[start:end].tolist())
+        return Example(prompt, self._responses.row(index), self._spans.row(index))
 
 
-@dataclass
+class _NestedColumn:
+    """A column whose rows are lists of lists of integers, from the Arrow array of it."""
+
+    def __init__(self, column: Any) -> None:
+        self._row_ends = column.offsets.to_numpy()
+        self._list_ends, self._values = column.values.offsets.to_numpy(), column.values.values.to_numpy()
+
+    def row(self, index: int) -> Any:
+        start, end = self._row_ends[index : index + 2]
+        ends = self._list_ends[start : end + 1].tolist()
+        return tuple(tuple(self._values[a:b].tolist()) for a, b in pairwise(ends))
+
+
 class TokenizedDataset:
-    examples: Examples = field(default_factory=Examples)
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    """Tokenized rows, in memory or memory-mapped, and how many rows were dropped, by reason."""
 
-    def add(self, prompt: list[int], responses: list[list[int]], given: Iterable[int] = ()) -> None:
-        """A row, unless there is nothing in it to learn."""
-        if prompt and all(responses):
-            self.examples.append(prompt, responses, given)
-        else:
-            reason = "no supervised token" if prompt else "empty prompt"
-            self.dropped[reason] = self.dropped.get(reason, 0) + 1
+    def __init__(self, dataset: datasets.Dataset, dropped: dict[str, int]) -> None:
+        self.dataset, self.dropped = dataset, dropped
+        self.examples = TokenizedExamples(dataset)
+
+    @classmethod
+    def collect(cls, examples: Iterable[Example]) -> TokenizedDataset:
+        """Keep examples that have a prompt token to predict from and a token in every response; count the others."""
+        dropped: Counter[str] = Counter()
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for example in examples:
+                if example.prompt and all(example.responses):
+                    yield vars(example)
+                else:
+                    dropped["no supervised token" if example.prompt else "empty prompt"] += 1
+
+        remaining, chunks = rows(), [datasets.Dataset.from_dict({name: [] for name in _FEATURES}, _FEATURES)]
+        while chunk := list(islice(remaining, CHUNK_ROWS)):
+            chunks.append(datasets.Dataset.from_list(chunk, _FEATURES))
+        return cls(datasets.concatenate_datasets(chunks), dict(dropped))
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenizedDataset | None:
+        """Return what `save` wrote, memory-mapped; None without it. A cache that cannot be read is deleted."""
+        try:
+            return cls(datasets.load_from_disk(folder), read_json(folder / DROPPED_FILE))
+        except (OSError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+
+    def save(self, folder: Path) -> None:
+        """Write the folder whole or not at all. When several processes save the same rows, the first one wins."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=".draft-") as temporary:
+            draft = Path(temporary) / folder.name
+            self.dataset.save_to_disk(draft)
+            write_json(draft / DROPPED_FILE, self.dropped)
+            fsync_tree(draft)
+            try:
+                draft.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
 
 
 def tokenize_pairs(
     rows: Iterable[Pair], template: Template, max_tokens: int, max_prompt_tokens: int
 ) -> TokenizedDataset:
-    """ProgressFn-long prompts keep their end, over-long responses are cut on the right (losing their end token); a row
-    whose response is empty, or that has no prompt token to predict from, is dropped and counted."""
-    dataset = TokenizedDataset()
-    for row in rows:
+    """Return an example of two responses for each pair.
+
+    A prompt over its limit keeps its end; a response over its limit is cut on the right and loses its end token.
+    """
+
+    def tokenize(row: Pair) -> Example:
         prompt = template.prompt_ids(row.prompt)[-max_prompt_tokens:]
-        room = max_tokens - len(prompt)
-        texts = (row.chosen, row.rejected)
-        dataset.add(prompt, [template.response_ids(text)[:room] if text.strip() else [] for text in texts])
-    return dataset
+        limit = max_tokens - len(prompt)
+        ids = [template.response_ids(text)[:limit] if text.strip() else [] for text in (row.chosen, row.rejected)]
+        return Example(tuple(prompt), tuple(map(tuple, ids)))
+
+    return TokenizedDataset.collect(map(tokenize, rows))
 
 
 def tokenize_demonstrations(
     rows: Iterable[Demonstration], template: Template, max_tokens: int, max_prompt_tokens: int
 ) -> TokenizedDataset:
-    """The same of single responses; in a conversation every answer is learned, each with its end token."""
-    dataset = TokenizedDataset()
-    for row in rows:
-        beginning, turns = template.turns(row.prompt)
-        prompt = beginning[-max_prompt_tokens:]
+    """Return an example of one response for each demonstration, with the limits of `tokenize_pairs`.
+
+    The response of a conversation starts with its first answer; every answer carries loss, each with its end token.
+    """
+
+    def tokenize(row: Demonstration) -> Example:
+        first_prompt, turns = template.turns(row.prompt)
+        prompt = first_prompt[-max_prompt_tokens:]
         response: list[int] = []
-        given: list[int] = []
-        for answer, between in turns:
-            given += [len(response) + len(answer), len(response) + len(answer) + len(between)]
-            response += answer + between
+        spans: list[tuple[int, int]] = []
+        for answer, next_prompt in turns:
+            response += answer
+            spans.append((len(response), len(response) + len(next_prompt)))
+            response += next_prompt
         response = response + template.response_ids(row.response) if row.response.strip() else []
         response = response[: max_tokens - len(prompt)]
-        while given and given[-1] >= len(response):  # cut within the user's words, or before them
-            response = response[: given[-2]]
-            del given[-2:]
-        dataset.add(prompt, [response], given)
-    return dataset
+        while spans and spans[-1][1] >= len(response):  # cut inside a user turn: end with the answer before it
+            response = response[: spans.pop()[0]]
+        return Example(tuple(prompt), (tuple(response),), tuple(spans))
+
+    return TokenizedDataset.collect(map(tokenize, rows))
 
 
 _cache: dict[str, TokenizedDataset] = {}
@@ -135,24 +180,24 @@ def load_examples(
 ) -> TokenizedDataset:
     """Return the tokenized `sft` demonstrations, or the `train` or `validation` pairs.
 
-    Tokens are kept on disk for every stage that reads the same rows, and in the process. Raises ConfigError when no row
-    is left.
+    Tokens are cached on disk for every stage that reads the same rows, and in the process. Raises ConfigError when no
+    row is left.
     """
     key = digest([VERSION, split, hashable(data), model.path.fingerprint, model.template])
     if key not in _cache:
         if len(_cache) >= 6:
             _cache.clear()
-        file = Store(attempt.output_dir).tokenized(key)
-        dataset = _read(file)
-        if dataset is None:
-            dataset = _tokenize(open_source(data, expected_rows), data, split, template, attempt.track)
-            _keep(dataset, file)
-        total = len(dataset.examples) + sum(dataset.dropped.values())
-        for reason, count in dataset.dropped.items():
-            log.warning("%s %s: dropped %d of %d rows: %s", data.source, split, count, total, reason)
-        if not dataset.examples:
-            raise ConfigError(f"dataset: no {split} row is left after tokenization ({dataset.dropped})")
-        _cache[key] = dataset
+        folder = Store(attempt.output_dir).tokenized(key)
+        tokenized = TokenizedDataset.load(folder)
+        if tokenized is None:
+            tokenized = _tokenize(open_source(data, expected_rows), data, split, template, attempt.track)
+            tokenized.save(folder)
+        num_rows = len(tokenized.examples) + sum(tokenized.dropped.values())
+        for reason, count in tokenized.dropped.items():
+            log.warning("%s %s: dropped %d of %d rows: %s", data.source, split, count, num_rows, reason)
+        if not tokenized.examples:
+            raise ConfigError(f"dataset: no {split} row is left after tokenization ({tokenized.dropped})")
+        _cache[key] = tokenized
     return _cache[key]
 
 
@@ -163,30 +208,3 @@ def _tokenize(source: Source, data: DataInputs, split: str, template: Template, 
         return tokenize_demonstrations(track(rows, "tokens of demonstrations"), template, *limits)
     pairs = source.pairs(split, track)
     return tokenize_pairs(track(pairs, f"tokens of {split} pairs"), template, *limits)
-
-
-def _keep(dataset: TokenizedDataset, file: Path) -> None:
-    """Whole or not at all; of several processes that keep the same, any one's will do."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    columns = {name: np.asarray(column) for name, column in dataset.examples.columns.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{os.uname().nodename}-{os.getpid()}-{file.name}")
-    try:
-        save_file(columns, draft, metadata={"dropped": json.dumps(dataset.dropped)})
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _read(file: Path) -> TokenizedDataset | None:
-    """None where there is none, or none that can be read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "np") as opened:
-            columns = {name: opened.get_tensor(name) for name in _COLUMNS}
-            return TokenizedDataset(Examples(columns), json.loads(opened.metadata()["dropped"]))
-    except (FileNotFoundError, SafetensorError):
-        return None
