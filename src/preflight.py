@@ -1,5 +1,4 @@
-"""What is checked before anything runs or is submitted, beyond the config itself: input files, packages, keys, programs,
-and names on the Hugging Face hub. No torch."""
+"""Checks before anything runs or is submitted: input files, packages, keys, programs, and hub names. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from pathlib import Path
 from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES
 from src.config.packages import require_package
 from src.config.schema import Point
-from src.data.evaluation_prompts import answers_from, read_prompts
+from src.data.evaluation_prompts import read_answers, read_prompts
 from src.data.sources import open_source
 from src.errors import ConfigError
 from src.judges.prompt_file import load_judge_prompt
@@ -31,15 +30,15 @@ def check_input_files(points: Sequence[Point]) -> None:
         for data in (sft_data(point), pair_data(point)):
             open_source(data).check()
     for point in {repr((p.dataset, p.evaluation, p.judge)): p for p in points}.values():
-        judge, source = point.judge, point.dataset.source
+        judge = point.judge
         if judge.prompt_file is not None:
             load_judge_prompt(judge.prompt_file)
         baseline = None if judge.name == "none" or judge.baseline in BASELINES else judge.baseline
         # Prompts of the hub are not fetched here: planning needs no network.
-        if point.evaluation.prompts_file is not None or (baseline is not None and source != "hub"):
+        if point.evaluation.prompts_file is not None or (baseline is not None and point.dataset.source != "hub"):
             prompts = read_prompts(prompt_inputs(point))
             if baseline is not None:
-                answers_from(baseline, prompts, "judge.baseline")
+                read_answers(baseline, prompts, "judge.baseline")
 
 
 def check_packages(points: Iterable[Point]) -> None:
@@ -59,10 +58,10 @@ def check_packages(points: Iterable[Point]) -> None:
 
 
 def _check_annotator(package: Path, name: str) -> None:
-    known = package / "evaluators_configs"
-    if not (known / name / "configs.yaml").is_file():  # joining an absolute path gives that path
+    annotators = package / "evaluators_configs"
+    if not (annotators / name / "configs.yaml").is_file():  # joining an absolute path gives that path
         raise ConfigError(
-            f"judge.model={name}: unknown annotator; use one of alpaca-eval's ({known}), "
+            f"judge.model={name}: unknown annotator; use one of alpaca-eval's ({annotators}), "
             "or the absolute path of a folder with a configs.yaml"
         )
 
@@ -72,7 +71,7 @@ def check_key(points: Iterable[Point]) -> None:
     for judge in (point.judge for point in points):
         if judge.name in ENDPOINT_JUDGES and judge.base_url is None and not os.environ.get(judge.api_key_env):
             raise ConfigError(
-                f"judge={judge.name} asks OpenAI and {judge.api_key_env} is not set: export it (judge.api_key_env "
+                f"judge={judge.name} calls OpenAI and {judge.api_key_env} is not set: export it (judge.api_key_env "
                 "names another variable), or set judge.base_url=URL to use another endpoint"
             )
 
@@ -149,5 +148,5 @@ def _query_hub(name: HubName) -> str | None:
 
 
 def _hub_warning(names: list[HubName], reason: str) -> str:
-    what = ", ".join(f"{key}={repository}" for key, repository, _, _ in names)
-    return f"could not verify {what} on the Hub ({reason}); compute nodes need Hub access or a warm cache"
+    settings = ", ".join(f"{key}={repository}" for key, repository, _, _ in names)
+    return f"could not verify {settings} on the Hub ({reason}); compute nodes need Hub access or a warm cache"

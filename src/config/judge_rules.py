@@ -1,4 +1,4 @@
-"""Which config fields each judge and server has, and what they must be. No torch."""
+"""The config fields of each judge and server, and the rules between them. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from src.config.schema import Point
 from src.errors import ConfigError
 
-# name -> config fields that verdicts depend on; src/judges/NAME.py has the function NAME
+# name -> config fields that verdicts depend on, which become part of the identity; the code is NAME of src/judges/NAME.py
 JUDGES: dict[str, tuple[str, ...]] = {
     "gold": (),
     "tldr": ("model", "temperature", "max_tokens"),
@@ -37,7 +37,8 @@ def check_server(point: Point) -> None:
         words = [word.format(checkpoint="", port="", dtype="") for word in shlex.split(command or "")]
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(
-            f"server.command={command}: {{checkpoint}}, {{port}} and {{dtype}} are all that is filled in ({error!r})"
+            f"server.command={command}: unknown placeholder ({error!r}); only {{checkpoint}}, {{port}} and {{dtype}} are "
+            "substituted"
         ) from None
     if not words or "{checkpoint}" not in (command or "") or "{port}" not in (command or ""):
         raise ConfigError(f"server.command={command}: needs {{checkpoint}} and {{port}}")
@@ -62,7 +63,7 @@ def check_judge(point: Point) -> None:
         return
     if judge.name == "gold" and (not mini or judge.baseline != "sft" or point.evaluation.prompts_file is not None):
         raise ConfigError(
-            "judge=gold compares samples of dataset=mini_tldr, whose facts it knows; "
+            "judge=gold works only with dataset=mini_tldr (it needs the generated ground truth); "
             "use judge=none evaluation=preference, or another judge"
         )
     if judge.baseline is None:

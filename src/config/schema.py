@@ -177,7 +177,7 @@ class Judge:
     max_tokens: int = number(256, minimum=1)  # of an answer
     concurrency: int = number(8, minimum=1)
     timeout: float = number(60.0, above=0)
-    max_retries: int = number(8, minimum=1)
+    max_retries: int = number(8, minimum=0)
     max_calls: int | None = number(None)
     max_cost: float | None = number(None)
     input_price: float | None = number(None)  # dollars per million tokens

@@ -16,7 +16,7 @@ WHO = {
     "work": ["my boss", "my coworker", "my manager", "my client", "my intern", "the new guy"],
     "housing": ["my roommate", "my landlord", "my neighbor", "the super", "my subletter", "the tenant"],
 }
-# What happened, in two wordings: a summary uses the first, a post either.
+# Events in two wordings: a summary uses the first, a post either.
 ACTS = [
     ("borrowed my car", "took my car"),
     ("lost my keys", "misplaced my keys"),
@@ -73,7 +73,7 @@ FILLERS = [
 ]
 RAMBLINGS = ["sorry for the long post .", "i do not know what to do .", "that is all .", "thanks for reading ."]
 RAMBLING_MARKS = ("long post", "what to do", "that is all", "thanks for reading")
-# Sentences of a post that are no facts of it; some carry a false place, time or amount.
+# Sentences of a post that are not about its facts; some carry a false place, time or amount.
 DISTRACTORS = [
     "sorry for the long post .",
     "english is not my first language .",
@@ -111,61 +111,63 @@ class Post:
 
 
 def make_post(rng: random.Random) -> Post:
-    sub = rng.choice(list(WHO))
+    subreddit = rng.choice(list(WHO))
     act = rng.choice(ACTS)
     facts = {
-        "who": rng.choice(WHO[sub]),
+        "who": rng.choice(WHO[subreddit]),
         "act": act[0],
         "place": rng.choice(PLACES),
         "time": rng.choice(TIMES),
         "amount": rng.choice(AMOUNTS),
         "ask": rng.choice(ASKS),
     }
-    said = {**facts, "act": rng.choice(act)}
+    wording = {**facts, "act": rng.choice(act)}
     event = rng.choice(
         [
             "last {time} {who} {act} in {place} .",
             "{who} {act} on {time} while we were in {place} .",
             "so we were in {place} on {time} and {who} {act} .",
         ]
-    ).format(**said)
+    ).format(**wording)
     cost = rng.choice(
         ["it cost me {amount} dollars .", "that is {amount} dollars gone .", "i am out {amount} dollars now ."]
     )
-    sentences = [event, cost.format(**said)]
+    sentences = [event, cost.format(**wording)]
     for distractor in rng.sample(DISTRACTORS, rng.randint(1, 2)):
         text = distractor.format(
             years=rng.randint(2, 9), place=rng.choice(PLACES), time=rng.choice(TIMES), amount=rng.choice(AMOUNTS)
         )
         sentences.insert(rng.randint(0, len(sentences)), text)
-    ask = rng.choice(["{ask} ?", "my question is , {ask} ?"]).format(**said)
-    return Post(f"r/{sub} POST: {' '.join(sentences)} {ask} TL;DR:", facts)
+    ask = rng.choice(["{ask} ?", "my question is , {ask} ?"]).format(**wording)
+    return Post(f"r/{subreddit} POST: {' '.join(sentences)} {ask} TL;DR:", facts)
 
 
-def summarise(rng: random.Random, facts: dict[str, str], quality: float | None = None) -> str:
-    """A demonstration of the given quality in [0, 1] (default: of a random demonstrator): facts may be dropped or
-    wrong, filler and rambling added."""
+def summarize(rng: random.Random, facts: dict[str, str], quality: float | None = None) -> str:
+    """Return a summary of the given quality in [0, 1]; default: that of a random demonstrator.
+
+    The lower it is, the more facts are dropped or wrong, and the more filler and rambling is added.
+    """
     q = rng.choice(QUALITIES) if quality is None else quality
-    said: dict[str, str | None] = {}
+    stated: dict[str, str | None] = {}
     for slot, value in facts.items():
-        said[slot] = value if rng.random() < 0.35 + 0.6 * q else None
-        if said[slot] is not None and rng.random() < 0.35 * (1 - q):
-            said[slot] = rng.choice(_VALUES[slot])
+        stated[slot] = value if rng.random() < 0.35 + 0.6 * q else None
+        if stated[slot] is not None and rng.random() < 0.35 * (1 - q):
+            stated[slot] = rng.choice(_VALUES[slot])
 
     def filler() -> list[str]:
         return [rng.choice(FILLERS)] if rng.random() < 0.5 * (1 - q) else []
 
     parts = filler()
-    parts += [said["who"] or "someone", said["act"] or "did something"]
-    if said["place"]:
-        parts.append(f"in {said['place']}")
-    if said["time"]:
-        parts.append(f"on {said['time']}")
+    parts += [stated["who"] or "someone", stated["act"] or "did something"]
+    if stated["place"]:
+        parts.append(f"in {stated['place']}")
+    if stated["time"]:
+        parts.append(f"on {stated['time']}")
     parts += filler()
-    if said["amount"]:
-        parts.append(f", lost {said['amount']} dollars")
+    if stated["amount"]:
+        parts.append(f", lost {stated['amount']} dollars")
     parts += filler()
-    parts.append(f", {said['ask']} ?" if said["ask"] else ".")
+    parts.append(f", {stated['ask']} ?" if stated["ask"] else ".")
     if rng.random() < 0.3 * (1 - q):
         parts.append(rng.choice(RAMBLINGS))
     return " ".join(parts)
@@ -178,12 +180,12 @@ _PATTERNS = {
 
 
 def gold_score(facts: dict[str, str], summary: str, finished: bool = True) -> float:
-    """What a summary is worth: right facts, minus wrong and repeated ones, filler, rambling, length, no end."""
+    """Return the weights of right facts minus penalties: wrong and repeated facts, filler, rambling, length, no end."""
     score = 0.0
     for slot, weight in WEIGHTS.items():
-        found = [_ACT_WORDINGS.get(value, value) for value in _PATTERNS[slot].findall(summary)]
-        right = found.count(facts[slot])
-        score += weight * (right > 0) - 0.5 * max(0, right - 1) - weight * (len(found) - right)
+        mentions = [_ACT_WORDINGS.get(value, value) for value in _PATTERNS[slot].findall(summary)]
+        right = mentions.count(facts[slot])
+        score += weight * (right > 0) - 0.5 * max(0, right - 1) - weight * (len(mentions) - right)
     score -= 0.5 * sum(summary.count(filler) for filler in FILLERS)
     score -= 0.5 * sum(summary.count(mark) for mark in RAMBLING_MARKS)
     score -= 0.1 * max(0, len(summary.split()) - LENGTH_LIMIT)
@@ -195,17 +197,17 @@ def demonstrations(count: int, seed: int, quality: float | None = None) -> list[
     rows = []
     for _ in range(count):
         post = make_post(rng)
-        rows.append((post, summarise(rng, post.facts, quality)))
+        rows.append((post, summarize(rng, post.facts, quality)))
     return rows
 
 
 def preferences(count: int, seed: int) -> list[tuple[Post, str, str]]:
-    """(post, chosen, rejected): two demonstrations of one post, labelled Bradley-Terry by their gold scores."""
+    """Return (post, chosen, rejected): two demonstrations of a post, labeled by Bradley-Terry on their gold scores."""
     rng = random.Random(seed)
     rows: list[tuple[Post, str, str]] = []
     while len(rows) < count:
         post = make_post(rng)
-        a, b = summarise(rng, post.facts), summarise(rng, post.facts)
+        a, b = summarize(rng, post.facts), summarize(rng, post.facts)
         if a == b:
             continue
         advantage = (gold_score(post.facts, a) - gold_score(post.facts, b)) / LABEL_TEMPERATURE

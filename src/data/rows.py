@@ -1,4 +1,4 @@
-"""Rows of any public preference layout -> prompts and responses; a bad row is an error naming its file and line."""
+"""Rows of any public preference layout -> prompts and responses. Errors name the file and line of the row."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "ass
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to where the response begins. A plain text prompt is one user message."""
+    """A conversation up to the start of the response. A plain text prompt is one user message."""
 
     messages: tuple[Message, ...]
-    facts: dict[str, str] = field(default_factory=dict, compare=False)  # for a judge that knows the truth
+    facts: dict[str, str] = field(default_factory=dict, compare=False)  # of mini TL;DR, for its gold judge
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Equal for equal conversations."""
+        """Roles and texts: hashable, and equal for equal conversations."""
         return tuple(part for m in self.messages for part in (m["role"], m["content"]))
 
     @property
@@ -47,15 +47,18 @@ class Pair:
 
 
 def text_prompt(text: str, facts: dict[str, str] | None = None) -> Prompt:
+    """Return the prompt of a single user message."""
     return Prompt(({"role": "user", "content": text},), facts or {})
 
 
-def pair_from(row: Row, where: str) -> Pair:
-    """`prompt` (text or messages) or `conversations`, with `chosen` and `rejected` (text, a message, or messages
-    that may repeat the prompt). Raises ConfigError naming `where`."""
+def parse_pair(row: Row, where: str) -> Pair:
+    """Parse `prompt` (text or messages) or `conversations`, `chosen` and `rejected`.
+
+    A response is text, a message, or messages that may repeat the prompt. Raises ConfigError naming `where`.
+    """
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise ConfigError(f"{where}: no field {key!r}; it has {', '.join(map(repr, row)) or 'none'}")
+            raise ConfigError(f"{where}: missing field {key!r}; it has {', '.join(map(repr, row)) or 'none'}")
     return Pair(
         _prompt(row, where),
         _response(row["chosen"], where, "chosen"),
@@ -67,14 +70,16 @@ def _prompt(row: Row, where: str) -> Prompt:
     prompt = row.get("conversations", row.get("prompt"))
     if prompt is None:
         if not isinstance(row.get("chosen"), list):
-            raise ConfigError(f"{where}: no field 'prompt' or 'conversations'")
+            raise ConfigError(f"{where}: missing field: expected 'prompt' or 'conversations'")
         prompt = row["chosen"][:-1]
     return text_prompt(prompt) if isinstance(prompt, str) else Prompt(tuple(_messages(prompt, where)))
 
 
-def demonstration_from(row: Row, where: str) -> Demonstration:
-    """The chosen response of a pair; `messages` / `conversations` ending with the assistant; or `prompt` with
-    `completion` / `response`. Raises ConfigError naming `where`."""
+def parse_demonstration(row: Row, where: str) -> Demonstration:
+    """Parse the chosen response of a pair, `messages` / `conversations`, or `prompt` and `completion` / `response`.
+
+    User turns after the last assistant turn are ignored. Raises ConfigError naming `where`.
+    """
     if "chosen" in row:
         return Demonstration(_prompt(row, where), _response(row["chosen"], where, "chosen"))
     turns = row.get("messages", row.get("conversations"))
@@ -118,31 +123,36 @@ def _response(value: Any, where: str, name: str) -> str:
     return value
 
 
-def distinct_prompts(pairs: Iterable[Pair], count: int) -> list[Prompt]:
-    """The first `count` in order of appearance: one prompt may have several pairs."""
-    found: dict[tuple[str, ...], Prompt] = {}
+def distinct_prompts(pairs: Iterable[Pair], num_prompts: int) -> list[Prompt]:
+    """Return the first prompts in order of appearance, each once: a prompt may have several pairs."""
+    by_key: dict[tuple[str, ...], Prompt] = {}
     for pair in pairs:
-        found.setdefault(pair.prompt.key, pair.prompt)
-    return list(found.values())[:count]
+        by_key.setdefault(pair.prompt.key, pair.prompt)
+    return list(by_key.values())[:num_prompts]
 
 
-def sample_indices(count: int, size: int | None, seed: int | str) -> list[int]:
-    """`size` (None: all) of `count` places, ascending; the fewer are part of the more of the same seed."""
-    order = list(range(count))
+def sample_indices(num_rows: int, num_samples: int | None, seed: int | str) -> list[int]:
+    """Return a seeded sample of range(num_rows), ascending; num_samples=None: all.
+
+    A smaller sample is a subset of every larger one of the same seed.
+    """
+    order = list(range(num_rows))
     random.Random(seed).shuffle(order)
-    return sorted(order[:size])
+    return sorted(order[:num_samples])
 
 
 def read_rows(path: str, key: str = "dataset.path") -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) of a JSON list or a JSON-lines file, which the config's `key` names. Raises ConfigError naming file
-    and line."""
+    """Return (where, row) for every row of a JSON list or a JSON-lines file.
+
+    key: the config key that names the file. Raises ConfigError naming file and line.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{key}={path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        at = Path(path).read_bytes()[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}, line {at}: not UTF-8 ({error.reason})") from None
+        line_number = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}, line {line_number}: not UTF-8 ({error.reason})") from None
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{path}, entry {i}", row) for i, row in enumerate(json.loads(text))]
@@ -157,7 +167,7 @@ def read_rows(path: str, key: str = "dataset.path") -> list[tuple[str, dict[str,
                 except json.JSONDecodeError as error:
                     raise ConfigError(f"{path}, line {number}: not JSON ({error.msg})") from None
     if not rows:
-        raise ConfigError(f"{key}={path}: no rows in it")
+        raise ConfigError(f"{key}={path}: the file has no rows")
     for where, row in rows:
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: a row is an object, not {type(row).__name__}")

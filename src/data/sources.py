@@ -1,4 +1,4 @@
-"""Where demonstrations, preference pairs and prompts come from: `open_source(data)` has three lists."""
+"""Sources of demonstrations, preference pairs and held-out prompts; `open_source` returns the one of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from src.data.rows import (
     Pair,
     Prompt,
     distinct_prompts,
-    pair_from,
+    parse_pair,
     read_rows,
     sample_indices,
     text_prompt,
@@ -23,43 +23,43 @@ from src.planning.identity import DataInputs
 
 
 class Source(Protocol):
-    """Each may take a while: `over` tells how far it is."""
+    """track: iterates over rows and reports progress, since reading a large table takes minutes."""
 
     def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
-        """What SFT learns."""
+        """Return what SFT learns."""
 
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
-        """Preference pairs of `train` or `validation`."""
+        """Return the preference pairs of `train` or `validation`."""
 
-    def prompts(self, count: int) -> list[Prompt]:
-        """The first `count` held-out prompts to sample responses for, always in the same order."""
+    def prompts(self, num_prompts: int) -> list[Prompt]:
+        """Return the first held-out prompts to sample responses for, always in the same order."""
 
     def check(self) -> None:
-        """Read what can be read without the network. Raises ConfigError naming file and line, before anything runs."""
+        """Read local files, before anything runs. Raises ConfigError naming file and line."""
 
 
 class MiniTldr:
-    """Generated; every list has a seed of its own, so changing one size leaves the others as they were."""
+    """Generated rows. Every list has its own seed, so a change of one size leaves the others unchanged."""
 
     def __init__(self, data: DataInputs) -> None:
         self.data = data
 
-    def _seed(self, part: int) -> int:
-        return self.data.seed * 1000 + part
+    def _seed(self, offset: int) -> int:
+        return self.data.seed * 1000 + offset
 
     def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
         rows = mini_tldr.demonstrations(self.data.sft_size or 6400, self._seed(1))
         return [Demonstration(text_prompt(post.text), summary) for post, summary in rows]
 
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
-        size, part = (self.data.train_size or 2000, 2) if split == "train" else (self.data.validation_size or 256, 3)
+        size, offset = (self.data.train_size or 2000, 2) if split == "train" else (self.data.validation_size or 256, 3)
         return [
             Pair(text_prompt(p.text), chosen, rejected)
-            for p, chosen, rejected in mini_tldr.preferences(size, self._seed(part))
+            for p, chosen, rejected in mini_tldr.preferences(size, self._seed(offset))
         ]
 
-    def prompts(self, count: int) -> list[Prompt]:
-        return [text_prompt(post.text, post.facts) for post in mini_tldr.posts(count, self._seed(4))]
+    def prompts(self, num_prompts: int) -> list[Prompt]:
+        return [text_prompt(post.text, post.facts) for post in mini_tldr.posts(num_prompts, self._seed(4))]
 
     def check(self) -> None:
         pass
@@ -76,22 +76,22 @@ class JsonLines:
         data = self.data
         assert data.path is not None
         path = data.path.location
-        rows = [pair_from(row, where) for where, row in read_rows(path)]
-        # By prompt: several pairs of one prompt would otherwise be trained on and held out at once.
-        order = list(dict.fromkeys(row.prompt.key for row in rows))
-        random.Random(data.seed).shuffle(order)
-        place = {key: number for number, key in enumerate(order)}
-        rows.sort(key=lambda row: place[row.prompt.key])
-        wanted = data.validation_size or max(2, len(rows) // 10)
-        held = wanted
-        while 0 < held < len(rows) and rows[held].prompt == rows[held - 1].prompt:
-            held += 1
-        if held >= len(rows):
+        rows = [parse_pair(row, where) for where, row in read_rows(path)]
+        # Shuffled by prompt: the pairs of one prompt must not be in both splits.
+        prompts = list(dict.fromkeys(row.prompt.key for row in rows))
+        random.Random(data.seed).shuffle(prompts)
+        position = {key: number for number, key in enumerate(prompts)}
+        rows.sort(key=lambda row: position[row.prompt.key])
+        validation_size = data.validation_size or max(2, len(rows) // 10)
+        end = validation_size
+        while 0 < end < len(rows) and rows[end].prompt == rows[end - 1].prompt:
+            end += 1
+        if end >= len(rows):
             raise ConfigError(
-                f"dataset.path={path}: {len(rows)} pairs of {len(order)} prompts, of which {wanted} pairs "
-                "(dataset.validation_size) are held out; none is left to train on"
+                f"dataset.path={path}: {len(rows)} pairs of {len(prompts)} prompts, and dataset.validation_size="
+                f"{validation_size} pairs are held out; none remains to train on"
             )
-        return {"validation": rows[:held], "train": rows[held:][: data.train_size]}
+        return {"validation": rows[:end], "train": rows[end:][: data.train_size]}
 
     def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
         return [Demonstration(p.prompt, p.chosen) for p in self.pairs("train")[: self.data.sft_size]]
@@ -99,8 +99,8 @@ class JsonLines:
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
         return self._splits[split]
 
-    def prompts(self, count: int) -> list[Prompt]:
-        return distinct_prompts(self.pairs("validation"), count)
+    def prompts(self, num_prompts: int) -> list[Prompt]:
+        return distinct_prompts(self.pairs("validation"), num_prompts)
 
     def check(self) -> None:
         self.pairs("train")
@@ -112,8 +112,7 @@ SOURCES: dict[str, type[MiniTldr] | type[JsonLines] | type[Hub]] = {
     "hub": Hub,
 }
 
-
-_open: dict[str, Source] = {}
+_last_opened: dict[str, Source] = {}
 
 
 def sample_demonstrations(source: Source, data: DataInputs, track: ProgressFn = no_progress) -> list[Demonstration]:
@@ -122,15 +121,15 @@ def sample_demonstrations(source: Source, data: DataInputs, track: ProgressFn = 
     A smaller fraction is a subset of every larger one.
     """
     rows = source.demonstrations(track)
-    count = max(1, round(data.sft_fraction * len(rows)))
-    return [rows[i] for i in sample_indices(len(rows), count, f"{data.seed}/sft_fraction")]
+    num_rows = max(1, round(data.sft_fraction * len(rows)))
+    return [rows[i] for i in sample_indices(len(rows), num_rows, f"{data.seed}/sft_fraction")]
 
 
 def open_source(data: DataInputs, expected_rows: ExpectedRows = NO_EXPECTATION) -> Source:
-    """Return the source of the rows, kept while a worker meets the same data in every point of a sweep."""
+    """Return the source of the rows, cached: the points that a worker computes have the same data one after another."""
     key = repr(data)
-    if key not in _open:
-        _open.clear()
+    if key not in _last_opened:
+        _last_opened.clear()
         source = SOURCES[data.source]
-        _open[key] = source(data, expected_rows) if source is Hub else source(data)
-    return _open[key]
+        _last_opened[key] = source(data, expected_rows) if source is Hub else source(data)
+    return _last_opened[key]

@@ -1,4 +1,4 @@
-"""Conversations -> token ids: prompt and response tokenised apart, so the boundary between them never moves."""
+"""Conversations -> token ids. Prompt and response are tokenized apart, so the boundary between them never moves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LLAMA3 = (
     "{{ m['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# The instruct format of Mistral 7B v0.1 and v0.2: plain text, but for the end of each answer.
+# The instruct format of Mistral 7B v0.1 and v0.2: plain text except for the end token of each answer.
 _MISTRAL = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
     "{% elif m['role'] == 'system' %}{{ '[INST] ' + m['content'] | trim + '\n\n' }}"
@@ -22,13 +22,12 @@ _MISTRAL = (
     "{{ ' [/INST]' }}{% endif %}{% endfor %}"
 )
 _FORMATS = {"llama3": _LLAMA3, "mistral": _MISTRAL}
-_AFTER_A_SPACE = ("plain", "mistral")  # where a response begins
+_SPACE_BEFORE_RESPONSE = ("plain", "mistral")
 
 
 @dataclass
 class Template:
-    """How a model is spoken to: `plain` text, the `tokenizer`'s own chat template, `llama3` headers or `mistral`'s
-    [INST]."""
+    """Chat template: `plain` text, the `tokenizer`'s own, `llama3` headers or `mistral`'s [INST]."""
 
     name: str
     tokenizer: Any
@@ -36,7 +35,7 @@ class Template:
     def __post_init__(self) -> None:
         if self.name == "tokenizer" and not self.tokenizer.chat_template:
             raise ConfigError(
-                "model.template=tokenizer: this tokenizer brings no chat template; use plain, llama3 or mistral"
+                "model.template=tokenizer: this tokenizer has no chat template; use plain, llama3 or mistral"
             )
         if self.name == "llama3" and "<|eot_id|>" not in self.tokenizer.get_vocab():
             raise ConfigError("model.template=llama3: this tokenizer has no <|eot_id|>; use plain or tokenizer")
@@ -50,8 +49,8 @@ class Template:
             return self.tokenizer.convert_tokens_to_ids("<|eot_id|>")
         return self.tokenizer.eos_token_id
 
-    def _text_of(self, prompt: Prompt) -> str:
-        """Up to where the response begins."""
+    def _render(self, prompt: Prompt) -> str:
+        """Return the text up to the start of the response."""
         if self.name == "plain":
             return prompt.text
         chat = {"chat_template": _FORMATS[self.name]} if self.name in _FORMATS else {}
@@ -60,40 +59,42 @@ class Template:
         )
 
     def turns(self, prompt: Prompt) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-        """The ids up to the first answer in a conversation, and for each answer before the last one its ids with the
-        end token, and those from there to the next answer. Plain text has no turns: it is one prompt.
+        """Split a conversation at its answers: (ids before the first answer, turns).
 
-        Raises ConfigError where a template writes an answer otherwise once others follow.
+        A turn is (ids of an answer with its end token, ids from there to the next answer). Plain text has no turns: it
+        is one prompt. Raises ConfigError when the template renders an answer differently once others follow.
         """
         answers = [i for i, m in enumerate(prompt.messages) if m["role"] == "assistant"]
         if self.name == "plain" or not answers:
             return self.prompt_ids(prompt), []
         prompts = [Prompt(prompt.messages[:i]) for i in answers]
-        texts = [self._text_of(p) for p in (*prompts, prompt)]
+        texts = [self._render(p) for p in (*prompts, prompt)]
         end, turns = self.tokenizer.convert_ids_to_tokens(self.end_id), []
         for i, before, after in zip(answers, texts, texts[1:], strict=False):
-            _, found, between = after.removeprefix(before).partition(end)
-            if not found or not after.startswith(before):
+            _, end_token, next_prompt = after.removeprefix(before).partition(end)
+            if not end_token or not after.startswith(before):
                 raise ConfigError(
-                    f"model.template={self.name}: it writes an answer otherwise once others follow, so those of a "
-                    "conversation cannot be learned together; use another template, or rows of one answer"
+                    f"model.template={self.name}: the chat template renders an assistant turn differently when it is "
+                    "not the last one, so multi-turn SFT is not possible with it; use another, or rows of one answer"
                 )
-            ids = self.tokenizer(between, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(next_prompt, add_special_tokens=False)["input_ids"]
             turns.append((self.response_ids(prompt.messages[i]["content"]), ids))
         return self.prompt_ids(prompts[0]), turns
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        ids = self.tokenizer(self._text_of(prompt), add_special_tokens=False)["input_ids"]
+        """Return the tokens up to the start of the response, with the begin token of the format."""
+        ids = self.tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
-        # Chat formats without a begin token (ChatML) declare one all the same; only the other three start with it.
+        # Tokenizers of chat formats without a begin token (ChatML) declare one all the same, so theirs is not added.
         if bos is not None and self.name != "tokenizer" and ids[:1] != [bos]:
             ids = [bos, *ids]
         return ids
 
     def response_ids(self, text: str) -> list[int]:
-        """Response tokens, the end token last. A plain response, and mistral's, follows its prompt after one space."""
-        text = " " + text.lstrip() if self.name in _AFTER_A_SPACE else text
+        """Return the response tokens, the end token last. In `plain` and `mistral` a space comes before them."""
+        text = " " + text.lstrip() if self.name in _SPACE_BEFORE_RESPONSE else text
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
 
     def text(self, ids: list[int]) -> str:
+        """Return the text of response tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

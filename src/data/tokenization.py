@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # raise it when the same rows become other tokens: cached ones are then not reused
 DROPPED_FILE = "dropped.json"  # beside the Arrow file: reason -> number of rows
-CHUNK_ROWS = 1000  # converted to Arrow at a time: as Python integers, the tokens of a whole table take ten times as much
+CHUNK_ROWS = 1000  # converted to Arrow at a time: a whole table of Python integers takes ten times the memory
 
 _TOKENS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features(

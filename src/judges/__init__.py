@@ -1,4 +1,7 @@
-"""Judges behind one seam: comparisons of a response with a baseline -> verdicts in [0, 1], each with its reason."""
+"""The interface of judges: comparisons of a response with a baseline -> verdicts in [0, 1], each with a reason.
+
+docs/add-a-judge.md adds one.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ if TYPE_CHECKING:
 
 
 class Comparison(NamedTuple):
-    """response, baseline: rows of samples.jsonl for this prompt; a baseline that was not sampled has no log-probs, one
-    from a file its generator."""
+    """A prompt with two responses to it, each a dict with at least `response` (text) and `finished`.
+
+    A sampled one is a row of samples.jsonl (index, prompt, tokens, logp, ...); one from a file has its `generator`.
+    """
 
     prompt: Prompt
     response: dict[str, Any]
@@ -25,7 +30,7 @@ class Comparison(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """1: the response wins, 0: the baseline does, 0.5: a tie."""
+    """value: 1 if the response wins, 0 if the baseline does, 0.5 for a tie."""
 
     value: float
     reason: str
@@ -33,8 +38,11 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Judged:
-    """One verdict a comparison, in their order; what they took (calls, tokens, dollars, unparsable answers); and what a
-    benchmark makes of them by its own rules, percent: value, with se or with low and high."""
+    """Verdicts in the order of the comparisons.
+
+    usage: what they took (answers, calls, tokens, dollars, unparsable answers). scores: the score of a benchmark by
+    its own rules, in percent: name -> value, with se or with low and high.
+    """
 
     verdicts: list[Verdict]
     usage: dict[str, float] = field(default_factory=dict)
@@ -45,8 +53,13 @@ class JudgeFunction(Protocol):
     def __call__(
         self, inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt
     ) -> Judged:
-        """Says how far it is through attempt.step. Raises StageError when it cannot go on; what it has is kept."""
+        """Judge all comparisons of an evaluation.
+
+        A slow judge reports progress with attempt.step and keeps its answers (`src.judges.answers`), so that a rerun
+        resumes. Raises StageError when it cannot continue.
+        """
 
 
 def judge_function(name: str) -> JudgeFunction:
+    """Return the function NAME of src/judges/NAME.py, imported only now: a judge may need an optional package."""
     return getattr(importlib.import_module(f"src.judges.{name}"), name)

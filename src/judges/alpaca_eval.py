@@ -1,5 +1,7 @@
-"""AlpacaEval 2: the package alpaca-eval annotates; win rate and length-controlled win rate are its own.
-`python -m src.judges.alpaca_eval ANNOTATIONS` computes them from annotations that are there."""
+"""AlpacaEval 2: the package alpaca-eval annotates, and computes win rate and length-controlled win rate.
+
+`python -m src.judges.alpaca_eval ANNOTATIONS` computes both from existing annotations.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from src.data.rows import read_rows
 from src.errors import USER_FACING_ERRORS, ConfigError, StageError, describe_failure
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers
-from src.judges.judge_client import JudgeClient, Question, usage
+from src.judges.judge_client import JudgeClient, Question, usage_of
 from src.planning.identity import ContentPath, EvaluateInputs, digest
 from src.planning.resources import JudgeEndpoint, Resources
 from src.store.files import write_json
@@ -31,25 +33,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-QUESTIONS = 805  # of the evaluation set
+NUM_INSTRUCTIONS = 805  # of the evaluation set
 OUTPUTS_FILE = "model_outputs.json"
 ANNOTATIONS_FILE = "annotations.json"
 COLUMNS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
-TOKENS = "preference_price_per_example"  # at a price of 1
-PASSES = 2  # over the comparisons without a preference
+PRICE_COLUMN = "preference_price_per_example"  # the number of tokens, at a price of 1 per token
+MAX_ATTEMPTS = 2  # at an annotation without a preference
 
 
 def alpaca_eval(
     inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt
 ) -> Judged:
-    """A verdict is the annotator's preference less one, a tie where it has none after two attempts. Raises StageError
-    when the endpoint fails or the budget is spent."""
+    """Annotate all comparisons: a verdict is the preference (1 to 2) minus one, a tie when there is none.
+
+    Raises StageError when a sample is missing, the endpoint fails or the budget is spent.
+    """
     judge = inputs.judge
     assert judge is not None and isinstance(judge.model, ContentPath)
-    name = judge.model_name
+    annotator = judge.model_name
     if len(comparisons) != inputs.prompts.num_prompts:
         raise StageError(
-            f"{len(comparisons)} of {inputs.prompts.num_prompts} questions have a sample: none may be missing"
+            f"{len(comparisons)} of {inputs.prompts.num_prompts} instructions have a sample: none may be missing"
         )
     generator = f"{inputs.setup} {attempt.label}"
     rows = [
@@ -73,25 +77,25 @@ def alpaca_eval(
         for row in rows
     ]
     write_json(attempt.out / OUTPUTS_FILE, outputs)
-    answers = Answers(Store(attempt.output_dir).answers("alpaca_eval", name))
-    annotator = judge.model.fingerprint
-    keys = [digest([annotator, row["instruction"], row["output_1"], row["output_2"]]) for row in rows]
-    endpoint, annotate = JudgeClient(judge, resources.judge, answers), _Annotator(name, resources.judge)
-    parts = ("instruction", "output_1", "output_2")
+    answers = Answers(Store(attempt.output_dir).answers("alpaca_eval", annotator))
+    fingerprint = judge.model.fingerprint
+    keys = [digest([fingerprint, row["instruction"], row["output_1"], row["output_2"]]) for row in rows]
+    client, annotate = JudgeClient(judge, resources.judge, answers), _Annotator(annotator, resources.judge)
+    texts = ("instruction", "output_1", "output_2")
     questions = {
-        key: Question(partial(annotate, row), sum(len(row[part]) for part in parts))
+        key: Question(partial(annotate, row), sum(len(row[name]) for name in texts))
         for key, row in zip(keys, rows, strict=True)
     }
-    for _ in range(PASSES):
-        endpoint.gather(questions, _read, attempt)
+    for _ in range(MAX_ATTEMPTS):
+        client.ask_missing(questions, _parse_annotation, attempt)
     for key, row in zip(keys, rows, strict=True):
-        row |= {"preference": answers.known.get(key, {}).get("preference"), "annotator": name}
+        row |= {"preference": answers.known.get(key, {}).get("preference"), "annotator": annotator}
     write_json(attempt.out / ANNOTATIONS_FILE, rows)
 
     missing = sum(row["preference"] is None for row in rows)
     if missing == len(rows):
-        raise StageError(f"judge.model={name}: not one of {len(rows)} annotations has a preference")
-    took = usage(resources.judge, [answers.known[key] for key in keys if key in answers.known], attempt, missing)
+        raise StageError(f"judge.model={annotator}: not one of {len(rows)} annotations has a preference")
+    usage = usage_of(resources.judge, [answers.known[key] for key in keys if key in answers.known], attempt, missing)
     if missing:
         level = logging.WARNING if 10 * missing > len(rows) else logging.INFO
         log.log(level, "%s: %d of %d annotations have no preference", attempt.label, missing, len(rows))
@@ -101,25 +105,31 @@ def alpaca_eval(
         else Verdict(row["preference"] - 1, f"preference {row['preference']:.3f}")
         for row in rows
     ]
-    return Judged(verdicts, took | {"answers": len(rows)}, win_rates(rows))
+    return Judged(verdicts, usage | {"answers": len(rows)}, win_rates(rows))
 
 
 class _Annotator:
-    """One row after the other through the package, from several threads; each answer is kept here as it comes, where
-    the package would write many at once, and into itself."""
+    """Annotates single rows with the package, from several threads.
+
+    The package itself would annotate many rows before it returns, and cache the answers in its own folder.
+    """
 
     def __init__(self, name: str, endpoint: JudgeEndpoint) -> None:
-        self._name, self._endpoint, self._own = name, endpoint, threading.local()
-        _package()  # imported by one thread
+        self._name, self._endpoint, self._thread = name, endpoint, threading.local()
+        _import_alpaca_eval()  # in the main thread: it changes the root logger while it is imported
 
     def __call__(self, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
-        """The row with its preference, and as its price the number of tokens. Raises what the client does."""
-        if not hasattr(self._own, "pairwise"):
-            self._own.pairwise = _package().annotators.PairwiseAnnotator(
+        """Return the row with its preference and, as its price, the number of tokens. Raises what the client does."""
+        if not hasattr(self._thread, "annotator"):
+            self._thread.annotator = _import_alpaca_eval().annotators.PairwiseAnnotator(
                 annotators_config=self._name, caching_path=None, is_avoid_reannotations=False
             )
-        settings = {"timeout": self._endpoint.timeout, "max_retries": 0, "http_client": client._client}
-        (found,) = self._own.pairwise(
+        settings = {
+            "timeout": self._endpoint.timeout,
+            "max_retries": self._endpoint.max_retries,
+            "http_client": client._client,
+        }
+        (annotation,) = self._thread.annotator(
             [row],
             openai_api_keys=[client.api_key],
             openai_api_base=str(client.base_url),
@@ -127,90 +137,100 @@ class _Annotator:
             num_procs=1,
             price_per_token=1.0,
         )
-        return found
+        return annotation
 
 
-def _read(found: dict[str, Any]) -> dict[str, float] | None:
-    preference = _number(found["preference"])
+def _parse_annotation(annotation: dict[str, Any]) -> dict[str, float] | None:
+    preference = _to_float(annotation["preference"])
     if math.isnan(preference):
         return None
-    return {"preference": preference, "prompt_tokens": _number(found[TOKENS]), "completion_tokens": 0}
+    return {"preference": preference, "prompt_tokens": _to_float(annotation[PRICE_COLUMN]), "completion_tokens": 0}
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
 def win_rates(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """win_rate and length_controlled_win_rate, each value and se, percent; rows without a preference have no part in
-    the first. The second is left out when there are not 805 rows, or the package cannot have its table of difficulties.
+    """Return win_rate and length_controlled_win_rate, each with value and se, in percent.
 
-    rows: in the order of the evaluation set, which is how the package finds a row's difficulty.
+    rows: annotations in the order of the evaluation set, which is how the package finds an instruction's difficulty.
+    The win rate ignores rows without a preference. The length-controlled one is left out unless there are 805 rows and
+    the package can load its table of difficulties.
     """
     import pandas as pd
 
-    package = _package()
+    package = _import_alpaca_eval()
     table = pd.DataFrame(rows)
-    found = package.metrics.get_winrate(table)
-    rates = {"win_rate": {"value": float(found["win_rate"]), "se": float(found["standard_error"])}}
-    if len(rows) != QUESTIONS:
+    metrics = package.metrics.get_winrate(table)
+    rates = {"win_rate": {"value": float(metrics["win_rate"]), "se": float(metrics["standard_error"])}}
+    if len(rows) != NUM_INSTRUCTIONS:
         log.warning(
-            "no length-controlled win rate: it is fitted to all %d questions, here are %d", QUESTIONS, len(rows)
+            "no length-controlled win rate: it is fitted to all %d instructions, there are %d",
+            NUM_INSTRUCTIONS,
+            len(rows),
         )
         return rates
     try:
-        found = package.metrics.get_length_controlled_winrate(table, save_weights_dir=None)
-    except OSError as error:  # also of huggingface_hub, without a network
-        log.warning("no length-controlled win rate: the table of difficulties cannot be had: %s", _first_line(error))
+        metrics = package.metrics.get_length_controlled_winrate(table, save_weights_dir=None)
+    except OSError as error:  # huggingface_hub's errors are among these
+        log.warning(
+            "no length-controlled win rate: the table of difficulties could not be loaded: %s", _first_line(error)
+        )
         return rates
-    controlled = {"value": float(found["length_controlled_winrate"]), "se": float(found["lc_standard_error"])}
+    controlled = {"value": float(metrics["length_controlled_winrate"]), "se": float(metrics["lc_standard_error"])}
     return rates | {"length_controlled_win_rate": controlled}
 
 
-def checked(rows: Sequence[tuple[str, dict[str, Any]]], questions: Sequence[str]) -> list[dict[str, Any]]:
-    """(where, annotation) as a file has them -> what win_rates may have. questions: the instructions of the evaluation
-    set in its order. Raises ConfigError for a row that is missing, twice, elsewhere or no annotation."""
+def check_annotations(rows: Sequence[tuple[str, dict[str, Any]]], instructions: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the annotations of (where, annotation) pairs once they fit `win_rates`.
+
+    instructions: those of the evaluation set, in its order. Raises ConfigError for a row that is missing, repeated, out
+    of order or not an annotation.
+    """
     for where, row in rows:
         if missing := [name for name in COLUMNS if name not in row]:
-            raise ConfigError(f"{where}: no {missing[0]}, so no annotation; it has {', '.join(row)}")
+            raise ConfigError(f"{where}: not an annotation, {missing[0]} is missing; it has {', '.join(row)}")
         value = row["preference"]
         if value is not None and not (isinstance(value, int | float) and (math.isnan(value) or 0 <= value <= 2)):
-            raise ConfigError(f"{where}: preference={value} is none; it is from 1 to 2, 0 for a tie, or null")
+            raise ConfigError(f"{where}: preference={value}: must be from 1 to 2, 0 for a tie, or null")
     for name in ("generator_1", "generator_2"):
-        if len(found := {row[name] for _, row in rows}) > 1:
-            raise ConfigError(f"{rows[0][0]}: {name} is {' and '.join(sorted(map(repr, found)))}; one model a file")
-    if len(rows) != len(questions):
-        raise ConfigError(f"{rows[-1][0]}: ends after {len(rows)} annotations of {len(questions)} questions")
-    for (where, row), instruction in zip(rows, questions, strict=True):
+        if len(generators := {row[name] for _, row in rows}) > 1:
+            raise ConfigError(f"{rows[0][0]}: {name} is {' and '.join(sorted(map(repr, generators)))}; must be one")
+    if len(rows) != len(instructions):
+        raise ConfigError(f"{rows[-1][0]}: ends after {len(rows)} annotations of {len(instructions)} instructions")
+    for (where, row), instruction in zip(rows, instructions, strict=True):
         if row["instruction"] != instruction:
             raise ConfigError(
-                f"{where}: the question at this place is {instruction[:60]!r}; difficulty goes by place, so "
-                "annotations in another order give another length-controlled win rate"
+                f"{where}: expected the instruction {instruction[:60]!r}; the package finds difficulties by position, "
+                "so annotations must be in the order of the evaluation set"
             )
     return [row for _, row in rows]
 
 
-def _instructions(file: str | None) -> list[str]:
-    """Of the evaluation set, from a file of it or from the hub."""
+def _load_instructions(file: str | None) -> list[str]:
+    """Return the instructions of the evaluation set, from its file or from the hub."""
     if file is not None:
         rows = [row for _, row in read_rows(file, "--questions")]
     else:
         try:
-            rows = list(_package().constants.ALPACAEVAL_REFERENCE_OUTPUTS())
-        except Exception as error:  # datasets and huggingface_hub raise many kinds; all mean it cannot be had
+            rows = list(_import_alpaca_eval().constants.ALPACAEVAL_REFERENCE_OUTPUTS())
+        except Exception as error:  # datasets and huggingface_hub raise many kinds; all mean it cannot be loaded
             raise ConfigError(
-                f"the evaluation set cannot be had from the hub ({_first_line(error)}): give --questions FILE, "
+                f"the evaluation set could not be loaded from the hub ({_first_line(error)}): give --questions FILE, "
                 "alpaca_eval_gpt4_baseline.json"
             ) from error
     if not all("instruction" in row for row in rows):
-        raise ConfigError(f"--questions {file}: a question has no instruction")
+        raise ConfigError(f"--questions {file}: an entry has no instruction")
     return [row["instruction"] for row in rows]
 
 
 @cache
-def _package() -> Any:
-    """alpaca_eval, which on import sets the root logger's level, and then logs to it all that it does and meets: here
-    attempt.step says how far it is, errors what is wrong, and what has no preference is counted."""
+def _import_alpaca_eval() -> Any:
+    """Import alpaca_eval without its side effects on logging.
+
+    It sets the root logger's level when imported, and logs every request to it.
+    """
     os.environ.setdefault("TQDM_DISABLE", "1")
     root = logging.getLogger()
     level = root.level
@@ -222,8 +242,8 @@ def _package() -> Any:
         import alpaca_eval.metrics
 
     root.setLevel(level)
-    home = os.path.dirname(alpaca_eval.__file__)
-    root.addFilter(lambda record: not record.pathname.startswith(home))
+    folder = os.path.dirname(alpaca_eval.__file__)
+    root.addFilter(lambda record: not record.pathname.startswith(folder))
     return alpaca_eval
 
 
@@ -232,15 +252,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Win rate and length-controlled win rate of annotations, whose number and order are checked first."""
+    """Print win rate and length-controlled win rate of annotations, after a check of their number and order."""
     parser = argparse.ArgumentParser(prog="python -m src.judges.alpaca_eval", description=main.__doc__)
     parser.add_argument("annotations", help="annotations.json of alpaca-eval, or of judge=alpaca_eval")
-    parser.add_argument("--questions", help="the evaluation set, alpaca_eval_gpt4_baseline.json; else from the hub")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--questions", help="the evaluation set, alpaca_eval_gpt4_baseline.json; default: from the hub")
+    args = parser.parse_args(arguments)
     try:
-        rows = checked(read_rows(given.annotations, "annotations"), _instructions(given.questions))
-        with_one = sum(not math.isnan(_number(row["preference"])) for row in rows)
-        print(f"{rows[0]['generator_2']} against {rows[0]['generator_1']}, {with_one} preferences")
+        rows = check_annotations(read_rows(args.annotations, "annotations"), _load_instructions(args.questions))
+        num_preferences = sum(not math.isnan(_to_float(row["preference"])) for row in rows)
+        print(f"{rows[0]['generator_2']} against {rows[0]['generator_1']}, {num_preferences} preferences")
         for name, score in win_rates(rows).items():
             print(f"{name:26} {score['value']:.2f} ± {score['se']:.2f}")
     except USER_FACING_ERRORS as error:

@@ -1,4 +1,4 @@
-"""What judges were asked and answered, kept by content, so that nothing is asked or paid for twice."""
+"""Answers of judges, kept by content, so that no question is asked or paid for twice."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from typing import Any
 
 
 class Answers:
-    """All answers of one model as a judge in an output_dir: key (a digest of the question) -> answer, a JSON object.
+    """All answers of one judge model in an output_dir: key (a digest of the question) -> answer, a JSON object.
 
-    Every process appends lines to a file of its own and reads those of the others, which needs no lock and therefore
-    works on a network file system. A line that a dead process left half-written is not read.
+    Every process appends lines to its own file and reads the files of the others, which needs no lock and therefore
+    works on a network file system. A line that a dead process left half-written is skipped.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._own = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-        self._read: dict[Path, int] = {}  # bytes of each file that are known
+        self._file = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._num_bytes_read: dict[Path, int] = {}
         self.known: dict[str, dict[str, Any]] = {}
-        self.totals: Counter[str] = Counter()  # of every number in them
+        self.totals: Counter[str] = Counter()  # sum of every numeric field over the known answers
 
     def refresh(self) -> None:
-        """See what others have written since."""
+        """Read what other processes have written since the last call."""
         for path in sorted(self._folder.glob("*.jsonl")):
-            begin = self._read.get(path, 0)
-            if path == self._own or path.stat().st_size <= begin:
+            start = self._num_bytes_read.get(path, 0)
+            if path == self._file or path.stat().st_size <= start:
                 continue
             with path.open("rb") as handle:
-                handle.seek(begin)
+                handle.seek(start)
                 text = handle.read()
-            whole = text.rfind(b"\n") + 1
-            for line in text[:whole].splitlines():
-                with suppress(json.JSONDecodeError):  # begun on a full disk, ended by the next one
+            end = text.rfind(b"\n") + 1  # the last line may still be in writing
+            for line in text[:end].splitlines():
+                with suppress(json.JSONDecodeError):  # cut off by a full disk, and continued by the next answer
                     row = json.loads(line)
                     self._remember(row["key"], row["answer"])
-            self._read[path] = begin + whole
+            self._num_bytes_read[path] = start + end
 
     def add(self, key: str, answer: dict[str, Any]) -> None:
-        """On disk when this returns."""
+        """Append an answer; it is on disk when this returns."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._own.open("a") as handle:
+        with self._file.open("a") as handle:
             handle.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
             handle.flush()
             os.fsync(handle.fileno())

@@ -1,4 +1,4 @@
-"""The gold judge of mini TL;DR: the generator knows every fact of a post, and is also who labelled the pairs."""
+"""The gold judge of mini TL;DR: it knows every fact of a post. The same score labels the preference pairs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 def gold(inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
-    """Win: a higher gold score than the baseline's sample on the same post; equal: a tie."""
-    return Judged([_verdict(comparison) for comparison in comparisons])
+    """Compare gold scores of two summaries of the same post; equal scores are a tie."""
+    return Judged([_compare(comparison) for comparison in comparisons])
 
 
-def _verdict(comparison: Comparison) -> Verdict:
-    rows = (comparison.response, comparison.baseline)
-    own, other = (gold_score(comparison.prompt.facts, row["response"], row["finished"]) for row in rows)
-    # Scores are sums of tenths: nearer than this they are the same.
-    value = 0.5 if abs(own - other) < 1e-9 else float(own > other)
-    return Verdict(value, f"gold score {own:.1f} against {other:.1f}")
+def _compare(comparison: Comparison) -> Verdict:
+    response, baseline = (
+        gold_score(comparison.prompt.facts, row["response"], row["finished"])
+        for row in (comparison.response, comparison.baseline)
+    )
+    # Scores are sums of tenths, so a smaller difference is rounding.
+    value = 0.5 if abs(response - baseline) < 1e-9 else float(response > baseline)
+    return Verdict(value, f"gold score {response:.1f} against {baseline:.1f}")

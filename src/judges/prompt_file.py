@@ -1,4 +1,4 @@
-"""The words a judge is asked in, from a file in the layout of Arena-Hard's judge config."""
+"""Loads a judge prompt in the format of Arena-Hard's judge_config.yaml."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ FIELDS = ("question_1", "answer_1", "answer_2")
 
 
 def load_judge_prompt(file: str) -> tuple[str, str]:
-    """System prompt, and a template of the question with {question_1}, {answer_1}, {answer_2}. Raises ConfigError."""
+    """Return the system prompt, and the template of the question with {question_1}, {answer_1} and {answer_2}.
+
+    Raises ConfigError when the file has another format.
+    """
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        system, template = found["system_prompt"], found["prompt_template"][0]
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        system, template = config["system_prompt"], config["prompt_template"][0]
         filled = template.format(**{name: f"<{name}>" for name in FIELDS})
         missing = [name for name in FIELDS if f"<{name}>" not in filled]
         if missing or not isinstance(system, str):
-            raise ValueError(f"no {missing[0]}" if missing else "system_prompt is no text")
+            raise ValueError(f"no {missing[0]}" if missing else "system_prompt is not text")
     except (yaml.YAMLError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"judge.prompt_file={file}: needs system_prompt, and prompt_template, a list whose first entry has "

@@ -1,4 +1,4 @@
-"""A reward model as judge: transformers' sequence classification with one label; the higher reward wins."""
+"""A reward model as judge: a transformers sequence classifier with one label. The higher reward wins."""
 
 from __future__ import annotations
 
@@ -20,60 +20,61 @@ from src.store.store import Store
 if TYPE_CHECKING:
     from src.store.attempt import Attempt
 
-BATCH = 16  # texts at once
+BATCH_SIZE = 16  # texts
 
 
 def reward_model(
     inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt
 ) -> Judged:
-    """Rewards are kept by content: the baseline's are computed once for a whole grid."""
+    """Compare the rewards of response and baseline; equal ones are a tie.
+
+    Rewards are kept by content: those of the baseline are computed once for a whole sweep.
+    """
     judge = inputs.judge
     assert judge is not None and isinstance(judge.model, ContentPath)
-    name = judge.model_name
-    answers = Answers(Store(attempt.output_dir).answers("reward_model", name))
-    model = judge.model.fingerprint
+    answers = Answers(Store(attempt.output_dir).answers("reward_model", judge.model_name))
     texts = [(c.prompt, row["response"]) for c in comparisons for row in (c.response, c.baseline)]
-    keys = [digest([model, prompt.messages, response]) for prompt, response in texts]
+    keys = [digest([judge.model.fingerprint, prompt.messages, response]) for prompt, response in texts]
     answers.refresh()
-    todo = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers.known}
-    if todo:
-        finished = len(texts) - len(todo)
-        for key, reward in _rewards(name, todo, resources.device):
+    missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers.known}
+    if missing:
+        for key, reward in _rewards(judge.model_name, missing, resources.device):
             answers.add(key, {"reward": reward, "by": attempt.identity})
-            finished += 1
-            attempt.step(finished, len(texts))
-    own = {key: answers.known[key] for key in keys}
-    rewards = [own[key]["reward"] for key in keys]
+            attempt.step(sum(key in answers.known for key in keys), len(keys))
+    rewards = [answers.known[key]["reward"] for key in keys]
     verdicts = [
-        Verdict(0.5 if own == other else float(own > other), f"reward {own:.4g} against {other:.4g}")
-        for own, other in zip(rewards[::2], rewards[1::2], strict=True)
+        Verdict(
+            0.5 if response == baseline else float(response > baseline), f"reward {response:.4g} against {baseline:.4g}"
+        )
+        for response, baseline in zip(rewards[::2], rewards[1::2], strict=True)
     ]
-    return Judged(verdicts, {"answers": len(texts), "calls": sum(a["by"] == attempt.identity for a in own.values())})
+    calls = sum(answers.known[key]["by"] == attempt.identity for key in set(keys))
+    return Judged(verdicts, {"answers": len(keys), "calls": calls})
 
 
-def _rewards(name: str, texts: dict[str, tuple[Prompt, str]], engine_device: str) -> Iterator[tuple[str, float]]:
-    where = str(locate(name, "judge.model") or name)
+def _rewards(name: str, texts: dict[str, tuple[Prompt, str]], device: str) -> Iterator[tuple[str, float]]:
+    """Yield (key, reward) of every text, in batches of similar length."""
+    source = str(locate(name, "judge.model") or name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForSequenceClassification.from_pretrained(where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"judge.model={name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if model.config.num_labels != 1:
         raise ConfigError(f"judge.model={name} has {model.config.num_labels} labels; a reward model has one")
-    device = device_of(engine_device)
-    model.to(device).eval()
-    ids = {key: _ids(tokenizer, *text) for key, text in texts.items()}
+    model.to(device_of(device)).eval()
+    ids = {key: _tokenize(tokenizer, *text) for key, text in texts.items()}
     longest, limit = max(map(len, ids.values())), getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise StageError(f"judge.model={name} reads {limit} tokens; the longest prompt with its response has {longest}")
     order = sorted(ids, key=lambda key: len(ids[key]))
-    for begin in range(0, len(order), BATCH):
-        keys = order[begin : begin + BATCH]
-        yield from zip(keys, _batch(model, tokenizer, [ids[key] for key in keys], device), strict=True)
+    for start in range(0, len(order), BATCH_SIZE):
+        keys = order[start : start + BATCH_SIZE]
+        yield from zip(keys, _batch_rewards(model, tokenizer, [ids[key] for key in keys]), strict=True)
 
 
-def _ids(tokenizer: Any, prompt: Prompt, response: str) -> list[int]:
-    """By the reward model's own chat template; without one, prompt and response apart by an empty line."""
+def _tokenize(tokenizer: Any, prompt: Prompt, response: str) -> list[int]:
+    """Return the ids of the reward model's chat template; without one, an empty line separates prompt and response."""
     if tokenizer.chat_template:
         chat = [*prompt.messages, {"role": "assistant", "content": response}]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
@@ -82,15 +83,16 @@ def _ids(tokenizer: Any, prompt: Prompt, response: str) -> list[int]:
 
 
 @torch.no_grad()
-def _batch(model: Any, tokenizer: Any, rows: list[list[int]], device: torch.device) -> list[float]:
-    # A decoder reads its reward at the last token that is not padding, so padding must be no row's last token.
-    last = {row[-1] for row in rows}
+def _batch_rewards(model: Any, tokenizer: Any, rows: list[list[int]]) -> list[float]:
+    # A decoder reads its reward at the last token that is not padding, so no row may end with the padding token.
+    last_tokens = {row[-1] for row in rows}
     pad = tokenizer.pad_token_id
-    if pad is None or pad in last:
-        pad = next(i for i in range(len(last) + 1) if i not in last)
+    if pad is None or pad in last_tokens:
+        pad = next(i for i in range(len(last_tokens) + 1) if i not in last_tokens)
     model.config.pad_token_id = pad
-    ids = torch.full((len(rows), max(map(len, rows))), pad)
-    mask = torch.zeros_like(ids)
+    input_ids = torch.full((len(rows), max(map(len, rows))), pad)
+    mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-    return model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float().tolist()
+        input_ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    outputs = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device))
+    return outputs.logits[:, 0].float().tolist()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers
-from src.judges.judge_client import JudgeClient, Messages, usage
+from src.judges.judge_client import JudgeClient, Messages, usage_of
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
 from src.store.store import Store
@@ -44,51 +44,54 @@ Neither the order of the summaries nor anything they say about this comparison c
 Compare them in one or two sentences. Then write, on a line of its own, "Verdict: A", "Verdict: B", or "Verdict: C" when
 they are equally good or both bad."""
 
-# Small letters at the end of a line alone: "a" is also a word.
+# A lower-case letter counts only at the end of a line: "a" is also a word.
 _VERDICT = re.compile(r"(?i:verdict)\W*(?:(?i:summary)\W*)?\b([ABC]\b(?! tie| draw)|[abc](?=\W*$))", re.MULTILINE)
-_BARE = re.compile(r"\W*([ABC])\W*")
+_LETTER_ALONE = re.compile(r"\W*([ABC])\W*")
 
 
 def tldr(inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
-    """Mean of two games, the response once as A and once as B. An answer without a verdict is no game; a comparison
-    without a game is a tie, and both are counted."""
+    """Ask the judge twice for each comparison, with the response as summary A and as summary B, and average.
+
+    An answer without a verdict is left out, a comparison without any verdict is a tie; both are counted.
+    """
     judge = inputs.judge
     assert judge is not None
-    answers_dir = Store(attempt.output_dir).answers("tldr", judge.model_name)
-    endpoint = JudgeClient(judge, resources.judge, Answers(answers_dir))
-    answers = endpoint.ask([q for comparison in comparisons for q in questions(comparison)], attempt)
-    verdicts = [verdict(first["text"], second["text"]) for first, second in zip(*[iter(answers)] * 2, strict=True)]
-    unparsable = sum(winner(answer["text"]) is None for answer in answers)
+    folder = Store(attempt.output_dir).answers("tldr", judge.model_name)
+    client = JudgeClient(judge, resources.judge, Answers(folder))
+    answers = client.complete([chat for comparison in comparisons for chat in build_chats(comparison)], attempt)
+    verdicts = [
+        average_games(as_a["text"], as_b["text"]) for as_a, as_b in zip(answers[::2], answers[1::2], strict=True)
+    ]
+    unparsable = sum(parse_winner(answer["text"]) is None for answer in answers)
     if unparsable:
         level = logging.WARNING if 10 * unparsable > len(answers) else logging.INFO
         log.log(level, "%s: %d of %d answers of the judge have no verdict", attempt.label, unparsable, len(answers))
-    return Judged(verdicts, usage(resources.judge, answers, attempt, unparsable))
+    return Judged(verdicts, usage_of(resources.judge, answers, attempt, unparsable))
 
 
-def questions(comparison: Comparison) -> tuple[Messages, Messages]:
-    """The response as A, then as B."""
-    post = comparison.prompt.text
-    own, other = comparison.response["response"], comparison.baseline["response"]
-    return tuple(  # type: ignore[return-value]
-        [{"role": "user", "content": INSTRUCTIONS.format(post=post, a=a, b=b)}] for a, b in ((own, other), (other, own))
-    )
-
-
-def winner(text: str) -> str | None:
-    """A, B or C (neither); None when the answer does not say. The last verdict counts: a model may quote the task."""
-    found = _VERDICT.findall(text)
-    if found:
-        return found[-1].upper()
-    bare = _BARE.fullmatch(text.strip())
-    return bare[1] if bare else None
-
-
-def verdict(as_a: str, as_b: str) -> Verdict:
-    """as_a, as_b: what the judge says when the response is summary A, and when it is B."""
-    games = [
-        {own: 1.0, other: 0.0, "C": 0.5, None: None}[winner(text)]
-        for text, own, other in ((as_a, "A", "B"), (as_b, "B", "A"))
+def build_chats(comparison: Comparison) -> list[Messages]:
+    """Return two chats: with the response as summary A, then as summary B."""
+    post, response, baseline = comparison.prompt.text, comparison.response["response"], comparison.baseline["response"]
+    return [
+        [{"role": "user", "content": INSTRUCTIONS.format(post=post, a=a, b=b)}]
+        for a, b in ((response, baseline), (baseline, response))
     ]
-    played = [game for game in games if game is not None]
-    value = sum(played) / len(played) if played else 0.5
+
+
+def parse_winner(text: str) -> str | None:
+    """Return A, B or C (neither), or None without a verdict. The last one counts: a model may quote the task."""
+    letters = _VERDICT.findall(text)
+    if letters:
+        return letters[-1].upper()
+    alone = _LETTER_ALONE.fullmatch(text.strip())
+    return alone[1] if alone else None
+
+
+def average_games(as_a: str, as_b: str) -> Verdict:
+    """Average both games. as_a, as_b: the judge's answer when the response is summary A, and when it is summary B."""
+    values = {"A": 1.0, "B": 0.0, "C": 0.5}
+    winners = parse_winner(as_a), parse_winner(as_b)
+    games = [values[winners[0]]] if winners[0] else []
+    games += [1 - values[winners[1]]] if winners[1] else []
+    value = sum(games) / len(games) if games else 0.5
     return Verdict(value, f"as A: {as_a.strip() or '(nothing)'}\nas B: {as_b.strip() or '(nothing)'}")

@@ -1,4 +1,4 @@
-"""A server of one checkpoint, started for a stage and stopped whatever happens, and samples through it."""
+"""A server of one checkpoint, run by the job for the time of a stage, and sampling through it."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ if TYPE_CHECKING:
 
     from src.data.templates import Template
 
-LOG = "server.log"
-ANSWER = 600.0  # seconds that one sample may take
-ATTEMPTS = 5  # at a prompt, when the server fails
+LOG_FILE = "server.log"
+REQUEST_TIMEOUT = 600.0  # seconds for one sample
+MAX_RETRIES = 4  # per prompt, when the server fails
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may wait for a lock
+_LIBC = ctypes.CDLL(None)  # loaded at import time: dlopen between fork and exec could deadlock
 
 
 @contextmanager
 def serving(
-    server_command: str, timeout: float, checkpoint: Path, precision: str, folder: Path, beat: Callable[[], None]
+    server_command: str, timeout: float, checkpoint: Path, precision: str, folder: Path, on_progress: Callable[[], None]
 ) -> Iterator[str]:
-    """Yields the base URL of a server that calls its model by the path of the checkpoint. Its output goes to
-    server.log in `folder`. beat() is called while it starts. Raises StageError when it does not start, and when it is
-    why the caller has one.
+    """Run a server of the checkpoint and yield its base URL; the name of its model is the checkpoint's path.
+
+    Its output goes to server.log in `folder`. on_progress is called while it starts. Raises StageError when the server
+    does not start, or when it has died and the body therefore raises one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = {"checkpoint": str(checkpoint), "port": port, "dtype": {"fp32": "float32", "bf16": "bfloat16"}[precision]}
-    command = [word.format(**words) for word in shlex.split(server_command)]
-    with (folder / LOG).open("w") as log:
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    command = [word.format(checkpoint=checkpoint, port=port, dtype=dtype) for word in shlex.split(server_command)]
+    with (folder / LOG_FILE).open("w") as log:
         try:
             process = subprocess.Popen(
                 command,
@@ -54,70 +55,73 @@ def serving(
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # also when this process is killed and can stop nothing
+                preexec_fn=_die_with_parent,  # covers SIGKILL of this process, which cannot clean up
             )
         except OSError as error:
             raise StageError(f"server.command: {command[0]} cannot be started ({error.strerror})") from error
         try:
             root = f"http://127.0.0.1:{port}"
-            _wait(process, root, timeout, folder, beat)
+            _wait_until_ready(process, root, timeout, folder, on_progress)
             try:
                 yield f"{root}/v1"
             except StageError as error:
                 if process.poll() is None:
                     raise
-                how = f"ended with code {process.returncode} while it sampled"
-                raise StageError(f"the server of server.command {how}: {_last_words(folder)}") from error
+                raise StageError(
+                    f"server.command exited with code {process.returncode} while sampling: {_last_log_line(folder)}"
+                ) from error
         finally:
             _stop(process)
 
 
 def _die_with_parent() -> None:
-    with suppress(OSError, AttributeError):  # Linux
+    with suppress(OSError, AttributeError):  # Linux only
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait(process: subprocess.Popen[bytes], root: str, timeout: float, folder: Path, beat: Callable[[], None]) -> None:
-    """Until the server says that it is well."""
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], root: str, timeout: float, folder: Path, on_progress: Callable[[], None]
+) -> None:
+    """Poll /health until the server is ready. Raises StageError on exit or timeout."""
     import httpx
 
     deadline = time.monotonic() + timeout
-    with httpx.Client(trust_env=False, timeout=5) as client:  # a proxy for the world does not know this machine
+    with httpx.Client(trust_env=False, timeout=5) as client:  # trust_env: bypass HTTP proxies for loopback addresses
         while True:
-            ended = process.poll() is not None  # first: another server may answer on the port this one did not get
-            if not ended:
-                with suppress(httpx.HTTPError):
-                    if client.get(f"{root}/health").status_code == 200:
-                        return
-            if ended or time.monotonic() > deadline:
-                why = (
-                    f"ended with code {process.returncode}" if ended else f"is silent for server.timeout={timeout:g} s"
+            if process.poll() is not None:  # before /health: another server may have taken the port
+                raise StageError(f"server.command exited with code {process.returncode}: {_last_log_line(folder)}")
+            with suppress(httpx.HTTPError):
+                if client.get(f"{root}/health").status_code == 200:
+                    return
+            if time.monotonic() > deadline:
+                raise StageError(
+                    f"server.command did not become ready within server.timeout={timeout:g} s: {_last_log_line(folder)}"
                 )
-                raise StageError(f"the server of server.command {why}: {_last_words(folder)}")
-            beat()
+            on_progress()
             time.sleep(0.5)
 
 
-def _last_words(folder: Path) -> str:
-    """What the server said last."""
-    lines = (folder / LOG).read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+def _last_log_line(folder: Path) -> str:
+    lines = (folder / LOG_FILE).read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The server and what it has started: asked first, then killed."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+    """Terminate the server and its child processes: SIGTERM, then SIGKILL."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
+            os.killpg(process.pid, signal_number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
 
 
 def served_folder(checkpoint: Path, folder: Path, template: Template, generation: GenerationInputs) -> Path:
-    """The checkpoint under `folder`, with the configured sampling as its own: servers agree on generation_config.json,
-    not on how top-k is asked for."""
+    """Return a copy of the checkpoint, of symbolic links, whose generation_config.json has the configured sampling.
+
+    Servers agree on that file, but not on how a request passes top-k.
+    """
     target = folder / "served"
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt, perhaps before everything was moved
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt
     target.mkdir()
     for path in checkpoint.iterdir():
         if path.name != "generation_config.json":
@@ -140,15 +144,17 @@ def sample_through(
     prompts: dict[int, list[int]],
     seed: str,
     generation: GenerationInputs,
-    keep: Callable[[int, tuple[list[int], bool]], None],
-    beat: Callable[[], None],
+    on_result: Callable[[int, tuple[list[int], bool]], None],
+    on_progress: Callable[[], None],
 ) -> None:
-    """keep(index, (response ids, finished)) for every prompt (index -> ids). A server returns text, so the ids are
-    those of its text. Raises StageError as Remote.each does."""
-    from src.serving.openai_client import Remote  # the client is an optional package
+    """Call on_result(index, (response ids, finished)) for every prompt (index -> ids), in order of completion.
 
-    texts = {index: _text_of(template, ids) for index, ids in prompts.items()}
-    remote = Remote(url, None, ANSWER, ATTEMPTS, concurrency, grace=0.0)
+    A server returns text, so the ids are those of its text. Raises what ConcurrentClient.map_concurrent does.
+    """
+    from src.serving.openai_client import ConcurrentClient  # the client is an optional package
+
+    texts = {index: _prompt_text(template, ids) for index, ids in prompts.items()}
+    client = ConcurrentClient(url, None, REQUEST_TIMEOUT, MAX_RETRIES, concurrency, grace=0.0)
 
     def request(index: int, client: openai.OpenAI) -> Any:
         return client.completions.create(
@@ -157,27 +163,26 @@ def sample_through(
             max_tokens=generation.max_new_tokens,
             temperature=generation.temperature,
             top_p=generation.top_p,
-            seed=seed_from_str(f"{seed}/{index}") >> 32,  # not every server takes more bits
+            seed=seed_from_str(f"{seed}/{index}") >> 32,  # not every server takes more than 32 bits
         )
 
-    def read(completion: Any) -> tuple[list[int], bool]:
+    def parse(completion: Any) -> tuple[list[int], bool]:
         choice = completion.choices[0]
         finished = choice.finish_reason == "stop"
         ids = template.response_ids(choice.text)
         return (ids if finished else ids[:-1]), finished
 
-    remote.each(((index, partial(request, index)) for index in texts), read, keep, beat)
+    client.map_concurrent(((index, partial(request, index)) for index in texts), parse, on_result, on_progress)
 
 
-def _text_of(template: Template, ids: Sequence[int]) -> str:
-    """The text that a server reads as these ids. Raises StageError when there is none: it would answer another
-    prompt."""
+def _prompt_text(template: Template, ids: Sequence[int]) -> str:
+    """Return the text that a server tokenizes to these ids. Raises StageError when there is none."""
     tokenizer = template.tokenizer
-    for skipped in (0, 1):  # servers add a begin token where the tokenizer does
-        text = tokenizer.decode(ids[skipped:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    for num_skipped in (0, 1):  # servers add a begin token where the tokenizer does
+        text = tokenizer.decode(ids[num_skipped:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if tokenizer(text)["input_ids"] == list(ids):
             return text
     raise StageError(
-        f"server: a prompt of model.template={template.name} cannot be written as text that this tokenizer reads "
-        "back as the same tokens; use server=none"
+        f"server: a prompt of model.template={template.name} cannot be written as text that this tokenizer turns into "
+        "the same tokens; use server=none"
     )

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint asked many things at once, with patience for its faults."""
+"""Many requests to an OpenAI-compatible endpoint at once. Retries are the openai client's own."""
 
 from __future__ import annotations
 
@@ -11,130 +11,108 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import openai
-import tenacity
 
 from src.errors import StageError
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
-LONGEST_PAUSE = 60.0  # seconds between two attempts
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds before a malformed response is requested again, as openai's
 
 
-class Malformed(Exception):
-    """The endpoint answered with something that is no completion."""
+class MalformedResponse(Exception):
+    """The endpoint answered 200, but not with a completion."""
 
 
-def _passes(error: BaseException) -> bool:
-    """Whether the same request may well be answered a little later."""
-    if isinstance(error, openai.RateLimitError):
-        return error.code != "insufficient_quota"
-    if isinstance(error, openai.APIStatusError):
-        return error.status_code >= 500 or error.status_code in (408, 409)
-    return isinstance(error, (openai.APIConnectionError, Malformed))
+class _Cancelled(BaseException):
+    """Ends a request whose batch was cancelled. Like asyncio.CancelledError, no `except Exception` retries it."""
 
 
-_doubling = tenacity.wait_random_exponential(multiplier=1, max=LONGEST_PAUSE)
+class ConcurrentClient:
+    """An openai client with a limit of requests in flight.
 
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    """As long as the endpoint asks for, else twice as long as before with some chance in it, so that requests that
-    failed together do not come back together."""
-    error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, openai.APIStatusError):
-        with suppress(KeyError, ValueError):
-            return min(LONGEST_PAUSE, max(0.0, float(error.response.headers["retry-after"])))
-    return _doubling(state)
-
-
-class _Stopped(Exception):
-    """Nobody waits for this request any more."""
-
-
-class Remote:
-    """key: none for a server that wants none. attempts: at each request. grace: seconds that requests under way are
-    waited for when something goes wrong, for they may be paid for."""
+    key: None for a server without one. timeout: seconds for one attempt. max_retries: attempts after the first one
+    (connection errors, timeouts, 408, 409, 429 and 5xx), after the pause that the endpoint asks for, or 0.5, 1, 2, 4, 8
+    ... 8 s. grace: seconds to wait for requests in flight when the batch fails, since they may be paid for.
+    """
 
     def __init__(
-        self, base_url: str | None, key: str | None, timeout: float, attempts: int, concurrency: int, grace: float
+        self, base_url: str | None, key: str | None, timeout: float, max_retries: int, concurrency: int, grace: float
     ) -> None:
-        # A proxy for the world does not know this machine.
-        local = base_url is not None and urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
-        # The client refuses to start without a key, and retries in a way that cannot be stopped.
+        # Bypass HTTP proxies for loopback addresses.
+        is_local = base_url is not None and urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
+        hooks = {"request": [self._raise_if_cancelled]}  # called before every attempt
         self.client = openai.OpenAI(
             base_url=base_url,
-            api_key=key or "none",
+            api_key=key or "none",  # the client refuses to start without one
             timeout=timeout,
-            max_retries=0,
-            http_client=openai.DefaultHttpxClient(trust_env=not local),
+            max_retries=max_retries,
+            http_client=openai.DefaultHttpxClient(trust_env=not is_local, event_hooks=hooks),
         )
         self.url = str(self.client.base_url).rstrip("/")
-        self._attempts, self._concurrency, self._grace = attempts, concurrency, grace
-        self._running: dict[Future[Any], Any] = {}  # -> key
+        self._concurrency, self._grace = concurrency, grace
+        self._in_flight: dict[Future[Any], Any] = {}  # -> key
+        self._cancelled = threading.Event()
 
     @property
-    def running(self) -> int:
-        """Requests under way."""
-        return len(self._running)
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
 
-    def each(
+    def map_concurrent(
         self,
         requests: Iterable[tuple[K, Callable[[openai.OpenAI], Any]]],
-        read: Callable[[Any], T],
-        keep: Callable[[K, T], None],
-        beat: Callable[[], None],
+        parse: Callable[[Any], T],
+        on_result: Callable[[K, T], None],
+        on_progress: Callable[[], None],
     ) -> None:
-        """Send every request, keep(key, read(completion)) whatever comes, in any order; beat() about twice a second.
+        """Send every request and call on_result(key, parse(completion)) in order of completion.
 
-        read: from a completion, as the client has it, to what is kept; what it cannot find there counts as malformed.
-        Raises StageError when the endpoint refuses or keeps failing, and whatever beat raises or the iterable of
-        requests does; before that, what was under way and comes within the time of grace is kept.
+        on_progress is called about twice a second. Whatever parse cannot find in a completion makes it malformed, which
+        is retried as well. Raises StageError when the endpoint refuses or keeps failing, and whatever on_progress or
+        the iterable of requests raises; results that arrive within the time of grace are passed on before.
         """
-        waiting, running = iter(requests), self._running
-        stopping = threading.Event()
+        waiting, in_flight = iter(requests), self._in_flight
+        self._cancelled.clear()
         pool = ThreadPoolExecutor(self._concurrency)
         try:
             while True:
-                for key, request in islice(waiting, self._concurrency - len(running)):
-                    running[pool.submit(self._patiently, request, read, stopping)] = key
-                if not running:
+                for key, request in islice(waiting, self._concurrency - len(in_flight)):
+                    in_flight[pool.submit(self._send, request, parse)] = key
+                if not in_flight:
                     break
-                for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                    keep(running[future], future.result())
-                    del running[future]
-                beat()
-        except (openai.APIError, Malformed) as error:
-            raise StageError(self._explained(error)) from error
+                for future in wait(in_flight, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                    on_result(in_flight[future], future.result())
+                    del in_flight[future]
+                on_progress()
+        except (openai.APIError, MalformedResponse) as error:
+            raise StageError(self._describe(error)) from error
         finally:
-            stopping.set()
+            self._cancelled.set()
             with suppress(TimeoutError):
-                for future in as_completed(list(running), timeout=self._grace):
-                    key = running.pop(future)
+                for future in as_completed(list(in_flight), timeout=self._grace):
+                    key = in_flight.pop(future)
                     if future.exception() is None:
-                        keep(key, future.result())
-            running.clear()
+                        on_result(key, future.result())
+            in_flight.clear()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _patiently(self, request: Callable[[openai.OpenAI], Any], read: Callable[[Any], T], stopping: Any) -> T:
-        def sleep(seconds: float) -> None:
-            if stopping.wait(seconds):
-                raise _Stopped
+    def _raise_if_cancelled(self, request: Any) -> None:
+        if self._cancelled.is_set():
+            raise _Cancelled
 
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_passes),
-            stop=tenacity.stop_after_attempt(self._attempts),
-            wait=_pause,
-            sleep=sleep,
-            reraise=True,
-        )
-        return retrying(self._once, request, read)
+    def _send(self, request: Callable[[openai.OpenAI], Any], parse: Callable[[Any], T]) -> T:
+        for attempt in range(1 + self.client.max_retries):
+            if attempt:
+                self._cancelled.wait(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
+            try:
+                return parse(request(self.client))
+            except (ValueError, openai.APIResponseValidationError, AttributeError, IndexError, TypeError) as error:
+                malformed = error
+        raise MalformedResponse(f"the response is not a completion ({type(malformed).__name__})") from malformed
 
-    def _once(self, request: Callable[[openai.OpenAI], Any], read: Callable[[Any], T]) -> T:
-        try:
-            return read(request(self.client))
-        except (ValueError, openai.APIResponseValidationError, AttributeError, IndexError, TypeError) as error:
-            raise Malformed(f"the answer is no completion ({type(error).__name__})") from error
-
-    def _explained(self, error: Exception) -> str:
-        what = f"gives no answer in {self._attempts} attempts" if _passes(error) else "refuses"
-        return f"{self.url} {what}: {' '.join(str(error).split())[:300]}"
+    def _describe(self, error: Exception) -> str:
+        attempts = 1 + self.client.max_retries
+        if isinstance(error, openai.APIError):  # one that the client did not retry, or not as often
+            attempts = 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
+        plural = "s" if attempts > 1 else ""
+        return f"{self.url} failed after {attempts} attempt{plural}: {' '.join(str(error).split())[:300]}"

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from src.data.evaluation_prompts import answers_from, read_prompts
+from src.data.evaluation_prompts import read_answers, read_prompts
 from src.data.sources import open_source
 from src.judges import Comparison, judge_function
 from src.methods import METHODS
@@ -94,7 +94,7 @@ def _comparisons(
     if baseline_samples is not None:
         baselines = {row["index"]: row for row in generate.read(baseline_samples)}
     elif isinstance(judge.baseline, ContentPath):
-        baselines = dict(enumerate(answers_from(judge.baseline.location, prompts, "judge.baseline")))
+        baselines = dict(enumerate(read_answers(judge.baseline.location, prompts, "judge.baseline")))
     else:
         chosen: dict[tuple[str, ...], str] = {}
         for pair in open_source(inputs.prompts.data, resources.expected_rows).pairs("validation"):

@@ -1,7 +1,7 @@
-"""Remake the base checkpoint of mini TL;DR, tokenizer included: `python -m src.training.mini_base [--out FOLDER]`.
+"""Trains the base checkpoint of mini TL;DR and its tokenizer: `python -m src.training.mini_base [--out FOLDER]`.
 
-About two minutes on one core. The result is shipped in src/data/mini_tldr_base; a model trained on the noisy
-SFT mixture from scratch never learns to copy facts, so the base learns it on near-clean summaries.
+Takes two minutes on one core. The result is shipped in src/data/mini_tldr_base. A model trained from scratch on the
+noisy SFT mixture never learns to copy facts, so the base model learns it on near-clean summaries.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from src.training.engine import TrainingEngine
 from src.training.loop import sft_loss, train
 
 FOLDER = Path(mini_tldr.__file__).parent / "mini_tldr_base"
-VOCABULARY = 800
-EXAMPLES = 64_000  # one pass, 1000 steps
-QUALITY = 0.97  # of the summaries: near clean
+VOCAB_SIZE = 800
+NUM_EXAMPLES = 64_000  # one epoch of 1000 steps
+QUALITY = 0.97  # of the summaries, in [0, 1]
 RESOURCES = Resources(cpu_threads=1, max_tokens_per_micro_batch=8192, save_steps=10**6)
 TRAINER = TrainerInputs(
     lr=4e-3,
@@ -49,7 +49,7 @@ TRAINER = TrainerInputs(
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the task's own text."""
+    """Train a byte-level BPE tokenizer on text of the task."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,17 +59,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCAB_SIZE, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def make_model(vocabulary: int) -> LlamaForCausalLM:
+def make_model(vocab_size: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary,
+            vocab_size=vocab_size,
             hidden_size=96,
             num_hidden_layers=2,
             num_attention_heads=6,
@@ -91,11 +91,11 @@ def main() -> None:
     set_cpu_threads(RESOURCES.cpu_threads)
     template = Template("plain", make_tokenizer())
     model = patch_model_(make_model(len(template.tokenizer)))
-    rows = mini_tldr.demonstrations(EXAMPLES, seed=98, quality=QUALITY)
-    examples = [Demonstration(text_prompt(post.text), summary) for post, summary in rows]
-    data = tokenize_demonstrations(examples, template, 160, 112)
-    here = ModelInputs(ContentPath("mini-base", "mini-base"), "plain", "fp32")
-    inputs = SftInputs(here, None, DataInputs("mini_tldr", 98, 160, 112), TRAINER, seed=0)
+    rows = mini_tldr.demonstrations(NUM_EXAMPLES, seed=98, quality=QUALITY)
+    demonstrations = [Demonstration(text_prompt(post.text), summary) for post, summary in rows]
+    data = tokenize_demonstrations(demonstrations, template, 160, 112)
+    base = ModelInputs(ContentPath("mini-base", "mini-base"), "plain", "fp32")
+    inputs = SftInputs(base, None, DataInputs("mini_tldr", 98, 160, 112), TRAINER, seed=0)
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
         with TrainingEngine(RESOURCES, TRAINER, None, seed=0) as engine, MetricsFile(attempt) as metrics:
