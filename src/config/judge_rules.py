@@ -8,7 +8,7 @@ from pathlib import Path
 from src.config.schema import Point
 from src.errors import ConfigError
 
-# name -> config fields that verdicts depend on, which become part of the identity; the code is NAME of src/judges/NAME.py
+# name -> config fields that its verdicts depend on (part of the identity); src/judges/NAME.py has the function NAME
 JUDGES: dict[str, tuple[str, ...]] = {
     "gold": (),
     "tldr": ("model", "temperature", "max_tokens"),
@@ -20,7 +20,7 @@ JUDGES: dict[str, tuple[str, ...]] = {
 # Values of judge.baseline that are not a file of answers.
 BASELINES = ("sft", "chosen")
 
-# Judges that ask an endpoint: OpenAI's, unless judge.base_url names another.
+# Judges that call an endpoint: OpenAI's, unless judge.base_url names another.
 ENDPOINT_JUDGES = ("tldr", "alpaca_eval", "arena_hard")
 
 # Judges whose model may be a local folder, which is identified by its content.
@@ -28,6 +28,8 @@ CONTENT_HASHED_MODELS = ("alpaca_eval", "reward_model")
 
 
 def check_server(point: Point) -> None:
+    """Raise ConfigError when `server` cannot be run as configured."""
+    """Raise ConfigError when `server` cannot be run as configured."""
     command = point.server.command
     if point.server.name == "none":
         if command is not None:
@@ -37,21 +39,20 @@ def check_server(point: Point) -> None:
         words = [word.format(checkpoint="", port="", dtype="") for word in shlex.split(command or "")]
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(
-            f"server.command={command}: unknown placeholder ({error!r}); only {{checkpoint}}, {{port}} and {{dtype}} are "
-            "substituted"
+            f"server.command={command}: unknown placeholder ({error!r}); only {{checkpoint}}, {{port}} and {{dtype}} "
+            "are substituted"
         ) from None
     if not words or "{checkpoint}" not in (command or "") or "{port}" not in (command or ""):
         raise ConfigError(f"server.command={command}: needs {{checkpoint}} and {{port}}")
 
 
 def check_judge(point: Point) -> None:
-    judge, mini = point.judge, point.dataset.source == "mini_tldr"
-    fields = {
-        "tldr": ("model", "base_url"),
-        "alpaca_eval": ("model", "base_url"),
-        "arena_hard": ("model", "base_url", "prompt_file"),
-        "reward_model": ("model",),
-    }.get(judge.name, ())
+    """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
+    """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
+    judge, is_mini = point.judge, point.dataset.source == "mini_tldr"
+    fields = JUDGES.get(judge.name, ())
+    if judge.name in ENDPOINT_JUDGES:
+        fields = (*fields, "base_url")
     for name in ("model", "base_url", "prompt_file"):
         if getattr(judge, name) is not None and name not in fields:
             raise ConfigError(f"judge.{name}: judge={judge.name} has no such field; remove the override")
@@ -61,21 +62,21 @@ def check_judge(point: Point) -> None:
         if point.evaluation.metric == "win_rate":
             raise ConfigError("evaluation.metric=win_rate needs a judge; without one use reward_accuracy")
         return
-    if judge.name == "gold" and (not mini or judge.baseline != "sft" or point.evaluation.prompts_file is not None):
+    if judge.name == "gold" and (not is_mini or judge.baseline != "sft" or point.evaluation.prompts_file is not None):
         raise ConfigError(
             "judge=gold works only with dataset=mini_tldr (it needs the generated ground truth); "
             "use judge=none evaluation=preference, or another judge"
         )
     if judge.baseline is None:
         raise ConfigError(f"judge.baseline is not set: judge={judge.name} needs judge.baseline=FILE, sft or chosen")
-    if judge.baseline == "chosen" and mini:
+    if judge.baseline == "chosen" and is_mini:
         raise ConfigError("judge.baseline=chosen: dataset=mini_tldr has no pairs on its held-out posts; use sft")
     if judge.baseline == "chosen" and point.evaluation.prompts_file is not None:
         raise ConfigError("judge.baseline=chosen: evaluation.prompts_file has no pairs; use a file of answers, or sft")
     for key, file in (("judge.baseline", judge.baseline), ("judge.prompt_file", judge.prompt_file)):
         if file is not None and file not in BASELINES and not Path(file).is_file():
-            others = "; it is sft, chosen or a file of answers" if key == "judge.baseline" else ""
-            raise ConfigError(f"{key}={file}: no such file{others}")
+            choices = "; it is sft, chosen or a file of answers" if key == "judge.baseline" else ""
+            raise ConfigError(f"{key}={file}: no such file{choices}")
     if judge.base_url is not None and not judge.base_url.startswith(("http://", "https://")):
         raise ConfigError(f"judge.base_url={judge.base_url}: must begin with http:// or https://")
     if judge.max_cost is not None and (judge.input_price is None or judge.output_price is None):
