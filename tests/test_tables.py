@@ -226,9 +226,7 @@ def test_reading_rows_reports_progress_after_two_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now[0])
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with Lease(tmp_path) as lease:
-        attempt = Attempt(
-            tmp_path, tmp_path, lease, lambda *report: reports.append(report), "sft", "identity", tmp_path
-        )
+        attempt = Attempt(tmp_path, tmp_path, lease, lambda *row: reports.append(row), "sft", "identity", tmp_path)
 
         def read(count, seconds):
             rows = []

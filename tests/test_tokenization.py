@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from src.config.schema import Dataset, HubTable, Point
-from src.data import mini_tldr
-from src.data import tokenization
+from src.data import mini_tldr, tokenization
 from src.data.rows import Demonstration, Pair, Prompt, parse_demonstration, parse_pair, text_prompt
 from src.data.sources import Hub, JsonLines, MiniTldr, open_source, sample_demonstrations
 from src.data.templates import Template
@@ -21,7 +20,6 @@ from src.planning.identity import ContentPath, ModelInputs, locate
 from src.planning.stage import pair_data, sft_data
 from src.store.attempt import Attempt
 from tests.support import tiny_llama
-
 
 MINI = ModelInputs(ContentPath.of("package://src.data/mini_tldr_base", "model.path"), "plain", "fp32")
 

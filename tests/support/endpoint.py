@@ -77,8 +77,11 @@ class Served:
 
 
 class Proxy:
-    """Forwards requests. Each of `faults` makes the next one fail: a status (429, 500, 401), slow (no answer), cut (half
-    of one), garbage (no JSON), empty (JSON, but no completion)."""
+    """Forwards requests; each of `faults` makes the next one fail.
+
+    A fault is a status (429, 500, 401), slow (no answer), cut (half of one), garbage (no JSON) or empty (JSON, but no
+    completion).
+    """
 
     def __init__(self, port: int) -> None:
         self.upstream, self.faults = port, deque()
