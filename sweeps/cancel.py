@@ -1,4 +1,4 @@
-"""End a sweep's jobs: `python -m sweeps.cancel DIR [--removed]`. What is done stays; the same sweep again goes on."""
+"""Cancel a sweep's jobs: `python -m sweeps.cancel DIR [--removed]`. Finished stages stay; rerun the sweep to resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from launchers.slurm.submit import abandon
 from src.errors import report_errors
 from src.store.lease import Lease
 from src.store.sweep_folder import SweepFolder
-from sweeps.search.record import check_sweep
 
 
 def main() -> int:
@@ -22,13 +21,13 @@ def main() -> int:
     parser.add_argument("--removed", action="store_true", help="only jobs of points the sweep no longer has")
     arguments = parser.parse_args()
     with report_errors():
-        check_sweep(arguments.dir)
-        with Lease(arguments.dir.resolve().parent / ".submitting"):
-            abandon(ledger.submissions(SweepFolder(arguments.dir.resolve())), cluster.queue())
+        folder = SweepFolder.open(arguments.dir.resolve())
+        with Lease(folder.store.sweeps / ".submitting"):
+            abandon(ledger.submissions(folder), cluster.queue())
         picture = look(arguments.dir, patience=0.0)
         if picture.silent:
             raise cluster.SlurmUnavailable(picture.silent)
-        # The aggregation stays, to write down what has become of every point.
+        # The aggregation job stays: it records the final state of every point.
         jobs = (
             list(picture.removed)
             if arguments.removed

@@ -17,12 +17,12 @@ import pandas as pd
 from src.errors import ConfigError, StageError, report_errors
 from src.store.files import atomic_write, read_json, write_json
 from src.store.store import Store
+from src.store.sweep_folder import SweepFolder
 from src.tracking import METRICS_FILE
 from src.tracking.following import logged_in, tracking_of
 from src.tracking.marks import file_of
 from src.tracking.session import Place
 from sweeps.analysis.results import Results, collect
-from sweeps.search.record import check_sweep
 
 DEFINITION, PAGE = "dashboard.json", "dashboard.html"
 
@@ -33,7 +33,7 @@ def write(folder: Path) -> Any:
     from sweeps.wandb.dashboard_definition import define
     from sweeps.wandb.dashboard_page import page
 
-    results = collect([folder])
+    results = collect([SweepFolder(folder)])
     if not (results.points.state == "done").any():
         raise ConfigError(f"{folder}: no point is done yet, so there is nothing to show")
     figures = [path.stem for path in sorted(folder.glob("figures/*.png"))]
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--entity", help="W&B entity; the sweep's own, or your default, when not given")
     arguments = parser.parse_args()
     with report_errors():
-        check_sweep(arguments.dir)
+        SweepFolder.open(arguments.dir)
         dashboard = write(arguments.dir)
         print(f"definition: {arguments.dir / DEFINITION}\npage: {arguments.dir / PAGE}")
         if not arguments.local:

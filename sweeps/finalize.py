@@ -39,7 +39,7 @@ def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
             )
         return
     write_states(folder, record, "aggregating", failures)
-    best = aggregate([path])
+    best = aggregate([folder])
     selected = best_results_in_store(store) | {i for seeds in best.identities for i in seeds}
     apply_retention(store, [point["stages"] for point in points], record["keep_checkpoints"], selected)
     write_states(folder, record, state, failures)  # the final state last, so that waiters find complete results

@@ -1,4 +1,4 @@
-"""How a sweep stands: `python -m sweeps.status DIR [--watch] [--all]`. Exit code 1 when something failed."""
+"""Show the status of a sweep: `python -m sweeps.status DIR [--watch] [--all]`. Exit code 1 when a point failed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rich.console import Console
 from launchers.slurm.status import look
 from launchers.slurm.status_table import render, watch
 from src.errors import report_errors
-from sweeps.search.record import check_sweep
+from src.store.sweep_folder import SweepFolder
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.status", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
-    parser.add_argument("--watch", action="store_true", help="until all its jobs have ended")
-    parser.add_argument("--all", action="store_true", help="every point on a line of its own")
+    parser.add_argument("--watch", action="store_true", help="update until all jobs have ended")
+    parser.add_argument("--all", action="store_true", help="show every point")
     arguments = parser.parse_args()
     with report_errors():
-        check_sweep(arguments.dir)
-        # In a file or a pipe nothing is gained by cutting lines at 80 columns.
+        SweepFolder.open(arguments.dir)
+        # Lines are not wrapped at 80 columns in a file or a pipe.
         console = Console(width=None if sys.stdout.isatty() else 240)
         if arguments.watch:
             picture = watch(arguments.dir, console)

@@ -1,4 +1,4 @@
-"""The sweeper: Hydra's override syntax, plus `beta=grid`, `lr=grid` and `method=all`; every point checked first."""
+"""The sweeper: Hydra's override syntax, plus `beta=grid`, `lr=grid` and `method=all`. Validates all points first."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ from src.planning.plan import make_plan
 from src.preflight import check_input_files
 from src.store.store import Store
 from sweeps.search.search import Search
-from sweeps.search.variants import name_variants, varying_settings
+from sweeps.search.variants import inconsistent_settings, name_variants
 
 GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
-ALL = "method=all"  # every method of the chosen beta_grid
+ALL_METHODS = "method=all"  # every method that the chosen beta_grid lists
 
 
 class GridSweeper(Sweeper):
-    """Expands, composes and checks all points, hands their plan to the launcher, aggregates what came out."""
+    """Expands, composes and validates all points, then runs their search on the launcher."""
 
     def __init__(self, params: DictConfig | None = None, parts: ListConfig | None = None) -> None:
-        """params: overrides of every part, by key; parts: for each part of the sweep those that it has besides, the
-        sweep being their points together."""
+        """Keep the overrides of a named sweep, by key. A sweep is the union of its parts.
+
+        params: overrides of every part; parts: additional overrides of each part.
+        """
         self.params = {} if params is None else {str(k): v for k, v in params.items()}
         self.parts = [{str(k): v for k, v in part.items()} for part in ([{}] if parts is None else parts)]
 
@@ -58,19 +60,19 @@ class GridSweeper(Sweeper):
             raise ConfigError(f"hydra/launcher: {kind} cannot run planned stages; use hydra/launcher=local or slurm")
         overrides = self._merged(arguments)
         points = self._points(overrides)
-        if different := varying_settings(points):
-            raise ConfigError(f"{different[0]}: must be one value for a whole sweep")
+        if inconsistent := inconsistent_settings(points):
+            raise ConfigError(f"{inconsistent[0]}: must be one value for a whole sweep")
         store = Store(points[0].output_dir)
         check_input_files(points)
         plan = make_plan(points, store)
         if len(set(plan.results)) < len(points):
-            # What no result depends on (threads, say) was swept: such points are one.
+            # Points that differ only in what no result depends on (engine.cpu_threads, say) are one point.
             plan = make_plan([plan.points[plan.results.index(r)] for r in dict.fromkeys(plan.results)], store)
         points = plan.points
         name = points[0].sweep.name or f"{points[0].setup.name}-{_digest_of(overrides)}"
         name_variants(points)
         for point in points:
-            point.sweep.name = name  # what trackers group by; no stage depends on it
+            point.sweep.name = name  # trackers group by it; no stage depends on it
         search = Search(plan, store)
         if points[0].dry_run:
             print(search.text())
@@ -78,40 +80,39 @@ class GridSweeper(Sweeper):
         search.run(self.launcher, name, shlex.join(["python", "-m", "src.train", *decode_keywords(sys.argv[1:])]))
 
     def _merged(self, arguments: list[str]) -> list[list[str]]:
-        """hydra.sweeper.params and parts (of +sweep=NAME) as the overrides of each part; those of the command line take
-        the place of either."""
-        given = {override.key_or_group for override in parse_overrides(arguments, self.loader)}
+        """Return the overrides of each part: those of +sweep=NAME, replaced by those of the command line."""
+        replaced = {override.key_or_group for override in parse_overrides(arguments, self.loader)}
         return [
-            [f"{key}={value}" for key, value in (self.params | part).items() if key.lstrip("+~") not in given]
+            [f"{key}={value}" for key, value in (self.params | part).items() if key.lstrip("+~") not in replaced]
             + arguments
             for part in self.parts
         ]
 
     def _points(self, overrides: list[list[str]]) -> list[Point]:
-        points = {repr(point): point for own in overrides for point in expand(own, self.config, self.loader)}
+        points = {repr(point): point for part in overrides for point in expand(part, self.config, self.loader)}
         return list(points.values())
 
 
 def _digest_of(overrides: list[list[str]]) -> str:
-    parts = [sorted(decode_keywords(own)) for own in overrides]
+    parts = [sorted(decode_keywords(part)) for part in overrides]
     return digest(parts[0] if len(parts) == 1 else parts)[:8]
 
 
 def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]:
-    """The points of a sweep, in the order of Hydra's product (last override varies fastest), duplicates once.
+    """Return the points of a sweep in the order of Hydra's product (last override varies fastest), without duplicates.
 
-    One composition per choice of groups; values that vary are then set on it and type-checked by the schema.
-    Raises ConfigError naming the overrides of the first bad point.
+    Each choice of groups is composed once; swept values are then set on the composition and type-checked by the schema.
+    Raises ConfigError naming the overrides of the first invalid point.
     """
-    axes: list[list[str]] = []  # per override: what it may be, as override strings
+    axes: list[list[str]] = []  # per override: its values, as override strings
     implied: set[str] = set()  # methods that only `method=all` names
-    simple: set[str] = set()  # keys whose values can be set one after the other on one composition
+    simple: set[str] = set()  # keys whose values can be set on one composition, one after the other
     for override in parse_overrides(arguments, loader):
         strings = _strings(override)
-        if ALL in strings:
+        if ALL_METHODS in strings:
             every = [f"method={m}" for m in METHODS]
             implied = set(every) - set(strings)
-            strings = list(dict.fromkeys(m for s in strings for m in (every if s == ALL else [s])))
+            strings = list(dict.fromkeys(m for s in strings for m in (every if s == ALL_METHODS else [s])))
         axes.append(strings)
         if _is_simple(override, strings, loader):
             simple.add(override.key_or_group)
@@ -125,7 +126,7 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
         if groups not in composed:
             composed[groups] = _compose(groups, master, loader)
         if not implied.isdisjoint(groups) and composed[groups].method.name not in composed[groups].beta_grid:
-            continue  # a study compares the methods of its beta grid, whatever else there is
+            continue  # method=all means the methods of the beta grid
         for assignment in itertools.product(*(_grid_values(v, composed[groups]) for v in values)):
             point = _set(composed[groups], assignment, combination)
             points.setdefault(repr(point), point)
@@ -135,8 +136,10 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
 
 
 def _is_simple(override: Override, strings: list[str], loader: Any) -> bool:
-    """Whether it sweeps over plain values: not groups, not dicts (which would merge into each other), not the grids
-    (which are read from the composition)."""
+    """Return whether the override sweeps over plain values.
+
+    Not plain are groups, dicts (which would be merged into each other), and the grids, which the composition reads.
+    """
     key = override.key_or_group
     plain = override.type == OverrideType.CHANGE and override.package is None and len(strings) > 1
     grid = key.partition(".")[0] in GRIDS.values()
@@ -153,7 +156,7 @@ def _strings(override: Override) -> list[str]:
         values = [str(v) for v in override.sweep_string_iterator()]
     strings = list(dict.fromkeys(f"{key}={v}" for v in values))
     if not strings:
-        raise ConfigError(f"{override.input_line}: names no values")
+        raise ConfigError(f"{override.input_line}: expands to no values")
     return strings
 
 
@@ -175,7 +178,7 @@ def _grid_values(string: str, cfg: DictConfig) -> list[str]:
     grid = cfg[name].get(method)
     if grid is None:
         raise ConfigError(
-            f"{key}=grid: the chosen {name} has no list for method={method}; give {name}.{method}=[...] or {key}=VALUE"
+            f"{key}=grid: {name} has no list for method={method}; set {name}.{method}=[...] or {key}=VALUE"
         )
     check_grid(name, {method: list(grid)})
     return [f"{key}={v!r}" for v in grid]
@@ -187,6 +190,6 @@ def _set(cfg: DictConfig, assignment: tuple[str, ...], strings: tuple[str, ...])
             OmegaConf.update(cfg, override.key_or_group, override.value())
         return build_point(cfg)
     except CONFIG_ERRORS as error:
-        given = {a.partition("=")[0]: a for a in assignment}
-        used = " ".join(given.get(s.partition("=")[0], s) for s in strings)
-        raise ConfigError(f"{used}: {one_line(error)}") from error
+        assigned = {a.partition("=")[0]: a for a in assignment}
+        overrides = " ".join(assigned.get(s.partition("=")[0], s) for s in strings)
+        raise ConfigError(f"{overrides}: {one_line(error)}") from error

@@ -13,17 +13,17 @@ from src.config.schema import Tracking
 from src.errors import ConfigError, StageError, report_errors
 from src.progress import RunProgress
 from src.store.store import DONE, Store
+from src.store.sweep_folder import SweepFolder
 from src.tracking.following import logged_in, tracking_of
 from src.tracking.mirror import Mirror
 from src.tracking.runs import in_store, of_sweep
 from src.tracking.session import Place
 from src.tracking.sweep import SweepMirror
-from sweeps.search.record import FILE
 
 
 def mirrors_of(folder: Path, project: str | None, entity: str | None) -> list[Mirror | SweepMirror]:
     """Of what a folder has. Raises ConfigError when it is neither a sweep's nor an output_dir."""
-    if (folder / FILE).is_file():
+    if SweepFolder(folder).exists():
         store, own = Store(folder.absolute().parent.parent), tracking_of(folder)
         place = Place(project or own.project, entity or own.entity, "online")
         runs = of_sweep(folder, store)
@@ -33,7 +33,7 @@ def mirrors_of(folder: Path, project: str | None, entity: str | None) -> list[Mi
         place = Place(project or own.project, entity or own.entity, "online")
         results = sorted(done.parent.name for done in (store.root / "evaluate").glob(f"*/{DONE}"))
         return [Mirror(run, store, place) for run in in_store(store, results, None)]
-    raise ConfigError(f"{folder}: no {FILE} and no store there; give a sweep's folder, or an output_dir")
+    raise ConfigError(f"{folder}: no sweep.json and no store there; give a sweep's folder, or an output_dir")
 
 
 def main() -> int:

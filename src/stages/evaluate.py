@@ -17,9 +17,7 @@ from src.planning.resources import Resources
 from src.stages import align, generate
 from src.store.attempt import Attempt
 from src.store.files import read_json, write_json
-from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, STAGE_FILE
-
-SCHEMA = 2  # of result.json and quality.json
+from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, STAGE_FILE
 
 
 def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
@@ -52,7 +50,7 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     lengths = [s["tokens"] for s in samples]
     aligned = read_json(upstream["align"] / STAGE_FILE)["inputs"]
     result = {
-        "schema": SCHEMA,
+        "schema": RESULT_SCHEMA,
         "point": {
             "setup": inputs.setup,
             "method": aligned["method"],

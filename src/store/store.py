@@ -31,6 +31,18 @@ JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, with a judge: verdict and rea
 RUN_CONFIG_FILE = "run_config.json"  # beside stage.json: the resolved config of the run that computed the stage
 SAMPLES_FILE = "samples.jsonl"  # of a generate stage
 METRICS_FILE = "metrics.jsonl"  # of a stage that trains
+RESULT_SCHEMA = 2  # of result.json and quality.json
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Read result.json of an evaluate stage. Raises FileNotFoundError, and ConfigError for another version's."""
+    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_bytes())
+    if result["schema"] != RESULT_SCHEMA:
+        raise ConfigError(
+            f"{folder / RESULT_FILE} was written by another version (schema {result['schema']}, this one reads "
+            f"{RESULT_SCHEMA}): run the sweep again, or use the version that wrote it"
+        )
+    return result
 
 
 def partial_run_id(run: str, stop_fraction: float) -> str:

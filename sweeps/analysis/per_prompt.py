@@ -1,4 +1,4 @@
-"""Quality prompt by prompt, which intervals and paired comparisons stand on."""
+"""Quality per prompt, which intervals and paired comparisons are computed from."""
 
 from __future__ import annotations
 
@@ -19,40 +19,39 @@ if TYPE_CHECKING:
 
 
 class PromptQuality:
-    """What the results of some stores say of each prompt; read when it is asked for."""
+    """Quality of each prompt in the results of some stores; files are read on demand."""
 
     def __init__(self, *stores: Path) -> None:
         self.stores = stores
 
-    def selection(self, rows: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-        """One row for each group of identities, averaged over them (seeds of one point): (rows, prompts) of the prompts
-        that choose hyper-parameters and that all have. Same order in every row."""
-        return self._of(rows, True)
+    def selection(self, groups: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+        """Return (groups, prompts): quality on the selection prompts that all results have, averaged over each group.
 
-    def reporting(self, rows: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-        """The same of the other prompts."""
-        return self._of(rows, False)
+        groups: identities of results, one group per row (the seeds of a point). All rows have the same prompt order.
+        """
+        return self._quality(groups, selection=True)
 
-    def _of(self, rows: Sequence[Sequence[str]], selects: bool) -> NDArray[np.float64]:
-        read = [[self._read(identity, selects) for identity in row] for row in rows]
-        if not read:
+    def reporting(self, groups: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+        """Return the same for the reporting prompts."""
+        return self._quality(groups, selection=False)
+
+    def _quality(self, groups: Sequence[Sequence[str]], selection: bool) -> NDArray[np.float64]:
+        tables = [[self._read(identity, selection) for identity in group] for group in groups]
+        if not tables:
             return np.empty((0, 0))
-        first = read[0][0][0]
-        if all(prompts == first for row in read for prompts, _ in row):  # as it is, unless prompts were dropped
-            return np.array([np.mean([values for _, values in row], axis=0) for row in read])
-        known = [[dict(zip(prompts, values, strict=True)) for prompts, values in row] for row in read]
-        order = sorted(set.intersection(*(set(values) for row in known for values in row)))
-        return np.array([np.mean([[values[i] for i in order] for values in row], axis=0) for row in known])
+        first = tables[0][0][0]
+        if all(prompts == first for table in tables for prompts, _ in table):  # the usual case: no prompt was dropped
+            return np.array([np.mean([values for _, values in table], axis=0) for table in tables])
+        by_prompt = [[dict(zip(prompts, values, strict=True)) for prompts, values in table] for table in tables]
+        common = sorted(set.intersection(*(set(values) for table in by_prompt for values in table)))
+        return np.array([np.mean([[values[i] for i in common] for values in table], axis=0) for table in by_prompt])
 
-    def _read(self, identity: str, selects: bool) -> tuple[list[int], list[float]]:
-        """Prompts and the quality of each, in the order of the result."""
-        found = None
+    def _read(self, identity: str, selection: bool) -> tuple[list[int], list[float]]:
+        """Return the prompts of one split and the quality of each."""
         for store in self.stores:
             path = store / "evaluate" / identity / QUALITY_FILE
             with suppress(FileNotFoundError):
-                found = orjson.loads(path.read_bytes())  # a study may have ten thousand of them
-                break
-        if found is None:
-            raise ConfigError(f"{path} is not there: a result of an earlier version; run the sweep again")
-        own = found["selection"] if selects else [not chosen for chosen in found["selection"]]
-        return list(compress(found["prompts"], own)), list(compress(found["values"], own))
+                quality = orjson.loads(path.read_bytes())  # fast: a sweep may have ten thousand of these files
+                mask = quality["selection"] if selection else [not selects for selects in quality["selection"]]
+                return list(compress(quality["prompts"], mask)), list(compress(quality["values"], mask))
+        raise ConfigError(f"{path} not found: the result was written by an older version; rerun the sweep")

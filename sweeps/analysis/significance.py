@@ -1,4 +1,4 @@
-"""Methods against one another: are pairwise and pointwise ones apart, which two differ, what is on the Pareto front."""
+"""Statistical comparisons of methods: permutation test, paired tests, bootstrap intervals, Pareto front."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-DRAWS = 10_000  # of a bootstrap: the ends of a 95 % interval stand on 250 of them each
-BLOCK = 500  # drawn at once: so many times the prompts in memory
+NUM_RESAMPLES = 10_000  # of a bootstrap: 250 of them lie beyond either end of a 95 % interval
+BLOCK = 500  # resamples drawn at once, which bounds memory
 
 
 def mean_difference_and_p(high: Sequence[float], low: Sequence[float]) -> tuple[float, float]:
-    """Mean of `high` minus mean of `low`, and how often a split of all values into groups of these sizes gives at least
-    as much: the exact one-sided permutation test of arXiv 2502.01237, section 4 (70 splits of eight methods)."""
+    """Return mean(high) - mean(low) and the p-value of the exact one-sided permutation test.
+
+    p is the fraction of splits of all values into groups of these sizes whose difference is at least as large
+    (arXiv 2502.01237, section 4: 70 splits of eight methods).
+    """
     from scipy.stats import permutation_test
 
     def difference(a: NDArray[np.float64], b: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
@@ -38,8 +41,10 @@ def mean_difference_and_p(high: Sequence[float], low: Sequence[float]) -> tuple[
 
 
 def pairwise_against_pointwise(best: pd.DataFrame) -> pd.DataFrame:
-    """One row per setup, init and variant in which there are two methods of each kind at least: mean quality_reporting
-    of the pairwise ones minus that of the pointwise ones, and p of the permutation test. best: of best_points."""
+    """Compare the kinds of methods: mean quality_reporting of pairwise minus pointwise ones, and the permutation test's p.
+
+    Return one row per setup, init and variant with at least two methods of each kind. best: of select_points.
+    """
     rows = []
     for key, group in best.groupby(["setup", "init", "variant"], sort=False, dropna=False):
         kinds = {kind: group.quality_reporting[group.kind == kind].tolist() for kind in ("pairwise", "pointwise")}
@@ -53,7 +58,7 @@ def pairwise_against_pointwise(best: pd.DataFrame) -> pd.DataFrame:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted for asking so many questions at once (Holm 1979): reject what is below the level you want."""
+    """Return p-values adjusted for multiple comparisons (Holm 1979): reject those below the chosen level."""
     order = np.argsort(p_values, kind="stable")
     adjusted = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
     result = np.empty(len(order))
@@ -61,28 +66,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return result.tolist()
 
 
-def bootstrap_means(values: NDArray[np.float64], seed: int = 0, draws: int = DRAWS) -> NDArray[np.float64]:
-    """(rows, prompts) -> (draws, rows): means over prompts drawn with replacement, the same ones for every row, which
-    keeps rows paired: a column minus another is the bootstrap of their difference."""
+def bootstrap_means(
+    values: NDArray[np.float64], seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> NDArray[np.float64]:
+    """Return (num_resamples, rows): means over prompts drawn with replacement. values: (rows, prompts).
+
+    All rows share the drawn prompts, so the difference of two columns is the paired bootstrap of their difference.
+    """
     generator, prompts = np.random.default_rng(seed), values.shape[1]
     means = []
-    for begin in range(0, draws, BLOCK):
-        count = min(BLOCK, draws - begin)
+    for start in range(0, num_resamples, BLOCK):
+        count = min(BLOCK, num_resamples - start)
         drawn = generator.integers(prompts, size=(count, prompts))
-        drawn += prompts * np.arange(count)[:, None]  # a bin for each prompt of each draw
-        times = np.bincount(drawn.ravel(), minlength=count * prompts).reshape(count, prompts)
-        means.append(times @ values.T / prompts)
+        drawn += prompts * np.arange(count)[:, None]  # a bin for each prompt of each resample
+        weights = np.bincount(drawn.ravel(), minlength=count * prompts).reshape(count, prompts)
+        means.append(weights @ values.T / prompts)
     return np.concatenate(means)
 
 
 def interval(means: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of (draws,) bootstrap means."""
+    """Return the percentile interval of (num_resamples,) bootstrap means."""
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def paired_p(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Of the two-sided paired t-test over prompts; 1 where nothing differs."""
+    """Return p of the two-sided paired t-test over prompts; 1 when all differences are 0."""
     from scipy.stats import ttest_rel
 
     difference = a - b
@@ -90,8 +99,10 @@ def paired_p(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 
 def paired_differences(names: Sequence[str], values: NDArray[np.float64]) -> pd.DataFrame:
-    """Every row against every other on the same prompts: mean difference, bootstrap interval, p of the paired t-test,
-    and that p adjusted by Holm over all pairs. values: (rows, prompts)."""
+    """Compare every two rows on the same prompts: mean difference, bootstrap interval, p of the paired t-test.
+
+    `p_holm` is p adjusted by Holm over all pairs. values: (rows, prompts).
+    """
     means, rows = bootstrap_means(values), []
     for i, j in combinations(range(len(names)), 2):
         low, high = interval(means[:, i] - means[:, j])
@@ -102,8 +113,10 @@ def paired_differences(names: Sequence[str], values: NDArray[np.float64]) -> pd.
 
 
 def on_pareto_front(quality: Sequence[float], kl: Sequence[float]) -> list[bool]:
-    """Of each point: does no other have at least its quality for at most its KL, and more of one? Not-a-number is never
-    on the front."""
+    """Return for each point whether it is Pareto-optimal: no other has quality >= and KL <=, with one of them strict.
+
+    A point with NaN is never on the front.
+    """
     q, k = np.asarray(quality, float), np.asarray(kl, float)
-    beaten = (q[None] >= q[:, None]) & (k[None] <= k[:, None]) & ((q[None] > q[:, None]) | (k[None] < k[:, None]))
-    return (~beaten.any(1) & np.isfinite(q) & np.isfinite(k)).tolist()
+    dominated = (q[None] >= q[:, None]) & (k[None] <= k[:, None]) & ((q[None] > q[:, None]) | (k[None] < k[:, None]))
+    return (~dominated.any(1) & np.isfinite(q) & np.isfinite(k)).tolist()

@@ -1,4 +1,4 @@
-"""What the chosen points say to the same prompts, beside the baseline and with the judge's reason."""
+"""Responses of the selected points to the same prompts, with the baseline's response and the judge's reasons."""
 
 from __future__ import annotations
 
@@ -15,51 +15,53 @@ from src.store.store import JUDGEMENTS_FILE, QUALITY_FILE, SAMPLES_FILE
 from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
 
-PROMPTS = 6
-LONGEST = 4000  # characters of a prompt or response that a page shows
+NUM_PROMPTS = 6
+MAX_CHARS = 4000  # of a prompt or response on a page
 
 
 @dataclass
 class Example:
-    """One prompt; responses: (method, text, verdict or None, reason), the baseline's first where there is one."""
+    """One prompt; responses: (method, text, verdict or None, reason), the baseline's first if there is one."""
 
     prompt: str
     responses: list[tuple[str, str, float | None, str]]
 
 
 def examples(results: Results, best: pd.DataFrame) -> dict[tuple[str, ...], list[Example]]:
-    """Setup, init, variant -> the first prompts that all its chosen points have samples for; where points were chosen
-    by what a judge says of prompts, of those that had no part in that."""
-    found = {}
+    """Return (setup, init, variant) -> the first prompts for which all its selected points have samples.
+
+    Where points were selected by win rate, these are reporting prompts.
+    """
+    table = {}
     for key, group in best.groupby(GROUP, sort=False, dropna=False):
-        own = [_of(results, row["identities"][0], row["metric"]) for row in group.to_dict("records")]
-        common = [index for index in own[0] if all(index in other for other in own)][:PROMPTS]
+        samples = [_samples(results, row["identities"][0], row["metric"]) for row in group.to_dict("records")]
+        common = [index for index in samples[0] if all(index in other for other in samples)][:NUM_PROMPTS]
         methods = group.method.tolist()
-        found[tuple(map(str, key))] = [_example(methods, [rows[index] for rows in own]) for index in common]
-    return found
+        table[tuple(map(str, key))] = [_example(methods, [rows[index] for rows in samples]) for index in common]
+    return table
 
 
 def _example(methods: list[str], rows: list[dict[str, Any]]) -> Example:
     baseline = rows[0].get("baseline")
-    first = [("baseline", _cut(baseline), None, "")] if baseline is not None else []
+    first = [("baseline", _truncate(baseline), None, "")] if baseline is not None else []
     others = [
-        (method, _cut(row["response"]), row.get("verdict"), row.get("reason", ""))
+        (method, _truncate(row["response"]), row.get("verdict"), row.get("reason", ""))
         for method, row in zip(methods, rows, strict=True)
     ]
-    return Example(_cut(rows[0]["prompt"]), first + others)
+    return Example(_truncate(rows[0]["prompt"]), first + others)
 
 
-def _of(results: Results, result: str, metric: str) -> dict[int, dict[str, Any]]:
-    """Prompt -> the sample of the point with this result, and what was judged of it; the first prompts, in order."""
+def _samples(results: Results, result: str, metric: str) -> dict[int, dict[str, Any]]:
+    """Return index of the prompt -> the point's sample with its verdict and reason, for the first prompts in order."""
     folder, samples = results.artifacts(result, "evaluate"), results.artifacts(result, "generate")
     assert folder is not None and samples is not None
     judged = {row["index"]: row for row in _rows(folder / JUDGEMENTS_FILE, None)}
-    chose: set[int] = set()
+    selection: set[int] = set()
     if metric == "win_rate":
         quality = read_json(folder / QUALITY_FILE)
-        chose = {i for i, selects in zip(quality["prompts"], quality["selection"], strict=True) if selects}
-    rows = _rows(samples / SAMPLES_FILE, 6 * PROMPTS)
-    return {row["index"]: row | judged.get(row["index"], {}) for row in rows if row["index"] not in chose}
+        selection = {i for i, selects in zip(quality["prompts"], quality["selection"], strict=True) if selects}
+    rows = _rows(samples / SAMPLES_FILE, 6 * NUM_PROMPTS)
+    return {row["index"]: row | judged.get(row["index"], {}) for row in rows if row["index"] not in selection}
 
 
 def _rows(file: Path, count: int | None) -> list[dict[str, Any]]:
@@ -69,5 +71,5 @@ def _rows(file: Path, count: int | None) -> list[dict[str, Any]]:
         return [json.loads(line) for line in islice(handle, count)]
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} […]"
+def _truncate(text: str) -> str:
+    return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]} […]"

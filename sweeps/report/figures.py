@@ -19,207 +19,226 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from src.methods import METHODS
 from src.planning.identity import digest
-from src.tracking import METRICS_FILE
-from sweeps.analysis.selection import GROUP, per_beta
+from src.store.store import METRICS_FILE
+from sweeps.analysis.selection import GROUP, best_lr_per_beta
 from sweeps.analysis.significance import on_pareto_front
 from sweeps.report.graphics import Drawing
-from sweeps.report.plot_style import KINDS, NAMES, REACH, STYLES, plain, quality_of, tip_of
+from sweeps.report.plot_style import KINDS, NAMES, STYLES, Z95, metric_label, style_axes, tooltip
 from sweeps.report.side_by_side import side_by_side
 
-TICKS = 12  # of either side of a heat map: above that not every value is written beside it
-CELLS = 60  # of a heat map: above that numbers would not fit
-LONGEST = 150  # characters of a file's stem
-BINS = 200  # of a training curve: so many of its steps are told apart
-SMOOTH = 10  # a training curve is the mean over this share of its steps around each
+MAX_TICKS = 12  # on either axis of a heat map; with more values only some are labeled
+MAX_NUMBERS = 60  # cells of a heat map that show their value; more would not fit
+MAX_STEM = 150  # characters of a file name
+CURVE_BINS = 200  # points of a training curve
+SMOOTHING = 10  # a training curve is the running mean over this fraction of its points: a tenth
 
 
-def draw(seeds: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
-    """Every figure of every setup, init and variant. seeds: of over_seeds; best: of held_out.with_intervals."""
-    rows = per_beta(seeds)
-    for setup, own in best.groupby("setup", sort=False):
-        if len(own[GROUP].drop_duplicates()) > 1:
-            yield side_by_side(str(setup), own)
-    for key, own in rows.groupby(GROUP, sort=False, dropna=False):
+def draw(averages: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
+    """Yield every figure of every setup, init and variant. averages: of average_seeds; best: of with_intervals."""
+    per_beta = best_lr_per_beta(averages)
+    for setup, rows in best.groupby("setup", sort=False):
+        if len(rows[GROUP].drop_duplicates()) > 1:
+            yield side_by_side(str(setup), rows)
+    for key, rows in per_beta.groupby(GROUP, sort=False, dropna=False):
         setup, init, variant = map(str, key)
         parts = [setup, *([] if init == "sft" else [init]), *([variant] if variant else [])]
         stem, name = "_".join(re.sub(r"[^\w.=-]+", "_", part) for part in parts), ", ".join(parts)
-        if len(stem) > LONGEST:  # of several with the same beginning
-            stem = f"{stem[:LONGEST]}_{digest(parts)[:8]}"
-        chosen = best[(best[GROUP] == list(key)).all(axis=1)]
-        yield over_beta(stem, name, own, chosen)
-        yield over_kl(stem, name, own, chosen)
-        study = seeds[(seeds[GROUP] == list(key)).all(axis=1)]
-        if study.groupby("method").lr.nunique().max() > 1:
-            yield over_both(stem, name, study, chosen)
-        if curves := _curves(chosen):
+        if len(stem) > MAX_STEM:  # several may start with the same characters
+            stem = f"{stem[:MAX_STEM]}_{digest(parts)[:8]}"
+        selected = best[(best[GROUP] == list(key)).all(axis=1)]
+        yield quality_over_beta(stem, name, rows, selected)
+        yield quality_over_kl(stem, name, rows, selected)
+        grid = averages[(averages[GROUP] == list(key)).all(axis=1)]
+        if grid.groupby("method").lr.nunique().max() > 1:
+            yield heat_map(stem, name, grid, selected)
+        if curves := _training_curves(selected):
             yield training(stem, name, curves)
 
 
-def over_beta(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
-    """A panel a method, since each has a beta range of its own; pairwise above pointwise, one quality axis."""
-    title = f"{name}: quality over beta, best lr of each; ring: chosen on the selection prompts"
+def quality_over_beta(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
+    """Draw one panel per method, since each has its own range of beta; all panels share the quality axis."""
+    title = f"{name}: {metric_label(rows)} over beta, each at its best lr (ring: selected on the selection split)"
     fig, panels = _panels(rows, 2.7)
     drawing = Drawing(f"{stem}_quality_over_beta", title, fig)
     for method, ax in panels.items():
-        _line(drawing, ax, rows[rows.method == method], best, method, "beta")
+        _plot_line(drawing, ax, rows[rows.method == method], best, method, "beta")
         ax.set_title(NAMES[method])
         ax.set_xlabel("beta")
-    _label_rows(panels, f"{quality_of(rows)}, 95 %")
+    _label_rows(panels, _quality_label(rows))
     return drawing
 
 
-def over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
-    """Pairwise beside pointwise, one point a beta; the Pareto front of each kind."""
-    title = f"{name}: quality over KL, one point a beta; dashed: Pareto front of the kind; ring: chosen"
+def quality_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
+    """Draw pairwise and pointwise methods in one panel each, with the Pareto front of the kind."""
+    title = (
+        f"{name}: {metric_label(rows)} over KL, one point per beta (dashed: Pareto front of the kind; ring: selected)"
+    )
     kinds = [kind for kind in KINDS if kind in set(rows.kind)]
     fig = Figure(figsize=(max(7.5, 5.2 * len(kinds)), 4.4), layout="constrained")
     drawing = Drawing(f"{stem}_quality_over_kl", title, fig)
     grid = fig.subplots(1, len(kinds), sharey=True, sharex=True, squeeze=False)
     for ax, kind in zip(grid[0], kinds, strict=True):
-        own = rows[rows.kind == kind].sort_values("kl_sequence")
-        front = own[on_pareto_front(own.quality_reporting.tolist(), own.kl_sequence.tolist())]
+        of_kind = rows[rows.kind == kind].sort_values("kl_sequence")
+        front = of_kind[on_pareto_front(of_kind.quality_reporting.tolist(), of_kind.kl_sequence.tolist())]
         front = front[front.kl_sequence > 0]
         ax.plot(
             front.kl_sequence, front.quality_reporting, "--", color="#808080", linewidth=1.6, drawstyle="steps-post"
         )
-        for method, line in own.sort_values("beta").groupby("method", sort=False):
-            _line(drawing, ax, line, best, str(method), "kl_sequence")
+        for method, line in of_kind.sort_values("beta").groupby("method", sort=False):
+            _plot_line(drawing, ax, line, best, str(method), "kl_sequence")
         ax.set_title(kind)
-        ax.set_xlabel("KL to the initial checkpoint, nats a sequence")
+        ax.set_xlabel("KL(policy || initial policy), nats per sequence")
         ax.legend(frameon=False, loc="lower right")
-    grid[0][0].set_ylabel(f"{quality_of(rows)}, 95 %")
+    grid[0][0].set_ylabel(_quality_label(rows))
     return drawing
 
 
-def over_both(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
-    """What choosing saw: quality on the selection prompts at every beta and lr."""
-    title = f"{name}: {quality_of(rows)} on the selection prompts; frame: chosen"
+def heat_map(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
+    """Draw the selection metric over (beta, lr), one panel per method."""
+    title = f"{name}: {metric_label(rows)} on the selection split (frame: selected)"
     fig, panels = _panels(rows, 2.9, share=False)
     drawing = Drawing(f"{stem}_lr_and_beta", title, fig)
     values = rows.quality_selection
-    scale, colours = Normalize(values.min(), values.max()), matplotlib.colormaps["cividis"]
-    told = len(rows) <= 10 * CELLS
+    norm = Normalize(values.min(), values.max())
+    has_tooltips = len(rows) <= 10 * MAX_NUMBERS  # one SVG element per cell; an image for larger grids
     for method, ax in panels.items():
-        own, taken = rows[rows.method == method], best[best.method == method]
-        frames = set(zip(taken.beta, taken.lr, strict=True))
-        betas, lrs = sorted(own.beta.unique()), sorted(own.lr.unique())
-        if not told:
-            table = own.pivot(index="lr", columns="beta", values="quality_selection")
-            ax.imshow(table, cmap=colours, norm=scale, aspect="auto", origin="lower", interpolation="nearest")
-        for row in own.to_dict("records"):
-            x, y, value = betas.index(row["beta"]), lrs.index(row["lr"]), row["quality_selection"]
-            chosen = (row["beta"], row["lr"]) in frames
-            if told or chosen:
-                cell = Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colours(scale(value)))
-                cell.set_gid(drawing.tip(tip_of(row, "quality_selection")))
-                if chosen:
-                    cell.set(edgecolor="#D55E00", linewidth=2.5, zorder=3)
-                ax.add_patch(cell)
-            if len(betas) * len(lrs) <= CELLS:
-                # White and near-black are written as colours that a page in the dark leaves as they are.
-                colour = "#fefefe" if scale(value) < 0.5 else "#010101"
-                ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour, zorder=4)
-        ax.set(xlim=(-0.5, len(betas) - 0.5), ylim=(-0.5, len(lrs) - 0.5), title=NAMES[method], xlabel="beta")
-        for axis, named, turned in ((ax.xaxis, betas, 45), (ax.yaxis, lrs, 0)):
-            shown = range(0, len(named), math.ceil(len(named) / TICKS))
-            axis.set_ticks(shown, [f"{named[i]:g}" for i in shown], rotation=turned, fontsize=8)
-        ax.spines[:].set_visible(False)
+        selected = best[best.method == method]
+        frames = set(zip(selected.beta, selected.lr, strict=True))
+        _plot_heat_map(drawing, ax, rows[rows.method == method], frames, norm, has_tooltips)
+        ax.set_title(NAMES[method])
     _label_rows(panels, "lr")
     return drawing
 
 
+def _plot_heat_map(
+    drawing: Drawing, ax: Axes, rows: pd.DataFrame, frames: set[tuple[float, float]], norm: Normalize, tooltips: bool
+) -> None:
+    """Plot the cells of one method; frames: (beta, lr) of the selected points."""
+    betas, lrs, cmap = sorted(rows.beta.unique()), sorted(rows.lr.unique()), matplotlib.colormaps["cividis"]
+    if not tooltips:
+        table = rows.pivot(index="lr", columns="beta", values="quality_selection")
+        ax.imshow(table, cmap=cmap, norm=norm, aspect="auto", origin="lower", interpolation="nearest")
+    for row in rows.to_dict("records"):
+        x, y, value = betas.index(row["beta"]), lrs.index(row["lr"]), row["quality_selection"]
+        is_selected = (row["beta"], row["lr"]) in frames
+        if tooltips or is_selected:
+            cell = Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=cmap(norm(value)))
+            cell.set_gid(drawing.add_tooltip(tooltip(row, "quality_selection")))
+            if is_selected:
+                cell.set(edgecolor="#D55E00", linewidth=2.5, zorder=3)
+            ax.add_patch(cell)
+        if len(betas) * len(lrs) <= MAX_NUMBERS:
+            # Not exactly white and black, which a page in dark mode replaces.
+            color = "#fefefe" if norm(value) < 0.5 else "#010101"
+            ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color, zorder=4)
+    ax.set(xlim=(-0.5, len(betas) - 0.5), ylim=(-0.5, len(lrs) - 0.5), xlabel="beta")
+    for axis, ticks, rotation in ((ax.xaxis, betas, 45), (ax.yaxis, lrs, 0)):
+        labeled = range(0, len(ticks), math.ceil(len(ticks) / MAX_TICKS))
+        axis.set_ticks(labeled, [f"{ticks[i]:g}" for i in labeled], rotation=rotation, fontsize=8)
+    ax.spines[:].set_visible(False)
+
+
 def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
-    """Of the chosen points: how much of its fall the loss has behind it, and how often the method's score was right."""
-    title = f"{name}: training of the chosen points, running means over a tenth of it"
+    """Draw loss and reward accuracy of the selected points over training."""
+    title = f"{name}: training of the selected points (running means over a tenth of the steps)"
     fig = Figure(figsize=(10.4, 3.9), layout="constrained")
     drawing = Drawing(f"{stem}_training", title, fig)
-    for ax, column, label in zip(
-        fig.subplots(1, 2),
-        ("loss", "rewards/accuracies"),
-        ("loss: fall from its start (0) to its least (1)", "reward accuracy on training pairs"),
-        strict=True,
-    ):
+    loss_label = "relative loss: first step 1, minimum 0"
+    accuracy_label = "reward accuracy on training pairs"
+    columns = (("loss", loss_label), ("rewards/accuracies", accuracy_label))
+    for ax, (column, label) in zip(fig.subplots(1, 2), columns, strict=True):
         for method, curve in curves.items():
-            colour, marker = STYLES[method]
+            color, marker = STYLES[method]
             values = curve[column]
             if column == "loss":
-                # Losses of eight methods have no common unit, and some are negative.
-                reach = values.iloc[0] - values.min()
-                values = (values.iloc[0] - values) / reach if reach > 0 else 0 * values
+                # The losses of the methods have different scales, and some are negative.
+                drop = values.iloc[0] - values.min()
+                values = (values - values.min()) / drop if drop > 0 else 0 * values + 1
             style = "-" if METHODS[method].kind == "pairwise" else "--"
             every = max(1, len(curve) // 6)
+            text = f"{NAMES[method]}: {column}, last {curve[column].iloc[-1]:.4g}"
             ax.plot(
-                curve.step, values, style, color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.3
-            )
-            ax.lines[-1].set_label(NAMES[method])
-            ax.lines[-1].set_gid(
-                drawing.tip(f"{NAMES[method]}: {label.partition(':')[0]}, last {curve[column].iloc[-1]:.4g}")
+                curve.step,
+                values,
+                style,
+                color=color,
+                marker=marker,
+                markevery=every,
+                markersize=4,
+                linewidth=1.3,
+                label=NAMES[method],
+                gid=drawing.add_tooltip(text),
             )
         ax.set(xlabel="step", ylabel=label)
-        plain(ax)
+        style_axes(ax)
     fig.axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="dashed: pointwise")
     return drawing
 
 
-def _curves(best: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Metrics of alignment of each chosen point (of its first seed), smoothed, by method."""
+def _training_curves(best: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return method -> smoothed alignment metrics of its selected point, of the first seed."""
     curves: dict[str, pd.DataFrame] = {}
     for row in best.to_dict("records"):
         path = Path(row["checkpoint"]) / METRICS_FILE
         lines = [json.loads(line) for line in path.open()] if path.exists() else []
         frame = pd.DataFrame(lines, columns=["step", "loss", "rewards/accuracies"]).dropna()
         if len(frame) > 1:
-            frame = frame.groupby(np.arange(len(frame)) * BINS // max(len(frame), BINS)).mean()
-            curves[row["method"]] = frame.rolling(len(frame) // SMOOTH + 1, min_periods=1, center=True).mean()
+            frame = frame.groupby(np.arange(len(frame)) * CURVE_BINS // max(len(frame), CURVE_BINS)).mean()
+            curves[row["method"]] = frame.rolling(len(frame) // SMOOTHING + 1, min_periods=1, center=True).mean()
     return curves
 
 
+def _quality_label(rows: pd.DataFrame) -> str:
+    return f"{metric_label(rows)} (95 % interval)"
+
+
 def _panels(rows: pd.DataFrame, height: float, share: bool = True) -> tuple[Figure, dict[str, Axes]]:
-    """An axes a method: pairwise methods above, pointwise below."""
+    """Return a figure with one axes per method: pairwise methods in the first row, pointwise ones in the second."""
     methods = [[m for m in METHODS if m in set(rows.method) and METHODS[m].kind == kind] for kind in KINDS]
-    methods = [own for own in methods if own]
+    methods = [of_kind for of_kind in methods if of_kind]
     columns = max(map(len, methods))
     fig = Figure(figsize=(max(6, 2.7 * columns), height * len(methods) + 0.6), layout="constrained")
     grid = fig.subplots(len(methods), columns, sharey=share, squeeze=False)
     panels: dict[str, Axes] = {}
-    for axes, own in zip(grid, methods, strict=True):
-        panels |= dict(zip(own, axes, strict=False))
-        for ax in axes[len(own) :]:
+    for axes, of_kind in zip(grid, methods, strict=True):
+        panels |= dict(zip(of_kind, axes, strict=False))
+        for ax in axes[len(of_kind) :]:
             ax.set_visible(False)
     return fig, panels
 
 
 def _label_rows(panels: dict[str, Axes], label: str) -> None:
-    seen = set()
+    """Label the y axis of the first panel of each kind."""
+    labeled = set()
     for method, ax in panels.items():
-        if (kind := METHODS[method].kind) not in seen:
+        if (kind := METHODS[method].kind) not in labeled:
             ax.set_ylabel(f"{kind}\n{label}")
-            seen.add(kind)
+            labeled.add(kind)
 
 
-def _line(drawing: Drawing, ax: Axes, line: pd.DataFrame, best: pd.DataFrame, method: str, x: str) -> None:
-    colour, marker = STYLES[method]
+def _plot_line(drawing: Drawing, ax: Axes, line: pd.DataFrame, best: pd.DataFrame, method: str, x: str) -> None:
+    """Plot quality_reporting of one method over the column `x`, with error bars and a ring around the selected point."""
+    color, marker = STYLES[method]
     ax.set_xscale("log")
-    plain(ax)
+    style_axes(ax)
     ax.xaxis.set_major_locator(LogLocator(numticks=4))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    # A KL estimate of a barely moved policy can be below zero, which a log axis cannot show.
+    # The KL estimate of a policy that barely moved can be negative, which a log axis cannot show.
     line = line[line[x] > 0]
-    over_kl = x == "kl_sequence"
     ax.errorbar(
         line[x],
         line.quality_reporting,
-        yerr=REACH * line.quality_reporting_se,
-        xerr=(REACH * line.kl_sequence_se).clip(upper=0.9 * line[x]) if over_kl else None,
-        color=colour,
+        yerr=Z95 * line.quality_reporting_se,
+        xerr=(Z95 * line.kl_sequence_se).clip(upper=0.9 * line[x]) if x == "kl_sequence" else None,
+        color=color,
         linewidth=1.5,
         elinewidth=1,
         capsize=2,
     )
     for row in line.to_dict("records"):
-        tip = tip_of(row, "quality_reporting")
-        drawing.mark(ax, row[x], row["quality_reporting"], tip, color=colour, marker=marker, markersize=6)
-    ax.plot([], [], color=colour, marker=marker, label=NAMES[method])
-    chosen = best[(best.method == method) & (best[x] > 0)]
-    ax.plot(chosen[x], chosen.quality_reporting, "o", markersize=13, markerfacecolor="none", markeredgecolor=colour)
+        text = tooltip(row, "quality_reporting")
+        drawing.plot_mark(ax, row[x], row["quality_reporting"], text, color=color, marker=marker, markersize=6)
+    ax.plot([], [], color=color, marker=marker, label=NAMES[method])
+    selected = best[(best.method == method) & (best[x] > 0)]
+    ax.plot(selected[x], selected.quality_reporting, "o", markersize=13, markerfacecolor="none", markeredgecolor=color)

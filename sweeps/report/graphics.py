@@ -1,4 +1,4 @@
-"""A figure as files, and as a part of a page: that page's colours, and a tip at each mark."""
+"""A figure as PNG and SVG files, and as an inline SVG in the colors of its page, with tooltips."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_TIP = "tip-"
-_LETTERS = 11  # of a title, that go into an inch
+_GID = "tooltip-"
+_CHARS_PER_INCH = 11  # of a title
 
 
 @dataclass
 class Drawing:
-    """name: stem of its files. title: what a reader is told it shows."""
+    """A figure with its title and tooltips; name: stem of its files."""
 
     name: str
     title: str
     figure: Figure
-    tips: list[str] = field(default_factory=list)
+    tooltips: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.figure.suptitle(textwrap.fill(self.title, round(_LETTERS * self.figure.get_figwidth())))
+        self.figure.suptitle(textwrap.fill(self.title, round(_CHARS_PER_INCH * self.figure.get_figwidth())))
 
-    def mark(self, ax: Axes, x: float, y: float, tip: str, **style: Any) -> None:
-        """One mark that says `tip` when somebody points at it."""
-        ax.plot([x], [y], gid=self.tip(tip), linestyle="none", **style)
+    def plot_mark(self, ax: Axes, x: float, y: float, tooltip: str, **style: Any) -> None:
+        """Plot one marker with a tooltip."""
+        ax.plot([x], [y], gid=self.add_tooltip(tooltip), linestyle="none", **style)
 
-    def tip(self, text: str) -> str:
-        """The gid of an artist that says this."""
-        self.tips.append(text)
-        return f"{_TIP}{len(self.tips) - 1}"
+    def add_tooltip(self, text: str) -> str:
+        """Return the gid for an artist to have this tooltip."""
+        self.tooltips.append(text)
+        return f"{_GID}{len(self.tooltips) - 1}"
 
     def save(self, folder: Path) -> str:
-        """NAME.png and NAME.svg. Returns the SVG as a page takes it in."""
+        """Write NAME.png and NAME.svg, and return the SVG for a page."""
         svg = self._svg()
         (folder / f"{self.name}.svg").write_text(svg)
         self.figure.savefig(folder / f"{self.name}.png", dpi=150)
         return self._inline(svg)
 
     def inline(self) -> str:
-        """The SVG as a page takes it in, and no file."""
+        """Return the SVG for a page without writing a file."""
         return self._inline(self._svg())
 
     def _svg(self) -> str:
-        logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache
+        logging.getLogger("matplotlib").setLevel(logging.WARNING)  # matplotlib logs that it builds its font cache
         layout = self.figure.get_layout_engine()
         if layout is not None:
             layout.execute(self.figure)
-            self.figure.set_layout_engine("none")  # it would find the same places again for each format
-        # Text stays text, which is small and can be searched. Fixed salt and no date: same results, same bytes.
+            self.figure.set_layout_engine("none")  # not again for each format
+        # Text stays text: small and searchable. With a fixed salt and no date the same results give the same bytes.
         with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
             text = StringIO()
             self.figure.savefig(text, format="svg", metadata={"Date": None})
@@ -67,13 +67,13 @@ class Drawing:
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = svg.replace("#000000", "currentColor").replace("fill: #ffffff", "fill: none")
-        svg = re.sub(rf'<g id="{_TIP}(\d+)"', self._with_tip, svg)
-        # A page has several figures, and matplotlib numbers the parts of each from one.
+        svg = re.sub(rf'<g id="{_GID}(\d+)"', self._with_tooltip, svg)
+        # matplotlib numbers the elements of every figure from one, but ids must be unique on a page.
         svg = re.sub(r'<g id="[\w.]+_\d+"', "<g", svg)
         size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
         assert size is not None
         label = html.escape(self.title, quote=True)
         return svg.replace(size[0], f'role="img" aria-label="{label}" style="width: {float(size[1]) * 4 / 3:.0f}px"', 1)
 
-    def _with_tip(self, match: re.Match[str]) -> str:
-        return f'<g class="mark" tabindex="0" data-tip="{html.escape(self.tips[int(match[1])], quote=True)}"'
+    def _with_tooltip(self, match: re.Match[str]) -> str:
+        return f'<g class="mark" tabindex="0" data-tip="{html.escape(self.tooltips[int(match[1])], quote=True)}"'

@@ -1,4 +1,4 @@
-"""How methods look in every figure and are called in every table, and what marks say."""
+"""Plot style: color, marker and display name of each method; tooltip text."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from src.methods import METHODS
 
 KINDS = ("pairwise", "pointwise")
 NAMES = {method: spec.name for method, spec in METHODS.items()}
-# One colour and marker a method in every figure (Okabe-Ito: told apart by colour-blind readers too). One more marker
-# than colours: no pair of them comes twice within a kind before the 43rd method.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# A method has the same color and marker in every figure; the Okabe-Ito palette is safe for color-blind readers. With one
+# more marker than colors, no combination repeats within a kind before the 43rd method.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = {
-    method: (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)])
+    method: (COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)])
     for kind in KINDS
-    for place, method in enumerate(m for m in METHODS if METHODS[m].kind == kind)
+    for index, method in enumerate(m for m in METHODS if METHODS[m].kind == kind)
 }
-REACH = 1.96  # standard errors to either end of a 95 % interval
+Z95 = 1.96  # a 95 % interval is the mean +- Z95 standard errors
 
 
-def quality_of(rows: pd.DataFrame) -> str:
+def metric_label(rows: pd.DataFrame) -> str:
+    """Return the metric of the rows as an axis label, such as `win rate`."""
     return str(rows.metric.iloc[0]).replace("_", " ")
 
 
-def plain(ax: Axes) -> None:
+def style_axes(ax: Axes) -> None:
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def tip_of(row: dict[Hashable, Any], quality: str) -> str:
-    """What a mark says: which point it is, its quality (the column of that name) and KL. row: of over_seeds."""
+def tooltip(row: dict[Hashable, Any], quality: str) -> str:
+    """Return the hyper-parameters of a point, its quality (the column of that name) and KL. row: of average_seeds."""
     error = row[f"{quality}_se"]
-    known = "" if pd.isna(error) else f" ± {REACH * error:.3f}"
-    where = f"{NAMES[row['method']]}, beta {row['beta']:g}, lr {row['lr']:g}"
-    return f"{where}\n{row[quality]:.3f}{known}, KL {row['kl_sequence']:.2f}"
+    margin = "" if pd.isna(error) else f" ± {Z95 * error:.3f}"
+    point = f"{NAMES[row['method']]}, beta {row['beta']:g}, lr {row['lr']:g}"
+    return f"{point}\n{row[quality]:.3f}{margin}, KL {row['kl_sequence']:.2f}"

@@ -1,4 +1,4 @@
-"""The tables of a sweep as people read them: on the terminal, as Markdown, CSV and LaTeX."""
+"""The tables of a sweep: on the terminal, as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from rich.table import Table
 from sweeps.analysis.selection import GROUP
 from sweeps.report.plot_style import NAMES
 
-LEVEL = 0.05  # two methods are tied unless Holm's p of their difference is below
-NARROW = ("KL / sequence", "Shortlist", "To top")  # columns that a narrow terminal goes without, in this order
-CAPTION = """chosen on one half of the prompts, measured on the other (95 % interval)
-shortlist: points that cannot be told from the best one
-tied: cannot be told from the top method (paired t-test, Holm, 5 %)"""
+LEVEL = 0.05  # of significance: two methods differ when Holm's p of their difference is below
+BEST, NOT_SIGNIFICANT = "best", "n.s."  # values of the column "Gap to best"
+OPTIONAL_COLUMNS = ("KL / sequence", "Shortlist", "Gap to best")  # dropped in this order on a narrow terminal
+CAPTION = """selected on the selection split, measured on the reporting split (95 % interval)
+shortlist: number of points not significantly different from the method's best one
+n.s.: not significantly different from the best method (paired t-test, Holm, 5 %)"""
 
 
 def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
-    """The chosen point of every method as people read it. differences: of held_out.differences."""
-    several = {key: best[key].nunique() > 1 for key in ("setup", "init", "variant", "seeds")}
+    """Return the selected point of every method as text. differences: of reporting_split.differences."""
+    varying = [key for key in ("setup", "init", "variant", "seeds") if best[key].nunique() > 1]
     rows = []
-    for row, tie in zip(best.to_dict("records"), against_highest(best, differences), strict=True):
-        shown = {key.capitalize(): str(row[key]) for key, more in several.items() if more}
+    for row, gap in zip(best.to_dict("records"), gap_to_best(best, differences), strict=True):
         rows.append(
-            shown
+            {key.capitalize(): str(row[key]) for key in varying}
             | {
                 "Method": NAMES[row["method"]],
                 "Kind": row["kind"],
                 "beta": f"{row['beta']:g}",
                 "lr": f"{row['lr']:g}",
-                quality_name(best): with_interval(row),
-                "To top": tie,
-                "Top 3": with_error(row["top_reporting"], None, 3),
+                quality_column(best): with_interval(row),
+                "Gap to best": gap,
+                "Top 3": with_error(row["top3_reporting"], None, 3),
                 "Shortlist": str(row["shortlist"]),
                 "KL / sequence": with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
                 "KL / token": with_error(row["kl_token"], row["kl_token_se"], 3),
@@ -47,16 +47,19 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
 
 
 def benchmark_table(best: pd.DataFrame, scores: dict[str, dict[str, dict[str, float]]]) -> pd.DataFrame:
-    """What benchmarks say of the chosen points by their own rules, all questions, means over seeds; empty when no point
-    has any. scores: of Results."""
+    """Return the scores of the selected points by each benchmark's own rules, over all questions; empty without any.
+
+    Scores are averaged over seeds. scores: of Results.
+    """
     rows = []
     for row in best.to_dict("records"):
-        own = [scores.get(identity, {}) for identity in row["identities"]]
-        shown = {key.capitalize(): str(row[key]) for key in GROUP if best[key].nunique() > 1}
-        shown |= {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
-        found = {name: pd.DataFrame([s[name] for s in own if name in s]).mean() for s in own for name in s}
-        if found:
-            rows.append(shown | {_score_name(name): _score(value) for name, value in found.items()})
+        by_seed = [scores.get(identity, {}) for identity in row["identities"]]
+        point = {key.capitalize(): str(row[key]) for key in GROUP if best[key].nunique() > 1}
+        point |= {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
+        names = dict.fromkeys(name for seed in by_seed for name in seed)
+        means = {name: pd.DataFrame([seed[name] for seed in by_seed if name in seed]).mean() for name in names}
+        if means:
+            rows.append(point | {_score_name(name): _score(value) for name, value in means.items()})
     return pd.DataFrame(rows).fillna("-")
 
 
@@ -71,26 +74,33 @@ def _score(score: pd.Series[float]) -> str:
     return f"{value:.1f} ({score['low'] - value:+.1f}, {score['high'] - value:+.1f})"
 
 
-def against_highest(best: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
-    """Of each chosen point: `top`, the highest of its setup, init and variant; `tied` with that; or how far below."""
+def gap_to_best(best: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
+    """Return for each selected point its gap to the best method of its setup, init and variant.
+
+    `best` for that method itself, `n.s.` when not significantly different from it, else the difference.
+    """
     highest = best.groupby(GROUP, sort=False, dropna=False).quality_reporting.transform("max")
-    tops = {_group(row): row["method"] for row in best[best.quality_reporting == highest].to_dict("records")}
+    best_methods = {_group(row): row["method"] for row in best[best.quality_reporting == highest].to_dict("records")}
     tests = {(*_group(row), frozenset((row["method"], row["other"]))): row for row in differences.to_dict("records")}
-    found = []
+    gaps = []
     for row in best.to_dict("records"):
-        top = tops.get(_group(row))
-        test = tests.get((*_group(row), frozenset((row["method"], top))))
-        apart = test is not None and test["p_holm"] < LEVEL
-        below = f"-{abs(test['difference']):.3f}" if test is not None and apart else "tied"
-        found.append("top" if row["method"] == top else below)
-    return found
+        best_method = best_methods.get(_group(row))
+        test = tests.get((*_group(row), frozenset((row["method"], best_method))))
+        if row["method"] == best_method:
+            gaps.append(BEST)
+        elif test is not None and test["p_holm"] < LEVEL:
+            gaps.append(f"-{abs(test['difference']):.3f}")
+        else:
+            gaps.append(NOT_SIGNIFICANT)
+    return gaps
 
 
 def _group(row: dict[Hashable, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in GROUP)
 
 
-def quality_name(best: pd.DataFrame) -> str:
+def quality_column(best: pd.DataFrame) -> str:
+    """Return the name of the quality column: the metric, or `Quality` when the setups have different ones."""
     names = best.metric.unique()
     return names[0].replace("_", " ").capitalize() if len(names) == 1 else "Quality"
 
@@ -107,33 +117,32 @@ def with_interval(row: dict[Hashable, Any]) -> str:
 
 
 def group_lines(groups: pd.DataFrame) -> list[str]:
-    """What the permutation test found, a sentence a setup, init and variant."""
+    """Return one sentence per setup, init and variant about the permutation test."""
     lines = []
     for row in groups.to_dict("records"):
-        where = ", ".join(str(row[k]) for k in GROUP if len(groups) > 1 and row[k])
+        group = ", ".join(str(row[k]) for k in GROUP if len(groups) > 1 and row[k])
         lines.append(
-            f"{where + ': ' if where else ''}{row['pairwise']} pairwise methods against {row['pointwise']} pointwise: "
-            f"{row['difference']:+.3f}, p = {row['p']:.3f} ({row['splits']} splits, one-sided)"
+            f"{group + ': ' if group else ''}{row['pairwise']} pairwise vs. {row['pointwise']} pointwise methods: "
+            f"{row['difference']:+.3f}, p = {row['p']:.3f} (permutation test, one-sided, {row['splits']} splits)"
         )
     return lines
 
 
 def write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """tables/NAME.csv, .md and .tex (booktabs); what is a number has every digit in the first, four in the others."""
-    target = folder / "tables"
-    target.mkdir(exist_ok=True)
+    """Write NAME.csv, .md and .tex (booktabs): numbers in full precision in CSV, with four digits in the others."""
+    folder.mkdir(exist_ok=True)
     for name, table in tables.items():
-        table.to_csv(target / f"{name}.csv", index=False)
-        shown = readable(table)
-        lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
-        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in shown.to_numpy()]
-        (target / f"{name}.md").write_text("\n".join(lines) + "\n")
-        tex = shown.to_latex(index=False, escape=True, column_format="l" * len(shown.columns))
-        (target / f"{name}.tex").write_text(tex.replace("±", r"$\pm$"))
+        table.to_csv(folder / f"{name}.csv", index=False)
+        text = as_text(table)
+        lines = ["| " + " | ".join(text.columns) + " |", "|" + "---|" * len(text.columns)]
+        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in text.to_numpy()]
+        (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+        tex = text.to_latex(index=False, escape=True, column_format="l" * len(text.columns))
+        (folder / f"{name}.tex").write_text(tex.replace("±", r"$\pm$"))
 
 
-def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """Every cell as text: numbers to four digits, what is missing as a dash."""
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with every cell as text: numbers with four digits, missing values as a dash."""
 
     def text(value: Any) -> str:
         if isinstance(value, float):
@@ -143,39 +152,43 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([[text(v) for v in row] for row in table.itertuples(index=False)], columns=table.columns)
 
 
-def _grid(name: str, shown: pd.DataFrame) -> Table:
-    grid = Table(title=name, caption=CAPTION)
-    for column in shown.columns:
-        text = column in ("Setup", "Init", "Variant", "Method")
-        width = max(map(len, [column, *shown[column]]))
-        grid.add_column(column, justify="left" if text else "right", no_wrap=True, min_width=width)
-    for row in shown.itertuples(index=False):
-        grid.add_row(*row)
-    return grid
+def _terminal_table(name: str, table: pd.DataFrame) -> Table:
+    terminal_table = Table(title=name, caption=CAPTION)
+    for column in table.columns:
+        is_text = column in ("Setup", "Init", "Variant", "Method")
+        width = max(map(len, [column, *table[column]]))
+        terminal_table.add_column(column, justify="left" if is_text else "right", no_wrap=True, min_width=width)
+    for row in table.itertuples(index=False):
+        terminal_table.add_row(*row)
+    return terminal_table
 
 
 def print_best(
     name: str, folder: Path, points: pd.DataFrame, table: pd.DataFrame, groups: pd.DataFrame, searches: Sequence[str]
 ) -> None:
-    """table: of best_table; searches: how points were searched, where that was no full grid."""
+    """Print the selected points, the points without a result, and where the files are.
+
+    table: of best_table; searches: one line for each sweep that was not a full grid.
+    """
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # of a log nobody knows how wide it is
+        console.width = 200  # the width at which a log is read is unknown
     if len(table):
-        shown = table.drop(columns=["Kind", "Top 3", "KL / token", "Reward accuracy", "Length"])
-        grid = _grid(name, shown)
-        for column in NARROW:
-            if console.measure(grid).minimum > console.width:
-                grid = _grid(name, shown := shown.drop(columns=column))
-        console.print(grid)
+        table = table.drop(columns=["Kind", "Top 3", "KL / token", "Reward accuracy", "Length"])
+        terminal_table = _terminal_table(name, table)
+        for column in OPTIONAL_COLUMNS:
+            if console.measure(terminal_table).minimum > console.width:
+                table = table.drop(columns=column)
+                terminal_table = _terminal_table(name, table)
+        console.print(terminal_table)
         for line in group_lines(groups):
             console.print(line, highlight=False, soft_wrap=True)
     for line in searches:
         console.print(line, highlight=False, soft_wrap=True)
-    for missing in points[points.state != "done"].to_dict("records"):
-        label = f"{missing['method']} beta={missing['beta']:g} lr={missing['lr']:g} {missing['variant']}".rstrip()
+    for point in points[points.state != "done"].to_dict("records"):
+        label = f"{point['method']} beta={point['beta']:g} lr={point['lr']:g} {point['variant']}".rstrip()
         console.print(
-            f"{missing['state']}: {label}: {missing['error'] or 'not run'}", style="red", highlight=False, markup=False
+            f"{point['state']}: {label}: {point['error'] or 'not run'}", style="red", highlight=False, markup=False
         )
     for file in ("points.csv", "best.yaml", "figures", "report.html"):
         console.print(f"{file:11} {folder / file}", highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
-"""A sweep on its way: all of its points to their end at once, or rung by rung (see sweeps.search.successive_halving).
+"""Run a sweep: all points to their end at once, or rung by rung (sweeps.search.successive_halving).
 
-What comes next is read from the store at every call, so that the same command goes on wherever it was stopped.
+The progress is read from the store at every call, so the same command resumes wherever it was stopped.
 """
 
 from __future__ import annotations
@@ -12,50 +12,53 @@ from src.errors import PointFailure
 from src.planning.cost import Cost, disk_warning
 from src.planning.plan import Plan, make_plan
 from src.preflight import check_hub, check_key, check_packages
-from src.store.files import read_json
 from src.store.retention import apply_retention_after_rung, best_results_in_store
-from src.store.store import RESULT_FILE, StageName, Store
+from src.store.store import StageName, Store, read_result
 from src.store.sweep_folder import SweepFolder
 from src.tracking.following import Following
-from sweeps.search import successive_halving as halving
-from sweeps.search.record import FILE, SweepRecord, read_sweep
-from sweeps.search.successive_halving import Standing
+from sweeps.search.record import SweepRecord
+from sweeps.search.successive_halving import RungState, dry_run_table, entry_rungs, promote, with_stop
 
-FINALIZE = "sweeps.finalize:finalize"  # what the aggregation job of a sweep calls
+
+FINALIZE = "sweeps.finalize:finalize"  # called by the last job of a sweep, or here when no jobs are submitted
 
 
 class Search:
+    """The plan of a sweep and the rungs in which it is run; a full grid has one rung."""
+
     def __init__(self, plan: Plan, store: Store) -> None:
-        """plan: of the sweep's points, all of them to their end."""
-        self.store, self.whole, self.points = store, plan, plan.points
-        sweep = plan.points[0].sweep
-        self.halving, self.share = sweep.search == "successive_halving", sweep.keep_fraction
-        self.rungs = sweep.rungs if self.halving else [1.0]
-        parts = [make_plan([halving.stopped(p, stop) for p in plan.points], store) for stop in self.rungs[:-1]]
-        self.results = [own.results for own in (*parts, plan)]
-        self.start = [0] * len(plan.points)
-        if self.halving:
-            whole, first = ([self._quality(i) is not None for i in own] for own in (self.results[-1], self.results[0]))
-            self.start = halving.begin(plan.points, whole, first, len(self.rungs) - 1)
-        self.at = list(self.start)
-        self.warned = False
+        """Read from the store where each point enters. plan: of all points, each trained to its end."""
+        self.full_plan, self.store, self.points = plan, store, plan.points
+        options = plan.points[0].sweep
+        self.is_halving, self.keep_fraction = options.search == "successive_halving", options.keep_fraction
+        self.rungs = options.rungs if self.is_halving else [1.0]
+        partial_plans = [make_plan([with_stop(p, stop) for p in plan.points], store) for stop in self.rungs[:-1]]
+        self.results = [rung_plan.results for rung_plan in (*partial_plans, plan)]  # rung -> point -> identity
+        self.entry_rung = [0] * len(plan.points)
+        if self.is_halving:
+            full, first = ([self._quality(i) is not None for i in self.results[rung]] for rung in (-1, 0))
+            self.entry_rung = entry_rungs(plan.points, full, first, len(self.rungs) - 1)
+        self.rung_of = list(self.entry_rung)
+        self._warned = False
 
     def text(self) -> str:
-        """What would run, for `dry_run=true`: the rung that is next, and what is foreseen of the others."""
+        """Return what would run, for `dry_run=true`: the plan of the next rung, and the expected size of the others."""
         for rung in range(len(self.rungs)):
             plan = self._plan({})
             if plan.needed or rung == len(self.rungs) - 1:
                 break
-            self._advance(rung)
-        said = [plan.text(), Cost(plan, self.store).text()]
-        if self.halving:
-            anew = ", as if its points started anew" if rung else ""
-            said += [f"\nabove: rung {rung + 1} of {len(self.rungs)}{anew}"] if plan.needed else []
-            said += [halving.table(self.points, self.start, self.at, rung, self.rungs, self.share)]
-        return "\n".join(said)
+            self._promote(rung)
+        parts = [plan.text(), Cost(plan, self.store).text()]
+        if self.is_halving:
+            if plan.needed:
+                anew = ", as if its points were trained from the start" if rung else ""
+                parts.append(f"\nabove: rung {rung + 1} of {len(self.rungs)}{anew}")
+            table = dry_run_table(self.points, self.entry_rung, self.rung_of, rung, self.rungs, self.keep_fraction)
+            parts.append(table)
+        return "\n".join(parts)
 
     def run(self, launcher: PlanLauncher, name: str, command: str) -> None:
-        """Hand rung after rung to the launcher, then conclude; or return when jobs go on.
+        """Hand one rung after the other to the launcher, then aggregate; return early when jobs do the rest.
 
         Raises SweepFailed when points failed.
         """
@@ -64,108 +67,121 @@ class Search:
             self._run(launcher, name, command, wandb)
 
     def _run(self, launcher: PlanLauncher, name: str, command: str, wandb: Following) -> None:
-        over, lost = self._over(name)
+        num_completed, failures = self._load_progress(SweepFolder(self.store.sweep_dir(name)))
         last = len(self.rungs) - 1
         for rung in range(len(self.rungs)):
-            plan = self._plan(lost)
-            record = SweepRecord(self.store, plan, name, command, self._standing(rung), dict(lost))
-            if rung == last or (rung >= over and plan.needed):
-                self._check(plan, launcher)
-                if self.halving and plan.needed:
-                    self._say(name, rung)
-                record.start()
-                if launcher.runs_in_process:
-                    wandb.points(plan.points)
-                    wandb.sweep(record.folder.path)
-                elif plan.needed:
-                    wandb.elsewhere(plan.points)
-                failures = launcher.launch_plan(plan, record.folder, FINALIZE)
-                if failures is None:
-                    record.submitted()
+            plan = self._plan(failures)
+            record = SweepRecord(self.store, plan, name, command, self._state(rung), dict(failures))
+            if rung == last or (rung >= num_completed and plan.needed):
+                new_failures = self._run_rung(launcher, record, rung, wandb)
+                if new_failures is None:
                     if rung < last:
                         print(f"when rung {rung + 1} is done, rerun the same command to start rung {rung + 2}")
                     return
-                lost |= failures
+                failures |= new_failures
             if rung < last:
-                before = self.at
-                self._advance(rung)
-                stay = {self.results[rung][i] for i, at in enumerate(self.at) if at == before[i] == rung}
-                apply_retention_after_rung(
-                    self.store,
-                    plan.stages_by_role,
-                    plan.points[0].keep_checkpoints,
-                    stay,
-                    best_results_in_store(self.store),
-                )
+                self._finish_rung(rung, plan)
         from sweeps.finalize import finalize  # pandas: only when there is something to aggregate
 
         try:
-            finalize(record.folder.path, lost)
+            finalize(record.folder.path, failures)
         finally:
             wandb.sweep(record.folder.path)
 
-    def _plan(self, lost: dict[str, PointFailure]) -> Plan:
-        """Every point as far as it has got. What was lost on the way is not tried again in a later rung."""
-        if not self.halving:
-            return self.whole
-        plan = make_plan(
-            [halving.stopped(p, self.rungs[at]) for p, at in zip(self.points, self.at, strict=True)], self.store
-        )
-        plan.abandoned = set(lost)
+    def _run_rung(
+        self, launcher: PlanLauncher, record: SweepRecord, rung: int, wandb: Following
+    ) -> dict[str, PointFailure] | None:
+        """Return the failures of the rung; None when jobs compute it and finalize the sweep."""
+        plan = record.plan
+        self._check(plan, launcher)
+        if self.is_halving and plan.needed:
+            count, stop = self.rung_of.count(rung), self.rungs[rung]
+            print(
+                f"{record.name}: rung {rung + 1} of {len(self.rungs)}: {count} points to {100 * stop:g} % of "
+                "their steps",
+                flush=True,
+            )
+        record.start()
+        if launcher.runs_in_process:
+            wandb.points(plan.points)
+            wandb.sweep(record.folder.path)
+        elif plan.needed:
+            wandb.elsewhere(plan.points)
+        failures = launcher.launch_plan(plan, record.folder, FINALIZE)
+        if failures is None:
+            record.submitted()
+        return failures
+
+    def _plan(self, failures: dict[str, PointFailure]) -> Plan:
+        """Return the plan of the current rung: each point truncated to its rung, without those that failed before."""
+        if not self.is_halving:
+            return self.full_plan
+        stops = [self.rungs[reached] for reached in self.rung_of]
+        plan = make_plan([with_stop(p, stop) for p, stop in zip(self.points, stops, strict=True)], self.store)
+        plan.abandoned = set(failures)
         plan.refresh(self.store)
         return plan
 
     def _check(self, plan: Plan, launcher: PlanLauncher) -> None:
-        """What can be wrong before anything is written down. Raises ConfigError."""
+        """Raise ConfigError for what would fail later, before anything is recorded."""
         if plan.needed:
             check_packages(plan.points)
             check_key(plan.points)
-        if plan.needed and not self.warned:
-            self.warned = True
+        if plan.needed and not self._warned:
+            self._warned = True
             for warning in filter(None, [*check_hub(plan.points), disk_warning(plan, self.store)]):
                 print(f"warning: {warning}", file=sys.stderr)
         launcher.check(plan)
 
-    def _say(self, name: str, rung: int) -> None:
-        far = "the end" if self.rungs[rung] == 1 else f"{100 * self.rungs[rung]:g} % of their steps"
-        print(f"{name}: rung {rung + 1} of {len(self.rungs)}: {self.at.count(rung)} points to {far}", flush=True)
-
-    def _advance(self, rung: int) -> None:
+    def _promote(self, rung: int) -> None:
         quality = [self._quality(identity) for identity in self.results[rung]]
-        self.at = halving.advance(self.points, self.at, quality, rung, self.share)
+        self.rung_of = promote(self.points, self.rung_of, quality, rung, self.keep_fraction)
 
-    def _quality(self, result: str) -> float | None:
-        """On the prompts that choose; None where there is no result, or it is not a number."""
+    def _finish_rung(self, rung: int, plan: Plan) -> None:
+        """Promote the better points, and delete what only the promotion of the others would have needed."""
+        at_rung = [i for i, reached in enumerate(self.rung_of) if reached == rung]
+        self._promote(rung)
+        rejected = {self.results[rung][i] for i in at_rung if self.rung_of[i] == rung}
+        keep, best = plan.points[0].keep_checkpoints, best_results_in_store(self.store)
+        apply_retention_after_rung(self.store, plan.stages_by_role, keep, rejected, best)
+
+    def _quality(self, identity: str) -> float | None:
+        """Return the quality on the selection prompts; None without a result, or when it is NaN."""
         try:
-            found = read_json(self.store.dir(StageName("evaluate", result)) / RESULT_FILE)
+            result = read_result(self.store.dir(StageName("evaluate", identity)))
         except FileNotFoundError:
             return None
-        value = found["splits"]["selection"]["value"]
+        value = result["splits"]["selection"]["value"]
         return None if value != value else value
 
-    def _standing(self, rung: int) -> Standing | None:
-        if not self.halving:
+    def _state(self, rung: int) -> RungState | None:
+        if not self.is_halving:
             return None
-        results = tuple(tuple(own) for own in self.results)
-        return Standing(tuple(self.rungs), self.share, rung, tuple(self.start), tuple(self.at), results)
+        results = tuple(map(tuple, self.results))
+        return RungState(
+            tuple(self.rungs), self.keep_fraction, rung, tuple(self.entry_rung), tuple(self.rung_of), results
+        )
 
-    def _over(self, name: str) -> tuple[int, dict[str, PointFailure]]:
-        """How many rungs earlier calls of this search have left behind, and what was lost in them. None of one that has
-        ended: what failed is tried again."""
-        folder = self.store.sweep_dir(name)
-        sweep = read_sweep(folder) if (folder / FILE).exists() else {}
-        known = {identity for own in self.results for identity in own}
+    def _load_progress(self, folder: SweepFolder) -> tuple[int, dict[str, PointFailure]]:
+        """Return the number of rungs already completed by an earlier invocation, and the points that failed in them.
+
+        (0, {}) if that search finished, so that failed points are retried.
+        """
+        sweep = folder.read() if folder.exists() else {}
         points, search = sweep.get("points", []), sweep.get("search")
-        same = len(points) == len(self.points) and all(point["identity"] in known for point in points)
-        if search is None or not same or search["rungs"] != self.rungs or search["share"] != self.share:
+        known = {identity for results in self.results for identity in results}
+        same_points = len(points) == len(self.points) and all(point["identity"] in known for point in points)
+        if search is None or not same_points:
             return 0, {}
-        if search["rung"] == len(self.rungs) and sweep["finished"]:
+        same_search = search["rungs"] == self.rungs and search["keep_fraction"] == self.keep_fraction
+        finished = search["rung"] == len(self.rungs) and sweep["finished"]
+        if finished or not same_search:
             return 0, {}
-        lost = {
+        failures = {
             point["identity"]: PointFailure(point["state"], point["error"] or "not run")
             for point in points
             if point["rung"] < search["rung"]
             and point["state"] in ("failed", "cancelled")
             and not self.store.is_done(StageName("evaluate", point["identity"]))
         }
-        return search["rung"] - 1, lost
+        return search["rung"] - 1, failures

@@ -1,5 +1,7 @@
-"""Successive halving: every point a part of its steps, the better ones more. Decisions alone: nothing here is read or
-written, and equal results give equal decisions."""
+"""Successive halving, pure decision logic (no I/O, deterministic): which points are promoted to the next rung.
+
+Every point is trained to a fraction of its steps, the better ones to the next fraction, and so on.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +15,41 @@ from typing import Any
 from src.config.schema import Point
 
 
-def stopped(point: Point, stop: float) -> Point:
-    """The point, trained to that share of its steps."""
-    return replace(point, trainer=replace(point.trainer, align=replace(point.trainer.align, stop_fraction=stop)))
+def with_stop(point: Point, stop_fraction: float) -> Point:
+    """Return the point trained to that fraction of its alignment steps."""
+    align = replace(point.trainer.align, stop_fraction=stop_fraction)
+    return replace(point, trainer=replace(point.trainer, align=align))
 
 
-def begin(points: Sequence[Point], whole: Sequence[bool], first: Sequence[bool], last: int) -> list[int]:
-    """The rung (from 0) at which each point enters. Those that differ in nothing but their seed stay together.
-
-    whole, first: whether a point has a result of its whole run, of the first rung. Who has the former alone has nothing
-    left to save: it meets the others in the last rung.
-    """
-    at = [0] * len(points)
-    for group in _groups(points, range(len(points))):
-        if all(whole[i] for i in group) and not any(first[i] for i in group):
-            for i in group:
-                at[i] = last
-    return at
-
-
-def advance(
-    points: Sequence[Point], at: Sequence[int], quality: Sequence[float | None], rung: int, share: float
+def entry_rungs(
+    points: Sequence[Point], has_full_run: Sequence[bool], has_first_rung: Sequence[bool], last_rung: int
 ) -> list[int]:
-    """Where each point is once `rung` has ended: of each study the share of its groups of seeds with the highest mean
-    quality is one further, at least one; of equals the larger beta, then the smaller lr.
+    """Return the rung (from 0) at which each point enters; seeds of one point enter together.
 
-    quality: on the selection prompts, of the points at this rung; None where there is no result, which goes no further.
+    has_full_run, has_first_rung: whether a point has the result of its full run, and that of the first rung. A point
+    with the former alone has no steps left to save, so it enters at the last rung.
     """
-    after = list(at)
+    entry = [0] * len(points)
+    for group in _seed_groups(points, range(len(points))):
+        if all(has_full_run[i] for i in group) and not any(has_first_rung[i] for i in group):
+            for i in group:
+                entry[i] = last_rung
+    return entry
+
+
+def promote(
+    points: Sequence[Point], rung_of: Sequence[int], quality: Sequence[float | None], rung: int, keep_fraction: float
+) -> list[int]:
+    """Return the rung of each point after `rung` has finished.
+
+    Of the seed groups of each study that reached `rung`, the best `keep_fraction` are promoted, at least one. They are
+    ranked by mean quality; of equals the larger beta comes first, then the smaller lr. A rejected group stays.
+
+    quality: on the selection prompts, of the points at this rung; None (no result) is never promoted.
+    """
+    promoted = list(rung_of)
     studies: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
-    for group in _groups(points, [i for i, reached in enumerate(at) if reached == rung]):
+    for group in _seed_groups(points, [i for i, reached in enumerate(rung_of) if reached == rung]):
         studies[_study(points[group[0]])].append(group)
     for groups in studies.values():
         ranked: list[tuple[float, float, float, list[int]]] = []
@@ -51,118 +58,130 @@ def advance(
             if known:
                 point, mean = points[group[0]], fmean(value for _, value in known)
                 ranked.append((-mean, -point.beta, point.lr, [i for i, _ in known]))
-        for *_, going in sorted(ranked)[: _places(len(groups), share)]:
-            for i in going:
-                after[i] = rung + 1
-    return after
+        for *_, members in sorted(ranked)[: _num_promoted(len(groups), keep_fraction)]:
+            for i in members:
+                promoted[i] = rung + 1
+    return promoted
 
 
-def foreseen(
-    points: Sequence[Point], start: Sequence[int], at: Sequence[int], rung: int, rungs: int, share: float
+def expected_counts(
+    points: Sequence[Point],
+    entry: Sequence[int],
+    rung_of: Sequence[int],
+    rung: int,
+    num_rungs: int,
+    keep_fraction: float,
 ) -> list[int]:
-    """How many points are met in each rung, when `rung` is the next to end and none fails. start: of begin."""
-    after = list(at)
-    for r in range(rung, rungs - 1):
-        after = advance(points, after, [0.0] * len(points), r, share)
-    return [sum(low <= r <= high for low, high in zip(start, after, strict=True)) for r in range(rungs)]
+    """Return the number of points in each rung when `rung` is the next to finish and no point fails."""
+    final = list(rung_of)
+    for r in range(rung, num_rungs - 1):
+        final = promote(points, final, [0.0] * len(points), r, keep_fraction)
+    return [sum(low <= r <= high for low, high in zip(entry, final, strict=True)) for r in range(num_rungs)]
 
 
-def _places(groups: int, share: float) -> int:
-    return max(1, floor(share * groups + 1e-9))  # 0.29 * 100 is 28.999999999999996
+def _num_promoted(num_groups: int, keep_fraction: float) -> int:
+    return max(1, floor(keep_fraction * num_groups + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
 
-def _groups(points: Sequence[Point], which: Sequence[int]) -> Iterator[list[int]]:
-    """Those of `which` that differ in nothing but their seed."""
-    found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for i in which:
-        found[*_study(points[i]), points[i].beta, points[i].lr].append(i)
-    yield from found.values()
+def _seed_groups(points: Sequence[Point], indices: Sequence[int]) -> Iterator[list[int]]:
+    """Yield lists of those `indices` whose points differ only in their seed."""
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i in indices:
+        groups[*_study(points[i]), points[i].beta, points[i].lr].append(i)
+    yield from groups.values()
 
 
 def _study(point: Point) -> tuple[str, ...]:
-    """What a best point is chosen of, as sweeps.analysis.selection.STUDY."""
+    """Return the study of a point: the columns of sweeps.analysis.selection.STUDY."""
     return point.setup.name, point.method.name, point.init.name, point.sweep.variant
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a search is, for sweep.json."""
+class RungState:
+    """The progress of a search, as sweep.json records it."""
 
-    rungs: tuple[float, ...]  # shares of the steps
-    share: float
-    rung: int  # that is run, from 0
-    start: tuple[int, ...]  # the rung at which each point entered, from 0
-    at: tuple[int, ...]  # the one it has reached
+    rungs: tuple[float, ...]  # fractions of the alignment steps
+    keep_fraction: float
+    rung: int  # the current one, from 0
+    entry: tuple[int, ...]  # point -> the rung it entered at
+    rung_of: tuple[int, ...]  # point -> the rung it has reached
     results: tuple[tuple[str, ...], ...]  # rung -> point -> identity of its result there
 
     @property
-    def over(self) -> bool:
-        """Whether no other rung comes."""
+    def is_last_rung(self) -> bool:
         return self.rung == len(self.rungs) - 1
 
     @property
-    def described(self) -> dict[str, Any]:
-        return {"kind": "successive_halving", "rungs": list(self.rungs), "share": self.share, "rung": self.rung + 1}
+    def description(self) -> dict[str, Any]:
+        """The key `search` of sweep.json. Rungs count from 1 there."""
+        return {
+            "kind": "successive_halving",
+            "rungs": list(self.rungs),
+            "keep_fraction": self.keep_fraction,
+            "rung": self.rung + 1,
+        }
 
-    def of_point(self, index: int) -> dict[str, Any]:
-        """earlier: its results of the rungs before the one it has reached."""
-        reached = self.at[index]
-        return {"rung": reached + 1, "earlier": [self.results[r][index] for r in range(self.start[index], reached)]}
+    def describe_point(self, index: int) -> dict[str, Any]:
+        """Return the keys of one point in sweep.json; `earlier`: its results in the rungs before the one it reached."""
+        reached = self.rung_of[index]
+        return {"rung": reached + 1, "earlier": [self.results[r][index] for r in range(self.entry[index], reached)]}
 
 
 def is_candidate(sweep: dict[str, Any], point: dict[str, Any]) -> bool:
-    """Of a sweep.json and one of its points: may it be a method's best? In a halving search the last rung's may."""
+    """Return whether a point of a sweep.json may be selected: in a search by rungs only if it reached the last one."""
     search = sweep.get("search")
     return search is None or point["rung"] == len(search["rungs"])
 
 
-def entered(sweep: dict[str, Any]) -> list[tuple[str, list[int]]]:
-    """How many points of each method were in each rung, of a sweep.json; empty when it was no such search."""
+def points_per_rung(sweep: dict[str, Any]) -> dict[str, list[int]]:
+    """Return method -> the number of its points in each rung, of a sweep.json; empty for a full grid."""
     if (search := sweep.get("search")) is None:
-        return []
+        return {}
     rows: dict[str, list[int]] = {}
     for point in sweep["points"]:
         counts = rows.setdefault(point["method"], [0] * len(search["rungs"]))
         for rung in range(point["rung"] - 1 - len(point["earlier"]), point["rung"]):
             counts[rung] += 1
-    return list(rows.items())
+    return rows
 
 
-def line(sweep: dict[str, Any]) -> str | None:
-    """What people are told of such a search; None of another."""
-    if not (rows := entered(sweep)):
+def summary(sweep: dict[str, Any]) -> str | None:
+    """Return one line about the search of a sweep.json; None for a full grid."""
+    if not (rows := points_per_rung(sweep)):
         return None
     search = sweep["search"]
-    totals = [sum(own) for own in zip(*(counts for _, counts in rows), strict=True)]
-    parts = [
-        f"{count} at {'the end' if stop == 1 else format(stop, 'g')}"
-        for count, stop in zip(totals, search["rungs"], strict=True)
-    ]
-    said = f"halving: points at each share of the steps: {', '.join(parts)}"
-    ended = search["rung"] == len(search["rungs"])
-    return said if ended else f"{said}; rung {search['rung']} of {len(search['rungs'])}, nothing is chosen yet"
+    totals = [sum(counts) for counts in zip(*rows.values(), strict=True)]
+    parts = [f"{count} at {stop:g}" for count, stop in zip(totals, search["rungs"], strict=True)]
+    text = f"successive_halving: points trained to each fraction of the steps: {', '.join(parts)}"
+    if search["rung"] == len(search["rungs"]):
+        return text
+    return f"{text}; rung {search['rung']} of {len(search['rungs'])}, no point is selected before the last"
 
 
-def table(
+def dry_run_table(
     points: Sequence[Point],
-    start: Sequence[int],
-    at: Sequence[int],
+    entry: Sequence[int],
+    rung_of: Sequence[int],
     rung: int,
     rungs: Sequence[float],
-    share: float,
+    keep_fraction: float,
 ) -> str:
-    """What a search takes, for `dry_run=true`; the other arguments are those of foreseen."""
-    counts, full = foreseen(points, start, at, rung, len(rungs), share), len(points)
-    there = sum(first > 0 for first in start)  # results of whole runs, which take nothing
-    computed = [*counts[:-1], counts[-1] - there]
-    parts = [stop - low for low, stop in zip([0.0, *rungs], rungs, strict=False)]
-    steps = sum(part * count for part, count in zip(parts, computed, strict=True))
-    lines = ["", f"search: halving; {share:g} of each method's points go on to the next rung", "rung  steps  points"]
+    """Return the rungs of a search and their cost, for `dry_run=true`; `rung` is the next to finish."""
+    counts, num_points = expected_counts(points, entry, rung_of, rung, len(rungs), keep_fraction), len(points)
+    reused = sum(first > 0 for first in entry)  # results of full runs: nothing is computed for them
+    computed = [*counts[:-1], counts[-1] - reused]
+    fractions = [stop - start for start, stop in zip([0.0, *rungs], rungs, strict=False)]
+    steps = sum(fraction * count for fraction, count in zip(fractions, computed, strict=True))
+    lines = [
+        "",
+        f"search: successive_halving; {keep_fraction:g} of each method's points are promoted to the next rung",
+        "rung  steps  points",
+    ]
     lines += [f"{r + 1:4} {stop:6g} {count:7}" for r, (stop, count) in enumerate(zip(rungs, counts, strict=True))]
-    if there:
-        lines.append(f"{there} points have results of whole runs: they meet the others in the last rung")
+    if reused:
+        lines.append(f"{reused} points have results of full runs: they enter at the last rung")
     lines.append(
-        f"alignment: the steps of {steps:g} whole runs, {100 * steps / full:.0f} % of the {full} of the full grid; "
-        f"{sum(computed)} times sampled and evaluated instead of {full}"
+        f"alignment: the steps of {steps:g} full runs, {100 * steps / num_points:.0f} % of the {num_points} of the "
+        f"full grid; {sum(computed)} models sampled and evaluated instead of {num_points}"
     )
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from src.methods import METHODS
-from sweeps.report.plot_style import COLOURS, NAMES
+from sweeps.report.plot_style import COLORS, NAMES
 
 SCHEMA = 1  # of dashboard.json
 
@@ -31,7 +31,7 @@ BY_SERIES = {
     "train/grad_norm": "gradient norm before clipping",
 }
 # In W&B there is nothing but its colour to tell a method by.
-PALETTE = (*COLOURS, "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#7F7F7F")
+PALETTE = (*COLORS, "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#7F7F7F")
 
 
 @dataclass(frozen=True)

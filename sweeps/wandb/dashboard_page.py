@@ -19,7 +19,7 @@ from src.planning.identity import digest
 from src.tracking import METRICS_FILE
 from sweeps.analysis.results import Results
 from sweeps.report.graphics import Drawing
-from sweeps.report.plot_style import NAMES, STYLES, plain, quality_of, tip_of
+from sweeps.report.plot_style import NAMES, STYLES, metric_label, style_axes, tooltip
 from sweeps.report.report import TEMPLATES
 from sweeps.wandb.dashboard_definition import (
     BETA,
@@ -86,15 +86,15 @@ class Panels:
         for row in self.points.to_dict("records"):
             colour, marker = self._style(row["method"])
             x, y = row[COLUMN[panel.x]], row[COLUMN[panel.y]]
-            drawing.mark(ax, x, y, tip_of(row, "quality"), color=colour, marker=marker, markersize=5, alpha=0.85)
+            drawing.plot_mark(ax, x, y, tooltip(row, "quality"), color=colour, marker=marker, markersize=5, alpha=0.85)
         for method in dict.fromkeys(self.points.method):
             colour, marker = self._style(method)
             ax.plot([], [], color=colour, marker=marker, linestyle="none", label=NAMES[method])
         if panel.log_x:
             ax.set_xscale("log")
-        ax.set(xlabel=_name(panel.x), ylabel=quality_of(self.points))
+        ax.set(xlabel=_name(panel.x), ylabel=metric_label(self.points))
         ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        plain(ax)
+        style_axes(ax)
         return drawing
 
     def _curves(self, panel: Curves) -> Drawing:
@@ -114,7 +114,7 @@ class Panels:
             ax.fill_between(frame.index, frame.min(axis=1), frame.max(axis=1), color=colour, alpha=0.1, linewidth=0)
             tip = f"{label}: {len(curves)} runs, last {mean.iloc[-1]:.4g}"
             width = 1.5 if len(key) == 1 else 0.9
-            ax.plot(frame.index, mean, color=colour, linewidth=width, gid=drawing.tip(tip))
+            ax.plot(frame.index, mean, color=colour, linewidth=width, gid=drawing.add_tooltip(tip))
         first, last = np.quantile(seen, (0.25, 0.75)) if seen else (0, 1)
         reach = 1.5 * (last - first)  # what is beyond is an outlier, as in a box plot
         ax.set_ylim(max(min(seen, default=0), first - reach), min(max(seen, default=1), last + reach))
@@ -122,7 +122,7 @@ class Panels:
         for method in dict.fromkeys(self.points.method):
             ax.plot([], [], color=self.dashboard.colours[method], label=NAMES[method])
         ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        plain(ax)
+        style_axes(ax)
         return drawing
 
     def _style(self, method: str) -> tuple[str, str]:
@@ -134,7 +134,7 @@ class Panels:
         scales = [_scale(self.points[COLUMN[key]], log) for key, _, log in panel.columns]
         for row in self.points.to_dict("records"):
             heights = [place(row[COLUMN[key]]) for (key, _, _), (place, _) in zip(panel.columns, scales, strict=True)]
-            gid = drawing.tip(tip_of(row, "quality"))
+            gid = drawing.add_tooltip(tooltip(row, "quality"))
             ax.plot(
                 range(len(heights)),
                 heights,
