@@ -1,13 +1,12 @@
-"""What a search by halving finds and takes, beside the full grid: `python -m benchmarks.halving`.
+"""Compare successive halving with the full grid in result and cost: `python -m benchmarks.halving`.
 
 Three methods, each over its six betas and two learning rates of the embedded setup: 36 points. SFT, reference and
-baseline are computed once and copied, so that both searches take what their points take. Ten minutes on two
-cores that others use, too.
+baseline are computed once and copied, so that both searches are charged only for their points. Takes ten minutes on
+two cores that are also used otherwise.
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import subprocess
@@ -21,19 +20,22 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from src.store.store import METRICS_FILE, Store
+from src.store.sweep_folder import SweepFolder
+
 GRID = ["method=dpo,simpo,orpo", "beta=grid", "lr=5e-4,1e-3"]
 
 
 @dataclass
-class Found:
-    """What one search has found, and what it took beyond the stages that all points share."""
+class Outcome:
+    """What one search selected, and its cost without the stages that all points share."""
 
-    best: dict[str, dict[str, Any]]  # method -> the row of points.csv that was chosen
+    best: dict[str, dict[str, Any]]  # method -> the selected row of points.csv
     points: pd.DataFrame
     steps: int  # of alignment
-    sampled: int  # models that were sampled and evaluated
-    seconds: float  # from command to report, on this machine
-    cpu: float  # seconds of all its processes
+    evaluations: int  # models sampled and evaluated
+    seconds: float  # wall time of the command on this machine
+    cpu_seconds: float  # of all its processes
 
 
 def train(*arguments: str) -> None:
@@ -42,46 +44,48 @@ def train(*arguments: str) -> None:
     )
 
 
-def search(folder: Path, shared: Path, kind: str) -> Found:
-    shutil.copytree(shared / "store", folder / "store")
-    evaluated = len(list(folder.glob("store/evaluate/*/DONE")))
+def search(output_dir: Path, shared: Path, kind: str) -> Outcome:
+    """Run the grid with sweep.search=kind in a copy of the shared stages."""
+    shutil.copytree(shared / "store", output_dir / "store")
+    store, folder = Store(output_dir), SweepFolder(output_dir / "sweeps" / "search")
+    evaluated = len(list(store.root.glob("evaluate/*/DONE")))
     wall, cpu = time.perf_counter(), cpu_of_children()
-    train("-m", *GRID, f"sweep.search={kind}", "sweep.name=found", f"output_dir={folder}")
+    train("-m", *GRID, f"sweep.search={kind}", f"sweep.name={folder.name}", f"output_dir={output_dir}")
     wall, cpu = time.perf_counter() - wall, cpu_of_children() - cpu
-    sweep = json.loads((folder / "sweeps/found/sweep.json").read_text())
-    # A prolonged run has the steps of its shorter parts in its own metrics.
-    runs = {point["stages"]["align"] for point in sweep["points"]}
-    steps = sum(len((folder / f"store/align/{run}/metrics.jsonl").read_text().splitlines()) for run in runs)
-    points = pd.read_csv(folder / "sweeps/found/points.csv").set_index("identity", drop=False)
-    chosen = yaml.safe_load((folder / "sweeps/found/best.yaml").read_text())["mini_tldr"]
-    best = {method: points.loc[entry["identities"][0]].to_dict() for method, entry in chosen.items()}
-    return Found(best, points, steps, len(list(folder.glob("store/evaluate/*/DONE"))) - evaluated, wall, cpu)
+    # The metrics of a resumed run include the steps of its shorter runs.
+    runs = {point["stages"]["align"] for point in folder.read()["points"]}
+    steps = sum(len((store.root / "align" / run / METRICS_FILE).read_text().splitlines()) for run in runs)
+    points = pd.read_csv(folder.points_csv).set_index("identity", drop=False)
+    selected = yaml.safe_load(folder.best_yaml.read_text())["mini_tldr"]
+    best = {method: points.loc[entry["identities"][0]].to_dict() for method, entry in selected.items()}
+    evaluations = len(list(store.root.glob("evaluate/*/DONE"))) - evaluated
+    return Outcome(best, points, steps, evaluations, wall, cpu)
 
 
 def cpu_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
-def winner(row: dict[str, Any]) -> str:
-    chosen = f"beta {row['beta']:g} lr {row['lr']:g}"
-    return f"{chosen:22} {row['quality_selection']:.3f} {row['quality_reporting']:.3f}"
+def describe(row: dict[str, Any]) -> str:
+    point = f"beta {row['beta']:g} lr {row['lr']:g}"
+    return f"{point:22} {row['quality_selection']:.3f} {row['quality_reporting']:.3f}"
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as place:
-        shared = Path(place) / "shared"
-        train("method=dpo", "trainer.align.max_steps=1", f"output_dir={shared}")  # whatever it trains is no point's
-        grid, halving = (search(Path(place) / kind, shared, kind) for kind in ("grid", "successive_halving"))
-    print(f"{'':8} {'full grid: choosing, reporting half':36}  {'halving: the same':36}  rank in the grid")
+    with tempfile.TemporaryDirectory() as folder:
+        shared = Path(folder) / "shared"
+        train("method=dpo", "trainer.align.max_steps=1", f"output_dir={shared}")  # of which no point uses the model
+        grid, halving = (search(Path(folder) / kind, shared, kind) for kind in ("grid", "successive_halving"))
+    print(f"{'':8} {'grid: selection, reporting split':36}  {'successive_halving: the same':36}  rank in the grid")
     for method, row in grid.best.items():
-        own, other = grid.points[grid.points.method == method], halving.best[method]
-        rank = 1 + int((own.quality_selection > own.quality_selection[other["identity"]]).sum())
-        print(f"{method:8} {winner(row):36}  {winner(other):36}  {rank} of {len(own)}")
-    print(f"{'':24} {'grid':>9} {'halving':>9}  share")
-    for name in ("steps", "sampled", "seconds", "cpu"):
+        points, other = grid.points[grid.points.method == method], halving.best[method]
+        rank = 1 + int((points.quality_selection > points.quality_selection[other["identity"]]).sum())
+        print(f"{method:8} {describe(row):36}  {describe(other):36}  {rank} of {len(points)}")
+    print(f"{'':24} {'grid':>9} {'successive_halving':>18}  ratio")
+    for name in ("steps", "evaluations", "seconds", "cpu_seconds"):
         full, part = getattr(grid, name), getattr(halving, name)
-        print(f"{name:24} {full:9.0f} {part:9.0f} {100 * part / full:5.0f} %")
+        print(f"{name:24} {full:9.0f} {part:18.0f} {100 * part / full:5.0f} %")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""What a user waits for before anything runs: `python -m benchmarks.planning`.
+"""Start-up times of the commands: `python -m benchmarks.planning`.
 
-Promises: `--help` within 1.5 s, planning 1,000 checked points within 15 s, a finished sweep again within 10 s.
+Targets: `--help` in 1.5 s, planning and validating 1,000 points in 15 s, rerunning a finished sweep in 10 s.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ TINY = [
 
 
 def seconds(*arguments: str, times: int = 3) -> float:
-    """Median wall time of `python -m src.train ARGUMENTS`."""
-    taken = []
+    """Return the median wall time of `python -m src.train ARGUMENTS`."""
+    durations = []
     for _ in range(times):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "src.train", *arguments], check=True, capture_output=True)
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
     print(f"plan of 1,000 points                {seconds('-m', 'dry_run=true', *thousand):6.2f} s")
     with tempfile.TemporaryDirectory() as folder:
         sweep = ["-m", thousand[0], "beta=1,2", f"output_dir={folder}", *TINY]
-        print(f"16 points of one step, from nothing {seconds(*sweep, times=1):6.2f} s")
-        print(f"the same again                      {seconds(*sweep):6.2f} s")
+        print(f"16 points of one step               {seconds(*sweep, times=1):6.2f} s")
+        print(f"rerun when finished                 {seconds(*sweep):6.2f} s")
 
 
 if __name__ == "__main__":

@@ -41,9 +41,8 @@ class Results:
     judges: list[dict[str, Any]] = field(default_factory=list)  # of each judged result: the judge's name and usage
     # result -> name of a benchmark -> its score by the benchmark's own rules
     scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    _stages_of: dict[str, tuple[Path, dict[str, str]]] = field(
-        default_factory=dict
-    )  # result -> store, role -> identity
+    # result -> its store, and role -> identity of the stages of its point
+    _stages_of: dict[str, tuple[Path, dict[str, str]]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -139,7 +138,7 @@ def _check_conflicts(points: pd.DataFrame) -> None:
 
 
 def _store_of(folder: SweepFolder, sweep: dict[str, Any]) -> Path:
-    """Return where the results of a sweep are: beside its folder, which may have moved, else where they were written."""
+    """Return the store of a sweep: the one next to its folder, which may have moved, else the recorded one."""
     store = folder.store.root
     return store if store.is_dir() else Path(sweep["store"])
 

@@ -41,7 +41,7 @@ def mean_difference_and_p(high: Sequence[float], low: Sequence[float]) -> tuple[
 
 
 def pairwise_against_pointwise(best: pd.DataFrame) -> pd.DataFrame:
-    """Compare the kinds of methods: mean quality_reporting of pairwise minus pointwise ones, and the permutation test's p.
+    """Compare the kinds of methods: mean quality_reporting of pairwise minus pointwise ones, and its permutation test.
 
     Return one row per setup, init and variant with at least two methods of each kind. best: of select_points.
     """

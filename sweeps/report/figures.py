@@ -70,9 +70,7 @@ def quality_over_beta(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFra
 
 def quality_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
     """Draw pairwise and pointwise methods in one panel each, with the Pareto front of the kind."""
-    title = (
-        f"{name}: {metric_label(rows)} over KL, one point per beta (dashed: Pareto front of the kind; ring: selected)"
-    )
+    title = f"{name}: {metric_label(rows)} over KL, one point per beta (dashed: Pareto front; ring: selected)"
     kinds = [kind for kind in KINDS if kind in set(rows.kind)]
     fig = Figure(figsize=(max(7.5, 5.2 * len(kinds)), 4.4), layout="constrained")
     drawing = Drawing(f"{stem}_quality_over_kl", title, fig)
@@ -217,7 +215,7 @@ def _label_rows(panels: dict[str, Axes], label: str) -> None:
 
 
 def _plot_line(drawing: Drawing, ax: Axes, line: pd.DataFrame, best: pd.DataFrame, method: str, x: str) -> None:
-    """Plot quality_reporting of one method over the column `x`, with error bars and a ring around the selected point."""
+    """Plot quality_reporting of one method over the column `x`, with error bars and a ring at the selected point."""
     color, marker = STYLES[method]
     ax.set_xscale("log")
     style_axes(ax)

@@ -12,8 +12,8 @@ from src.methods import METHODS
 
 KINDS = ("pairwise", "pointwise")
 NAMES = {method: spec.name for method, spec in METHODS.items()}
-# A method has the same color and marker in every figure; the Okabe-Ito palette is safe for color-blind readers. With one
-# more marker than colors, no combination repeats within a kind before the 43rd method.
+# A method has the same color and marker in every figure; the Okabe-Ito palette is safe for color-blind readers. With
+# one more marker than colors, no combination repeats within a kind before the 43rd method.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = {

@@ -19,7 +19,6 @@ from src.tracking.following import Following
 from sweeps.search.record import SweepRecord
 from sweeps.search.successive_halving import RungState, dry_run_table, entry_rungs, promote, with_stop
 
-
 FINALIZE = "sweeps.finalize:finalize"  # called by the last job of a sweep, or here when no jobs are submitted
 
 
