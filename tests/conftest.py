@@ -17,8 +17,14 @@ def _on_cluster(nodeid: str) -> bool:
     return nodeid.rpartition("/")[2].startswith("test_slurm")
 
 
+SLOW_FIXTURES = {"cluster", "served", "browser"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The cluster comes first, for it takes longest."""
+    """Tests that use the cluster, a server or a browser are slow; those of the cluster take longest and come first."""
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not _on_cluster(item.nodeid))
 
 

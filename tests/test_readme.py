@@ -1,6 +1,9 @@
-"""Every command in the README does what it says."""
+"""Every command in the README and the reference does what it says."""
+
+from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -12,17 +15,32 @@ import pytest
 from tests.support.commands import ROOT, SMALL, environment, train
 from tests.support.slurm_cluster import missing
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
-CLUSTER = COMMANDS[COMMANDS.index("make slurm-install") : COMMANDS.index("make slurm-down") + 1]
+
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+README, REFERENCE = commands("README.md"), commands("docs/reference.md")
+COMMANDS = README + REFERENCE
+CLUSTER = REFERENCE[REFERENCE.index("make slurm-install") : REFERENCE.index("make slurm-down") + 1]
 RUNS = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m src.train")]
+
+# Targets are up to date when these tests run; make must not install anything for them.
+MAKE = ["make", "-o", ".venv/.run", "-o", ".venv/.dev", "-o", ".venv/.kernels", f"PY={sys.executable}"]
+
+
+def make(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*MAKE, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def test_no_command_is_left_out_of_these_tests():
     others = {c for c in COMMANDS if not c.startswith("python -m src.train")}
-    # Those of the cluster have a test of their own.
-    assert others - set(CLUSTER) == {"make demo", "make test", "make smollm2", "source .venv/bin/activate"}
-    assert len(RUNS) == 10
+    tested = {"make demo", "make test", "make test-all", "make lint", ".ci/run"}
+    assert others - set(CLUSTER) == tested | {"make smollm2", "source .venv/bin/activate"}
+    assert len(RUNS) == 11
 
 
 def test_a_shell_takes_every_command_as_it_is_written():
@@ -34,17 +52,15 @@ def test_a_shell_takes_every_command_as_it_is_written():
 def test_every_run_of_the_readme_is_accepted(arguments, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(20)))
-    given = [a.replace("pairs.jsonl", str(pairs)) for a in arguments if a != "dry_run=true"]
-    output = train(*given, f"output_dir={tmp_path}", "dry_run=true").stdout
+    arguments = [a.replace("pairs.jsonl", str(pairs)) for a in arguments if a != "dry_run=true"]
+    output = train(*arguments, f"output_dir={tmp_path}", "dry_run=true").stdout
     assert re.search(r"^\d+ points: 0 done, \d+ to do$", output, re.M)
 
 
+@pytest.mark.slow
 def test_make_demo_sweeps_all_methods_and_shows_the_best_table(tmp_path):
-    """The recipe of `make demo` itself, on a cut-down task."""
-    arguments = " ".join([*SMALL, f"output_dir={tmp_path}", "beta=0.1"])
-    done = subprocess.run(
-        ["make", "demo", f"ARGS={arguments}"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    """The recipe of `make demo` itself, on a smaller task."""
+    done = make("demo", "ARGS=" + " ".join([*SMALL, f"output_dir={tmp_path}", "beta=0.1"]))
     assert done.returncode == 0, done.stdout + done.stderr
     for method in ("DPO", "IPO", "SimPO", "ORPO", "ASFT", "APO-Zero", "NCA", "Cal-DPO"):
         assert re.search(rf"│ {method} ", done.stdout), done.stdout
@@ -52,27 +68,82 @@ def test_make_demo_sweeps_all_methods_and_shows_the_best_table(tmp_path):
 
 
 def test_make_help_lists_every_target():
-    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("help", "demo", "test", "lint", "bench", "clean", "smollm2", "slurm-up", "chaos"):
+    listed = make("help").stdout
+    for target in re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M):
         assert f"make {target} " in listed
 
 
-def test_make_test_runs_the_suite():
-    planned = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "-m pytest" in planned
+@pytest.mark.parametrize(
+    ("target", "tiers"), [("test", {"quick"}), ("test-all", {"quick", "slow"})], ids=["test", "test-all"]
+)
+def test_a_tier_runs_its_tests_and_no_others(target, tiers, tmp_path):
+    """The recipe itself, on three tests that leave a file each; and its exit code is that of the tests."""
+    probe = tmp_path / "test_probe.py"
+    bodies = [
+        f"@pytest.mark.{mark}\ndef test_{mark}():\n    pathlib.Path({str(tmp_path / mark)!r}).touch()\n"
+        for mark in ("slow", "timing")
+    ]
+    quick = f"def test_quick():\n    pathlib.Path({str(tmp_path / 'quick')!r}).touch()\n"
+    probe.write_text("\n\n".join(["import pathlib\nimport pytest", *bodies, quick]))
+    arguments = f"ARGS=--config-file={ROOT}/pyproject.toml --rootdir={ROOT} -p no:cacheprovider {probe}"
+    assert make(target, arguments).returncode == 0
+    assert {path.name for path in tmp_path.iterdir() if path.suffix == ""} - {"__pycache__"} == tiers
+    probe.write_text("def test_quick():\n    assert False\n")
+    assert make(target, arguments).returncode != 0
 
 
-def test_files_the_readme_links_exist():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+def test_every_test_module_belongs_to_the_full_tier_and_most_to_the_quick_one():
+    collected = {}
+    for target in ("test", "test-all"):
+        done = make(target, "ARGS=--collect-only -p no:cacheprovider")
+        assert done.returncode == 0, done.stdout + done.stderr
+        collected[target] = set(re.findall(r"^(tests/test_\w+\.py)", done.stdout, re.M))
+    modules = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")}
+    assert collected["test-all"] == modules
+    assert len(modules) / 2 < len(collected["test"]) < len(modules)
 
 
+@pytest.mark.parametrize("failing", [None, "lint", "test-all"])
+def test_ci_lints_and_runs_every_test_and_fails_with_either(failing, tmp_path):
+    """The script itself, with commands that only record that they were called in place of make and apt-get."""
+    record = tmp_path / "record"
+    for name in ("make", "apt-get", "chromium"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >>{record}\n[ "$1" != "{failing}" ]\n')
+        program.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env=environment() | {"PATH": path}, check=False)
+    calls = [line for line in record.read_text().splitlines() if line in ("make lint", "make test-all")]
+    assert calls == (["make lint"] if failing == "lint" else ["make lint", "make test-all"])
+    assert (done.returncode == 0) == (failing is None)
+
+
+def test_make_style_fails_on_what_ruff_or_the_contracts_refuse(tmp_path):
+    """The recipe itself, with programs that fail in place of ruff and import-linter."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for failing in (None, "ruff check", "ruff format", "lint-imports"):
+        for name in ("ruff", "lint-imports"):
+            (tools / name).write_text(f'#!/bin/sh\n[ "{name} $1" != "{failing}" ] && [ "{name}" != "{failing}" ]\n')
+            (tools / name).chmod(0o755)
+        done = make("-o", f"{tmp_path}/.done", "style", f"LINT={tmp_path}")
+        assert (done.returncode == 0) == (failing is None), done.stderr
+
+
+def test_the_readmes_environment_has_the_project(tmp_path):
+    activate = Path(sys.executable).with_name("activate")
+    line = f"source {activate} && python -c 'import src, torch, hydra'"
+    assert subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
 def test_the_readmes_way_to_a_cluster_and_back(tmp_path):
     if reason := missing():
         pytest.skip(reason)
     root, out = tmp_path / "cluster", tmp_path / "out"
     lines = []
-    for line in CLUSTER[1:]:  # what comes before is the installation, which .ci/run does
+    for line in CLUSTER[1:]:  # the first line is the installation, which .ci/run does
         line = re.sub(r"^python ", f"{sys.executable} ", line).replace("outputs/", f"{out}/")
         if line.startswith("make"):
             line += f" ARGS='--root {root} --nodes 2'"
@@ -90,7 +161,7 @@ def test_the_readmes_way_to_a_cluster_and_back(tmp_path):
             script, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "2 submitted now" in done.stdout and "2 points: 2 done" in done.stdout
+        assert re.search(r"\b2 submitted\b", done.stdout) and "2 points: 2 done" in done.stdout
         assert "no jobs to cancel" in done.stdout and (out / "sweeps" / "demo" / "report.html").exists()
     finally:
         subprocess.run(["bash", "-ec", lines[-1]], cwd=ROOT, env=environment(), check=True, capture_output=True)
