@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 PAIR = (0.7, -0.4)  # scores of the table: chosen, rejected
 BETAS = (1.0, 0.1)
-REACH = 4.0  # of either score in the figure
+SCORE_RANGE = 4.0  # of either score in the figure
 FIGURE = Path("docs/images/methods.png")
 
 
 def options_of(method: str) -> dict[str, float]:
-    """The options of a method as conf/method/*.yaml has them."""
+    """Return the options of a method and their defaults in conf/method/."""
     configured = yaml.safe_load((CONF_DIR / "method" / f"{method}.yaml").read_text())
     return {name: configured[name] for name in METHODS[method].options}
 
 
 def loss_and_gradients(method: str, chosen: Any, rejected: Any, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and its derivatives by the chosen and the rejected score, float64, each of the scores' shape."""
+    """Return the loss and its derivatives by the chosen and the rejected score, float64, each of the scores' shape."""
     import torch
 
     scores = [torch.as_tensor(s, dtype=torch.float64).clone().requires_grad_() for s in (chosen, rejected)]
@@ -42,7 +42,7 @@ def loss_and_gradients(method: str, chosen: Any, rejected: Any, beta: float) -> 
 
 
 def table() -> str:
-    """Value and score gradients of every method at PAIR."""
+    """Return a table of the value and score gradients of every method at PAIR."""
     cells = ["method"]
     for beta in BETAS:
         cells += [f"loss, β = {beta:g}", "by chosen", "by rejected"]
@@ -54,7 +54,7 @@ def table() -> str:
 
 
 def draw(path: Path) -> None:
-    """Every method over its two scores at beta = 1: level lines of the loss, and where a gradient step moves."""
+    """Draw every method over its two scores at beta = 1: level lines of the loss, and where a gradient step moves."""
     from matplotlib.figure import Figure
 
     rows = [[m for m in METHODS if METHODS[m].kind == kind] for kind in KINDS]
@@ -79,7 +79,7 @@ def _panel(ax: Axes, method: str) -> None:
     import torch
 
     # A mean log-prob is never positive.
-    low, high = (-2 * REACH, 0.0) if METHODS[method].score == "mean_log_prob" else (-REACH, REACH)
+    low, high = (-2 * SCORE_RANGE, 0.0) if METHODS[method].score == "mean_log_prob" else (-SCORE_RANGE, SCORE_RANGE)
     fine, coarse = torch.linspace(low, high, 201), torch.linspace(low, high, 12)[1:-1]
     values, _, _ = loss_and_gradients(method, *torch.meshgrid(fine, fine, indexing="xy"), 1.0)
     ax.contour(fine, fine, values, levels=12, colors="#bbbbbb", linewidths=0.8, linestyles="solid")

@@ -10,6 +10,7 @@ exponential of the mean log-prob per response token, `o(y) = log p(y) - log(1 - 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ def cal_dpo(chosen: Tensor, rejected: Tensor, beta: float, calibration_weight: f
     return -logsigmoid(chosen - rejected) + calibration_weight * ((chosen - target) ** 2 + (rejected + target) ** 2)
 
 
-LOSSES = {loss.__name__: loss for loss in (dpo, ipo, simpo, orpo, asft, apo_zero, nca, cal_dpo)}
+LOSSES: dict[str, Callable[..., Tensor]] = {name: globals()[name] for name in METHODS}
 
 
 class PairLoss(NamedTuple):

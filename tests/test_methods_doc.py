@@ -1,6 +1,5 @@
-"""docs/methods.md says what the code computes: its equations are evaluated, its numbers computed again."""
+"""docs/methods.md agrees with the code: its equations are evaluated, its numbers recomputed."""
 
-import inspect
 import math
 import re
 from types import SimpleNamespace
@@ -16,8 +15,8 @@ from sympy.parsing.sympy_parser import (
 )
 
 from benchmarks.methods import draw, loss_and_gradients, options_of, table
-from src.methods import METHODS, log1mexp, preference_loss
-from tests import test_methods
+from src.losses import LOSSES, log1mexp, preference_loss
+from src.methods import METHODS
 from tests.support.commands import ROOT
 
 PAGE = (ROOT / "docs/methods.md").read_text()
@@ -26,27 +25,27 @@ LETTERS = {"log_ratio": "r", "mean_log_prob": "p", "log_odds": "o"}  # of a scor
 
 
 def tables(page):
-    """Each table as {first cell: other cells}, by its header."""
-    found = {}
+    """Return each table as {first cell: other cells}, by its header."""
+    by_header = {}
     for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
         rows = [[cell.strip() for cell in line.strip("|\n").split(" |")] for line in block.splitlines()]
-        found[tuple(cell.strip() for cell in rows[0])] = {row[0]: row[1:] for row in rows[2:]}
-    return found
+        by_header[tuple(cell.strip() for cell in rows[0])] = {row[0]: row[1:] for row in rows[2:]}
+    return by_header
 
 
 TABLES = tables(PAGE)
 
 
 def table_of(*header):
-    (found,) = (rows for cells, rows in TABLES.items() if cells[: len(header)] == header)
-    return found
+    (table,) = (rows for cells, rows in TABLES.items() if cells[: len(header)] == header)
+    return table
 
 
-LOSSES, NEEDS = table_of("method", "loss of a pair"), table_of("method", "`method=`")
+EQUATIONS, NEEDS = table_of("method", "loss of a pair"), table_of("method", "`method=`")
 
 
 def formula(cell):
-    """The value of $...$, the page's TeX, as a function of its letters."""
+    """Return a function that evaluates $...$, the page's TeX, for values of its letters."""
     (tex,) = re.findall(r"^\$([^$]+)\$$", cell)
     text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", tex).replace("[", "(").replace("]", ")")
     text = re.sub(r"\\log\\sigma", " log_sigma ", text)
@@ -59,18 +58,18 @@ def formula(cell):
     return lambda **values: float(parsed.evalf(30, subs={str(s): values[str(s)] for s in parsed.free_symbols}))
 
 
-def options_told(method):
-    """Letter -> name and default of each option, as the table has them."""
+def documented_options(method):
+    """Return letter -> (name, default) of each option in the table."""
     cell = NEEDS[METHODS[method].name][-1]
     return {
         letter: (name, float(value)) for name, letter, value in re.findall(r"`(\w+)` \(\$\\?(\w+)\$\): ([\d.]+)", cell)
     }
 
 
-def holds(cell, method):
-    """Whether an equation of the page is the loss that trains, at many scores and betas, and other options."""
-    told, letter = formula(cell), LETTERS[METHODS[method].score]
-    options = {sign: (name, 1.3 * default) for sign, (name, default) in options_told(method).items()}
+def equals_loss(cell, method):
+    """Return whether an equation of the page equals the loss in code, at many scores, betas and options."""
+    equation, letter = formula(cell), LETTERS[METHODS[method].score]
+    options = {sign: (name, 1.3 * default) for sign, (name, default) in documented_options(method).items()}
     generator = torch.Generator().manual_seed(0)
     for beta in (0.03, 0.5, 1.0, 4.0):
         for chosen, rejected in (4 * torch.randn(8, 2, generator=generator, dtype=torch.float64)).tolist():
@@ -78,20 +77,20 @@ def holds(cell, method):
                 chosen, rejected = -abs(chosen), -abs(rejected)
             scores = torch.tensor([chosen, rejected], dtype=torch.float64)
             value = LOSSES[method](*scores, beta, **dict(options.values())).item()
-            of_page = (math.exp(chosen), math.exp(rejected)) if letter == "p" else (chosen, rejected)
-            given = {f"{letter}_w": of_page[0], f"{letter}_l": of_page[1], "beta": beta}
+            w, lo = (math.exp(chosen), math.exp(rejected)) if letter == "p" else (chosen, rejected)
+            values = {f"{letter}_w": w, f"{letter}_l": lo, "beta": beta}
             try:
-                read = told(**given, **{sign: value for sign, (_, value) in options.items()})
+                documented = equation(**values, **{sign: value for sign, (_, value) in options.items()})
             except KeyError:  # a score that the method does not read
                 return False
-            if read != pytest.approx(value, rel=1e-9, abs=1e-12):
+            if documented != pytest.approx(value, rel=1e-9, abs=1e-12):
                 return False
     return True
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_equation_is_the_loss_that_trains(method):
-    assert holds(LOSSES[METHODS[method].name][0], method)
+    assert equals_loss(EQUATIONS[METHODS[method].name][0], method)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +108,14 @@ def test_every_equation_is_the_loss_that_trains(method):
     ],
 )
 def test_a_wrong_equation_is_noticed(name, right, wrong):
-    cell = LOSSES[name][0]
+    cell = EQUATIONS[name][0]
     assert right in cell
-    assert not holds(cell.replace(right, wrong, 1), BY_NAME[name])
+    assert not equals_loss(cell.replace(right, wrong, 1), BY_NAME[name])
 
 
 def test_every_table_has_every_method():
     names = [spec.name for spec in METHODS.values()]
-    assert list(LOSSES) == list(NEEDS) == list(table_of("method", "loss, β = 1")) == names
+    assert list(EQUATIONS) == list(NEEDS) == list(table_of("method", "loss, β = 1")) == names
     with_reference = [spec.name for spec in METHODS.values() if spec.needs_reference]
     assert list(table_of("method", "factor at $r = 0$")) == with_reference
 
@@ -124,11 +123,11 @@ def test_every_table_has_every_method():
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_method_needs_is_what_the_table_says(method):
     spec = METHODS[method]
-    name, kind, reference, normalised, *_ = NEEDS[spec.name]
+    name, kind, reference, normalized, *_ = NEEDS[spec.name]
     assert name == f"`{method}`" and kind == spec.kind
-    assert (reference == "yes", normalised == "yes") == (spec.needs_reference, spec.score != "log_ratio")
-    assert {reference, normalised} <= {"yes", "no"}
-    assert dict(options_told(method).values()) == options_of(method)
+    assert (reference == "yes", normalized == "yes") == (spec.needs_reference, spec.score != "log_ratio")
+    assert {reference, normalized} <= {"yes", "no"}
+    assert dict(documented_options(method).values()) == options_of(method)
 
 
 def test_the_numbers_are_what_the_command_prints():
@@ -138,7 +137,7 @@ def test_the_numbers_are_what_the_command_prints():
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 def test_the_factors_at_the_reference_are_those_of_the_table(beta):
     for name, (cell,) in table_of("method", "factor at $r = 0$").items():
-        letters = {letter: default for letter, (_, default) in options_told(BY_NAME[name]).items()}
+        letters = {letter: default for letter, (_, default) in documented_options(BY_NAME[name]).items()}
         _, by_chosen, by_rejected = loss_and_gradients(BY_NAME[name], 0.0, 0.0, beta)
         factor = formula(cell)(beta=beta, **letters)
         assert (-by_chosen.item(), by_rejected.item()) == pytest.approx((factor, factor))
@@ -146,14 +145,14 @@ def test_the_factors_at_the_reference_are_those_of_the_table(beta):
 
 def test_every_test_that_the_page_names_is_there():
     cited = set(re.findall(r"`(test_\w+)`", PAGE))
-    known = {**vars(test_methods), **globals()}
-    assert len(cited) > 8 and all(inspect.isfunction(known.get(name)) for name in cited)
+    known = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").glob("*.py")), re.M))
+    assert len(cited) > 8 and cited <= known
 
 
 def test_the_shifts_of_the_page_are_those_at_its_pair():
-    told = {name: float(value) for value, name in re.findall(r"(0\.\d{4}) \(([\w-]+)\)", PAGE)}
-    assert set(told) >= {"APO-Zero", "NCA", "Cal-DPO", "ASFT"}
-    for name, value in told.items():
+    documented = {name: float(value) for value, name in re.findall(r"(0\.\d{4}) \(([\w-]+)\)", PAGE)}
+    assert set(documented) >= {"APO-Zero", "NCA", "Cal-DPO", "ASFT"}
+    for name, value in documented.items():
         _, by_chosen, by_rejected = loss_and_gradients(BY_NAME[name], 0.7, -0.4, 1.0)
         assert value == pytest.approx((by_chosen + by_rejected).item(), abs=5e-5)
 
@@ -169,10 +168,10 @@ def test_simpo_without_its_target_is_dpo_on_mean_log_probs():
 def test_ipo_nca_and_cal_dpo_are_least_where_the_page_says(beta):
     _, by_chosen, by_rejected = loss_and_gradients("ipo", 0.3 + 1 / (2 * beta), 0.3, beta)
     assert (by_chosen.item(), by_rejected.item()) == pytest.approx((0, 0), abs=1e-9)
-    at = math.log(2) / beta
-    _, by_chosen, by_rejected = loss_and_gradients("nca", at, -1.0, beta)
+    minimum = math.log(2) / beta
+    _, by_chosen, by_rejected = loss_and_gradients("nca", minimum, -1.0, beta)
     assert by_chosen.item() == pytest.approx(0, abs=1e-12) and by_rejected > 0
-    assert 1 / (1 + math.exp(-beta * at)) == pytest.approx(2 / 3)
+    assert 1 / (1 + math.exp(-beta * minimum)) == pytest.approx(2 / 3)
 
     # Cal-DPO: along r_w = -r_l the derivative changes its sign between the ends named.
     def slope(score):
@@ -180,8 +179,8 @@ def test_ipo_nca_and_cal_dpo_are_least_where_the_page_says(beta):
         assert by_chosen.item() == pytest.approx(-by_rejected.item())
         return by_chosen.item()
 
-    target, reach = 1 / (2 * beta), 1 / (4 * options_of("cal_dpo")["calibration_weight"])
-    assert slope(target) < 0 < slope(target + reach)
+    target, margin = 1 / (2 * beta), 1 / (4 * options_of("cal_dpo")["calibration_weight"])
+    assert slope(target) < 0 < slope(target + margin)
 
 
 def test_the_figure_is_drawn(tmp_path):
@@ -204,6 +203,7 @@ def token_logps(model, prompt, response):
     return logits.gather(1, ids[0, 1:, None])[:, 0]
 
 
+@pytest.mark.slow
 def test_trls_losses_differ_as_the_page_says():
     """One step of TRL's own trainers on two pairs of different lengths, and what this project computes of them."""
     from benchmarks.trl_side import trl_trainer
@@ -216,15 +216,15 @@ def test_trls_losses_differ_as_the_page_says():
     model, _ = mini()
     per_token = [[token_logps(model, p.prompt, r) for r in p.responses] for p in pairs]
     w, lo = (
-        torch.stack([own[i][len(p.prompt) - 1 :].sum() for own, p in zip(per_token, pairs, strict=True)])
+        torch.stack([logps[i][len(p.prompt) - 1 :].sum() for logps, p in zip(per_token, pairs, strict=True)])
         for i in (0, 1)
     )
     n_w, n_l = (torch.tensor([float(len(p.responses[i])) for p in pairs]) for i in (0, 1))
     reference_w, reference_l = torch.tensor(references).T
 
-    def ours(method, at=beta, **options):
-        given = (reference_w, reference_l) if METHODS[method].needs_reference else ()
-        return preference_loss(method, at, w, lo, n_w, n_l, *given, options=options).loss.mean().item()
+    def ours(method, beta=beta, **options):
+        references = (reference_w, reference_l) if METHODS[method].needs_reference else ()
+        return preference_loss(method, beta, w, lo, n_w, n_l, *references, options=options).loss.mean().item()
 
     def theirs(method, then=lambda trainer: None, **changes):
         job = {"method": method, "micro_batch": 2, "pairs": 2, "references": references}
@@ -247,17 +247,17 @@ def test_trls_losses_differ_as_the_page_says():
     def gamma_and_sft(trainer):
         trainer.simpo_gamma, trainer.cpo_alpha = 0.06, 0.7
 
-    chosen = [own[0][len(p.prompt) - 1 :] for own, p in zip(per_token, pairs, strict=True)]
+    chosen = [logps[0][len(p.prompt) - 1 :] for logps, p in zip(per_token, pairs, strict=True)]
     simpo = ours("simpo", gamma_beta_ratio=0.06 / beta)
     assert theirs("simpo", gamma) == pytest.approx(simpo, rel=1e-4)
     assert theirs("simpo", gamma_and_sft) == pytest.approx(simpo - 0.7 * torch.cat(chosen).mean().item(), rel=1e-4)
-    everything = -torch.cat([own[0] for own in per_token]).mean().item()  # the prompt, too
-    assert theirs("orpo") == pytest.approx(everything + beta * ours("orpo", at=1.0), rel=1e-4)
+    all_tokens = -torch.cat([logps[0] for logps in per_token]).mean().item()  # the prompt, too
+    assert theirs("orpo") == pytest.approx(all_tokens + beta * ours("orpo", beta=1.0), rel=1e-4)
 
     # Where both responses have T tokens: T^-2 times the loss of sums with beta / T.
     even, tokens = torch.tensor([-3.0, -9.0]), 4.0
-    of_means = LOSSES["ipo"](even[:1] / tokens, even[1:] / tokens, beta)
-    torch.testing.assert_close(of_means, LOSSES["ipo"](even[:1], even[1:], beta / tokens) / tokens**2)
+    loss_of_means = LOSSES["ipo"](even[:1] / tokens, even[1:] / tokens, beta)
+    torch.testing.assert_close(loss_of_means, LOSSES["ipo"](even[:1], even[1:], beta / tokens) / tokens**2)
 
 
 def test_odds_of_a_whole_sequences_probability_are_hardly_more_than_its_log_prob():
