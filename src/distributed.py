@@ -1,5 +1,7 @@
-"""Multi-process runs (DDP or ZeRO): rank 0 holds the lease, writes and publishes; the other ranks take part in the
-training stages only."""
+"""Multi-process runs (DDP or ZeRO).
+
+Rank 0 holds the lease, writes and publishes; the other ranks take part in the training stages only.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ STEP_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The ranks of this run, as RANK, WORLD_SIZE and LOCAL_RANK number them (set by torchrun or by our SLURM jobs)."""
+    """The ranks of this run, numbered by RANK, WORLD_SIZE and LOCAL_RANK (set by torchrun or by our SLURM jobs)."""
 
     rank: int = 0
     size: int = 1
@@ -43,7 +45,7 @@ class DistributedContext:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -93,7 +95,7 @@ def init_distributed(strategy: str) -> DistributedContext:
 
     cuda = torch.cuda.is_available()
     if cuda:
-        # Sites differ: a process sees all GPUs of the job, or only its own.
+        # Depending on the site, a process sees all GPUs of the job or only one of them.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if size == 1:
         os.environ.setdefault("LOCAL_RANK", "0")

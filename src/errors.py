@@ -15,11 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 class ConfigError(ValueError):
-    """A request that cannot be run: one line that names the override or file, and what would be right."""
+    """A request cannot be run; the message is one line that names the override or file, and what would be right."""
 
 
 class StageError(RuntimeError):
-    """A stage that could not be computed for a reason the user can act on: one line."""
+    """A stage failed for a reason the user can act on; the message is one line."""
 
 
 class SweepFailed(RuntimeError):
@@ -43,7 +43,7 @@ def one_line(error: BaseException) -> str:
     parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        # Of the coordinates that OmegaConf appends, only the full key tells a user something.
+        # Of the coordinates that OmegaConf appends, only the full key is useful to a user.
         lines = [line.strip() for line in str(cause).split("\n")]
         lines = [line for line in lines if line and not line.startswith(("object_type=", "reference_type="))]
         message = " ".join(lines).replace("full_key: ", "at key ")
@@ -65,8 +65,10 @@ def describe_failure(error: BaseException) -> str:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Turn an exception into one line on stderr and an exit code: 1 a run failed, 2 the request was wrong,
-    130 interrupted."""
+    """Turn an exception into one line on stderr and an exit code.
+
+    The codes are 1 for a failed run, 2 for a wrong request and 130 for an interruption.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -75,7 +77,7 @@ def report_errors() -> Iterator[None]:
     except CONFIG_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error
-    except BrokenPipeError:  # the reader of our output has closed the pipe
+    except BrokenPipeError:  # stdout is a pipe whose reader has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A running stage may be asked to stop: it saves what it can resume from at its next step and raises Interrupted."""
+"""Requests to stop the running stage: at its next step it saves a checkpoint and raises Interrupted."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ _reason: str | None = None
 
 
 class Interrupted(Exception):
-    """The stage stopped because it was asked to; run again, it goes on from its last checkpoint."""
+    """The stage stopped on request; the next attempt resumes from its last checkpoint."""
 
 
 def request(reason: str | None) -> None:
-    """Ask whatever stage runs in this process to stop; None takes it back. Safe in a signal handler."""
+    """Ask the stage that runs in this process to stop; None withdraws the request. Safe in a signal handler."""
     global _reason
     _reason = reason
 
 
 def stop_reason() -> str | None:
+    """Return why the running stage should stop; None when it should not."""
     return _reason

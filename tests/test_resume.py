@@ -1,4 +1,4 @@
-"""Killed at any moment, started twice at once: the results are those of an undisturbed run."""
+"""Runs that are killed at any moment or started twice at once have the results of an undisturbed run."""
 
 import json
 import subprocess
@@ -28,11 +28,11 @@ def undisturbed(tmp_path_factory) -> dict[str, object]:
 
 
 def checkpoint(stage: str, step: int) -> Callable[[Path], bool]:
-    """A checkpoint of `stage` at `step` or later is there."""
+    """Return a condition: the store has a checkpoint of `stage` at `step` or later."""
     return lambda store: any(int(p.name[5:]) >= step for p in store.glob(f"{stage}/.work/*/checkpoints/*/step-*"))
 
 
-def begun(stage: str) -> Callable[[Path], bool]:
+def attempt_started(stage: str) -> Callable[[Path], bool]:
     return lambda store: any(store.glob(f"{stage}/.work/*/attempt-*"))
 
 
@@ -41,21 +41,21 @@ def test_kill_9_in_every_stage_and_the_same_command_again_gives_identical_result
     conditions = [
         checkpoint("sft", 4),
         checkpoint("sft", 20),
-        begun("reference"),
+        attempt_started("reference"),
         checkpoint("align", 6),
         checkpoint("align", 24),
-        begun("generate"),
+        attempt_started("generate"),
     ]
     assert all(kill_when(condition, tmp_path, *arguments) for condition in conditions), "a kill came too late"
     train(*arguments)
-    found = results(tmp_path)
-    assert found.keys() == undisturbed.keys()
-    assert [k for k in found if found[k] != undisturbed[k]] == []
+    resumed = results(tmp_path)
+    assert resumed.keys() == undisturbed.keys()
+    assert [k for k in resumed if resumed[k] != undisturbed[k]] == []
     assert not list((tmp_path / "store").glob("*/.work/*")), "finished stages leave nothing behind"
 
 
 def sampled(count: int) -> Callable[[Path], bool]:
-    """`count` responses of some policy are written down."""
+    """Return a condition: the store has `count` responses of a policy on disk."""
 
     def enough(store: Path) -> bool:
         files = [f for f in store.glob("generate/.work/*/checkpoints/responses.jsonl") if f.exists()]
@@ -64,38 +64,37 @@ def sampled(count: int) -> Callable[[Path], bool]:
     return enough
 
 
-def test_killed_while_sampling_it_goes_on_with_the_prompts_that_are_left(tmp_path, undisturbed):
+def test_a_run_killed_while_sampling_resumes_with_the_remaining_prompts(tmp_path, undisturbed):
     arguments = [*POINT, f"output_dir={tmp_path}", "evaluation.generation.batch_size=2"]
     assert kill_when(sampled(4), tmp_path, *arguments)
     (file,) = (tmp_path / "store").glob("generate/.work/*/checkpoints/responses.jsonl")
     known = file.read_text().count("\n")
     with file.open("a") as handle:
-        handle.write('{"index": 1, "ids": [3, ')  # as a death in the middle of a line leaves it
+        handle.write('{"index": 1, "ids": [3, ')  # as a kill in the middle of a line leaves it
     train(*arguments, f"hydra.run.dir={tmp_path}/runs/again")
     log = (tmp_path / "runs" / "again" / "train.log").read_text()
     assert f"{known} of 16 prompts were sampled before" in log and 4 <= known < 16
     assert results(tmp_path) == undisturbed
 
 
-# Computes the SFT stage in a fresh process that dies, as by kill -9, at its Nth operation on files.
+# Compute the SFT stage in a child process that exits, as if killed, at its Nth file operation.
 DIE_AT = """
 import os, shutil, sys
 sys.path.insert(0, {root!r})
 import src.stages.sft
-from src.plan import Stage, make_plan
 from src.stages.runner import compute_or_wait
-from src.store import Store
+from src.store.store import Store
 from tests.test_resume import sft_stage
 
 stage, store = sft_stage({folder!r}), Store({folder!r})
 for fatal in {numbers!r}:
     child = os.fork()
     if child == 0:
-        left = [fatal]
+        remaining = [fatal]
         def counting(function):
             def call(*arguments, **options):
-                left[0] -= 1
-                if left[0] == 0:
+                remaining[0] -= 1
+                if remaining[0] == 0:
                     os._exit(9)
                 return function(*arguments, **options)
             return call
@@ -121,16 +120,16 @@ def sft_process(folder: Path, numbers: list[int]) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
-def test_death_at_any_single_file_operation_loses_nothing_and_shows_no_half_result(tmp_path):
-    """Die at the 1st, 2nd, 3rd, ... operation, each time going on from what the last death left, until one gets
-    through; from then on nothing is computed. The result is that of a run that never died."""
-    plain = tmp_path / "plain"
-    assert sft_process(plain, [10**9]) == [0]
-    troubled = tmp_path / "troubled"
-    # Spread so that deaths fall into lease, checkpoints and publication; each attempt resumes from the last.
-    outcomes = sft_process(troubled, [1, 2, 3, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 41, 44, 47, 50, 53, 10**9])
-    assert outcomes.count(9) >= 10 and outcomes[-1] == 0
-    assert results(troubled) == results(plain)
+def test_a_kill_at_any_single_file_operation_loses_nothing_and_publishes_nothing_partial(tmp_path):
+    """Each child exits at a later operation than the one before and resumes from what that one wrote; the last one
+    completes. The result is that of a run that was never killed."""
+    calm = tmp_path / "calm"
+    assert sft_process(calm, [10**9]) == [0]
+    killed = tmp_path / "killed"
+    # Spread so that the exits fall into lease, checkpoints and publication.
+    exit_codes = sft_process(killed, [1, 2, 3, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 41, 44, 47, 50, 53, 10**9])
+    assert exit_codes.count(9) >= 10 and exit_codes[-1] == 0
+    assert results(killed) == results(calm)
 
 
 def test_a_resumed_run_really_resumes(tmp_path):
@@ -149,7 +148,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, un
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
     train(*arguments, f"hydra.run.dir={tmp_path}/runs/again")
     log = (tmp_path / "runs" / "again" / "train.log").read_text()
-    assert "optimizer.bin is not what was written" in log and "resuming from step" in log
+    assert "checksum mismatch in optimizer.bin" in log and "resuming from step" in log
     assert results(tmp_path) == undisturbed
 
 
@@ -176,7 +175,7 @@ def test_another_seed_gives_other_results(tmp_path, undisturbed):
     assert all(m not in undisturbed.values() for m in metrics)
 
 
-def test_artefacts_of_another_config_are_refused_with_the_keys_that_differ(tmp_path, undisturbed):
+def test_artifacts_of_another_config_are_refused_with_the_keys_that_differ(tmp_path, undisturbed):
     point = build_point(composed(*POINT, f"output_dir={tmp_path}"))
     store = Store(tmp_path)
     stage = next(iter(make_plan([point], store).stages.values()))
@@ -184,7 +183,7 @@ def test_artefacts_of_another_config_are_refused_with_the_keys_that_differ(tmp_p
     folder.mkdir(parents=True)
     (folder / "DONE").write_text("{}")
     other = json.loads(json.dumps(stage.description))
-    other["fields"]["trainer"]["lr"] = 123
+    other["inputs"]["trainer"]["lr"] = 123
     (folder / "stage.json").write_text(json.dumps(other))
-    with pytest.raises(ConfigError, match=r"disagrees with this run in fields\.trainer\.lr"):
+    with pytest.raises(ConfigError, match=r"was written for other inputs \(inputs\.trainer\.lr\)"):
         store.artifacts(stage)

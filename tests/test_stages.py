@@ -1,4 +1,4 @@
-"""What happens to a stage when its disk fills up or another process takes it over."""
+"""A stage whose disk fills up, and one that another process takes over."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_a_clear_error_and_the_same_command_goes_on_with_more_space(small_disk):
+def test_a_full_disk_is_a_clear_error_and_the_same_command_resumes_with_more_space(small_disk):
     arguments = [*SMALL, "trainer.save_steps=1", f"output_dir={small_disk}"]
     done = train(*arguments, f"hydra.run.dir={small_disk.parent}/run", check=False)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -45,7 +45,7 @@ def test_a_stage_taken_over_by_another_process_is_waited_for(tmp_path, monkeypat
 
     class Module:
         @staticmethod
-        def run(_point, _fields, _upstream, attempt):
+        def run(_inputs, _resources, _upstream, attempt):
             calls.append(attempt.lease.number)
             if len(calls) == 1:
                 raise LeaseLost("taken over")

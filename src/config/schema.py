@@ -241,7 +241,7 @@ class Point:
 
 
 def method_options(point: Point) -> dict[str, float]:
-    """The loss fields besides beta, by name."""
+    """Return the loss fields of the point's method besides beta, by name."""
     return {name: getattr(point.method, name) for name in METHODS[point.method.name].options}
 
 

@@ -72,8 +72,10 @@ class Cost:
         return estimates
 
     def _tokens(self, stage: Stage) -> float | None:
-        """Return how many tokens the stage will process: scaled from finished stages of the same data, else from the
-        table sizes in conf/dataset."""
+        """Return how many tokens the stage will process.
+
+        They are scaled from finished stages of the same data, or computed from the table sizes in conf/dataset.
+        """
         inputs = stage.description["inputs"]
         num_passes = _num_passes(inputs, stage.kind)
         if num_passes is not None:
@@ -128,8 +130,8 @@ class Cost:
             lines.append(f"{'all':9} {'':6} {'':>10} {_format_hours(total):>18}")
         if any(e.hours is not None and not e.measured for e in self.estimates.values()):
             lines.append(
-                f"assumed: {_FLOPS['align']} FLOPs per parameter and token in training, {_FLOPS['generate']} elsewhere; "
-                f"{100 * point.engine.mfu:g} % of {point.engine.tflops:g} TFLOPS (engine.mfu, engine.tflops), "
+                f"assumed: {_FLOPS['align']} FLOPs per parameter and token in training, else {_FLOPS['generate']}, "
+                f"at {100 * point.engine.mfu:g} % of {point.engine.tflops:g} TFLOPS (engine.mfu, engine.tflops), "
                 "a tenth of that in sampling; rows and tokens of conf/dataset"
             )
         if total is None:

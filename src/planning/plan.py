@@ -1,4 +1,4 @@
-"""The plan of a list of points: each distinct stage once, with its state. No torch."""
+"""The plan of a list of points: each distinct stage once, and which of them must be computed. No torch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Plan:
     point_stages: list[list[str]]  # per point: the identities of its stages, upstream first, `evaluate` last
     done: set[str] = field(default_factory=set)  # identities whose artifacts are there
     needed: set[str] = field(default_factory=set)  # identities that must be computed for the points to be complete
-    abandoned: set[str] = field(default_factory=set)  # results that are not wanted any more: nothing is needed for them
+    abandoned: set[str] = field(default_factory=set)  # results that are no longer needed, nor the stages for them alone
 
     @property
     def results(self) -> list[str]:
-        """Per point: the identity of its evaluate stage."""
+        """Identities of the evaluate stages, one per point."""
         return [stage_ids[-1] for stage_ids in self.point_stages]
 
     @property
     def stages_by_role(self) -> list[dict[str, str]]:
-        """Per point: role -> identity of its stages, `evaluate` last, as sweep.json records them."""
+        """For each point, role -> identity of its stages, `evaluate` last, as sweep.json records them."""
         return [{self.stages[i].role: i for i in stage_ids} for stage_ids in self.point_stages]
 
     def refresh(self, store: Store) -> None:

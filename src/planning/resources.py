@@ -1,4 +1,4 @@
-"""What a stage may use without its results depending on it, beyond rounding: devices, budgets, addresses, limits."""
+"""What a stage uses and its results do not depend on, except for rounding: devices, budgets, addresses, limits."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class Resources:
 
 
 def resources_of(point: Point, pairs: DataInputs) -> Resources:
+    """Return the resources of every stage of a point."""
     engine, judge, data = point.engine, point.judge, point.dataset
     tables = {"sft": data.sft, "preference": data.preference}
     return Resources(

@@ -1,4 +1,4 @@
-"""Alignment: the chosen method's loss on preference pairs -> a checkpoint, its metrics, and its validation scores."""
+"""Alignment: minimizes the method's loss on preference pairs -> a checkpoint, its metrics, and validation scores."""
 
 from __future__ import annotations
 
@@ -105,8 +105,10 @@ def _validate(
     references: Tensor | None,
     attempt: Attempt,
 ) -> None:
-    """Write one line per validation pair: its prompt (numbered by first appearance), loss, reward margin, and whether
-    the method's score prefers the chosen response."""
+    """Write one line per validation pair: prompt, loss, reward margin, and whether the score prefers the chosen one.
+
+    Prompts are numbered by first appearance, so that pairs of one prompt have the same number.
+    """
     numbers: dict[tuple[int, ...], int] = {}
     prompts = [numbers.setdefault(example.prompt, len(numbers)) for example in data.examples]
     lines: dict[int, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Samples and validation scores -> judgements.jsonl, quality.json and result.json, what points are compared by."""
+"""Samples and validation scores -> judgements.jsonl, quality.json, and result.json, which compares points."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RE
 def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     samples = generate.read(upstream["samples"])
     validation = [json.loads(line) for line in (upstream["align"] / align.VALIDATION_FILE).open()]
-    # Per prompt, so that pairs of one prompt are on one side of the split and count as one observation.
+    # Averaged by prompt, so that the pairs of one prompt are in one split and count as one observation.
     by_prompt: dict[int, list[float]] = {}
     for line in validation:
         by_prompt.setdefault(line["prompt"], []).append(line["correct"])
@@ -46,8 +46,6 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         attempt.out / QUALITY_FILE,
         {"prompts": list(quality), "values": list(quality.values()), "selection": [i in selection for i in quality]},
     )
-    ratios = [s["logp"] - s["reference_logp"] for s in samples]
-    lengths = [s["tokens"] for s in samples]
     aligned = read_json(upstream["align"] / STAGE_FILE)["inputs"]
     result = {
         "schema": RESULT_SCHEMA,
@@ -66,10 +64,10 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
             "reporting": mean_and_error([v for i, v in quality.items() if i not in selection]),
         },
         "judge": usage,
-        "kl": {"per_sequence": mean_and_error(ratios), "per_token": ratio_and_error(ratios, lengths)},
+        "kl": kl_estimates(samples),
         "reward_accuracy": mean_and_error([line["correct"] for line in validation]),
         "reward_margin": mean_and_error([line["margin"] for line in validation]),
-        "response_tokens": mean_and_error(lengths),
+        "response_tokens": mean_and_error([s["tokens"] for s in samples]),
         "finished": sum(s["finished"] for s in samples) / len(samples),
         "dropped": read_json(upstream["align"] / "data.json")["dropped"],
         "stages": _stages(upstream, attempt),
@@ -85,8 +83,10 @@ def _comparisons(
     samples: list[dict[str, Any]],
     baseline_samples: Path | None,
 ) -> list[Comparison]:
-    """Pair each sample with the baseline's response to its prompt: a sample of the SFT model, the chosen response of
-    the first held-out pair, or an answer from a file."""
+    """Pair each sample with the baseline's response to its prompt.
+
+    That is a sample of the SFT model, the chosen response of the prompt's first held-out pair, or a row of a file.
+    """
     prompts = read_prompts(inputs.prompts, resources.expected_rows)
     baselines: dict[int, dict[str, Any]]
     if baseline_samples is not None:
@@ -99,6 +99,17 @@ def _comparisons(
             chosen.setdefault(pair.prompt.key, pair.chosen)
         baselines = {i: {"response": chosen[entry.prompt.key]} for i, entry in enumerate(prompts)}
     return [Comparison(prompts[s["index"]].prompt, s, {"finished": True} | baselines[s["index"]]) for s in samples]
+
+
+def kl_estimates(samples: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Return Monte Carlo estimates of KL(policy || initial model) in nats, per sequence and per token.
+
+    For samples of the policy at temperature 1, the mean of log p(y|x) - log p_0(y|x) is unbiased ("k1" of Schulman,
+    "Approximating KL divergence", 2020). Per token: the sum of these log-ratios over the sum of response lengths.
+    """
+    log_ratios = [sample["logp"] - sample["reference_logp"] for sample in samples]
+    lengths = [sample["tokens"] for sample in samples]
+    return {"per_sequence": mean_and_error(log_ratios), "per_token": ratio_and_error(log_ratios, lengths)}
 
 
 def selection_prompts(items: list[int], fraction: float, seed: int) -> set[int]:
@@ -131,16 +142,16 @@ def ratio_and_error(totals: list[float], counts: list[int]) -> dict[str, float |
 
 
 def _stages(upstream: dict[str, Path], attempt: Attempt) -> list[dict[str, Any]]:
-    """Return identity, seconds and tokens of this stage and of every stage upstream of it, found through artifacts."""
+    """Return identity, seconds and tokens of this stage and of all its upstream, as their artifacts record them."""
     this_stage = {"stage": "evaluate", "identity": attempt.identity, "seconds": round(attempt.seconds, 3), "tokens": 0}
-    found: dict[str, dict[str, Any]] = {attempt.identity: {**this_stage, "processes": 1}}
+    stages: dict[str, dict[str, Any]] = {attempt.identity: {**this_stage, "processes": 1}}
     folders = list(upstream.values())
     while folders:
         folder = folders.pop()
         done = read_json(folder / DONE)
-        if done["identity"] in found:
+        if done["identity"] in stages:
             continue
-        found[done["identity"]] = {key: done[key] for key in ("stage", "identity", "seconds", "tokens", "processes")}
+        stages[done["identity"]] = {key: done[key] for key in ("stage", "identity", "seconds", "tokens", "processes")}
         for identity in read_json(folder / STAGE_FILE)["upstream"].values():
             folders += folder.parents[1].glob(f"*/{identity}")
-    return sorted(found.values(), key=lambda stage: (stage["stage"], stage["identity"]))
+    return sorted(stages.values(), key=lambda stage: (stage["stage"], stage["identity"]))

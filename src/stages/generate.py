@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESPONSES_FILE = "responses.jsonl"  # beside the checkpoints: what is sampled so far
+RESPONSES_FILE = "responses.jsonl"  # among the checkpoints: the responses sampled so far
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """One row a prompt, in the source's order: index, prompt, response, finished, tokens, logp, reference_logp
-    (both summed over the response, nats, untempered)."""
+    """Return one row per prompt: index, prompt, response, finished, tokens, logp, reference_logp.
+
+    Both log-probs are summed over the response, in nats, at temperature 1.
+    """
     return [json.loads(line) for line in (folder / SAMPLES_FILE).open()]
 
 
@@ -40,21 +42,21 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     prompts = [entry.prompt for entry in read_prompts(inputs.prompts, resources.expected_rows)]
     numbered = [(i, template.prompt_ids(p)) for i, p in enumerate(prompts)]
     limit = inputs.prompts.data.max_prompt_tokens
-    # A prompt without tokens, not even a begin token, has nothing to predict the first token from.
+    # Without any token, not even a begin token, there is no position that predicts the first response token.
     rows = [(i, ids[-limit:]) for i, ids in numbered if ids]
     if len(rows) < len(prompts):
         log.warning("%s: dropped %d of %d prompts: empty", attempt.label, len(prompts) - len(rows), len(prompts))
     if longer := sum(len(ids) > limit for _, ids in numbered):
         log.warning("%s: %d of %d prompts are cut to their last %d tokens", attempt.label, longer, len(prompts), limit)
     prompt_ids = [ids for _, ids in rows]
-    # The baseline draws its own numbers, so that policy and baseline are independent samples; all policies of a
-    # grid share theirs, so that points are compared on common random numbers.
+    # Policy and baseline have different seeds, so that their samples are independent; all policies of a grid have the
+    # same, so that points are compared on common random numbers.
     seed = f"{inputs.seed}/{inputs.generation.seed}/{inputs.role}"
 
     count, checkpoint = len(rows), upstream["checkpoint"]
     model = load_model(inputs.model, resources, checkpoint) if inputs.generation.server is None else None
     responses = _sample(inputs, resources, model or checkpoint, template, prompt_ids, seed, attempt)
-    model = model or load_model(inputs.model, resources, checkpoint)  # once the server has left the accelerator
+    model = model or load_model(inputs.model, resources, checkpoint)  # after the server has released the accelerator
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i][0]),)) for i in range(count)]
     logps = _logps(inputs, resources, model, examples)
     reference_logps = logps
@@ -93,29 +95,29 @@ def _sample(
     Each is written to disk at once, so that the next attempt resumes. model: a checkpoint's folder with a server.
     """
     file = attempt.checkpoints / RESPONSES_FILE
-    before = _written(file)
-    if before:
-        log.info("%s: %d of %d prompts were sampled before", attempt.label, len(before), len(prompt_ids))
-        attempt.prior_seconds = max(row["seconds"] for row in before)
-        attempt.tokens = sum(len(row["ids"]) for row in before)
-    responses = {row["index"]: (row["ids"], row["finished"]) for row in before}
-    begun, count = time.perf_counter(), 2 * len(prompt_ids)
-    drawn = 0
+    earlier = _read_responses(file)
+    if earlier:
+        log.info("%s: %d of %d prompts were sampled before", attempt.label, len(earlier), len(prompt_ids))
+        attempt.prior_seconds = max(row["seconds"] for row in earlier)
+        attempt.tokens = sum(len(row["ids"]) for row in earlier)
+    responses = {row["index"]: (row["ids"], row["finished"]) for row in earlier}
+    started, count = time.perf_counter(), 2 * len(prompt_ids)
+    num_sampled_tokens = 0
     generation, numerics = inputs.generation, numerics_of(inputs.model, resources)
     with file.open("a") as handle:
 
-        def keep(index: int, response: tuple[list[int], bool]) -> None:
-            nonlocal drawn
+        def save_response(index: int, response: tuple[list[int], bool]) -> None:
+            nonlocal num_sampled_tokens
             ids, finished = response
-            drawn += len(ids)
-            if index not in responses:  # or a batch of which a part was known
+            num_sampled_tokens += len(ids)
+            if index not in responses:  # a batch may have some responses from an earlier attempt
                 row = {"index": index, "ids": ids, "finished": finished, "seconds": round(attempt.seconds, 3)}
                 handle.write(json.dumps(row) + "\n")
                 handle.flush()
                 attempt.tokens += len(ids)
                 responses[index] = response
 
-        def beat() -> None:
+        def report_progress() -> None:
             attempt.step(len(responses), count)
 
         if generation.server is None:
@@ -130,23 +132,25 @@ def _sample(
                 done=set(responses),
             )
             for index, ids, finished in samples:
-                keep(index, (ids, finished))
-                beat()
+                save_response(index, (ids, finished))
+                report_progress()
         elif todo := {i: ids for i, ids in enumerate(prompt_ids) if i not in responses}:
             folder = served_folder(model, attempt.checkpoints, template, generation)
-            release_accelerator()  # what training in this process has left; a server takes what it finds
+            release_accelerator()  # a server allocates the memory that is free when it starts
             _, command = generation.server
             precision, timeout = inputs.model.precision, resources.server_timeout
-            with serving(command, timeout, folder, precision, attempt.checkpoints, beat) as url:
+            with serving(command, timeout, folder, precision, attempt.checkpoints, report_progress) as url:
                 concurrency = resources.server_concurrency
-                sample_through(url, concurrency, str(folder), template, todo, seed, generation, keep, beat)
-    if drawn:
-        log.info("%s: %.0f tokens/s", attempt.label, drawn / (time.perf_counter() - begun))
+                sample_through(
+                    url, concurrency, str(folder), template, todo, seed, generation, save_response, report_progress
+                )
+    if num_sampled_tokens:
+        log.info("%s: %.0f tokens/s", attempt.label, num_sampled_tokens / (time.perf_counter() - started))
     return responses
 
 
-def _written(file: Path) -> list[dict[str, Any]]:
-    """The rows of an earlier attempt; not the one that it was writing when it died, which goes."""
+def _read_responses(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of earlier attempts; remove a last line that was cut off when an attempt was killed."""
     rows = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:

@@ -25,7 +25,7 @@ def _no_report(label: str, step: int, total: int) -> None:
 
 
 def compute_or_wait(stage: Stage, store: Store, report: Report = _no_report) -> Path:
-    """Return the artifacts of `stage`: found, waited for while another process computes them, or computed here.
+    """Return the directory of the stage's artifacts: reused, computed by another process, or computed here.
 
     The stage's upstream must be done (a plan's stages are in that order). Several processes may call this for one
     stage at once; one computes. All ranks of a run call it and compute training stages together. Raises whatever the

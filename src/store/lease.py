@@ -1,10 +1,14 @@
-"""A lease keeps two jobs from computing one stage, on local and network file systems alike.
+"""A lease keeps two processes from computing one stage, on local and network file systems alike.
 
-Leases are numbered files in a folder; whoever holds the highest number holds the lease. Taking over a dead
-holder's number n means creating n + 1 exclusively, so of several takers exactly one wins and a late heartbeat
-of the old holder can disturb nobody. A holder is dead when its process is (same machine) or when its
-heartbeat has stood still for STALE_SECONDS by the observer's own clock (other machines; no clock is compared), or
-when it was an earlier run of the same SLURM job.
+Leases are numbered files in a folder; the process that created the highest number holds the lease. Taking over number
+n from a dead holder means creating n + 1 exclusively, so of several takers exactly one wins, and a late heartbeat of
+the old holder changes nothing. A holder is dead when its process is gone (same machine), when its heartbeat has not
+changed for STALE_SECONDS on the observer's own clock (other machines), or when it was an earlier run of the same SLURM
+job.
+
+This is not done by a library because those lock with flock or fcntl, which many network file systems do not support
+across machines and which a lost node may never release, or they compare time stamps of machines whose clocks differ.
+Creation by link is exclusive on NFS, too, and only the observer's clock is used.
 """
 
 from __future__ import annotations
@@ -19,22 +23,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from src.store.files import atomic_write
+
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
 
 class LeaseLost(RuntimeError):
-    """Another process has taken the stage over because this one stopped giving signs of life."""
+    """Another process has taken the stage over because the heartbeat of this one stopped."""
 
 
 def in_use(folder: Path) -> bool:
-    """Whether somebody holds the folder, as far as one look can tell; a silent holder elsewhere counts as alive."""
+    """Return whether a process holds the folder; one on another machine counts as alive, however old its heartbeat."""
     _, holder = Lease(folder)._current()
     return holder is not None and not holder.get("released") and not Lease._dead(holder)
 
 
 def _machine() -> str:
-    """Identifies what process ids mean something to: host, boot and process namespace."""
+    """Return host, boot and process namespace: process ids are comparable only where all three are equal."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
@@ -44,18 +50,18 @@ def _machine() -> str:
 
 
 def _slurm_run() -> tuple[str | None, int]:
-    """Job id, and how often SLURM had queued the job again before this run of it."""
+    """Return the job id, and how often SLURM had requeued the job before this run of it."""
     return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _process_start(pid: int) -> str | None:
-    """Start time of a process, to tell it from a later one with the same id; None when there is none."""
+    """Return the start time of a process, which differs from that of a later one with the same id; None without one."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self/stat").exists():
             return None
-        try:  # no /proc: the id alone must do
+        try:  # no /proc: only the id can be checked
             os.kill(pid, 0)
         except ProcessLookupError:
             return None
@@ -64,9 +70,9 @@ def _process_start(pid: int) -> str | None:
 
 
 class Lease:
-    """`with Lease(folder):` waits until nobody alive holds the folder, then holds it and beats.
+    """`with Lease(folder):` waits until no live process holds the folder, then holds it and keeps a heartbeat.
 
-    waiting: called about once a second while another process holds it, with a text naming the holder; it may
+    waiting: called about once a second while another process holds it, with a text that names the holder; it may
     return True to give up waiting, and then `held` is False inside the block.
     """
 
@@ -79,7 +85,7 @@ class Lease:
         self._last_beat = 0.0
 
     def __enter__(self) -> Lease:
-        watched: tuple[int, Any] | None = None
+        observed: tuple[int, Any] | None = None
         since = time.monotonic()
         while True:
             number, holder = self._current()
@@ -87,9 +93,9 @@ class Lease:
                 if self._create(number + 1):
                     break
                 continue
-            sign = (number, holder.get("beat"))
-            if sign != watched:
-                watched, since = sign, time.monotonic()
+            heartbeat = (number, holder.get("beat"))
+            if heartbeat != observed:
+                observed, since = heartbeat, time.monotonic()
             elif time.monotonic() - since > STALE_SECONDS:
                 if self._create(number + 1):
                     break
@@ -106,14 +112,15 @@ class Lease:
         if self.held:
             self._stop.set()
             self._thread.join()
-            with contextlib.suppress(OSError):  # finished and cleared by somebody else, or a full disk: we go stale
+            # The folder may be deleted with the finished stage, or the disk full: then the lease goes stale.
+            with contextlib.suppress(OSError):
                 if self._path(self.number).exists():
                     self._write(released=True)
             self.held = False
 
     def check(self) -> None:
-        """Raises LeaseLost when the stage is no longer ours. Cheap unless this process was stopped for long."""
-        if time.monotonic() - self._last_beat > STALE_SECONDS / 2 and not self._still_ours():
+        """Raise LeaseLost when another process holds the lease. Reads no file while the heartbeat is recent."""
+        if time.monotonic() - self._last_beat > STALE_SECONDS / 2 and not self._is_current_holder():
             self._lost = True
         if self._lost:
             raise LeaseLost(f"{self.folder}: another process took this stage over")
@@ -122,13 +129,16 @@ class Lease:
         return self.folder / f"lease-{number:06d}"
 
     def _current(self) -> tuple[int, dict[str, Any] | None]:
-        """Highest number and its holder; an empty or torn file reads as a holder without signs of life."""
+        """Return the highest number and its holder, (0, None) without one.
+
+        A file that cannot be read counts as a holder whose heartbeat does not change.
+        """
         while number := self._highest():
             try:
                 return number, json.loads(self._path(number).read_text())
             except FileNotFoundError:
-                continue  # a taker of the next number has just removed it
-            except (json.JSONDecodeError, OSError):  # torn, or replaced under a network file system's eyes
+                continue  # the holder of the next number has just removed it
+            except (json.JSONDecodeError, OSError):  # replaced while a network file system read it
                 return number, {"beat": "unreadable"}
         return 0, None
 
@@ -139,24 +149,28 @@ class Lease:
     def _dead(holder: dict[str, Any]) -> bool:
         if holder.get("machine") == _machine():
             return _process_start(holder["pid"]) != holder.get("start")
-        # SLURM queues a job again when its former run has ended, or its node is lost to the cluster.
+        # SLURM requeues a job only when its former run has ended or its node is lost to the cluster.
         job, run = _slurm_run()
         return job is not None and holder.get("job") == job and holder.get("run", 0) < run
 
     def _create(self, number: int) -> bool:
+        """Try to create the lease file of that number; return whether this process did."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Written whole beside it, then linked: link is exclusive, on NFS too, and the file is never seen empty.
         self.number, self._lost, self._beats = number, False, 0
+        # Written beside it and then linked, because link fails where the name exists and never exposes an empty file.
         draft = self.folder / f".draft-{self.token}"
         try:
             draft.write_text(self._text())
             os.link(draft, self._path(number))
-        except (FileExistsError, FileNotFoundError):  # somebody was first, or finished and cleared the folder
+        except (
+            FileExistsError,
+            FileNotFoundError,
+        ):  # another process was first, or has finished and removed the folder
             return False
         finally:
             draft.unlink(missing_ok=True)
         if self._highest() > number:
-            # Others took and left this number while we were on our way to it.
+            # Between reading and linking, others have taken this number, removed it and taken the next one.
             self._path(number).unlink(missing_ok=True)
             return False
         self._last_beat = time.monotonic()
@@ -167,36 +181,24 @@ class Lease:
 
     def _text(self, **more: object) -> str:
         pid, (job, run) = os.getpid(), _slurm_run()
-        return json.dumps(
-            {
-                "pid": pid,
-                "start": _process_start(pid),
-                "machine": _machine(),
-                "job": job,
-                "run": run,
-                "token": self.token,
-                "beat": self._beats,
-                **more,
-            }
-        )
+        holder = {"pid": pid, "start": _process_start(pid), "machine": _machine(), "job": job, "run": run}
+        return json.dumps({**holder, "token": self.token, "beat": self._beats, **more})
 
     def _write(self, **more: object) -> None:
-        draft = self.folder / f".draft-{self.token}"
-        draft.write_text(self._text(**more))
-        os.replace(draft, self._path(self.number))
+        atomic_write(self._path(self.number), self._text(**more))
 
-    def _still_ours(self) -> bool:
+    def _is_current_holder(self) -> bool:
         number, holder = self._current()
         return number == self.number and holder is not None and holder.get("token") == self.token
 
     def _beat_forever(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
-                if not self._still_ours():
+                if not self._is_current_holder():
                     self._lost = True
                     return
                 self._beats += 1
                 self._write()
                 self._last_beat = time.monotonic()
             except OSError:
-                continue  # a full disk or an unreachable server: the next beat may succeed, or we go stale
+                continue  # full disk or unreachable server: retry at the next beat, until the lease is stale

@@ -1,4 +1,4 @@
-"""Where results are: one directory per stage identity, published whole by one rename; sweeps beside it. No torch."""
+"""The store of results: one directory per stage identity, published by one rename; sweeps beside it. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.errors import ConfigError
 from src.store.attempt import PROGRESS_FILE, Attempt, Report
-from src.store.code_snapshot import revision
+from src.store.code_revision import revision
 from src.store.files import fsync_tree, read_json, write_json
 from src.store.lease import Lease
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DONE = "DONE"
 STAGE_FILE = "stage.json"
 WEIGHTS_REMOVED = "WEIGHTS_REMOVED"  # marks a finished stage whose model was deleted by keep_checkpoints
-RESULT_FILE = "result.json"  # of an evaluate stage: what a point is compared by
+RESULT_FILE = "result.json"  # of an evaluate stage: the measurements that points are compared by
 QUALITY_FILE = "quality.json"  # beside it: quality per prompt, and which prompts select hyper-parameters
 JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, with a judge: verdict and reason for every prompt
 RUN_CONFIG_FILE = "run_config.json"  # beside stage.json: the resolved config of the run that computed the stage
@@ -46,18 +46,18 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def partial_run_id(run: str, stop_fraction: float) -> str:
-    """Return the identity of a run that stops after that fraction of its steps; every such run starts like `run`."""
+    """Return the identity of the run that takes the same steps as `run` but stops after that fraction of them."""
     return f"{run}@{stop_fraction!r}"
 
 
 def full_run_id(identity: str) -> str:
-    """Return the identity of the run to its end that a partial run is part of; any other identity unchanged."""
+    """Return the identity of the full run that a partial run is the start of; any other identity unchanged."""
     return identity.partition("@")[0]
 
 
 @dataclass(frozen=True)
 class StageName:
-    """The part of a stage that names its directory in a store."""
+    """Kind and identity of a stage: what names its directory in a store."""
 
     kind: str
     identity: str
@@ -104,7 +104,7 @@ class Store:
         return self.is_done(stage) and not (self.dir(stage) / WEIGHTS_REMOVED).exists()
 
     def remove_weights(self, stage: Stage | StageName) -> None:
-        """Delete the model of a finished stage but keep its measurements; whoever needs the model recomputes it."""
+        """Delete the model of a finished stage, not its measurements; a stage that needs the model recomputes it."""
         folder = self.dir(stage)
         if self.has_weights(stage):
             write_json(folder / WEIGHTS_REMOVED, {"removed": time.strftime("%Y-%m-%dT%H:%M:%S%z")})

@@ -1,4 +1,4 @@
-"""The folder of a sweep: which files are in it, and the store its results are in. No torch."""
+"""The folder of a sweep: the paths of its files, and the store of its results. No torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from src.errors import ConfigError
 from src.store.files import read_json, write_json
-
-if TYPE_CHECKING:
-    from src.store.store import Store
+from src.store.store import Store
 
 _RECORD = "sweep.json"
 SCHEMA = 2  # of sweep.json
@@ -54,8 +52,6 @@ class SweepFolder:
 
     @property
     def store(self) -> Store:
-        from src.store.store import Store
-
         return Store(self.output_dir)
 
     @property
@@ -108,6 +104,6 @@ class SweepFolder:
         write_json(self.path / _RECORD, {"schema": SCHEMA, **record})
 
     def results(self) -> list[Path]:
-        """Return the files that describe the results of the sweep's points: not its jobs, their code or their logs."""
+        """Return the files that describe the points and their results; not jobs, code or logs."""
         files = (self.path / _RECORD, self.points_csv, self.best_yaml, self.report, self.tables, self.figures)
         return [path for path in files if path.exists()]

@@ -1,7 +1,8 @@
-"""How a training stage uses its processes and GPUs: one process, DDP, or DeepSpeed ZeRO, all through accelerate.
+"""Training on one process, with DDP, or with DeepSpeed ZeRO, all through accelerate.
 
-Weights, gradients and optimizer state are float32 on every engine (a learning rate of 3e-7 vanishes in bf16 weights);
-engine.precision is that of the computation alone. DeepSpeed's configuration is made from the trainer's fields alone.
+Weights, gradients and optimizer state are float32 with every strategy, because an update by a learning rate of 3e-7 is
+below the resolution of bf16 weights; engine.precision is that of the computation. DeepSpeed's configuration is derived
+from the trainer's fields alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from src.config.packages import require_package
 from src.distributed import get_distributed, init_distributed
@@ -30,15 +32,15 @@ from src.planning.resources import Resources
 if TYPE_CHECKING:
     from torch import Tensor
 
-# accelerate logs every file of every checkpoint, and warns of tied weights, which safetensors stores once.
+# accelerate logs every file of every checkpoint, and warns about tied weights, which safetensors stores once.
 logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 class TrainingEngine:
-    """Loads, trains and gives back one model; every rank of the run does the same."""
+    """Wraps one model for training and returns the trained one; every rank of the run has one."""
 
     def __init__(self, resources: Resources, trainer: TrainerInputs, lora: LoraInputs | None, seed: int) -> None:
-        """Raises ConfigError when DeepSpeed is needed and not installed. seed: of the initial adapters."""
+        """Set up accelerate; `seed` is for the initial adapters. Raises ConfigError when DeepSpeed is missing."""
         self.resources, self.lora, self.seed = resources, lora, seed
         self.device = device_of(resources.device)
         self.zero = resources.zero_stage
@@ -49,7 +51,7 @@ class TrainingEngine:
         plugin = None
         if self.zero:
             if self.device.type == "cpu" and torch.cuda.is_available():
-                raise ConfigError("engine.device=cpu: ZeRO takes the GPU it sees; hide it with CUDA_VISIBLE_DEVICES=")
+                raise ConfigError("engine.device=cpu: ZeRO uses any GPU it finds; hide GPUs with CUDA_VISIBLE_DEVICES=")
             require_package("deepspeed", f"engine.strategy={resources.strategy}")
             init_distributed(resources.strategy)
             _load_deepspeed(self.device)
@@ -64,7 +66,7 @@ class TrainingEngine:
 
     @property
     def checkpoint_format(self) -> str:
-        """Which engines can read a checkpoint: `full` by one process or DDP, `zeroSxN` by ZeRO-S on N ranks alone."""
+        """The format of this engine's checkpoints: `full` (one process or DDP) or `zeroSxN` (ZeRO-S on N ranks)."""
         return f"zero{self.zero}x{get_distributed().size}" if self.zero else "full"
 
     def configure_model(self, model: Any) -> Any:
@@ -114,7 +116,7 @@ class TrainingEngine:
         return torch.as_tensor(norm)
 
     def save(self, folder: Path) -> None:
-        """Save what `load` resumes from; of the weights, those that are trained."""
+        """Save what `load` resumes from; of the weights, the trainable ones."""
         options = {"exclude_frozen_parameters": True} if self.zero else {}
         self.accelerator.save_state(str(folder), **options)
 
@@ -123,7 +125,7 @@ class TrainingEngine:
         self.accelerator.load_state(str(folder), **options)
 
     def gather_model(self, model: Any) -> Any:
-        """Return the trained model as an ordinary one, adapters merged. Under ZeRO-3 rank 0 has it, others None."""
+        """Return the trained model unwrapped, with adapters merged. Under ZeRO-3 ranks other than 0 get None."""
         if self.zero < 3:
             return merge_adapters(self._adapted) if self._adapted else model
         weights = self.accelerator.get_state_dict(self.policy)
@@ -144,10 +146,8 @@ class TrainingEngine:
         self.close()
 
     def close(self) -> None:
-        """Release what DeepSpeed holds, so that the next model of this process is an ordinary one."""
+        """Destroy the DeepSpeed engine and its global state, which would affect the next model of this process."""
         if self.zero:
-            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
             if wrapped := self.accelerator.deepspeed_engine_wrapped:
                 wrapped.engine.destroy()
                 self.accelerator.deepspeed_engine_wrapped = None
@@ -156,16 +156,18 @@ class TrainingEngine:
 
 
 def deepspeed_config(resources: Resources, trainer: TrainerInputs, device: torch.device) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; whatever it could disagree about with the trainer is the trainer's."""
+    """Return DeepSpeed's configuration, with every value that the trainer also has taken from the trainer."""
     cuda = device.type == "cuda"
     zero: dict[str, Any] = {"stage": resources.zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
     if resources.zero_stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True  # in whatever precision the weights have
+        zero["stage3_gather_16bit_weights_on_model_save"] = (
+            True  # "16bit" in name only: the weights keep their precision
+        )
     if resources.strategy.endswith("_offload"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
         zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     return {
-        # Examples are packed to a token budget: the training loop decides on micro-batches and where a step ends.
+        # Both are nominal: the training loop packs micro-batches by tokens and decides where a step ends.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": trainer.max_grad_norm,
@@ -180,7 +182,9 @@ def _quiet_deepspeed(device: torch.device) -> None:
     """Silence DeepSpeed, which accelerate imports wherever it is installed."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")  # at every call
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
+    )  # it warns at every call
 
 
 def _load_deepspeed(device: torch.device) -> None:

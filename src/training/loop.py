@@ -1,4 +1,4 @@
-"""The training loop: an optimizer step is exactly `batch_size` examples, however they are packed."""
+"""The training loop: an optimizer step covers exactly `batch_size` examples, however they are packed."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def train(
     budget = find_token_budget(engine, policy, examples)
     model.train()
     heap = HeapTrimmer()
-    num_stop_requests = 0.0  # ranks that were asked to stop, known to all of them
+    num_stop_requests = 0.0  # ranks that were asked to stop; every rank has the same number
     for step in range(first, end):
         if num_stop_requests:
             save(step)

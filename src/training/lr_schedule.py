@@ -1,4 +1,4 @@
-"""How many optimizer steps a run has, and the learning rate of each."""
+"""The number of optimizer steps of a run, and the learning rate of each."""
 
 from __future__ import annotations
 

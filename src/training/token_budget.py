@@ -1,6 +1,6 @@
-"""How many tokens a micro-batch may have (trainer.max_tokens_per_micro_batch=null): on a GPU, as many as fit in memory.
+"""The tokens of a micro-batch with trainer.max_tokens_per_micro_batch=null: on a GPU, as many as fit in memory.
 
-Results depend on it by rounding only: every example keeps its weight however it is packed.
+Results depend on it by rounding only, because an example has the same weight in any micro-batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CPU_TOKEN_BUDGET = 4096  # caches are small, and larger micro-batches gain nothing
+CPU_TOKEN_BUDGET = 4096  # larger micro-batches exceed the caches and are no faster
 _MULTIPLE = 1024  # budgets are rounded down to it, so that slightly different free memory gives the same budget
 _USABLE_FRACTION = 0.8  # of the free memory; the rest is for fragmentation and temporary buffers of backward passes
 

@@ -8,13 +8,21 @@ from omegaconf import DictConfig
 from src.config.hydra_setup import register
 from src.config.schema import CONF_DIR, Point
 from src.config.validation import build_point
+from src.planning.stage import Stage, stages_of
 
 
 def composed(*overrides: str) -> DictConfig:
+    """Return the config of a command line with these overrides."""
     register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose("train", overrides=list(overrides))
 
 
 def point(*overrides: str) -> Point:
+    """Return the point of a command line with these overrides."""
     return build_point(composed(*overrides))
+
+
+def stage_of(kind: str, *overrides: str) -> Stage:
+    """Return the stage of a point with that kind."""
+    return next(stage for stage in stages_of(point(*overrides)) if stage.kind == kind)
