@@ -2,12 +2,14 @@
 
 import re
 
+import pytest
 import yaml
 
 from tests.support.commands import ROOT, SMALL
 from tests.support.worked_example import WorkedExample
 
 
+@pytest.mark.slow
 def test_the_page_adds_a_method_up_to_the_report(tmp_path):
     example = WorkedExample("add-a-method.md", tmp_path / "project")
     refused = example.run("src.train", "method=rdpo", f"output_dir={tmp_path}", "dry_run=true")
