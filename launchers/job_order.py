@@ -1,13 +1,18 @@
-"""Which stage of a plan to run next: what most others wait for first, then points one after the other to their end."""
+"""Which stage of a plan to run next: first what most other stages need, then one point after the other."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 
-RETRIES = 1  # of a stage whose process was killed
+MAX_RETRIES = 1  # of a stage whose process was killed
+_KINDS = ("evaluate", "generate", "align", "reference", "sft")  # nearest to a point's result first
+# Seconds of a stage, by role, before one of its role has finished; generate takes half of what align took.
+_DEFAULT_SECONDS = {"evaluate": 0.5, "reference": 5.0, "baseline": 5.0, "sft": 30.0}
+_MIN_FRACTION = 0.2  # of a running stage, from which its speed is extrapolated
 
 
 class Schedule:
@@ -15,30 +20,26 @@ class Schedule:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.waiting = {identity: plan.stages[identity] for identity in plan.stages if identity in plan.needed}
+        self.waiting = {identity: stage for identity, stage in plan.stages.items() if identity in plan.needed}
         self.running: dict[str, Stage] = {}
-        self.failures: dict[str, str] = {}  # stage identity -> why, those that only lack an upstream included
-        self.completed: dict[str, float] = {}  # stage identity -> seconds here
-        self._begun: dict[str, float] = {}
-        self._tries: dict[str, int] = {}
-        order = {identity: n for n, own in enumerate(plan.point_stages) for identity in own}
-        dependents: dict[str, int] = {}
-        for own in plan.point_stages:
-            for identity in own:
-                dependents[identity] = dependents.get(identity, 0) + 1
-        # A shared stage first; of a point's own stages, the earliest point's, nearest to its result.
-        rank = {kind: n for n, kind in enumerate(("evaluate", "generate", "align", "reference", "sft"))}
+        self.failures: dict[str, str] = {}  # stage identity -> why; a stage whose upstream failed is included
+        self.completed: dict[str, float] = {}  # stage identity -> seconds it took in this process
+        self._started: dict[str, float] = {}
+        self._num_retries: Counter[str] = Counter()
+        num_points = Counter(identity for stage_ids in plan.point_stages for identity in stage_ids)
+        self._shared = {identity for identity, count in num_points.items() if count > 1}
+        last_point = {identity: n for n, stage_ids in enumerate(plan.point_stages) for identity in stage_ids}
         self._priority = {
-            identity: (-(dependents[identity] > 1), order[identity], rank[stage.kind])
+            identity: (identity not in self._shared, last_point[identity], _KINDS.index(stage.kind))
             for identity, stage in self.waiting.items()
         }
 
-    def width(self) -> int:
-        """No more workers than this can ever be busy at once."""
+    def max_parallelism(self) -> int:
+        """Return the largest number of workers that can be busy at once."""
         return max(1, sum(result in self.waiting for result in self.plan.results))
 
     def next(self) -> Stage | None:
-        """A stage whose upstream is there, now running; None when all must wait."""
+        """Move a stage whose upstream is done to `running` and return it; None when every stage has to wait."""
         ready = [
             identity
             for identity, stage in self.waiting.items()
@@ -48,36 +49,28 @@ class Schedule:
             return None
         identity = min(ready, key=self._priority.__getitem__)
         self.running[identity] = self.waiting.pop(identity)
-        self._begun[identity] = time.monotonic()
+        self._started[identity] = time.monotonic()
         return self.running[identity]
 
     def done(self, stage: Stage) -> None:
         del self.running[stage.identity]
-        self.completed[stage.identity] = time.monotonic() - self._begun[stage.identity]
+        self.completed[stage.identity] = time.monotonic() - self._started[stage.identity]
 
     def fail(self, stage: Stage, reason: str) -> None:
-        """Everything downstream fails with it, and names it; everything else goes on."""
+        """Fail a running stage, and with the same reason every stage downstream of it."""
         del self.running[stage.identity]
         self.failures[stage.identity] = f"{stage.label}: {reason}"
-        while True:
-            lost = {
-                identity: next(
-                    self.failures[up.identity] for up in waiting.upstream.values() if up.identity in self.failures
-                )
-                for identity, waiting in self.waiting.items()
-                if any(up.identity in self.failures for up in waiting.upstream.values())
-            }
-            if not lost:
-                return
-            for identity, why in lost.items():
+        # Upstream first, as in the plan: a requeued stage stands last, but its upstream is done.
+        for identity, waiting in list(self.waiting.items()):
+            if cause := next((up for up in waiting.upstream.values() if up.identity in self.failures), None):
                 del self.waiting[identity]
-                self.failures[identity] = why
+                self.failures[identity] = self.failures[cause.identity]
 
-    def once_more(self, stage: Stage) -> bool:
-        """Put a running stage back, unless that was done before."""
-        self._tries[stage.identity] = self._tries.get(stage.identity, 0) + 1
-        if self._tries[stage.identity] > RETRIES:
+    def requeue(self, stage: Stage) -> bool:
+        """Move a running stage back to `waiting`; False when it has been retried MAX_RETRIES times."""
+        if self._num_retries[stage.identity] == MAX_RETRIES:
             return False
+        self._num_retries[stage.identity] += 1
         self.waiting[stage.identity] = self.running.pop(stage.identity)
         return True
 
@@ -85,37 +78,38 @@ class Schedule:
         return not self.waiting and not self.running
 
     def failed_points(self) -> dict[str, str]:
+        """Return the failed points: identity of the result -> why."""
         return {result: self.failures[result] for result in self.plan.results if result in self.failures}
 
     def point_counts(self) -> tuple[int, int, int, int]:
-        """Points done, running, failed, waiting."""
+        """Return the numbers of points that are done, running, failed and waiting."""
         done = failed = running = 0
-        for own in self.plan.point_stages:
-            if own[-1] in self.failures or own[-1] in self.plan.abandoned:
+        for stage_ids in self.plan.point_stages:
+            result = stage_ids[-1]
+            if result in self.failures or result in self.plan.abandoned:
                 failed += 1
-            elif own[-1] in self.completed or own[-1] not in self.plan.needed:
+            elif result in self.completed or result not in self.plan.needed:
                 done += 1
-            elif own[-1] in self.running or any(i in self.running for i in own if self._priority.get(i, (0,))[0] == 0):
+            elif any(identity in self.running and identity not in self._shared for identity in stage_ids):
                 running += 1
         return done, running, failed, len(self.plan.point_stages) - done - running - failed
 
-    def seconds_left(self, workers: int, progress: dict[str, float]) -> float | None:
-        """From the mean time of finished stages of each kind; None before there is any to go by.
+    def seconds_left(self, num_workers: int, fractions: dict[str, float]) -> float | None:
+        """Estimate the seconds until everything is done; None before one alignment has run far enough.
 
-        progress: running stage -> share of it that is done.
+        fractions: identity of a running stage -> the fraction of it that is done.
         """
-        spent: dict[str, list[float]] = {}
-        for identity, seconds in self.completed.items():
-            spent.setdefault(self.plan.stages[identity].role, []).append(seconds)
-        for identity, share in progress.items():
-            if share > 0.2:
-                spent.setdefault(self.plan.stages[identity].role, []).append(
-                    (time.monotonic() - self._begun[identity]) / share
-                )
-        mean = {role: sum(values) / len(values) for role, values in spent.items()}
+        seconds: dict[str, list[float]] = {}
+        for identity, duration in self.completed.items():
+            seconds.setdefault(self.plan.stages[identity].role, []).append(duration)
+        for identity, fraction in fractions.items():
+            if fraction > _MIN_FRACTION:
+                duration = (time.monotonic() - self._started[identity]) / fraction
+                seconds.setdefault(self.plan.stages[identity].role, []).append(duration)
+        mean = {role: sum(values) / len(values) for role, values in seconds.items()}
         if "align" not in mean:
             return None
-        mean = {"generate": mean["align"] / 2, "evaluate": 0.5, "reference": 5.0, "baseline": 5.0, "sft": 30.0} | mean
-        left = sum(mean[stage.role] for stage in self.waiting.values())
-        left += sum(mean[stage.role] * (1 - progress.get(identity, 0.0)) for identity, stage in self.running.items())
-        return left / max(1, workers)
+        mean = {"generate": mean["align"] / 2, **_DEFAULT_SECONDS, **mean}
+        remaining = sum(mean[stage.role] for stage in self.waiting.values())
+        remaining += sum(mean[stage.role] * (1 - fractions.get(i, 0.0)) for i, stage in self.running.items())
+        return remaining / max(1, num_workers)

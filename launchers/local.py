@@ -1,4 +1,4 @@
-"""The default launcher: the stages of a plan on this machine, by warm worker processes."""
+"""The default launcher: computes the stages of a plan on this machine, in warm worker processes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from omegaconf import DictConfig
 
 from launchers.job_order import Schedule
 from launchers.progress_table import LiveTable
-from launchers.worker import DIED, Place, Worker
+from launchers.worker import WORKER_DIED, Worker, WorkerSlot
 from src.errors import ConfigError, PointFailure
 from src.hardware import cores, visible_gpus
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.preflight import check_programs
 from src.store.retention import release_model
+from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 
 log = logging.getLogger(__name__)
 
 
 class LocalLauncher(Launcher):
-    """Hydra discovers and builds it; what it runs is a plan, not a list of overrides."""
+    """Hydra's plugin for conf/hydra/launcher/local.yaml; a launchers.protocol.PlanLauncher."""
 
-    runs_in_process = True  # points are computed while this process waits
+    runs_in_process = True
 
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
@@ -38,13 +39,13 @@ class LocalLauncher(Launcher):
         self.workers = workers
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        pass  # a plan brings all there is to know
+        pass  # a plan contains the resolved configs
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         raise ConfigError("hydra/launcher=local runs plans, which hydra/sweeper=grid makes; choose that sweeper")
 
     def check(self, plan: Plan) -> None:
-        """What can be wrong before anything is written down. Raises ConfigError."""
+        """Raise ConfigError for a plan that cannot run here, before anything is written."""
         if plan.needed:
             check_programs(plan.points)
 
@@ -53,62 +54,66 @@ class LocalLauncher(Launcher):
 
         Raises KeyboardInterrupt on Ctrl-C or SIGTERM, after the workers have been stopped.
         """
-        schedule, store, logs = Schedule(plan), folder.store, folder.logs
         if not plan.needed:
             return {}
-        logs.mkdir(parents=True, exist_ok=True)
+        schedule, store = Schedule(plan), folder.store
+        folder.logs.mkdir(parents=True, exist_ok=True)
         gpus = visible_gpus()
-        count = min(self.workers or len(gpus) or cores(), schedule.width())
-        places = [Place(i, count, gpus[i % len(gpus)] if gpus else None) for i in range(count)]
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        num_workers = min(self.workers or len(gpus) or cores(), schedule.max_parallelism())
+        slots = [WorkerSlot(i, num_workers, gpus[i % len(gpus)] if gpus else None) for i in range(num_workers)]
+        previous_handler = signal.signal(signal.SIGTERM, _interrupt)
         workers: list[Worker] = []
         try:
             with LiveTable(folder.name, schedule, store, workers) as table:
-                workers += [Worker(place, store.output_dir, logs / f"worker-{place.number}.log") for place in places]
-                ended: list[tuple[Stage, str | None]] = []
+                workers += [Worker(slot, store.output_dir, folder.logs / f"worker-{slot.number}.log") for slot in slots]
                 while not schedule.finished():
                     for worker in workers:
                         if worker.stage is None and (stage := schedule.next()) is not None:
-                            worker.give(stage)
-                    table.told(ended)
-                    busy = [w for w in workers if w.stage is not None]
-                    ready = wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout=0.5)
-                    for number, worker in enumerate(workers):
-                        if worker.stage is not None and (worker.pipe in ready or worker.process.sentinel in ready):
-                            news = self._settle(worker, schedule)
-                            for stage, reason in news:
-                                if (
-                                    stage.kind == "evaluate"
-                                    and reason is None
-                                    and stage.point.keep_checkpoints == "none"
-                                ):
-                                    release_model(store, plan.stages_by_role, stage.upstream["align"].identity)
-                            ended += news
-                            if not worker.process.is_alive():
-                                workers[number] = Worker(worker.place, store.output_dir, worker.log_file)
+                            worker.submit(stage)
+                    finished = _collect_finished(workers, schedule)
+                    for stage, error in finished:
+                        if stage.kind == "evaluate" and error is None:
+                            _release_model(plan, store, stage)
+                    table.report_finished(finished)
                     table.refresh()
-                table.told(ended)
         finally:
             for worker in workers:
                 worker.stop()
-            signal.signal(signal.SIGTERM, before)
-        return {result: PointFailure("failed", why) for result, why in schedule.failed_points().items()}
+            signal.signal(signal.SIGTERM, previous_handler)
+        return {result: PointFailure("failed", reason) for result, reason in schedule.failed_points().items()}
 
-    @staticmethod
-    def _settle(worker: Worker, schedule: Schedule) -> list[tuple[Stage, str | None]]:
-        """Take the worker's answer; what there is to tell of it."""
-        stage, reason = worker.stage, worker.answer()
-        assert stage is not None
-        worker.stage = None
-        if reason is None:
+
+def _collect_finished(workers: list[Worker], schedule: Schedule) -> list[tuple[Stage, str | None]]:
+    """Wait for results and return the stages that are done (None) or failed (why), after half a second perhaps none.
+
+    A worker that died is replaced. Its stage is retried: a kill is no fault of the stage, which resumes from its
+    checkpoint in a fresh process.
+    """
+    busy = [worker for worker in workers if worker.stage is not None]
+    ready = wait([handle for worker in busy for handle in (worker.pipe, worker.process.sentinel)], timeout=0.5)
+    finished: list[tuple[Stage, str | None]] = []
+    for number, worker in enumerate(workers):
+        stage = worker.stage
+        if stage is None or not (worker.pipe in ready or worker.process.sentinel in ready):
+            continue
+        error, worker.stage = worker.result(), None
+        if error is None:
             schedule.done(stage)
-        elif reason.startswith(DIED) and schedule.once_more(stage):
-            # A kill says nothing about the stage: it resumes from its checkpoint in a fresh process.
-            log.warning("%s: %s; trying once more", stage.label, reason)
-            return []
+        elif error.startswith(WORKER_DIED) and schedule.requeue(stage):
+            log.warning("%s: %s; retrying", stage.label, error)
         else:
-            schedule.fail(stage, reason)
-        return [(stage, reason)]
+            schedule.fail(stage, error)
+        if stage.identity not in schedule.waiting:
+            finished.append((stage, error))
+        if not worker.process.is_alive():
+            workers[number] = Worker(worker.slot, worker.output_dir, worker.log_file)
+    return finished
+
+
+def _release_model(plan: Plan, store: Store, evaluate: Stage) -> None:
+    """With keep_checkpoints=none, delete the evaluated model as soon as no other point of the plan needs it."""
+    if evaluate.point.keep_checkpoints == "none":
+        release_model(store, plan.stages_by_role, evaluate.upstream["align"].identity)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

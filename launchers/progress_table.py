@@ -1,4 +1,4 @@
-"""What a person watches while a plan runs here: a table on a terminal, plain lines in a log or notebook."""
+"""Progress of a local sweep: a live table on a terminal, plain lines in a log or notebook."""
 
 from __future__ import annotations
 
@@ -17,56 +17,54 @@ from src.progress import seconds_text
 from src.store.files import read_json
 from src.store.store import RESULT_FILE, Store
 
-LINE_SECONDS = 15.0  # between plain lines when nothing ends
+LINE_SECONDS = 15.0  # between plain lines while nothing finishes
 
 
 class LiveTable:
+    """Shows what the workers are computing, and a line for each shared stage, point or failure that finished."""
+
     def __init__(self, name: str, schedule: Schedule, store: Store, workers: list[Worker]) -> None:
         self.name, self.schedule, self.store, self.workers = name, schedule, store, workers
         self.console = Console()
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
-        self.started = self._told = time.monotonic()
+        self.started = self._last_line = time.monotonic()
 
     def __enter__(self) -> LiveTable:
         if self.live is not None:
             self.live.start()
         else:
-            done, _, _, waiting = self.schedule.point_counts()
-            todo = len(self.schedule.waiting)
-            print(f"{self.name}: {done + waiting} points, {done} done before, {todo} stages to compute", flush=True)
+            counts, num_stages = self.schedule.point_counts(), len(self.schedule.waiting)
+            print(
+                f"{self.name}: {sum(counts)} points ({counts[0]} already done), {num_stages} stages to run", flush=True
+            )
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self.live is not None:
             self.live.stop()
 
-    def told(self, ended: list[tuple[Stage, str | None]]) -> None:
-        """Say what ended since, once: shared stages, points, and whatever failed."""
-        for stage, reason in ended:
-            self._tell(stage, reason)
-        ended.clear()
-
-    def _tell(self, stage: Stage, reason: str | None) -> None:
-        if reason is not None:
-            self._line(f"FAILED {stage.label}: {reason}")
-        elif stage.role in ("sft", "reference", "baseline"):
-            self._line(f"done   {stage.label} in {seconds_text(self.schedule.completed[stage.identity])}")
-        elif stage.kind == "evaluate":
-            result = read_json(self.store.artifacts(stage) / RESULT_FILE)
-            quality, kl = result["quality"], result["kl"]["per_sequence"]
-            self._line(f"done   {stage.point.label}: {quality['metric']} {quality['value']:.3f}, KL {kl['value']:.2f}")
+    def report_finished(self, finished: list[tuple[Stage, str | None]]) -> None:
+        """Print a line for every stage that failed (why) or is done (None) and is shared or the last of its point."""
+        for stage, error in finished:
+            if error is not None:
+                self._print(f"FAILED {stage.label}: {error}")
+            elif stage.role in ("sft", "reference", "baseline"):
+                self._print(f"done   {stage.label} in {seconds_text(self.schedule.completed[stage.identity])}")
+            elif stage.kind == "evaluate":
+                result = read_json(self.store.artifacts(stage) / RESULT_FILE)
+                quality, kl = result["quality"], result["kl"]["per_sequence"]
+                metrics = f"{quality['metric']} {quality['value']:.3f}, KL {kl['value']:.2f}"
+                self._print(f"done   {stage.point.label}: {metrics}")
 
     def refresh(self) -> None:
         if self.live is not None:
             self.live.update(self._table(), refresh=True)
-        elif time.monotonic() - self._told > LINE_SECONDS:
-            running = ", ".join(
-                f"{w.stage.label} {self._share(w.stage):.0%}" for w in self.workers if w.stage is not None
-            )
-            self._line(running)
+        elif time.monotonic() - self._last_line > LINE_SECONDS:
+            running = [worker.stage for worker in self.workers if worker.stage is not None]
+            self._print(", ".join(f"{stage.label} {self._fraction(stage):.0%}" for stage in running))
 
-    def _line(self, text: str) -> None:
-        self._told = time.monotonic()
+    def _print(self, text: str) -> None:
+        self._last_line = time.monotonic()
         if self.live is not None:
             self.console.print(Text(text, style="red" if text.startswith("FAILED") else ""))
         else:
@@ -77,14 +75,14 @@ class LiveTable:
         parts = [f"{done}/{done + running + failed + waiting} points", f"{running} running"]
         if failed:
             parts.append(f"{failed} failed")
-        shares = {s.identity: self._share(s) for s in self.schedule.running.values()}
-        left = self.schedule.seconds_left(len(self.workers), shares)
+        fractions = {identity: self._fraction(stage) for identity, stage in self.schedule.running.items()}
+        seconds_left = self.schedule.seconds_left(len(self.workers), fractions)
         parts.append(seconds_text(time.monotonic() - self.started))
-        if left is not None:
-            parts.append(f"{seconds_text(left)} left")
+        if seconds_left is not None:
+            parts.append(f"{seconds_text(seconds_left)} left")
         return ", ".join(parts)
 
-    def _share(self, stage: Stage) -> float:
+    def _fraction(self, stage: Stage) -> float:
         progress = self.store.progress(stage)
         return progress["step"] / progress["total"] if progress and progress["total"] else 0.0
 

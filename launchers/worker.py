@@ -1,4 +1,4 @@
-"""A warm worker process: torch is imported once, then stages are computed as they come through a pipe."""
+"""A warm worker process: imports torch once, then computes the stages that it receives through a pipe."""
 
 from __future__ import annotations
 
@@ -20,53 +20,55 @@ from src.planning.identity import VERSIONS
 if TYPE_CHECKING:
     from src.planning.stage import Stage
 
+WORKER_DIED = "worker process died"
+
 
 @dataclass(frozen=True)
-class Place:
-    """What a worker may use of the machine."""
+class WorkerSlot:
+    """The resources of this machine that one worker may use."""
 
     number: int
-    share: int  # of how many workers that share the CPU cores
-    gpu: str | None  # its CUDA_VISIBLE_DEVICES; None leaves it as it is
+    num_workers: int  # that share the CPU cores
+    gpu: str | None  # CUDA_VISIBLE_DEVICES of the worker; None leaves the variable as it is
 
 
 class Worker:
-    """One process and the stage it is computing, seen from the launcher."""
+    """A worker process and the stage it is computing, seen from the launcher."""
 
-    def __init__(self, place: Place, output_dir: Path, log_file: Path) -> None:
-        # Forked from one process that has imported everything: that takes seconds of a core each. Not where there are
-        # GPUs: libraries may look for them when they are imported, and CUDA does not live through a fork.
-        context = multiprocessing.get_context("forkserver" if place.gpu is None else "spawn")
+    def __init__(self, slot: WorkerSlot, output_dir: Path, log_file: Path) -> None:
+        # A fork server imports everything once, which takes seconds of a core per worker otherwise. Not with GPUs:
+        # libraries may query them on import, and a CUDA context does not survive a fork.
+        context = multiprocessing.get_context("forkserver" if slot.gpu is None else "spawn")
         context.set_forkserver_preload([f"src.stages.{kind}" for kind in VERSIONS])
-        self.place, self.output_dir, self.log_file = place, output_dir, log_file
+        self.slot, self.output_dir, self.log_file = slot, output_dir, log_file
         self.stage: Stage | None = None
-        self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(  # type: ignore[attr-defined] # of either context
-            target=serve, args=(theirs, place, output_dir, log_file), daemon=False
+        self.pipe, worker_end = context.Pipe()
+        self.process: BaseProcess = context.Process(  # type: ignore[attr-defined] # both contexts have it
+            target=worker_main, args=(worker_end, slot, output_dir, log_file), daemon=False
         )
         self.process.start()
-        theirs.close()
+        worker_end.close()
 
-    def give(self, stage: Stage) -> None:
+    def submit(self, stage: Stage) -> None:
         self.stage = stage
-        with contextlib.suppress(OSError):  # it has died; `answer` says so
+        with contextlib.suppress(OSError):  # the process has died; `result` reports it
             self.pipe.send(stage)
 
-    def answer(self) -> str | None:
-        """After its pipe or process became ready: None when the stage is done, else why not."""
+    def result(self) -> str | None:
+        """Return None when the stage is done, else why it failed. Call when the pipe or the process became ready."""
         try:
-            return self.pipe.recv() if self.pipe.poll() else self._death()
+            return self.pipe.recv() if self.pipe.poll() else self._cause_of_death()
         except (EOFError, OSError):
-            return self._death()
+            return self._cause_of_death()
 
-    def _death(self) -> str:
+    def _cause_of_death(self) -> str:
         self.process.join(5)
         code = self.process.exitcode
-        name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return f"{DIED} ({name}; see {self.log_file})"
+        cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return f"{WORKER_DIED} ({cause}); log: {self.log_file}"
 
     def stop(self) -> None:
-        """At once; what it was computing resumes from its last checkpoint."""
+        """Terminate the process; its stage resumes from the last checkpoint when it is run again."""
         if self.process.is_alive():
             self.process.terminate()
         self.process.join(10)
@@ -75,22 +77,20 @@ class Worker:
         self.pipe.close()
 
 
-DIED = "its worker process died"
-
-
-def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path) -> None:
-    """The worker's life: until the pipe closes or the launcher is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
-    signal.signal(signal.SIGTERM, _leave)
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    if place.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
+def worker_main(pipe: Connection, slot: WorkerSlot, output_dir: Path, log_file: Path) -> None:
+    """Compute stages until the pipe is closed or the launcher has died."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the launcher handles it
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    if slot.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
     logging.basicConfig(
         filename=log_file, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
     )
     logging.captureWarnings(True)
     log = logging.getLogger(__name__)
 
+    # The launcher itself imports no torch.
     from src.errors import describe_failure
     from src.model.loading import set_cpu_threads
     from src.stages.runner import compute_or_wait
@@ -103,23 +103,25 @@ def serve(pipe: Connection, place: Place, output_dir: Path, log_file: Path) -> N
         except EOFError:
             return
         try:
-            set_cpu_threads(stage.point.engine.cpu_threads, place.share)
+            set_cpu_threads(stage.point.engine.cpu_threads, slot.num_workers)
             compute_or_wait(stage, store)
-            outcome = None
-        except Exception as error:
+            error = None
+        except Exception as exception:
             log.exception("%s failed", stage.label)
-            outcome = describe_failure(error)
-        pipe.send(outcome)
+            error = describe_failure(exception)
+        pipe.send(error)
 
 
-def _leave(signum: int, frame: Any) -> None:
-    """Through every `finally`: servers are stopped, answers under way kept."""
+def _exit_on_signal(signum: int, frame: Any) -> None:
+    """Exit through every `finally` block, which stop model servers and save partial results."""
     raise SystemExit(128 + signum)
 
 
-def _die_with(parent: int) -> None:
-    """A launcher that was killed sends nothing (what its workers are forked from ends with it): without it a worker
-    would compute on unseen."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit once the parent (the fork server, which dies with the launcher) is gone.
+
+    A launcher killed with SIGKILL cannot stop its workers: they would compute on, and hold their leases.
+    """
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from launchers.slurm import cluster
-from launchers.slurm import job_records as ledger
-from launchers.slurm.status import look
-from launchers.slurm.submit import abandon
+from launchers.slurm.job_records import submissions
+from launchers.slurm.status import read_status
+from launchers.slurm.submit import cancel_unrecorded
 from src.errors import report_errors
 from src.store.lease import Lease
 from src.store.sweep_folder import SweepFolder
@@ -18,25 +18,21 @@ from src.store.sweep_folder import SweepFolder
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.cancel", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
-    parser.add_argument("--removed", action="store_true", help="only jobs of points the sweep no longer has")
+    parser.add_argument("--removed", action="store_true", help="only jobs of points that were removed from the sweep")
     arguments = parser.parse_args()
     with report_errors():
-        folder = SweepFolder.open(arguments.dir.resolve())
+        folder = SweepFolder.open(arguments.dir)
         with Lease(folder.store.sweeps / ".submitting"):
-            abandon(ledger.submissions(folder), cluster.queue())
-        picture = look(arguments.dir, patience=0.0)
-        if picture.silent:
-            raise cluster.SlurmUnavailable(picture.silent)
-        # The aggregation job stays: it records the final state of every point.
-        jobs = (
-            list(picture.removed)
-            if arguments.removed
-            else [j.id for j in picture.jobs if j.id not in picture.aggregation]
-        )
+            cancel_unrecorded(submissions(folder), cluster.queue())
+        status = read_status(folder, sacct_timeout=0.0)
+        if status.slurm_error:
+            raise cluster.SlurmUnavailable(status.slurm_error)
+        # The aggregation stays: it writes the final state of every point.
+        jobs = [job.id for job in status.jobs if job.id not in status.aggregation]
+        if arguments.removed:
+            jobs = list(status.removed)
         cluster.cancel(jobs)
-        print(
-            f"{arguments.dir.name}: {len(jobs)} jobs cancelled" if jobs else f"{arguments.dir.name}: no jobs to cancel"
-        )
+        print(f"{folder.name}: {len(jobs)} jobs cancelled" if jobs else f"{folder.name}: no jobs to cancel")
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launchers.slurm.status import look
+from launchers.slurm.status import read_status
 from launchers.slurm.status_table import render, watch
 from src.errors import report_errors
 from src.store.sweep_folder import SweepFolder
@@ -21,15 +21,15 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="show every point")
     arguments = parser.parse_args()
     with report_errors():
-        SweepFolder.open(arguments.dir)
-        # Lines are not wrapped at 80 columns in a file or a pipe.
+        folder = SweepFolder.open(arguments.dir)
+        # No line breaks at 80 columns in a file or a pipe.
         console = Console(width=None if sys.stdout.isatty() else 240)
         if arguments.watch:
-            picture = watch(arguments.dir, console)
+            status = watch(folder, console)
         else:
-            picture = look(arguments.dir)
-            console.print(render(picture, arguments.dir, arguments.all))
-    return 1 if picture.count("failed") or picture.count("cancelled") or picture.unconcluded else 0
+            status = read_status(folder)
+            console.print(render(status, folder, arguments.all))
+    return 1 if status.count("failed") or status.count("cancelled") or status.aggregation_error else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared pieces of the suite: running the commands users type, and a setup small enough to run many times."""
+"""Fixtures of the suite: servers, a SLURM cluster, and results that several tests compare with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOW_FIXTURES = {"cluster", "served", "browser"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the cluster, a server or a browser are slow; those of the cluster take longest and come first."""
+    """Mark tests that use the cluster, a server or a browser as slow; run those on the cluster, which take longest, first."""
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run in parallel (`make test`), a file stays together for its fixtures, and the files of the cluster do."""
+    """Keep each file on one process for its fixtures, and all files that use the cluster on one."""
     from xdist.scheduler import LoadFileScheduling
 
     class Together(LoadFileScheduling):
@@ -42,7 +42,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server of SmolLM2."""
+    """Serve SmolLM2."""
     from tests.support.endpoint import Served, smollm2_folder
 
     server = Served(smollm2_folder(tmp_path_factory.mktemp("served") / "smollm2"))
@@ -52,7 +52,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def proxy(served: Any) -> Iterator[Any]:
-    """Before it, one that fails on demand."""
+    """Put a proxy that fails on demand before the server."""
     from tests.support.endpoint import Proxy
 
     proxy = Proxy(served.port)
@@ -62,53 +62,53 @@ def proxy(served: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def shared_outputs(tmp_path_factory) -> Path:
-    """One output_dir for tests that may reuse each other's finished stages."""
+    """Return an output_dir for tests that may reuse each other's finished stages."""
     return tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """A real SLURM cluster on loopback, for the whole suite. Skips, with the reason, where there can be none."""
+    """Start a real SLURM cluster on loopback for the whole suite; skip, with the reason, where that is impossible."""
     from tests.support.on_slurm import MAX_ARRAY
 
     if reason := missing():
         pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=2, max_array=MAX_ARRAY)
     cluster.up()
-    before = os.environ.get("SLURM_CONF")
+    previous = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = cluster.environment()["SLURM_CONF"]
     try:
         yield cluster
     finally:
-        os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
+        os.environ.pop("SLURM_CONF") if previous is None else os.environ.update(SLURM_CONF=previous)
         cluster.down()
 
 
 @pytest.fixture
 def slurm(cluster) -> Iterator[Cluster]:
-    """The cluster, with nothing in its queue before and after."""
-    from tests.support.on_slurm import queue, until
+    """Return the cluster; its queue is empty before and after the test."""
+    from tests.support.on_slurm import wait_queue_empty
 
     yield cluster
     cluster.run("scancel", "--full", "--user", str(os.geteuid()), check=False)
-    until(lambda: not queue(cluster))
+    wait_queue_empty(cluster)
 
 
 @pytest.fixture(scope="session")
-def calm(tmp_path_factory) -> Path:
-    """The points of tests.support.on_slurm.FOUR as the local launcher computes them."""
-    from tests.support.on_slurm import FOUR
+def local_four_points(tmp_path_factory) -> Path:
+    """Return an output_dir with tests.support.on_slurm.FOUR_POINTS, computed by the local launcher."""
+    from tests.support.on_slurm import FOUR_POINTS
 
-    folder = tmp_path_factory.mktemp("calm")
-    train(*FOUR, f"output_dir={folder}")
-    return folder
+    output_dir = tmp_path_factory.mktemp("local")
+    train(*FOUR_POINTS, f"output_dir={output_dir}")
+    return output_dir
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory) -> Path:
-    """The point of tests.support.on_slurm.LONG as the local launcher computes it."""
+def local_long_run(tmp_path_factory) -> Path:
+    """Return an output_dir with the point of tests.support.on_slurm.LONG, computed without interruption."""
     from tests.support.on_slurm import LONG
 
-    folder = tmp_path_factory.mktemp("undisturbed")
-    train("-m", "method=dpo", "beta=0.1", *LONG, f"output_dir={folder}")
-    return folder
+    output_dir = tmp_path_factory.mktemp("long")
+    train("-m", "method=dpo", "beta=0.1", *LONG, f"output_dir={output_dir}")
+    return output_dir

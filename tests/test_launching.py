@@ -1,4 +1,4 @@
-"""What can be said of the SLURM launcher without a cluster."""
+"""The launchers, as far as they can be tested without a cluster."""
 
 import http.server
 import json
@@ -10,10 +10,10 @@ import threading
 import pytest
 
 from launchers.slurm import cluster
-from launchers.slurm import job_records as ledger
-from launchers.slurm.graph import shares
-from launchers.slurm.job_records import Task
-from launchers.slurm.submit import _on_their_way
+from launchers.slurm.cluster import QueuedJob
+from launchers.slurm.graph import split_parallelism
+from launchers.slurm.job_records import TaskRecord, new_submission, read_submission
+from launchers.slurm.submit import _in_flight
 from src import preflight
 from src.config.validation import build_point
 from src.errors import ConfigError
@@ -25,20 +25,20 @@ from tests.support.commands import ROOT, SMALL, environment, train
 from tests.support.configs import composed
 
 
-def test_without_sbatch_the_command_says_so_and_writes_nothing(tmp_path):
-    python = tmp_path / "bin"
-    python.mkdir()
+def test_without_sbatch_the_command_fails_and_writes_nothing(tmp_path):
+    path = tmp_path / "bin"
+    path.mkdir()
     for name in ("git", "env"):
-        os.symlink(f"/usr/bin/{name}", python / name)
+        os.symlink(f"/usr/bin/{name}", path / name)
     command = [sys.executable, "-m", "src.train", "-m", "hydra/launcher=slurm", f"output_dir={tmp_path / 'out'}"]
     done = subprocess.run(
-        command, cwd=ROOT, env={**environment(), "PATH": str(python)}, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env={**environment(), "PATH": str(path)}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 2 and "there is no sbatch here" in done.stderr and "hydra/launcher=local" in done.stderr
+    assert done.returncode == 2 and "sbatch not found" in done.stderr and "hydra/launcher=local" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_single_run_does_not_ignore_the_launcher_it_was_given(tmp_path):
+def test_a_single_run_refuses_the_slurm_launcher(tmp_path):
     done = train("hydra/launcher=slurm", *SMALL, f"output_dir={tmp_path}", check=False)
     assert done.returncode == 2 and "add -m" in done.stderr
     assert not (tmp_path / "store").exists()
@@ -54,30 +54,43 @@ def test_a_single_run_does_not_ignore_the_launcher_it_was_given(tmp_path):
         (100, [3, 5], [3, 5]),
     ],
 )
-def test_arrays_share_the_places_of_a_sweep_by_their_size(total, sizes, expected):
-    assert shares(total, sizes) == expected
+def test_arrays_share_the_parallelism_of_a_sweep_in_proportion_to_their_sizes(total, sizes, expected):
+    assert split_parallelism(total, sizes) == expected
 
 
-def test_what_waits_for_a_job_that_has_failed_is_not_on_its_way(monkeypatch, tmp_path):
-    """Between the failure of a shared stage and SLURM's next look at dependencies, its children still stand in the
-    queue: a moment too short to meet on a cluster on purpose."""
+def test_a_job_whose_upstream_job_failed_is_not_in_flight(monkeypatch, tmp_path):
+    """SLURM leaves the dependents of a failed job in the queue until it next evaluates dependencies: too short a moment
+    to hit on a cluster."""
     store = Store(tmp_path)
     point = build_point(composed("method=orpo"))
     plan = make_plan([point], store)
     sft, align = (next(s for s in plan.stages.values() if s.kind == kind) for kind in ("sft", "align"))
-    tasks = [Task("sft", [["sft", sft.identity]], "1"), Task("align", [["align", align.identity]], "2")]
-    known = [ledger.new(SweepFolder(tmp_path / "sweeps" / "x"), task.label, [task]) for task in tasks]
-    ended: set[str] = set()
-    monkeypatch.setattr("launchers.slurm.cluster.cancel", ended.update)
-    waiting = cluster.Queued("2", "x-align", "PENDING", "Dependency")
-    running = cluster.Queued("1", "x-sft", "RUNNING", "None")
-    assert _on_their_way(plan, known, {"1": running, "2": waiting}) == {sft.identity: "1", align.identity: "2"}
-    assert not ended
-    assert _on_their_way(plan, known, {"2": waiting}) == {} and ended == {"2"}
+    tasks = [TaskRecord(stage.kind, [[stage.kind, stage.identity]], job) for stage, job in ((sft, "1"), (align, "2"))]
+    known = [new_submission(SweepFolder(tmp_path / "sweeps" / "x"), task.label, [task]) for task in tasks]
+    cancelled: set[str] = set()
+    monkeypatch.setattr("launchers.slurm.cluster.cancel", cancelled.update)
+    waiting = QueuedJob("2", "x-align", "PENDING", "Dependency")
+    running = QueuedJob("1", "x-sft", "RUNNING", "None")
+    assert _in_flight(plan, known, {"1": running, "2": waiting}) == {sft.identity: "1", align.identity: "2"}
+    assert not cancelled
+    assert _in_flight(plan, known, {"2": waiting}) == {} and cancelled == {"2"}
+
+
+def test_a_submission_of_another_version_is_refused_in_one_line(tmp_path):
+    submission = new_submission(SweepFolder(tmp_path / "sweeps" / "x"), "align", [TaskRecord("x", [])])
+    submission.write()
+    assert read_submission(submission.folder) == submission
+    record = submission.folder / "submission.json"
+    old = json.loads(record.read_text())
+    del old["schema"]  # version 0.1 wrote none
+    record.write_text(json.dumps(old))
+    with pytest.raises(ConfigError, match="written by another version") as error:
+        read_submission(submission.folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["SBATCH_TIMELIMIT", "SBATCH_PARTITION", "SLURM_ARRAY_TASK_ID", "MASTER_PORT"])
-def test_variables_of_the_shell_do_not_overrule_what_is_submitted(monkeypatch, name):
+def test_environment_variables_do_not_override_the_options_of_a_submission(monkeypatch, name):
     monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SLURM_CONF", "kept")
     monkeypatch.setenv("SBATCH_ACCOUNT", "kept")
@@ -86,14 +99,14 @@ def test_variables_of_the_shell_do_not_overrule_what_is_submitted(monkeypatch, n
     assert os.environ[name] == "1"
 
 
-def test_the_code_is_copied_whole_wherever_results_go(tmp_path):
+def test_the_code_snapshot_is_complete_wherever_output_dir_is(tmp_path):
     for output_dir in (ROOT / "outputs", tmp_path, ROOT.parent, ROOT):
         code = code_snapshot.snapshot(tmp_path / "code", output_dir)
         assert (code / "src" / "train.py").exists() and (code / "sweeps" / "sweeper.py").exists()
     assert len(list((tmp_path / "code").iterdir())) == 1
 
 
-def test_hub_names_that_cannot_be_checked_are_named_in_one_warning(monkeypatch, tmp_path):
+def test_hub_names_that_cannot_be_verified_are_named_in_one_warning(monkeypatch, tmp_path):
     point = build_point(composed("setup=llama32_3b_tldr"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -102,12 +115,12 @@ def test_hub_names_that_cannot_be_checked_are_named_in_one_warning(monkeypatch, 
     folder = tmp_path / "models--meta-llama--Llama-3.2-3B" / "snapshots"
     folder.mkdir(parents=True)
     (warning,) = preflight.check_hub([point])
-    assert "model.path" not in warning, "what is in the cache is there"
+    assert "model.path" not in warning, "the model is in the cache"
     assert preflight.check_hub([build_point(composed())]) == []
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The answers of the hub that matter here, by the repository's name."""
+    """The hub's answers for a gated, a public and a missing repository."""
 
     def do_GET(self) -> None:
         if "/gated/" in self.path and self.path.endswith("auth-check"):
@@ -143,7 +156,7 @@ def reachable_hub(monkeypatch, tmp_path):
     server.shutdown()
 
 
-def test_a_name_the_hub_does_not_have_or_give_is_an_error(reachable_hub):
+def test_a_missing_or_gated_repository_is_an_error(reachable_hub):
     with pytest.raises(ConfigError, match=r"model\.path=some/where: neither a local path nor on the hub"):
         preflight.check_hub([build_point(composed("model.path=some/where"))])
     with pytest.raises(ConfigError, match=r"model\.path=gated/model: gated on the hub"):

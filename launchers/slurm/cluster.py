@@ -1,4 +1,4 @@
-"""Everything this project asks of SLURM's commands: what is there, what runs, what became of it."""
+"""The calls to SLURM's commands: sbatch --test-only, squeue, sacct, scancel and scontrol."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from dataclasses import dataclass
 
 from src.errors import ConfigError, StageError
 
-PATIENCE_SECONDS = 30.0  # with a controller that does not answer
-DEFAULT_MAX_ARRAY = 1001  # SLURM's own
+RETRY_SECONDS = 30.0  # how long a command is retried while the controller does not answer
+COMMAND_TIMEOUT_S = 60.0
+DEFAULT_MAX_ARRAY_SIZE = 1001  # SLURM's default
 
 
 class SlurmUnavailable(StageError):
-    """SLURM's controller does not answer, so nothing can be said about jobs."""
+    """SLURM's controller does not answer, so the states of jobs are unknown."""
 
 
 @dataclass(frozen=True)
-class Queued:
-    """A job, or one task of an array, that is still SLURM's business."""
+class QueuedJob:
+    """A line of squeue: a job, or one task of a job array, that has not ended."""
 
     id: str  # 123, or 123_4
     name: str
@@ -32,43 +33,44 @@ class Queued:
     reason: str
 
 
-def check_there() -> None:
-    """Raises ConfigError when SLURM's commands are not on this machine."""
+def check_commands() -> None:
+    """Raise ConfigError when SLURM's commands are not installed on this machine."""
     for program in ("sbatch", "squeue", "scancel", "srun"):
         if shutil.which(program) is None:
             raise ConfigError(
-                f"hydra/launcher=slurm: there is no {program} here; run this on a submit host of the cluster"
+                f"hydra/launcher=slurm: {program} not found; run this on a submit host of the cluster"
                 " (to run on this machine: hydra/launcher=local)"
             )
 
 
 def check_request(kind: str, options: dict[str, object]) -> None:
-    """Ask SLURM whether such a job could ever run (`sbatch --test-only`). Raises ConfigError with its answer."""
+    """Ask SLURM whether a job with these options could run (`sbatch --test-only`); raise ConfigError if not."""
     command = ["sbatch", "--test-only", *flags(options), "--wrap", "true"]
     with clean_environment(options):
-        done = _run(command)
-    if done.returncode != 0:
-        said = " ".join(done.stderr.split())
+        process = _run(command)
+    if process.returncode != 0:
         raise ConfigError(
-            f"hydra.launcher: SLURM refuses the {kind} job ({said}); asked for: {' '.join(command[2:-2])}"
+            f"hydra.launcher: SLURM rejects the {kind} job ({_one_line(process.stderr)}); requested: "
+            f"{' '.join(command[2:-2])}"
         )
 
 
 @contextlib.contextmanager
 def clean_environment(options: dict[str, object]) -> Iterator[None]:
-    """Without variables that would overrule the options of a submission, or tell its jobs of another job."""
-    decided = {"TIMELIMIT", "SIGNAL", "REQUEUE", "NO_REQUEUE", "WAIT", "EXPORT", "JOB_NAME", "OPEN_MODE", "ARRAY_INX"}
-    decided |= {key.upper().replace("-", "_") for key in options}
-    foreign = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
-    before = dict(os.environ)
-    for name in before:
-        other_job = name.startswith("SLURM_") and name != "SLURM_CONF"
-        if other_job or name in foreign or (name.removeprefix("SBATCH_") in decided and name.startswith("SBATCH_")):
+    """Drop SBATCH_*, SLURM_* and torchrun variables that would override our options or leak the surrounding job's."""
+    reserved = {"TIMELIMIT", "SIGNAL", "REQUEUE", "NO_REQUEUE", "WAIT", "EXPORT", "JOB_NAME", "OPEN_MODE", "ARRAY_INX"}
+    reserved |= {key.upper().replace("-", "_") for key in options}
+    torchrun = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+    environment = dict(os.environ)
+    for name in environment:
+        is_job_variable = name.startswith("SLURM_") and name != "SLURM_CONF"
+        is_override = name.startswith("SBATCH_") and name.removeprefix("SBATCH_") in reserved
+        if is_job_variable or is_override or name in torchrun:
             del os.environ[name]
     try:
         yield
     finally:
-        os.environ |= before
+        os.environ |= environment
 
 
 def flags(options: dict[str, object]) -> list[str]:
@@ -76,83 +78,80 @@ def flags(options: dict[str, object]) -> list[str]:
 
 
 def max_array_size() -> int:
-    """How many tasks one array may have here."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _patiently(["scontrol", "show", "config"]), re.M)
-    return int(found[1]) if found else DEFAULT_MAX_ARRAY
+    """Return the site's MaxArraySize: the largest number of tasks of one job array."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run_with_retries(["scontrol", "show", "config"]), re.M)
+    return int(match[1]) if match else DEFAULT_MAX_ARRAY_SIZE
 
 
-def queue() -> dict[str, Queued]:
-    """This user's jobs that have not ended, array tasks each by their own id. Raises SlurmUnavailable."""
-    text = _patiently(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%j"])
-    jobs = (Queued(job, name, state, reason) for job, state, reason, name in _rows(text, 4))
-    return {job.id: job for job in jobs}
+def queue() -> dict[str, QueuedJob]:
+    """Return this user's pending and running jobs by id, one entry per array task. Raises SlurmUnavailable."""
+    output = _run_with_retries(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%j"])
+    rows = [line.split("|", 3) for line in output.splitlines()]
+    return {row[0]: QueuedJob(row[0], row[3], row[1], row[2]) for row in rows if len(row) == 4}
 
 
-def _rows(text: str, columns: int) -> Iterable[list[str]]:
-    for line in text.splitlines():
-        parts = line.split("|", columns - 1)
-        if len(parts) == columns:
-            yield parts
+def sacct_states(jobs: Iterable[str]) -> dict[str, str]:
+    """Return the last state of each job by id (FAILED, CANCELLED, TIMEOUT ...), as far as accounting knows it.
 
-
-def accounted(jobs: Iterable[str]) -> dict[str, str]:
-    """The last known state of each job by id (FAILED, CANCELLED, TIMEOUT ...), as far as accounting has one.
-
-    It lags some seconds behind and a site may have none at all: what is missing is unknown.
+    Accounting lags some seconds behind, and a site may have none: a job that is missing here may have any state.
     """
     masters = sorted({job.partition("_")[0] for job in jobs})
     if not masters or shutil.which("sacct") is None:
         return {}
-    done = _run(["sacct", "-X", "-o", "JobID,State,NodeList", "--parsable2", "-j", ",".join(masters)])
-    if done.returncode != 0:
+    process = _run(["sacct", "-X", "-o", "JobID,State,NodeList", "--parsable2", "-j", ",".join(masters)])
+    if process.returncode != 0:
         return {}
-    from submitit.slurm.slurm import SlurmInfoWatcher  # it knows how arrays are written (`12_[3-7%2]`)
+    from submitit.slurm.slurm import SlurmInfoWatcher  # it expands ranges of array tasks (`12_[3-7%2]`)
 
-    info = SlurmInfoWatcher(delay_s=0).read_info(done.stdout)
+    info = SlurmInfoWatcher(delay_s=0).read_info(process.stdout)
     return {job: row["State"].partition(" ")[0] for job, row in info.items()}
 
 
 def cancel(jobs: Iterable[str]) -> None:
-    """Ends jobs; those that have ended already are no error."""
+    """Cancel jobs; jobs that have ended already are ignored. Raises StageError with SLURM's message."""
     if jobs := sorted(jobs):
-        done = _run(["scancel", "--quiet", *jobs])
-        if done.returncode != 0 and "Invalid job id" not in done.stderr:
-            raise StageError(f"scancel: {' '.join(done.stderr.split())}")
+        process = _run(["scancel", "--quiet", *jobs])
+        if process.returncode != 0 and "Invalid job id" not in process.stderr:
+            raise StageError(f"scancel: {_one_line(process.stderr)}")
 
 
 def state_of(job: str) -> str | None:
-    """Of one job or array task; None when the queue has it no more. Raises SlurmUnavailable."""
-    text = _patiently(["squeue", "--noheader", "--jobs", job, "--format=%T"], known="Invalid job id")
-    return text.split()[0] if text.strip() else None
+    """Return the state of a job or array task; None when it has left the queue. Raises SlurmUnavailable."""
+    output = _run_with_retries(["squeue", "--noheader", "--jobs", job, "--format=%T"], empty_error="Invalid job id")
+    return output.split()[0] if output.strip() else None
 
 
 def requeue(job: str) -> None:
-    """Raises StageError with SLURM's answer when it will not, not even after a while."""
-    _patiently(["scontrol", "requeue", job])
+    """Requeue a job. Raises SlurmUnavailable with SLURM's message when it still refuses after RETRY_SECONDS."""
+    _run_with_retries(["scontrol", "requeue", job])
 
 
-def _patiently(command: list[str], known: str | None = None) -> str:
-    """Output of a command that a busy or restarting controller may leave unanswered for a while.
+def _run_with_retries(command: list[str], empty_error: str | None = None) -> str:
+    """Return the output of a command, which a busy or restarting controller may not answer at first.
 
-    known: an error that is an answer: nothing. Raises SlurmUnavailable.
+    empty_error: an error message that means an empty result. Raises SlurmUnavailable after RETRY_SECONDS.
     """
-    end = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + RETRY_SECONDS
     while True:
-        done = _run(command)
-        if done.returncode == 0:
-            return done.stdout
-        if known is not None and known in done.stderr:
+        process = _run(command)
+        if process.returncode == 0:
+            return process.stdout
+        if empty_error is not None and empty_error in process.stderr:
             return ""
-        if time.monotonic() > end:
-            said = " ".join((done.stdout + done.stderr).split())
-            raise SlurmUnavailable(f"SLURM does not answer ({' '.join(command[:2])}: {said}); try again")
+        if time.monotonic() > deadline:
+            message = _one_line(process.stdout + process.stderr)
+            raise SlurmUnavailable(f"SLURM does not answer ({' '.join(command[:2])}: {message}); try again")
         time.sleep(random.uniform(0.5, 2))  # hundreds of jobs may ask at once
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     except FileNotFoundError:
-        raise ConfigError(f"there is no {command[0]} here; run this on a submit host of the cluster") from None
+        raise ConfigError(f"{command[0]} not found; run this on a submit host of the cluster") from None
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", "no answer in 60 s")
+        return subprocess.CompletedProcess(command, 1, "", f"no answer in {COMMAND_TIMEOUT_S:g} s")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,97 +1,95 @@
-"""Plan -> jobs: each shared stage one job, points in arrays, edges as dependencies. Nothing here talks to SLURM."""
+"""Plan -> jobs: one job per shared stage, job arrays of points, and the dependencies between them. Calls no SLURM."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 
-SHARED = ("sft", "reference", "baseline")
+SHARED = ("sft", "reference", "baseline")  # roles of the stages that points share
 
 
-def kind_of(stage: Stage) -> str:
-    """Which resources it is computed with."""
+def job_kind(stage: Stage) -> str:
+    """Return the kind of job that computes the stage: a key of hydra.launcher.kinds."""
     return stage.role if stage.role in SHARED else "align"
 
 
 @dataclass
-class Work:
-    """What one job, or one task of an array, computes."""
+class JobTask:
+    """One job, or one task of a job array."""
 
     label: str
-    own: list[Stage]  # what it is there for
-    stages: list[Stage]  # those and whatever of the plan they rest on: a job alone is complete
+    targets: list[Stage]  # the stages it is submitted for
+    stages: list[Stage]  # the targets and all they need that is not done: the task does not depend on others' success
 
 
 @dataclass
-class Group:
-    """What one sbatch submits."""
+class JobArray:
+    """One call of sbatch: a job array, or a single job."""
 
-    kind: str  # which resources: sft, reference, baseline, align
-    work: list[Work]
-    needs: tuple[str, ...]  # identities of stages that other jobs compute first
-    parallel: int | None = None  # how many of its tasks may run at once; None: all
+    kind: str  # sft, reference, baseline, align
+    tasks: list[JobTask]
+    upstream: tuple[str, ...]  # identities of the stages that other jobs have to compute first
+    parallelism: int | None = None  # the number of tasks that may run at once; None: all
 
 
-def groups(plan: Plan, elsewhere: Collection[str], leave: Collection[str], array_size: int) -> Iterator[Group]:
-    """The sbatches a plan needs, in an order in which every one comes after those it needs.
+def job_arrays(
+    plan: Plan, in_flight: Collection[str], skipped: Collection[str], max_array_size: int
+) -> Iterator[JobArray]:
+    """Yield the sbatch calls that a plan needs, each after those it depends on.
 
-    elsewhere: stages that queued or running jobs compute already; leave: results not to be computed.
+    in_flight: identities of stages that queued or running jobs compute. skipped: results not to be computed.
     """
-    left = {identity for identity in plan.needed if identity not in elsewhere}
-    users: dict[str, int] = defaultdict(int)
-    wanted: set[str] = set()
-    for own in plan.point_stages:
-        if own[-1] in left and own[-1] not in leave:
-            wanted.update(own)
-            for identity in own:
-                users[identity] += 1
-    left &= wanted
+    todo = {identity for identity in plan.needed if identity not in in_flight}
+    points = [
+        (point, stage_ids)
+        for point, stage_ids in zip(plan.points, plan.point_stages, strict=True)
+        if stage_ids[-1] in todo and stage_ids[-1] not in skipped
+    ]
+    num_points = Counter(identity for _, stage_ids in points for identity in stage_ids)
+    todo &= num_points.keys()
 
-    def shared(identity: str) -> bool:
-        return plan.stages[identity].role in SHARED or users[identity] > 1
+    def is_shared(identity: str) -> bool:
+        return plan.stages[identity].role in SHARED or num_points[identity] > 1
 
-    def work(label: str, own: list[Stage]) -> Work:
-        below = {identity for stage in own for identity in _upstream(stage)}
-        rest = [s for i, s in plan.stages.items() if i in plan.needed and (i in below or s in own)]
-        return Work(label, own, rest)
+    def task(label: str, targets: list[Stage]) -> JobTask:
+        upstream = {identity for stage in targets for identity in _all_upstream(stage)}
+        stages = [s for i, s in plan.stages.items() if i in plan.needed and (i in upstream or s in targets)]
+        return JobTask(label, targets, stages)
 
-    def needs(own: list[Stage]) -> tuple[str, ...]:
-        names = {stage.identity for stage in own}
-        direct = {up.identity for stage in own for up in stage.upstream.values()} - names
-        return tuple(identity for identity in plan.stages if identity in direct & plan.needed)
+    def upstream_of(targets: list[Stage]) -> tuple[str, ...]:
+        direct = {up.identity for stage in targets for up in stage.upstream.values()}
+        direct = (direct - {stage.identity for stage in targets}) & plan.needed
+        return tuple(identity for identity in plan.stages if identity in direct)
 
     for identity, stage in plan.stages.items():
-        if identity in left and shared(identity):
-            yield Group(kind_of(stage), [work(stage.label, [stage])], needs([stage]))
-    points: dict[tuple[str, ...], list[Work]] = defaultdict(list)
-    for point, own in zip(plan.points, plan.point_stages, strict=True):
-        if own[-1] in left and own[-1] not in leave:
-            alone = [plan.stages[i] for i in own if i in left and not shared(i)]
-            points[needs(alone)].append(work(point.label, alone))
-    for needed, together in points.items():
-        for start in range(0, len(together), array_size):
-            yield Group("align", together[start : start + array_size], needed)
+        if identity in todo and is_shared(identity):
+            yield JobArray(job_kind(stage), [task(stage.label, [stage])], upstream_of([stage]))
+    by_upstream: dict[tuple[str, ...], list[JobTask]] = defaultdict(list)
+    for point, stage_ids in points:
+        targets = [plan.stages[i] for i in stage_ids if i in todo and not is_shared(i)]
+        by_upstream[upstream_of(targets)].append(task(point.label, targets))
+    for upstream, tasks in by_upstream.items():
+        for start in range(0, len(tasks), max_array_size):
+            yield JobArray("align", tasks[start : start + max_array_size], upstream)
 
 
-def _upstream(stage: Stage) -> Iterator[str]:
+def _all_upstream(stage: Stage) -> Iterator[str]:
     for up in stage.upstream.values():
         yield up.identity
-        yield from _upstream(up)
+        yield from _all_upstream(up)
 
 
-def shares(total: int | None, sizes: list[int]) -> list[int | None]:
-    """How many tasks of each array may run at once so that the sweep keeps to `total`, as far as one each allows."""
+def split_parallelism(total: int | None, sizes: list[int]) -> list[int | None]:
+    """Split `total` tasks that may run at once over job arrays in proportion to their sizes, at least one each."""
     if total is None:
         return [None] * len(sizes)
-    everything = sum(sizes)
-    exact = [total * size / everything for size in sizes]
-    given = [min(size, max(1, int(e))) for size, e in zip(sizes, exact, strict=True)]
-    by_rest = sorted(range(len(sizes)), key=lambda i: given[i] - exact[i])
-    for i in by_rest:
-        if sum(given) < total and given[i] < sizes[i]:
-            given[i] += 1
-    return list(given)
+    exact = [total * size / sum(sizes) for size in sizes]
+    split = [min(size, max(1, int(share))) for size, share in zip(sizes, exact, strict=True)]
+    for i in sorted(range(len(sizes)), key=lambda i: split[i] - exact[i]):  # largest remainder first
+        if sum(split) < total and split[i] < sizes[i]:
+            split[i] += 1
+    return list(split)

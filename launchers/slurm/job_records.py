@@ -1,10 +1,10 @@
-"""What was submitted: one folder a submission, `sweeps/NAME/jobs/ID/`, written before sbatch and completed after it.
+"""The records of submitted jobs: one folder a submission, `sweeps/NAME/jobs/ID/`.
 
-    submission.json   what was asked for: kind, tasks and the stages each computes; job ids once SLURM has taken it
-    task-N.json       what the job itself last said of task N: where it runs, why it failed
-    *_log.out, *.err  its output
+    submission.json   the request (kind, tasks and their stages), written before sbatch; then the job ids
+    task-N.json       the status of task N, written by its job: where it runs, why it failed
+    *_log.out, *.err  the output of the jobs
 
-The ids also stand in the names of jobs, so that a submission whose driver died on the way is found again.
+A job's name ends in the ID, so that jobs of a submitter that died before recording their ids can be found.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from src.errors import ConfigError
 from src.store.files import read_json, write_json
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 
-FILE = "submission.json"
+SUBMISSION_FILE = "submission.json"
+SCHEMA = 2  # of submission.json and the task files beside it
 
 
 @dataclass
-class Task:
-    """One job, or one task of an array."""
+class TaskRecord:
+    """One job, or one task of a job array."""
 
     label: str
-    stages: list[list[str]]  # [kind, identity] of what it computes, in order
+    stages: list[list[str]]  # [kind, identity] of the stages it is submitted for, in order
     job: str | None = None  # SLURM's id, 123 or 123_4
 
 
 @dataclass
 class Submission:
-    """One sbatch."""
+    """One call of sbatch."""
 
     folder: Path
     kind: str  # sft, reference, baseline, align, aggregate
-    tasks: list[Task]
-    results: list[str] = field(default_factory=list)  # of an aggregation: the points it concludes
-    waits_for: list[str] = field(default_factory=list)  # of an aggregation: the jobs that end before it
+    tasks: list[TaskRecord]
+    results: list[str] = field(default_factory=list)  # of an aggregation: identities of the results it aggregates
+    waits_for: list[str] = field(default_factory=list)  # of an aggregation: the jobs it depends on
     finalize: str = ""  # of an aggregation: "MODULE:FUNCTION" it calls with the sweep's folder and the failures
     upload: str = ""  # of an aggregation: hydra.launcher.upload
     code: str = ""
@@ -62,52 +64,67 @@ class Submission:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        values = asdict(self)
+        values = {"schema": SCHEMA, **asdict(self)}
         del values["folder"]
-        write_json(self.folder / FILE, values)
+        write_json(self.folder / SUBMISSION_FILE, values)
 
-    def task_file(self, index: int) -> Path:
-        return self.folder / f"task-{index}.json"
-
-    def said(self, index: int) -> dict[str, Any]:
-        """What the task's job last said; empty before it started."""
+    def status(self, index: int) -> dict[str, Any]:
+        """Return the last status that a task's job wrote; empty before the job has started."""
         try:
-            return read_json(self.task_file(index))
+            return read_json(self._status_file(index))
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
+    def write_status(self, index: int, status: dict[str, Any]) -> None:
+        write_json(self._status_file(index), status)
+
+    def _status_file(self, index: int) -> Path:
+        return self.folder / f"task-{index}.json"
+
     def log(self, index: int) -> Path:
-        """Where the task's errors go (of its first process)."""
+        """Return the file with the stderr of a task's first process."""
         return self.folder / f"{self.tasks[index].job}_0_log.err"
 
 
-def new(sweep: SweepFolder, kind: str, tasks: list[Task], **more: Any) -> Submission:
+def new_submission(sweep: SweepFolder, kind: str, tasks: list[TaskRecord], **fields: Any) -> Submission:
     """Return a submission of the sweep, not written yet."""
-    return Submission(sweep.jobs / uuid.uuid4().hex[:10], kind, tasks, **more)
+    return Submission(sweep.jobs / uuid.uuid4().hex[:10], kind, tasks, **fields)
 
 
-def read(folder: Path) -> Submission:
-    values = read_json(folder / FILE)
-    tasks = [Task(**task) for task in values.pop("tasks")]
+def read_submission(folder: Path) -> Submission:
+    """Read the submission in a folder. Raises ConfigError for another version's."""
+    values = read_json(folder / SUBMISSION_FILE)
+    if (schema := values.pop("schema", 1)) != SCHEMA:
+        raise ConfigError(
+            f"{folder / SUBMISSION_FILE} was written by another version (schema {schema}, this one reads {SCHEMA}): "
+            "use another output_dir, or the version that wrote it"
+        )
+    tasks = [TaskRecord(**task) for task in values.pop("tasks")]
     return Submission(folder=folder, tasks=tasks, **values)
-
-
-def strays(own: Iterable[Submission], wanted: Container[str], live: Container[str]) -> dict[str, str]:
-    """job -> label of a sweep's live jobs that compute nothing it still wants (stage identities)."""
-    return {
-        task.job: task.label
-        for submission in own
-        for task in submission.tasks
-        if task.job is not None and task.job in live and task.stages and not any(i in wanted for _, i in task.stages)
-    }
 
 
 def submissions(sweep: SweepFolder) -> list[Submission]:
     """Return the submissions of a sweep, oldest first."""
-    return sorted((read(path.parent) for path in sweep.jobs.glob(f"*/{FILE}")), key=lambda s: s.written)
+    folders = (path.parent for path in sweep.jobs.glob(f"*/{SUBMISSION_FILE}"))
+    return sorted(map(read_submission, folders), key=lambda submission: submission.written)
 
 
 def all_submissions(store: Store) -> list[Submission]:
     """Return the submissions of every sweep of the store, oldest first."""
     sweeps = (SweepFolder(path) for path in store.sweeps.glob("*"))
-    return sorted((s for sweep in sweeps for s in submissions(sweep)), key=lambda s: s.written)
+    return sorted((s for sweep in sweeps for s in submissions(sweep)), key=lambda submission: submission.written)
+
+
+def orphaned_jobs(
+    sweep_submissions: Iterable[Submission], stages: Container[str], live: Container[str]
+) -> dict[str, str]:
+    """Return the live jobs of a sweep that compute none of its stages (any more): job -> label.
+
+    stages: identities of the sweep's stages. live: ids of pending and running jobs.
+    """
+    return {
+        task.job: task.label
+        for submission in sweep_submissions
+        for task in submission.tasks
+        if task.job is not None and task.job in live and task.stages and not any(i in stages for _, i in task.stages)
+    }

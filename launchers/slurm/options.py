@@ -1,4 +1,4 @@
-"""What a user says about jobs in hydra.launcher, checked, as sbatch options."""
+"""hydra.launcher for SLURM: its schema, the checks of its values, and their translation into sbatch options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from src.errors import ConfigError
 KINDS = ("sft", "reference", "baseline", "align", "aggregate")
 UPLOAD = ("during", "after")
 
-# sbatch options that are the launcher's own business: it relies on their values.
+# sbatch options that the launcher relies on, and the key that decides each.
 _RESERVED_OPTIONS = {
     "array": "hydra.launcher.array_parallelism",
     "dependency": "the plan",
@@ -28,8 +28,8 @@ _RESERVED_OPTIONS = {
     "open-mode": "the launcher",
     "export": "hydra.launcher.environment",
     "chdir": "the launcher",
-    "ntasks": "hydra.launcher.nodes and gpus_per_node (one task a GPU)",
-    "ntasks-per-node": "hydra.launcher.gpus_per_node (one task a GPU)",
+    "ntasks": "hydra.launcher.nodes and gpus_per_node (one task per GPU)",
+    "ntasks-per-node": "hydra.launcher.gpus_per_node (one task per GPU)",
     "nodes": "hydra.launcher.nodes",
     "gpus-per-node": "hydra.launcher.gpus_per_node",
     "cpus-per-task": "hydra.launcher.cpus_per_task",
@@ -40,7 +40,7 @@ _RESERVED_OPTIONS = {
 
 @dataclass
 class KindOptions:
-    """What differs for one kind of job; None: as for every job."""
+    """The options of one kind of job; None: as for every job."""
 
     partition: str | None = None
     account: str | None = None
@@ -67,7 +67,7 @@ class Kinds:
 
 @dataclass
 class SlurmOptions:
-    """The schema of conf/hydra/launcher/slurm.yaml, which has the values and says what they mean."""
+    """The schema of conf/hydra/launcher/slurm.yaml, which has the values and their meaning."""
 
     _target_: str = "hydra_plugins.alignment_sweep.SlurmLauncher"
     partition: str | None = MISSING
@@ -91,7 +91,7 @@ class SlurmOptions:
 
 
 def schema() -> DictConfig:
-    """SlurmOptions for Hydra, open where any key may be given: `hydra.launcher.environment.NAME=VALUE`."""
+    """Return SlurmOptions for Hydra; any key may be added to environment and additional_parameters."""
     node = OmegaConf.structured(SlurmOptions)
     for options in (node, *node.kinds.values()):
         for name in ("additional_parameters", "environment"):
@@ -100,8 +100,8 @@ def schema() -> DictConfig:
 
 
 @dataclass(frozen=True)
-class Resources:
-    """Of one kind of job."""
+class JobResources:
+    """The resources of one kind of job."""
 
     partition: str | None = None
     account: str | None = None
@@ -118,7 +118,7 @@ class Resources:
 
     @property
     def gpus(self) -> int:
-        """Of one node."""
+        """GPUs of one node."""
         return int(str(self.gpus_per_node).rpartition(":")[2])
 
     @property
@@ -127,11 +127,11 @@ class Resources:
 
     @property
     def tasks(self) -> int:
-        """Processes of a job: one a GPU."""
+        """Processes of a job: one per GPU."""
         return self.nodes * self.tasks_per_node
 
     def sbatch(self) -> dict[str, Any]:
-        """Options of sbatch by their long names; True for one without a value."""
+        """Return options of sbatch by their long names; True for one without a value."""
         values: dict[str, Any] = {
             "partition": self.partition,
             "account": self.account,
@@ -144,24 +144,25 @@ class Resources:
             "time": self.timeout_min,
             "gpus-per-node": self.gpus_per_node if self.gpus else None,
         }
-        more = {str(key).lstrip("-").replace("_", "-"): value for key, value in self.additional_parameters.items()}
-        return {key: value for key, value in {**values, **more}.items() if value is not None and value is not False}
+        values |= {_option_name(key): value for key, value in self.additional_parameters.items()}
+        return {key: value for key, value in values.items() if value is not None and value is not False}
 
     def shell(self) -> list[str]:
-        """Lines that run before the job's own command."""
+        """Return the lines of the batch script that run before the job's command."""
         exports = [f"export {name}={shlex.quote(str(value))}" for name, value in self.environment.items()]
         return [*exports, *self.setup]
 
 
-def resources_of(common: dict[str, Any], kinds: dict[str, dict[str, Any] | None]) -> dict[str, Resources]:
-    """kind -> its resources. Raises ConfigError naming the key of the first bad value."""
-    every = _checked(Resources(), common, "hydra.launcher")
-    return {kind: _checked(every, kinds.get(kind) or {}, f"hydra.launcher.kinds.{kind}") for kind in KINDS}
+def job_resources(common: dict[str, Any], kinds: dict[str, dict[str, Any] | None]) -> dict[str, JobResources]:
+    """Return the resources of each kind of job. Raises ConfigError naming the key of the first bad value."""
+    default = _merge(JobResources(), common, "hydra.launcher")
+    return {kind: _merge(default, kinds.get(kind) or {}, f"hydra.launcher.kinds.{kind}") for kind in KINDS}
 
 
-def _checked(base: Resources, values: dict[str, Any], where: str) -> Resources:
+def _merge(base: JobResources, values: dict[str, Any], where: str) -> JobResources:
+    """Return `base` with `values`, checked. where: the config node of the values, for messages."""
     values = {key: value for key, value in values.items() if value is not None}
-    for key in ("additional_parameters", "environment"):  # what a kind adds joins what every job has
+    for key in ("additional_parameters", "environment"):  # added to those of every job
         values = {**values, key: {**getattr(base, key), **(values.get(key) or {})}}
     resources = replace(base, **values)
     for key, lowest in (("nodes", 1), ("cpus_per_task", 1), ("timeout_min", 1)):
@@ -173,10 +174,14 @@ def _checked(base: Resources, values: dict[str, Any], where: str) -> Resources:
     if resources.mem_gb is not None and resources.mem_gb <= 0:
         raise ConfigError(f"{where}.mem_gb={resources.mem_gb}: must be > 0, or null for the site's default")
     for key in resources.additional_parameters:
-        name = str(key).lstrip("-").replace("_", "-")
+        name = _option_name(key)
         if name in _RESERVED_OPTIONS:
-            raise ConfigError(f"{where}.additional_parameters.{key}: decided by {_RESERVED_OPTIONS[name]}")
+            raise ConfigError(f"{where}.additional_parameters.{key}: set by {_RESERVED_OPTIONS[name]}")
     for name in resources.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
-            raise ConfigError(f"{where}.environment.{name}: not a name of an environment variable")
+            raise ConfigError(f"{where}.environment.{name}: not a valid name of an environment variable")
     return resources
+
+
+def _option_name(key: object) -> str:
+    return str(key).lstrip("-").replace("_", "-")

@@ -1,8 +1,7 @@
-"""After a job's processes ended badly, still inside the job: queue it again when that can help.
+"""The epilogue of the batch script: requeue the job after a bad exit, if a requeue can help.
 
-`python -m launchers.slurm.requeue FOLDER TASK CODE`, run by the batch script. An exception is a failure and stays one. A
-kill says nothing about the work, and a stop before the time limit was asked for: such a job goes on from its last
-checkpoint, for as long as it advances.
+`python -m launchers.slurm.requeue FOLDER TASK CODE`. An exception is a failure and stays one. A job that was killed, or
+stopped before its time limit, is requeued and resumes from its last checkpoint, as long as it makes progress.
 """
 
 from __future__ import annotations
@@ -14,66 +13,68 @@ from pathlib import Path
 from typing import Any
 
 from launchers.slurm import cluster
-from launchers.slurm import job_records as ledger
-from launchers.slurm.job import AGAIN
+from launchers.slurm.job import EXIT_REQUEUE
+from launchers.slurm.job_records import Submission, read_submission
 from src.errors import ConfigError, StageError
-from src.store.files import write_json
 from src.store.store import StageName, Store
 
-STALLS = {True: 2, False: 5}  # runs in a row without progress: stopped before the time limit, killed from outside
+# Consecutive runs without progress after which a job has failed.
+MAX_STALLED_RUNS = 5
+MAX_STALLED_RUNS_AT_TIME_LIMIT = 2  # a third run would not get further in the same time
 
 
 def main(arguments: list[str]) -> int:
-    folder, index, code = Path(arguments[0]), int(arguments[1]), int(arguments[2])
-    submission = ledger.read(folder)
-    said = submission.said(index)
-    job = os.environ["SLURM_JOB_ID"]
-    # A batch script is not told why its step ended. Cancelled, preempted or out of time: SLURM has decided already.
+    submission, index, code = read_submission(Path(arguments[0])), int(arguments[1]), int(arguments[2])
+    status = submission.status(index)
+    if status.get("state") == "failed":
+        return 0
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
-    stopped = said.get("state") == "stopped" and bool(said.get("limit"))
-    if said.get("state") == "failed":
-        return 0
-    with contextlib.suppress(cluster.SlurmUnavailable):  # then it is asked to queue the job again all the same
-        if cluster.state_of(name) != "RUNNING":
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    # The batch script does not know why its step ended. After a cancellation, a preemption or the time limit the job
+    # is not RUNNING any more, and SLURM has decided what becomes of it. If SLURM does not answer, requeue all the same.
+    with contextlib.suppress(cluster.SlurmUnavailable):
+        if cluster.state_of(job) != "RUNNING":
             return 0
-    if code != AGAIN and code <= 128:
-        _fail(submission, index, said, f"exit code {code}; see {submission.log(index)}")
+    if code != EXIT_REQUEUE and code <= 128:
+        _fail(submission, index, status, f"exit code {code}; log: {submission.log(index)}")
         return 0
-    store = submission.sweep.store
-    mark = progress_mark(store, submission.tasks[index].stages)
-    stalls = 0 if mark > (said.get("mark") or [0, 0]) else said.get("stalls", 0) + 1
-    if stopped:
-        how = "was stopped before its time limit"
+
+    at_time_limit = status.get("state") == "stopped" and bool(status.get("near_time_limit"))
+    if at_time_limit:
+        cause, advice = "stopped before its time limit", "raise hydra.launcher.timeout_min or lower trainer.save_steps"
     else:
-        how = "was told to end" if code == AGAIN else f"was killed (exit code {code})"
-    if stalls >= STALLS[stopped]:
-        where = f"after {mark[0]} of {len(submission.tasks[index].stages)} stages, at checkpoint {mark[1]}"
-        advice = "raise hydra.launcher.timeout_min or lower trainer.save_steps" if stopped else "see its log"
-        _fail(submission, index, said, f"{how} {stalls} times in a row without progress ({where}): {advice}")
+        cause = "stopped by a signal" if code == EXIT_REQUEUE else f"killed (exit code {code})"
+        advice = "see its log"
+    stages = submission.tasks[index].stages
+    marker = progress_marker(submission.sweep.store, stages)
+    has_progressed = marker > (status.get("progress_marker") or [0, 0])
+    stalled_runs = 0 if has_progressed else status.get("stalled_runs", 0) + 1
+    if stalled_runs >= (MAX_STALLED_RUNS_AT_TIME_LIMIT if at_time_limit else MAX_STALLED_RUNS):
+        where = f"{marker[0]} of {len(stages)} stages done, newest checkpoint at step {marker[1]}"
+        _fail(submission, index, status, f"{cause} {stalled_runs} times without progress ({where}): {advice}")
         return 0
-    write_json(
-        submission.task_file(index), {**said, "state": "requeued", "reason": how, "mark": mark, "stalls": stalls}
-    )
+    progress = {"progress_marker": marker, "stalled_runs": stalled_runs}
+    submission.write_status(index, {**status, "state": "requeued", "reason": cause, **progress})
     try:
-        cluster.requeue(name)
+        cluster.requeue(job)
     except (StageError, ConfigError) as error:
-        _fail(submission, index, said, f"{how} and cannot be queued again ({error})")
+        _fail(submission, index, status, f"{cause}, and the requeue failed ({error})")
     return 0
 
 
-def progress_mark(store: Store, stages: list[list[str]]) -> list[int]:
-    """What is safe on disk: [finished stages, step of the newest checkpoint of the one after]."""
+def progress_marker(store: Store, stages: list[list[str]]) -> list[int]:
+    """Return [number of finished stages, step of the newest checkpoint of the next stage]; it grows with progress."""
     names = [StageName(*stage) for stage in stages]
-    done = next((n for n, stage in enumerate(names) if not store.is_done(stage)), len(names))
-    if done == len(names):
-        return [done, 0]
-    return [done, max((int(p.name[5:]) for p in (store.work(names[done]) / "checkpoints").glob("*/step-*")), default=0)]
+    num_done = next((n for n, stage in enumerate(names) if not store.is_done(stage)), len(names))
+    if num_done == len(names):
+        return [num_done, 0]
+    checkpoints = (store.work(names[num_done]) / "checkpoints").glob("*/step-*")
+    return [num_done, max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)]
 
 
-def _fail(submission: ledger.Submission, index: int, said: dict[str, Any], error: str) -> None:
+def _fail(submission: Submission, index: int, status: dict[str, Any], error: str) -> None:
     print(f"failed: {error}", file=sys.stderr)
-    write_json(submission.task_file(index), {**said, "state": "failed", "error": error})
+    submission.write_status(index, {**status, "state": "failed", "error": error})
 
 
 if __name__ == "__main__":

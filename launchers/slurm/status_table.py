@@ -1,133 +1,132 @@
-"""What a person sees of a sweep on SLURM: what was submitted, and how it stands."""
+"""The output about a sweep on SLURM: what was submitted, and the table of its points."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from collections import Counter
-from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launchers.slurm.status import STATES, Picture, State, look
+from launchers.slurm.point_status import STATES, PointStatus
+from launchers.slurm.status import SweepStatus, read_status
 from launchers.slurm.submit import Submitted
 from src.planning.plan import Plan
 from src.progress import seconds_text
+from src.store.sweep_folder import SweepFolder
 
 REFRESH_SECONDS = 2.0
-LINE_SECONDS = 15.0  # between plain lines when nothing changes
-ROWS = 30  # points of a sweep up to which each has a row; of larger ones what fails and runs
+LINE_SECONDS = 15.0  # between plain lines while nothing changes
+MAX_ROWS = 30  # a sweep of more points gets rows for failed and running points only
 _STYLES = {"running": "green", "failed": "red", "cancelled": "yellow", "queued": "", "done": "dim", "to do": "dim"}
 
 
-def announce(plan: Plan, folder: Path, submitted: Submitted) -> None:
-    """Say what a submission did, and how to follow it."""
-    done, where = sum(result in plan.done for result in plan.results), shlex.quote(str(folder))
-    new = sum(len(s.tasks) for s in submitted.submissions if s.kind == "align")
+def announce(plan: Plan, folder: SweepFolder, submitted: Submitted) -> None:
+    """Print what was submitted, and the commands to follow and to cancel it."""
+    num_done, path = sum(result in plan.done for result in plan.results), shlex.quote(str(folder.path))
+    num_submitted = sum(len(s.tasks) for s in submitted.submissions if s.kind == "align")
     print(
-        f"{folder.name}: {len(plan.points)} points: {done} done, {submitted.on_their_way} on their way,"
-        f" {new} submitted now"
+        f"{folder.name}: {len(plan.points)} points: {num_done} done, {submitted.in_flight} in progress,"
+        f" {num_submitted} submitted"
     )
     for submission in submitted.submissions:
-        jobs = submission.jobs
-        what = f"{len(jobs)} points" if submission.kind == "align" else submission.kind
-        print(f"  job {jobs[0].partition('_')[0]:>8}  {what}")
+        job, content = submission.jobs[0].partition("_")[0], submission.kind
+        print(f"  job {job:>8}  {f'{len(submission.jobs)} points' if content == 'align' else content}")
     if submitted.removed:
         print(
-            f"{len(submitted.removed)} jobs of points that are not in this sweep any more go on"
-            f" ({_some(list(submitted.removed.values()))}); to end them:\n"
-            f"  python -m sweeps.cancel {where} --removed"
+            f"{len(submitted.removed)} jobs belong to points removed from this sweep and are still running"
+            f" ({_first_three(list(submitted.removed.values()))}). To cancel them:\n"
+            f"  python -m sweeps.cancel {path} --removed"
         )
-    if submitted.submissions or submitted.on_their_way:
-        print(f"follow: python -m sweeps.status {where} --watch\ncancel: python -m sweeps.cancel {where}", flush=True)
+    if submitted.submissions or submitted.in_flight:
+        print(f"follow: python -m sweeps.status {path} --watch\ncancel: python -m sweeps.cancel {path}", flush=True)
 
 
-def _some(labels: list[str]) -> str:
+def _first_three(labels: list[str]) -> str:
     return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
 
 
-def watch(folder: Path, console: Console | None = None) -> Picture:
+def watch(folder: SweepFolder, console: Console | None = None) -> SweepStatus:
     """Show the sweep until all its jobs have ended: a table on a terminal, plain lines elsewhere.
 
-    Ctrl-C leaves the jobs alone.
+    Ctrl-C leaves the jobs running.
     """
     console = console or Console()
     try:
         if console.is_terminal:
-            with Live(console=console, auto_refresh=False) as live:
-                while True:
-                    picture = look(folder, patience=0.0)
-                    live.update(render(picture, folder), refresh=True)
-                    if picture.ended:
-                        break
-                    time.sleep(REFRESH_SECONDS)
+            _watch_table(folder, console)
         else:
-            told, before = 0.0, ""
-            while True:
-                picture = look(folder, patience=0.0)
-                line = summary(picture)
-                if line != before or time.monotonic() - told > LINE_SECONDS:
-                    told, before = time.monotonic(), line
-                    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
-                if picture.ended:
-                    break
-                time.sleep(REFRESH_SECONDS)
+            _watch_lines(folder)
     except KeyboardInterrupt:
-        print(f"\njobs go on; python -m sweeps.status {shlex.quote(str(folder))} --watch looks again")
+        path = shlex.quote(str(folder.path))
+        print(f"\nJobs keep running. Reattach with: python -m sweeps.status {path} --watch")
         raise
-    return look(folder)
+    return read_status(folder)
 
 
-def summary(picture: Picture) -> str:
-    counts = Counter(point.state for point in picture.points)
-    return f"{len(picture.points)} points: " + ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
+def _watch_table(folder: SweepFolder, console: Console) -> None:
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            status = read_status(folder, sacct_timeout=0.0)
+            live.update(render(status, folder), refresh=True)
+            if status.ended:
+                return
+            time.sleep(REFRESH_SECONDS)
 
 
-def render(picture: Picture, folder: Path, everything: bool = False) -> Group:
-    """The table of `sweeps.status`: what runs or failed one by one, what is alike counted."""
+def _watch_lines(folder: SweepFolder) -> None:
+    last_printed, last_line = 0.0, ""
+    while True:
+        status = read_status(folder, sacct_timeout=0.0)
+        line = summary(status)
+        if line != last_line or time.monotonic() - last_printed > LINE_SECONDS:
+            last_printed, last_line = time.monotonic(), line
+            print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+        if status.ended:
+            return
+        time.sleep(REFRESH_SECONDS)
+
+
+def summary(status: SweepStatus) -> str:
+    counts = Counter(point.state for point in status.points)
+    return f"{len(status.points)} points: " + ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
+
+
+def render(status: SweepStatus, folder: SweepFolder, show_all: bool = False) -> Group:
+    """Return the table of `sweeps.status`: rows for running and failed points, other points of large sweeps counted."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("state", "point", "job", "progress", "left", "what"):
-        table.add_column(name, overflow="fold", no_wrap=name != "what")
+    for name in ("state", "point", "job", "progress", "left", "detail"):
+        table.add_column(name, overflow="fold", no_wrap=name != "detail")
+    rows = [*status.shared_stages, *status.points]
     for state in STATES:
-        rows = [s for s in [*picture.shared, *picture.points] if s.state == state]
-        alone = everything or len(picture.points) <= ROWS or state in ("failed", "running")
-        shown = rows if alone else []
-        for row in shown:
-            table.add_row(*_cells(row))
-        if len(rows) > len(shown):
-            reasons = Counter(row.detail for row in rows if row.detail and state != "done")
-            table.add_row(
-                Text(state, style=_STYLES[state]),
-                f"{len(rows)} points",
-                "",
-                "",
-                "",
-                _some([r for r, _ in reasons.most_common()]),
-            )
-    parts: list[Text | Table] = [Text(f"{folder.name}: {summary(picture)}", style="bold"), table]
-    for log in dict.fromkeys(s.log for s in [*picture.shared, *picture.points] if s.state == "failed" and s.log):
+        in_state = [row for row in rows if row.state == state]
+        if show_all or len(status.points) <= MAX_ROWS or state in ("failed", "running"):
+            for row in in_state:
+                table.add_row(*_cells(row))
+        elif in_state:
+            reasons = Counter(row.detail for row in in_state if row.detail and state != "done")
+            details = _first_three([reason for reason, _ in reasons.most_common()])
+            table.add_row(Text(state, style=_STYLES[state]), f"{len(in_state)} points", "", "", "", details)
+    parts: list[Text | Table] = [Text(f"{folder.name}: {summary(status)}", style="bold"), table]
+    for log in dict.fromkeys(row.log for row in rows if row.state == "failed" and row.log):
         parts.append(Text(f"log: {log}", style="dim"))
-    if picture.removed:
+    if status.removed:
         parts.append(
-            Text(f"{len(picture.removed)} more jobs are of points this sweep no longer has (cancel --removed)")
+            Text(f"{len(status.removed)} more jobs belong to points removed from this sweep (cancel --removed)")
         )
-    if (
-        picture.aggregation
-        and picture.ended is False
-        and not any(p.state in ("running", "queued") for p in picture.points)
-    ):
-        parts.append(Text("all points have ended; the aggregation is on its way"))
-    if picture.unconcluded:
-        parts.append(Text(picture.unconcluded, style="red"))
-    if picture.silent:
-        parts.append(Text(picture.silent, style="yellow"))
+    if status.aggregation and not status.has_active_points:
+        parts.append(Text("all points have ended; the aggregation is in progress"))
+    if status.aggregation_error:
+        parts.append(Text(status.aggregation_error, style="red"))
+    if status.slurm_error:
+        parts.append(Text(status.slurm_error, style="yellow"))
     return Group(*parts)
 
 
-def _cells(row: State) -> list[Text | str]:
+def _cells(row: PointStatus) -> list[Text | str]:
     progress = f"{row.step}/{row.total}" if row.state == "running" and row.total else ""
     left = seconds_text(row.seconds_left) if row.state == "running" and row.seconds_left is not None else ""
     return [Text(row.state, style=_STYLES[row.state]), row.label, row.job or "", progress, left, row.detail]

@@ -1,4 +1,4 @@
-"""One driver at a time turns a plan into jobs, through submitit: what is neither done nor already on its way."""
+"""Submits the jobs of a plan through submitit: whatever is neither done nor queued or running already."""
 
 from __future__ import annotations
 
@@ -14,92 +14,100 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from launchers.slurm import cluster
-from launchers.slurm import job_records as ledger
-from launchers.slurm.graph import Group, groups, shares
-from launchers.slurm.job import compute, run_aggregation
-from launchers.slurm.job_records import Submission, Task
-from launchers.slurm.options import Resources
+from launchers.slurm.cluster import QueuedJob
+from launchers.slurm.graph import JobArray, job_arrays, split_parallelism
+from launchers.slurm.job import run_aggregation, run_task
+from launchers.slurm.job_records import Submission, TaskRecord, all_submissions, new_submission, orphaned_jobs
+from launchers.slurm.options import JobResources
 from src.errors import ConfigError
 from src.planning.plan import Plan
 from src.store.code_snapshot import snapshot
-from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
+
+AGGREGATION_SIGNAL_DELAY_S = 60  # it saves nothing before its time limit
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """hydra.launcher, as far as jobs depend on it."""
+
+    resources: dict[str, JobResources]  # by kind of job
+    array_parallelism: int | None
+    signal_delay_s: int
+    upload: str  # during, after
 
 
 @dataclass
 class Submitted:
-    """What one call of `submit` did."""
+    """The outcome of one call of `submit`."""
 
     submissions: list[Submission] = field(default_factory=list)  # new ones, the aggregation last
-    on_their_way: int = 0  # points that queued or running jobs compute already
-    removed: dict[str, str] = field(default_factory=dict)  # job -> label: of this sweep's folder, not in its plan
+    in_flight: int = 0  # points that queued or running jobs compute already
+    removed: dict[str, str] = field(default_factory=dict)  # job -> label: jobs of points that the sweep no longer has
 
 
-def submit(
-    plan: Plan,
-    folder: SweepFolder,
-    finalize: str,
-    resources: dict[str, Resources],
-    leave: set[str],
-    array_parallelism: int | None,
-    signal_delay_s: int,
-    wandb: str,
-) -> Submitted:
-    """Submit the jobs of a plan and one that calls `finalize` when all have ended. The caller holds the store's lease.
+def submit(plan: Plan, folder: SweepFolder, finalize: str, options: JobOptions, skipped: set[str]) -> Submitted:
+    """Submit the jobs of a plan, and an aggregation that calls `finalize` when all others have ended.
 
-    leave: results that are not wanted, though they are not there.
-    Raises ConfigError when SLURM refuses; what it took before that stays, and the same call adds the rest.
+    The caller must hold the submission lease. skipped: results not to be computed though they are missing. Raises
+    ConfigError when SLURM rejects a job; jobs it accepted before stay, and the same call again submits the rest.
     """
     store = folder.store
-    known = ledger.all_submissions(store)
-    queue = cluster.queue()
-    abandon(known, queue)
-    plan.refresh(store)  # only now: a job that the queue has no more has published by now
-    running = _on_their_way(plan, known, queue)
-    outcome = Submitted(on_their_way=sum(result in running for result in plan.results))
+    known, queue = all_submissions(store), cluster.queue()
+    cancel_unrecorded(known, queue)
+    plan.refresh(store)  # after the queue was read: a job that has left it has published its stages
+    in_flight = _in_flight(plan, known, queue)
+    outcome = Submitted(in_flight=sum(result in in_flight for result in plan.results))
 
-    todo = list(groups(plan, running, leave, cluster.max_array_size()))
-    code = snapshot(folder.code, output_dir=store.output_dir) if todo else None
-
-    points = [group for group in todo if group.kind == "align"]
-    for group, share in zip(points, shares(array_parallelism, [len(g.work) for g in points]), strict=True):
-        group.parallel = share
-    jobs = dict(running)
-    for group in todo:
+    arrays = list(job_arrays(plan, in_flight, skipped, cluster.max_array_size()))
+    of_points = [array for array in arrays if array.kind == "align"]
+    parallelism = split_parallelism(options.array_parallelism, [len(array.tasks) for array in of_points])
+    for array, count in zip(of_points, parallelism, strict=True):
+        array.parallelism = count
+    code = snapshot(folder.code, output_dir=store.output_dir) if arrays else None
+    jobs = dict(in_flight)  # stage -> the job that computes it
+    for array in arrays:
         assert code is not None
-        executor = _Sbatch(folder, group.kind, resources[group.kind], code, signal_delay_s)
-        made = executor.submit_group(group, store, [jobs[i] for i in group.needs if i in jobs], wandb)
-        outcome.submissions.append(made)
-        for work, task in zip(group.work, made.tasks, strict=True):
-            assert task.job is not None
-            jobs |= {stage.identity: task.job for stage in work.own}
+        executor = _Sbatch(folder, array.kind, options.resources[array.kind], code, options.signal_delay_s)
+        upstream_jobs = [jobs[identity] for identity in array.upstream if identity in jobs]
+        submission = executor.submit_array(array, upstream_jobs, options.upload)
+        outcome.submissions.append(submission)
+        for task, record in zip(array.tasks, submission.tasks, strict=True):
+            assert record.job is not None
+            jobs |= {stage.identity: record.job for stage in task.targets}
 
-    own = [s for s in known if s.sweep == folder]
-    mine = {i for own_stages in plan.point_stages for i in own_stages}
-    outcome.removed = ledger.strays(own, mine, queue)
-    waited_for = sorted({jobs[i] for i in mine if i in jobs})
-    former = [s for s in own if s.kind == "aggregate" and any(job in queue for job in s.jobs)]
-    kept = [s for s in former if waited_for and s.results == plan.results and set(waited_for) <= set(s.waits_for)]
-    if waited_for and not kept:
-        executor = _Sbatch(folder, "aggregate", resources["aggregate"], code or _code_of(own, folder, store), 60)
-        outcome.submissions.append(executor.submit_aggregation(plan.results, finalize, waited_for, wandb))
-    cluster.cancel(job for s in former if s not in kept for job in s.jobs)  # others conclude for them
+    sweep_submissions = [s for s in known if s.sweep == folder]
+    stages = {identity for stage_ids in plan.point_stages for identity in stage_ids}
+    outcome.removed = orphaned_jobs(sweep_submissions, stages, queue)
+    waits_for = sorted({jobs[identity] for identity in stages if identity in jobs})
+    queued = [s for s in sweep_submissions if s.kind == "aggregate" and any(job in queue for job in s.jobs)]
+    valid = [s for s in queued if waits_for and s.results == plan.results and set(waits_for) <= set(s.waits_for)]
+    if waits_for and not valid:
+        if code is None:
+            latest = sweep_submissions[-1:]
+            code = Path(latest[0].code) if latest else snapshot(folder.code, output_dir=store.output_dir)
+        executor = _Sbatch(folder, "aggregate", options.resources["aggregate"], code, AGGREGATION_SIGNAL_DELAY_S)
+        aggregation = executor.submit_aggregation(plan.results, finalize, waits_for, options.upload)
+        outcome.submissions.append(aggregation)
+    cluster.cancel(job for s in queued if s not in valid for job in s.jobs)  # replaced by the new aggregation
     return outcome
 
 
-def _on_their_way(plan: Plan, known: list[Submission], queue: dict[str, cluster.Queued]) -> dict[str, str]:
-    """stage -> the queued or running job that will compute it. Jobs that wait in vain are ended."""
+def _in_flight(plan: Plan, known: list[Submission], queue: dict[str, QueuedJob]) -> dict[str, str]:
+    """Return the queued or running job of every stage that has one, and cancel jobs whose upstream has failed."""
     live: dict[str, str] = {}
     for submission in known:
         for index, task in enumerate(submission.tasks):
             job = queue.get(task.job or "")
-            # SLURM may take long to clean up after a job that has failed.
-            if job is not None and not (job.state == "COMPLETING" and submission.said(index).get("state") == "failed"):
+            # A job that has failed can stay COMPLETING for long.
+            if job is not None and not (
+                job.state == "COMPLETING" and submission.status(index).get("state") == "failed"
+            ):
                 live |= {identity: job.id for _, identity in task.stages}
-    vain: set[str] = set()
+    cancelled: set[str] = set()
     while True:
-        # SLURM ends the children of a failed job when it next looks at dependencies; this driver may be faster.
-        lost = {
+        # SLURM cancels the dependents of a failed job when it next evaluates dependencies, which may be later than now.
+        doomed = {
             identity
             for identity, job in live.items()
             if identity in plan.stages
@@ -109,20 +117,15 @@ def _on_their_way(plan: Plan, known: list[Submission], queue: dict[str, cluster.
                 for up in plan.stages[identity].upstream.values()
             )
         }
-        if not lost:
+        if not doomed:
             break
-        vain |= {live.pop(identity) for identity in lost}
-    cluster.cancel(vain)
+        cancelled |= {live.pop(identity) for identity in doomed}
+    cluster.cancel(cancelled)
     return live
 
 
-def _code_of(own: list[Submission], folder: SweepFolder, store: Store) -> Path:
-    return Path(own[-1].code) if own else snapshot(folder.code, output_dir=store.output_dir)
-
-
-def abandon(known: list[Submission], queue: dict[str, cluster.Queued]) -> None:
-    """End what a driver that died in the middle of a submission left in the queue: such a job would wait for its
-    orders in vain."""
+def cancel_unrecorded(known: list[Submission], queue: dict[str, QueuedJob]) -> None:
+    """Cancel jobs left behind by a submitter that died before recording their ids; they have no pickle to run."""
     for submission in known:
         if submission.state == "preparing":
             cluster.cancel({job.id for job in queue.values() if job.name.endswith(f"-{submission.id}")})
@@ -133,55 +136,54 @@ def abandon(known: list[Submission], queue: dict[str, cluster.Queued]) -> None:
 class _Sbatch:
     """submitit's executor for one submission."""
 
-    def __init__(self, folder: SweepFolder, kind: str, resources: Resources, code: Path, signal_delay_s: int) -> None:
+    def __init__(
+        self, folder: SweepFolder, kind: str, resources: JobResources, code: Path, signal_delay_s: int
+    ) -> None:
         self.folder, self.kind, self.resources, self.code = folder, kind, resources, code
         self.signal_delay_s = signal_delay_s
 
-    def submit_group(self, group: Group, store: Store, after: list[str], wandb: str) -> Submission:
-        tasks = [Task(work.label, [[s.kind, s.identity] for s in work.own]) for work in group.work]
-        submission = ledger.new(self.folder, self.kind, tasks, code=str(self.code))
-        count = len(tasks)
-        arguments = (
-            [work.stages for work in group.work],
-            [str(store.output_dir)] * count,
-            [str(submission.folder)] * count,
-            range(count),
-            [wandb] * count,
-        )
-        return self._sbatch(submission, compute, arguments, _dependency("afterok", after), group.parallel)
+    def submit_array(self, array: JobArray, upstream_jobs: list[str], upload: str) -> Submission:
+        records = [TaskRecord(task.label, [[s.kind, s.identity] for s in task.targets]) for task in array.tasks]
+        submission = new_submission(self.folder, self.kind, records, code=str(self.code))
+        arguments = [
+            (task.stages, str(self.folder.output_dir), str(submission.folder), index, upload)
+            for index, task in enumerate(array.tasks)
+        ]
+        return self._sbatch(submission, run_task, arguments, _dependency("afterok", upstream_jobs), array.parallelism)
 
-    def submit_aggregation(self, results: list[str], finalize: str, after: list[str], wandb: str) -> Submission:
-        more = {"code": str(self.code), "results": results, "waits_for": after, "finalize": finalize, "upload": wandb}
-        submission = ledger.new(self.folder, self.kind, [Task("aggregation", [])], **more)
-        return self._sbatch(submission, run_aggregation, [[submission.folder]], _dependency("afterany", after), None)
+    def submit_aggregation(self, results: list[str], finalize: str, waits_for: list[str], upload: str) -> Submission:
+        fields = {"results": results, "waits_for": waits_for, "finalize": finalize, "upload": upload}
+        record = TaskRecord("aggregation", [])
+        submission = new_submission(self.folder, self.kind, [record], code=str(self.code), **fields)
+        return self._sbatch(submission, run_aggregation, [(submission.folder,)], _dependency("afterany", waits_for))
 
     def _sbatch(
         self,
         submission: Submission,
-        function: Callable[..., Any],
-        arguments: Sequence[Sequence[Any]],
+        function: Callable[..., None],
+        arguments: Sequence[tuple[Any, ...]],
         dependency: dict[str, Any],
-        parallel: int | None,
+        parallelism: int | None = None,
     ) -> Submission:
-        resources, count = self.resources, len(submission.tasks)
+        """Submit one task for each tuple of arguments and record the ids. Raises ConfigError when sbatch fails."""
         submission.write()
         executor = submitit.SlurmExecutor(submission.folder)
-        options = resources.sbatch()
+        options = self.resources.sbatch()
         native = {"nodes": options.pop("nodes"), "ntasks_per_node": options.pop("ntasks-per-node")}
         executor.update_parameters(
             **native,
             time=options.pop("time"),
             job_name=f"{self.folder.name}-{self.kind}-{submission.id}",
             signal_delay_s=self.signal_delay_s,
-            array_parallelism=parallel or count,
-            wckey=None,  # submitit's own would be refused where accounting knows it not
-            # Since 22.05 srun does not take cpus-per-task over from sbatch.
-            srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={resources.cpus_per_task}"],
+            array_parallelism=parallelism or len(submission.tasks),
+            wckey=None,  # a site may reject submitit's default
+            # Since 22.05 srun does not inherit cpus-per-task from sbatch.
+            srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={self.resources.cpus_per_task}"],
             additional_parameters={"requeue": True, **dependency, **options},
             setup=[
-                *resources.shell(),
-                # The copied code and nothing of the folder the job starts in, which stays the user's: paths in
-                # overrides mean what they meant there.
+                *self.resources.shell(),
+                # Imports come from the copied code only, while the working directory stays the user's: relative paths
+                # in overrides keep their meaning.
                 f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
             ],
             teardown=[
@@ -193,13 +195,13 @@ class _Sbatch:
         )
         try:
             with cluster.clean_environment(options):
-                jobs = executor.map_array(function, *arguments)
+                jobs = executor.map_array(function, *zip(*arguments, strict=True))
         except (FailedSubmissionError, FailedJobError) as error:
-            # An answer that did not come is no refusal: what SLURM has taken after all must not wait for orders.
-            abandon([submission], cluster.queue())
+            # SLURM may have accepted the job although sbatch failed: without a recorded id it must not run.
+            cancel_unrecorded([submission], cluster.queue())
             shutil.rmtree(submission.folder, ignore_errors=True)
-            said = " ".join(str(error.__cause__ or error).split())
-            raise ConfigError(f"hydra/launcher=slurm: sbatch refused the {self.kind} job ({said})") from error
+            message = " ".join(str(error.__cause__ or error).split())
+            raise ConfigError(f"hydra/launcher=slurm: sbatch rejected the {self.kind} job ({message})") from error
         for task, job in zip(submission.tasks, jobs, strict=True):
             task.job = job.job_id
         submission.state = "submitted"
@@ -207,8 +209,8 @@ class _Sbatch:
         return submission
 
 
-def _dependency(how: str, jobs: list[str]) -> dict[str, Any]:
+def _dependency(condition: str, jobs: list[str]) -> dict[str, Any]:
+    """Return sbatch's options for a job that waits for others; a job whose dependency failed is cancelled."""
     if not jobs:
         return {}
-    # Without the flag a child of a failed parent stays pending for ever.
-    return {"dependency": ":".join([how, *dict.fromkeys(jobs)]), "kill-on-invalid-dep": "yes"}
+    return {"dependency": ":".join([condition, *dict.fromkeys(jobs)]), "kill-on-invalid-dep": "yes"}

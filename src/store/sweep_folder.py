@@ -44,7 +44,7 @@ class SweepFolder:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.absolute().name
 
     @property
     def output_dir(self) -> Path:

@@ -1,73 +1,92 @@
-"""What the tests on a SLURM cluster have in common: what they run, and how they look at what becomes of it."""
+"""What tests on a SLURM cluster share: the sweeps they submit, and how they follow them."""
 
-import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from launchers.slurm.job_records import Submission
+from launchers.slurm.job_records import submissions as submissions_of
+from src.store.sweep_folder import SweepFolder
 from tests.support.commands import ROOT, SMALL, environment
 from tests.support.slurm_cluster import Cluster
+from tests.support.waiting import wait_until
 
 MAX_ARRAY = 8
 SLURM = [
     *("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=60"),
     "hydra.launcher.array_parallelism=2",
 ]
-FOUR = ["-m", "method=dpo,orpo", "beta=0.1,1", *SMALL, "sweep.name=four"]
-# Long enough to be hit in the middle.
+FOUR_POINTS = ["-m", "method=dpo,orpo", "beta=0.1,1", *SMALL, "sweep.name=four"]
+# Long enough to be interrupted several times.
 LONG = [*SMALL, "dataset.train_size=256", "trainer.align.epochs=16", "trainer.save_steps=5"]
-LATER = "hydra.launcher.additional_parameters.begin=now+1hour"  # queued, and no CPU spent
+START_LATER = "hydra.launcher.additional_parameters.begin=now+1hour"  # jobs stay queued and use no CPU
+TIMEOUT_S = 120.0
 
 
-def queue(cluster: Cluster, *options: str) -> list[str]:
-    return cluster.run("squeue", "-h", "-r", "-o", "%i", *options).split()
+def sweep(output_dir: Path, name: str) -> SweepFolder:
+    return SweepFolder(output_dir / "sweeps" / name)
 
 
-def accounted(cluster: Cluster, jobs: list[str]) -> dict[str, dict[str, str]]:
-    """sacct's row of each job, waited for: it lags."""
+def queue(cluster: Cluster) -> list[str]:
+    """Return the ids of pending and running jobs."""
+    return cluster.run("squeue", "-h", "-r", "-o", "%i").split()
+
+
+def sacct_rows(cluster: Cluster, jobs: list[str]) -> dict[str, dict[str, str]]:
+    """Return sacct's row of each job, waiting until it has all of them: accounting lags behind."""
     fields = "JobID,JobName,State,Submit,Start,End"
     rows: dict[str, dict[str, str]] = {}
 
-    def there() -> bool:
+    def complete() -> bool:
         lines = cluster.run("sacct", "-X", "-P", "-o", fields, "-j", ",".join(jobs)).splitlines()
         rows.update({p[0]: dict(zip(fields.split(","), p, strict=True)) for p in (x.split("|") for x in lines[1:])})
         return set(jobs) <= {r.partition("_[")[0] for r in rows} and all(r["End"] != "Unknown" for r in rows.values())
 
-    until(there)
+    wait_until(complete, TIMEOUT_S, "sacct to have every job")
     return rows
 
 
-def until(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.2)
-
-
-def tool(name: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"sweeps.{name}", str(folder), *options]
+def run_tool(name: str, folder: SweepFolder, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m sweeps.NAME FOLDER`."""
+    command = [sys.executable, "-m", f"sweeps.{name}", str(folder.path), *options]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
 
-def submissions(folder: Path) -> dict[str, dict]:
-    found = [json.loads(path.read_text()) for path in folder.glob("jobs/*/submission.json")]
-    return {s["kind"]: s for s in sorted(found, key=lambda s: s["written"]) if s["state"] == "submitted"}
+def submitted(folder: SweepFolder) -> dict[str, Submission]:
+    """Return the newest submission of each kind."""
+    return {s.kind: s for s in submissions_of(folder) if s.state == "submitted"}
 
 
-def said(folder: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in folder.glob("jobs/*/task-*.json")]
+def job_of(folder: SweepFolder, kind: str) -> str:
+    """Return the first job of the newest submission of a kind."""
+    return submitted(folder)[kind].jobs[0]
 
 
-def sweep_json(folder: Path) -> dict:
-    return json.loads((folder / "sweep.json").read_text())
+def task_statuses(folder: SweepFolder) -> list[dict[str, Any]]:
+    """Return what the jobs of a sweep wrote into their status files."""
+    statuses = [s.status(index) for s in submissions_of(folder) for index in range(len(s.tasks))]
+    return [status for status in statuses if status]
 
 
-def finished(folder: Path) -> bool:
-    return sweep_json(folder)["finished"] is not None
+def status_of(folder: SweepFolder, job: str) -> dict[str, Any]:
+    """Return what one job wrote into its status file; empty before it has started."""
+    return next((s.status(s.jobs.index(job)) for s in submissions_of(folder) if job in s.jobs), {})
 
 
-def step_of(folder: Path) -> int:
-    """Step of the newest checkpoint of an alignment that is running."""
-    return max((int(p.name[5:]) for p in (folder / "store").glob("align/.work/*/checkpoints/*/step-*")), default=0)
+def is_finished(folder: SweepFolder) -> bool:
+    return folder.read()["finished"] is not None
+
+
+def wait_finished(folder: SweepFolder) -> None:
+    wait_until(lambda: is_finished(folder), TIMEOUT_S, f"the sweep {folder.name} to finish")
+
+
+def wait_queue_empty(cluster: Cluster, timeout: float = TIMEOUT_S) -> None:
+    wait_until(lambda: not queue(cluster), timeout, "the queue to be empty")
+
+
+def newest_step(output_dir: Path) -> int:
+    """Return the step of the newest checkpoint of an alignment that is running; 0 without one."""
+    paths = (output_dir / "store").glob("align/.work/*/checkpoints/*/step-*")
+    return max((int(path.name.removeprefix("step-")) for path in paths), default=0)

@@ -1,0 +1,233 @@
+"""The status of single points and shared stages of a sweep: from the store, their jobs' records, squeue and sacct."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers.slurm.cluster import QueuedJob
+from launchers.slurm.graph import SHARED
+from launchers.slurm.job_records import Submission
+from src.store.files import read_json
+from src.store.lease import in_use
+from src.store.store import RESULT_FILE, StageName, Store
+
+STATES = ("failed", "cancelled", "running", "queued", "to do", "done")  # in the order of the table
+
+# The final states of sacct that have a known cause and remedy.
+_END_REASONS = {
+    "TIMEOUT": "hit the time limit before it could checkpoint: raise hydra.launcher.signal_delay_s or timeout_min",
+    "OUT_OF_MEMORY": "out of memory: raise hydra.launcher.mem_gb or lower trainer.max_tokens_per_micro_batch",
+    "NODE_FAIL": "its node failed",
+    "PREEMPTED": "preempted and not requeued",
+    "BOOT_FAIL": "its node did not boot",
+    "DEADLINE": "its deadline passed",
+}
+_NOT_FINAL = ("", "PENDING", "RUNNING", "COMPLETED")  # states of sacct that explain no job without a result (yet)
+_PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+
+Stages = list[tuple[str, str]]  # (role, identity), upstream first
+
+
+@dataclass
+class PointStatus:
+    """The status of a point, or of a stage that points share."""
+
+    label: str
+    identity: str  # of the point's result, or of the stage
+    state: str
+    detail: str = ""
+    log: Path | None = None
+    job: str | None = None
+    step: int = 0
+    total: int = 0
+    seconds_left: float | None = None
+
+
+@dataclass
+class _Job:
+    """The job (or task of a job array) that was submitted last for a stage."""
+
+    submission: Submission
+    index: int
+
+    @property
+    def id(self) -> str:
+        return self.submission.tasks[self.index].job or ""
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.submission.status(self.index)
+
+    @property
+    def log(self) -> Path:
+        return self.submission.log(self.index)
+
+    @property
+    def label(self) -> str:
+        return self.submission.tasks[self.index].label
+
+
+class StatusReader:
+    """Derives the statuses of a sweep's points from one snapshot of the queue."""
+
+    def __init__(
+        self,
+        store: Store,
+        sweep_points: list[dict[str, Any]],
+        submissions: list[Submission],
+        queue: dict[str, QueuedJob],
+        slurm_error: str | None,
+    ) -> None:
+        """sweep_points: of sweep.json. slurm_error: why the queue is unknown."""
+        self.store, self.sweep_points, self.queue, self.slurm_error = store, sweep_points, queue, slurm_error
+        self.sacct_states: dict[str, str] = {}
+        self._jobs: dict[str, _Job] = {}  # by stage
+        for submission in submissions:
+            for index, task in enumerate(submission.tasks):
+                if task.job is not None:
+                    self._jobs |= {identity: _Job(submission, index) for _, identity in task.stages}
+
+    def points(self) -> list[PointStatus]:
+        return [self._status(point["label"], list(point["stages"].items()), point) for point in self.sweep_points]
+
+    def shared_stages(self) -> list[PointStatus]:
+        """Return the statuses of the shared stages that are not done."""
+        return [self._status(label, stages, {}) for label, stages in self._unfinished_shared_stages()]
+
+    def unexplained_jobs(self) -> list[str]:
+        """Return the jobs that ended with neither a result nor an error of their own, and whose end sacct lacks."""
+        jobs: dict[str, None] = {}
+        all_stages = [stages for _, stages in self._unfinished_shared_stages()]
+        for stages in [*all_stages, *(list(point["stages"].items()) for point in self.sweep_points)]:
+            job = self._jobs.get(stages[-1][1])
+            if job is None or job.id in self.queue or job.status.get("state") == "failed":
+                continue
+            if self.sacct_states.get(job.id, "") in _NOT_FINAL and not self._is_done(stages[-1]):
+                jobs[job.id] = None
+        return list(jobs)
+
+    def _is_done(self, stage: tuple[str, str]) -> bool:
+        return self.store.is_done(_stage_name(stage))
+
+    def _unfinished_shared_stages(self) -> Iterator[tuple[str, Stages]]:
+        """Yield (label, the stage after those it needs) of every shared stage that is not done, each once."""
+        visited = set()
+        for point in self.sweep_points:
+            upstream: Stages = []
+            for role, identity in point["stages"].items():
+                if role in SHARED and identity not in visited and not self._is_done((role, identity)):
+                    visited.add(identity)
+                    yield f"{point['setup']} {role}", [*upstream, (role, identity)]
+                if role == "sft":
+                    upstream.append((role, identity))
+
+    def _status(self, label: str, stages: Stages, recorded: dict[str, Any]) -> PointStatus:
+        """Return the status of the point (or shared stage) whose final stage is stages[-1].
+
+        recorded: the point in sweep.json.
+        """
+        identity = stages[-1][1]
+        if self._is_done(stages[-1]):
+            return PointStatus(label, identity, "done", self._metrics(stages[-1]))
+        job = self._jobs.get(identity)
+        if job is None:
+            return self._without_job(PointStatus(label, identity, "to do"), stages, recorded)
+        status = PointStatus(label, identity, "failed", log=job.log, job=job.id)
+        queued = self.queue.get(job.id)
+        if queued is not None and queued.state in _PENDING:
+            status.state, status.detail = "queued", self._pending_reason(queued, stages, job)
+        elif queued is not None:
+            status.state = "running"
+            self._add_progress(status, stages)
+        elif self.slurm_error is not None and job.status.get("state") != "failed":
+            status.state, status.detail = "queued", "SLURM does not answer"
+        else:
+            self._add_cause(status, job, stages)
+        return status
+
+    def _metrics(self, stage: tuple[str, str]) -> str:
+        try:
+            result = read_json(self.store.dir(_stage_name(stage)) / RESULT_FILE)
+        except FileNotFoundError:  # a shared stage has none
+            return ""
+        quality, kl = result["quality"], result["kl"]["per_sequence"]
+        return ", ".join(
+            f"{name} {entry['value']:.{digits}f}"
+            for name, entry, digits in ((quality["metric"], quality, 3), ("KL", kl, 2))
+            if entry["value"] is not None
+        )
+
+    def _without_job(self, status: PointStatus, stages: Stages, recorded: dict[str, Any]) -> PointStatus:
+        """Complete the status of a point that has no job: a local process may compute it, or it failed earlier."""
+        targets = [stage for stage in stages if stage[0] not in SHARED] or stages
+        if any(not self._is_done(stage) and in_use(self.store.work(_stage_name(stage))) for stage in targets):
+            status.state = "running"
+            self._add_progress(status, stages)
+        elif recorded.get("state") in ("failed", "cancelled"):
+            status.state, status.detail = recorded["state"], recorded["error"] or ""
+        return status
+
+    def _pending_reason(self, queued: QueuedJob, stages: Stages, job: _Job) -> str:
+        if queued.reason == "Dependency":
+            roles = [stage[0] for stage in stages[:-1] if stage[0] in SHARED and not self._is_done(stage)]
+            return f"after {' and '.join(roles)}" if roles else "Dependency"
+        reason = queued.reason if queued.reason != "None" else ""
+        num_starts = job.status.get("starts", 0)
+        return reason + (f" (requeued after {num_starts} starts)" if num_starts else "")
+
+    def _add_progress(self, status: PointStatus, stages: Stages) -> None:
+        stage = next((s for s in stages if not self._is_done(s)), stages[-1])  # all may be done by now
+        status.detail = stage[0]
+        progress = self.store.progress(_stage_name(stage))
+        if progress and progress["total"]:
+            status.step, status.total = progress["step"], progress["total"]
+            num_steps = progress["step"] - (progress.get("first") or 0)  # of this attempt
+            if num_steps > 0:
+                seconds_per_step = (progress["now"] - progress["started"]) / num_steps
+                status.seconds_left = max(0.0, seconds_per_step * (progress["total"] - progress["step"]))
+
+    def _add_cause(self, status: PointStatus, job: _Job, stages: Stages) -> None:
+        """Set why a job ended without a result: its own error, a failed upstream stage, or the state in sacct."""
+        sacct_state = self.sacct_states.get(job.id, "")
+        if job.status.get("state") == "failed":
+            status.detail = job.status["error"]
+        elif cause := self._upstream_failure(status.identity, stages):
+            status.state, status.detail, status.log = "cancelled", *cause
+        elif sacct_state == "CANCELLED":
+            status.state, status.detail = "cancelled", "job was cancelled"
+        else:
+            reason = _END_REASONS.get(sacct_state)
+            if reason is None:
+                reason = "no reason in sacct" if sacct_state in _NOT_FINAL else f"{sacct_state} in sacct"
+            line = last_line(job.log)
+            status.detail = f"job ended without a result ({reason})" + (f"; {line}" if line else "")
+
+    def _upstream_failure(self, identity: str, stages: Stages) -> tuple[str, Path | None] | None:
+        """Return the cause and the log of the first upstream stage that failed or was cancelled."""
+        for role, up in stages:
+            job = self._jobs.get(up)
+            if up == identity or role not in SHARED or job is None or self._is_done((role, up)):
+                continue
+            upstream = [stage for stage in stages if stage[0] == "sft" != role]
+            status = self._status(job.label, [*upstream, (role, up)], {})
+            if status.state in ("failed", "cancelled"):
+                return f"{job.label} {status.state}: {status.detail}", status.log
+        return None
+
+
+def _stage_name(stage: tuple[str, str]) -> StageName:
+    """Return where the stage of this (role, identity) is stored."""
+    role, identity = stage
+    return StageName("generate" if role == "baseline" else role, identity)
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that is not empty; "" without one."""
+    try:
+        lines = log.read_text(errors="replace").split("\n")[-20:]
+    except OSError:
+        return ""
+    return next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "")
