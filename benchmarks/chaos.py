@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launchers.slurm import job_records as ledger
+from launchers.slurm.job_records import submissions
 from src.store.files import read_json
 from src.store.sweep_folder import SweepFolder
 from tests.support.artifacts import results
@@ -145,7 +145,7 @@ class Chaos:
         driver = self.driver()
         end = time.monotonic() + 3
         while time.monotonic() < end and driver.poll() is None:
-            if any(s.state == "preparing" for s in ledger.submissions(SweepFolder(self.sweep))):
+            if any(s.state == "preparing" for s in submissions(SweepFolder(self.sweep))):
                 break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(driver.pid, signal.SIGKILL)
@@ -220,8 +220,8 @@ def report(chaos: Chaos, calm: Path, given: int, calm_seconds: float, seconds: f
     expected, found = results(calm), results(chaos.folder)
     differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
     starts = [
-        submission.said(index).get("starts", 0)
-        for submission in ledger.submissions(SweepFolder(chaos.sweep))
+        submission.status(index).get("starts", 0)
+        for submission in submissions(SweepFolder(chaos.sweep))
         for index in range(len(submission.tasks))
     ]
     record = read_json(chaos.sweep / "sweep.json")

@@ -21,7 +21,7 @@ SLOW_FIXTURES = {"cluster", "served", "browser"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that use the cluster, a server or a browser as slow; run those on the cluster, which take longest, first."""
+    """Mark tests that use the cluster, a server or a browser as slow, and run those on the cluster first."""
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
