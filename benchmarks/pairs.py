@@ -1,4 +1,4 @@
-"""Made-up preference pairs of the lengths that real ones have."""
+"""Random preference pairs with the lengths of real ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 from src.data.examples import Example
 
-# Prompt and response tokens, medians: sequences of 416 and 409 tokens, prompt : response 11 : 1 and 0.42 : 1.
+# Median prompt and response tokens. Sequences have 416 and 409 tokens; prompt : response is 11 : 1 and 0.42 : 1.
 SHAPES = {"tldr": (381, 35), "ultrafeedback": (121, 288)}
 SPREAD = 0.3  # sigma of the log-normal distribution of lengths
 VOCABULARY = 49152

@@ -1,7 +1,7 @@
-"""What benchmarks.against_trl measured, as tables and figures for docs/performance.md:
-`python -m benchmarks.performance`.
+"""Make the tables and the figure of docs/performance.md from the measurements of benchmarks.against_trl.
 
-Writes outputs/benchmarks/performance.md and docs/images/performance.png, and nothing it has no measurement for.
+`python -m benchmarks.performance` writes outputs/benchmarks/performance.md and docs/images/performance.png; it leaves
+out what was not measured.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from benchmarks.our_side import MODEL, PAIRS, STEPS
 from benchmarks.pairs import SHAPES, make_pairs
 
 NAMES = {"tldr": "TL;DR", "ultrafeedback": "UltraFeedback"}
-LEVERS = {
+OPTIMIZATIONS = {
     "onednn": "oneDNN: MKL, and torch's attention",
-    "attention": "attention through oneDNN: torch's",
-    "mlp": "MLPs in pieces of rows: product after product",
-    "norm": "norms in few passes",
-    "last_layer": "a last layer only where it predicts",
-    "head": "the head in place, not through autograd",
+    "attention": "the C++ attention kernel: torch's",
+    "last_layer": "a last layer that computes predicting positions only",
+    "head": "a head that overwrites its logits: through autograd",
     "prefix": "one prompt for both responses",
-    "packing": "several pairs a micro-batch",
+    "packing": "several pairs per micro-batch",
 }
 
 
 def seconds(jobs: list[dict[str, Any]], **wanted: Any) -> float:
-    """Median wall seconds of a step, over all measurements of such a job."""
-    taken = [s[0] for job in jobs if all(job.get(k) == v for k, v in wanted.items()) for s in job["seconds"]]
-    return statistics.median(taken)
+    """Return the median wall seconds of a step over all measurements whose job has these values."""
+    matching = [job for job in jobs if all(job.get(key) == value for key, value in wanted.items())]
+    return statistics.median(wall for job in matching for wall, _ in job["seconds"])
 
 
 def useful_flops(shape: str, scale: float = 1.0, pairs: int = PAIRS, layers: int | None = None) -> float:
-    """Of a step: 6 x parameters of the layers x (prompt once + both responses), 6 x head x response tokens, and
-    for attention 12 x layers x width x (query, key) pairs that are seen. What is computed twice counts once."""
+    """Return the useful FLOPs of a step; recomputation does not count.
+
+    6 x parameters of the layers x (prompt once + both responses), 6 x head x response tokens, and for attention
+    12 x layers x width x (query, key) pairs that are not masked.
+    """
     config = json.loads((MODEL / "config.json").read_text())
     width, depth = config["hidden_size"], layers or config["num_hidden_layers"]
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
@@ -45,16 +46,21 @@ def useful_flops(shape: str, scale: float = 1.0, pairs: int = PAIRS, layers: int
     total = 0.0
     for e in examples:
         lengths = [len(r) for r in e.responses]
-        seen = len(e.prompt) ** 2 / 2 + sum(r * len(e.prompt) + r * r / 2 for r in lengths)
+        unmasked = len(e.prompt) ** 2 / 2 + sum(r * len(e.prompt) + r * r / 2 for r in lengths)
         total += (
-            6 * depth * layer * e.length + 6 * width * config["vocab_size"] * sum(lengths) + 12 * depth * width * seen
+            6 * depth * layer * e.length
+            + 6 * width * config["vocab_size"] * sum(lengths)
+            + 12 * depth * width * unmasked
         )
     return total
 
 
 def sweep_tokens() -> tuple[float, float]:
-    """Token passes (a forward pass of one token is 1, forward and backward 3) of the 200 runs of llama32_3b_tldr: each
-    job with its own SFT, pairs of two rows and an online reference; and planned. At the medians of the TL;DR shape."""
+    """Return the token passes of the 200 runs of llama32_3b_tldr at median lengths: naive, and as planned here.
+
+    A forward pass of one token counts 1, forward and backward 3. Naive: every run has its own SFT, an online reference,
+    and one copy of the prompt per response.
+    """
     prompt, response = SHAPES["tldr"]
     sft_rows, pairs, validation, points = 41_947, 73_396, 21_198, 200
     sft = 3 * sft_rows * (prompt + response)
@@ -65,7 +71,7 @@ def sweep_tokens() -> tuple[float, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| pairs, a step of 16 | ours, pairs/s | TRL, pairs/s | times as fast | ours, tokens/s | ours, MFU |"]
+    lines = ["| pairs, a step of 16 | ours, pairs/s | TRL, pairs/s | speedup | ours, tokens/s | ours, MFU |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for shape in SHAPES:
         if shape in results:
@@ -98,18 +104,17 @@ def table(results: dict[str, Any]) -> str:
         for job in results["micro_batch"]["jobs"]:
             b = statistics.median(s[0] for s in job["seconds"])
             lines.append(
-                f"| TL;DR, float32, TRL with {job['micro_batch']} pairs a micro-batch | | {PAIRS / b:.3f} | | | |"
+                f"| TL;DR, float32, TRL with {job['micro_batch']} pairs per micro-batch | | {PAIRS / b:.3f} | | | |"
             )
     return "\n".join(lines)
 
 
 def memory_table(results: dict[str, Any]) -> str:
-    lines = ["| two pairs a micro-batch | ours, GB | TRL, GB | ratio |", "|---|---:|---:|---:|"]
+    lines = ["| two pairs per micro-batch | ours, GB | TRL, GB | ratio |", "|---|---:|---:|---:|"]
     for shape in SHAPES:
-        taken = {j["who"]: j["bytes"] / 1e9 for j in results["memory"]["jobs"] if j["shape"] == shape}
-        lines.append(
-            f"| {NAMES[shape]} | {taken['ours']:.2f} | {taken['trl']:.2f} | {taken['ours'] / taken['trl']:.2f} |"
-        )
+        gigabytes = {j["who"]: j["bytes"] / 1e9 for j in results["memory"]["jobs"] if j["shape"] == shape}
+        a, b = gigabytes["ours"], gigabytes["trl"]
+        lines.append(f"| {NAMES[shape]} | {a:.2f} | {b:.2f} | {a / b:.2f} |")
     return "\n".join(lines)
 
 
@@ -119,30 +124,30 @@ def gradients_table(results: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for job in results["gradients"]["jobs"]:
-        taken = (job[key] for key in ("float64", "float32", "ours_rounding", "trl_rounding"))
-        lines.append(f"| draw {job['draw']} | {' | '.join(f'{value:.1e}' for value in taken)} |")
+        values = (job[key] for key in ("float64", "float32", "ours_rounding", "trl_rounding"))
+        lines.append(f"| draw {job['draw']} | {' | '.join(f'{value:.1e}' for value in values)} |")
     return "\n".join(lines)
 
 
 def ablation_table(results: dict[str, Any]) -> str:
-    whole = seconds(results["ablation"]["jobs"], without=None)
-    lines = ["| without | seconds a step | times as slow |", "|---|---:|---:|", f"| nothing | {whole:.1f} | 1.00 |"]
-    for lever, name in LEVERS.items():
-        taken = seconds(results["ablation"]["jobs"], without=lever)
-        lines.append(f"| {name} | {taken:.1f} | {taken / whole:.2f} |")
+    complete = seconds(results["ablation"]["jobs"], without=None)
+    lines = ["| without | seconds per step | slowdown |", "|---|---:|---:|", f"| nothing | {complete:.1f} | 1.00 |"]
+    for optimization, name in OPTIMIZATIONS.items():
+        wall = seconds(results["ablation"]["jobs"], without=optimization)
+        lines.append(f"| {name} | {wall:.1f} | {wall / complete:.2f} |")
     return "\n".join(lines)
 
 
 def growth_table(results: dict[str, Any]) -> str:
-    lines = ["| | seconds a step | pairs/s | MFU |", "|---|---:|---:|---:|"]
+    lines = ["| | seconds per step | pairs/s | MFU |", "|---|---:|---:|---:|"]
 
     def add(name: str, row: str, **job: Any) -> None:
         if row in results:
-            taken = seconds(results[row]["jobs"], who="ours", **job)
+            wall = seconds(results[row]["jobs"], who="ours", **job)
             pairs = job.get("pairs", PAIRS)
             shape = {"scale": job.get("scale", 1.0), "pairs": pairs, "layers": job.get("layers")}
-            mfu = useful_flops("tldr", **shape) / taken / results[row]["peak"]
-            lines.append(f"| {name} | {taken:.1f} | {pairs / taken:.2f} | {100 * mfu:.0f} % |")
+            mfu = useful_flops("tldr", **shape) / wall / results[row]["peak"]
+            lines.append(f"| {name} | {wall:.1f} | {pairs / wall:.2f} | {100 * mfu:.0f} % |")
 
     add("16 pairs, 30 layers, median 416 tokens", "tldr")
     add("half as long", "length", scale=0.5)
@@ -167,11 +172,11 @@ def figure(results: dict[str, Any], path: Path) -> None:
         for who, key in (("this project", "ours"), ("TRL 1.16", "trl"))
     ]
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.45 * len(bars)), layout="constrained")
-    colours = {"ours": "#0072B2", "trl": "#999999"}
+    colors = {"ours": "#0072B2", "trl": "#999999"}
     names, values, keys = zip(*reversed(bars), strict=True)
-    drawn = axes.barh(names, values, color=[colours[k] for k in keys])
+    drawn = axes.barh(names, values, color=[colors[k] for k in keys])
     axes.bar_label(drawn, fmt="%.2f", padding=3)
-    axes.set_xlabel("preference pairs a second (whole optimizer steps, float32, two cores)")
+    axes.set_xlabel("preference pairs per second (whole optimizer steps, float32, two cores)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

@@ -1,27 +1,24 @@
-"""The other side of benchmarks.against_trl: TRL's trainers on the same token ids in the same order."""
+"""TRL's side of benchmarks.against_trl: its trainers on the same token ids in the same order."""
 
 from __future__ import annotations
 
 import tempfile
-import time
 from typing import Any
 
-from benchmarks.our_side import BETA, PAIRS, STEPS, between, model_of, tokenizer
+import torch
+
+from benchmarks.our_side import BETA, PAIRS, STEPS, Clock, benchmark_model, tokenizer
 from benchmarks.pairs import make_pairs
+from src.model.last_layer import SparseOutputLayer
 
 
-def plain(model: Any) -> Any:
-    """The model as TRL's users have it."""
-    import torch
-
-    from src.model.cpu.linear import Linear
-    from src.model.last_layer import GatedMLP, LastLayer, RMSNorm
-
+def unpatch(model: Any) -> Any:
+    """Return the model with the modules that TRL's users have, in place."""
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, torch.nn.Linear):
             module.__class__ = torch.nn.Linear
-        elif isinstance(module, GatedMLP | LastLayer | RMSNorm):
-            module.__class__ = type(module).__bases__[1]
+        elif isinstance(module, SparseOutputLayer):
+            module.__class__ = type(module).__bases__[1]  # type: ignore[assignment]
     assert not any(type(module).__module__.startswith("src.") for module in model.modules())
     model.set_attn_implementation("sdpa")
     return model
@@ -30,7 +27,7 @@ def plain(model: Any) -> Any:
 def trl_trainer(
     job: dict[str, Any], model: Any, tokenizer: Any, examples: list[Any], steps: int, **changes: Any
 ) -> Any:
-    """TRL's trainer on the same token ids in the same order, its reference log-probs at hand unless asked otherwise."""
+    """Return TRL's trainer on these token ids in this order, with precomputed reference log-probs by default."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
 
@@ -86,7 +83,7 @@ def trl_trainer(
 
         return Dpo(args=DPOConfig(precompute_ref_log_probs=not online, **options), **common)
 
-    def padded_later(feature: dict[str, Any]) -> dict[str, Any]:
+    def unpadded(feature: dict[str, Any]) -> dict[str, Any]:
         row, out = rows[feature["row"]], {}
         for side in ("chosen", "rejected"):
             ids = row["prompt_ids"] + row[f"{side}_ids"]
@@ -99,14 +96,14 @@ def trl_trainer(
 
         class Orpo(InOrder, ORPOTrainer):
             def tokenize_row(self, feature: Any, model: Any = None) -> Any:
-                return padded_later(feature)
+                return unpadded(feature)
 
         return Orpo(args=ORPOConfig(**options), **common)
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     class Simpo(InOrder, CPOTrainer):
         def tokenize_row(self, feature: Any, model: Any = None) -> Any:
-            return padded_later(feature)
+            return unpadded(feature)
 
     return Simpo(args=CPOConfig(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.5 * BETA, **options), **common)
 
@@ -115,16 +112,16 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     examples = make_pairs(job["shape"], PAIRS * STEPS)
-    times: list[tuple[float, float]] = []
+    clock = Clock()
 
-    class Clock(TrainerCallback):
+    class StepTimer(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            times.append((time.perf_counter(), time.process_time()))
+            clock.tick()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append((time.perf_counter(), time.process_time()))
+            clock.tick()
 
-    trainer = trl_trainer(job, plain(model_of()), tokenizer(), examples, STEPS)
-    trainer.add_callback(Clock())
+    trainer = trl_trainer(job, unpatch(benchmark_model()), tokenizer(), examples, STEPS)
+    trainer.add_callback(StepTimer())
     trainer.train()
-    return {"seconds": between(times)}
+    return {"seconds": clock.seconds()}

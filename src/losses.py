@@ -1,10 +1,11 @@
-"""The alignment losses, each a pure function of two sequence scores.
+"""The alignment losses, each a pure function of the scores of two responses.
 
 Notation (arXiv 2502.01237): `r(y) = log pi(y|x) - log pi_ref(y|x)` summed over response tokens, `p(y)` the
 exponential of the mean log-prob per response token, `o(y) = log p(y) - log(1 - p(y))` its log odds,
-`s` the logistic function, `b` = beta, `w` chosen, `l` rejected. Everything is computed in float32.
+`s` the logistic function, `b` = beta, `w` chosen, `l` rejected. Scores and losses are (pairs,) float32; docstrings give
+the loss.
 
-`src.methods.METHODS` says which score each loss reads; a method's loss is the function of its name.
+A method's loss is the function with its name; `src.methods.METHODS` has the score it takes.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from torch.nn.functional import logsigmoid
 
 from src.methods import METHODS
 
-# A float32 log-softmax resolves log p only to about half an ulp of 1: nearer to 0 it reads 0.
+# A float32 log-softmax resolves log p only to about half an ulp of 1; closer to 0 it returns 0.
 _LOG_P_CEILING = -(2.0**-24)
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """`log(1 - exp(x))` for x < 0, in two branches (Maechler 2012), float32. Any shape.
+    """Return `log(1 - exp(x))` for x < 0, float32, of x's shape, in two branches (Maechler 2012).
 
     Computed in bfloat16 the result is -inf for all x > -0.00195, where p rounds to 1.
     """
     x = x.float().clamp(max=_LOG_P_CEILING)
-    near = x > -math.log(2)
-    # Each branch sees only arguments in its domain, or its unused gradient would be NaN.
-    near_zero = torch.log(-torch.expm1(torch.where(near, x, -0.5)))
-    far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
-    return torch.where(near, near_zero, far)
+    is_near_zero = x > -math.log(2)
+    # Each branch gets only arguments in its domain, since its gradient would be NaN elsewhere even where it is unused.
+    near_zero = torch.log(-torch.expm1(torch.where(is_near_zero, x, -0.5)))
+    far_from_zero = torch.log1p(-torch.exp(torch.where(is_near_zero, -1.0, x)))
+    return torch.where(is_near_zero, near_zero, far_from_zero)
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b (r_w - r_l))` (Rafailov et al. 2023). Scores: log-ratios, (pairs,) -> (pairs,)."""
+    """`-log s(b (r_w - r_l))` (Rafailov et al. 2023). Scores: log-ratios."""
     return -logsigmoid(beta * (chosen - rejected))
 
 
 def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`(r_w - r_l - 1/(2b))^2` (Azar et al. 2023), on sums over tokens as in the paper. (pairs,) -> (pairs,)."""
+    """`(r_w - r_l - 1/(2b))^2` (Azar et al. 2023). Scores: log-ratios, summed over tokens as in the paper."""
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
@@ -52,12 +53,12 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta_ratio: float
 
 
 def orpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b (o_w - o_l))` (Hong et al. 2024, b inside). Scores: log odds, (pairs,) -> (pairs,)."""
+    """`-log s(b (o_w - o_l))` (Hong et al. 2024, with b inside). Scores: log odds."""
     return -logsigmoid(beta * (chosen - rejected))
 
 
 def asft(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b o_w) - log s(-b o_l)` (Wang et al. 2024, b inside). Scores: log odds, (pairs,) -> (pairs,)."""
+    """`-log s(b o_w) - log s(-b o_l)` (Wang et al. 2024, with b inside). Scores: log odds."""
     return -logsigmoid(beta * chosen) - logsigmoid(-beta * rejected)
 
 
@@ -74,7 +75,7 @@ def nca(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 def cal_dpo(chosen: Tensor, rejected: Tensor, beta: float, calibration_weight: float) -> Tensor:
     """`-log s(r_w - r_l) + c [(r_w - 1/(2b))^2 + (r_l + 1/(2b))^2]` (Xiao et al. 2024), no b in the sigmoid.
 
-    The paper weighs the squares with c = 1, the original repository with 0.5. Scores: log-ratios.
+    The paper weights the squares with c = 1, the original repository with 0.5. Scores: log-ratios.
     """
     target = 1 / (2 * beta)
     return -logsigmoid(chosen - rejected) + calibration_weight * ((chosen - target) ** 2 + (rejected + target) ** 2)
@@ -84,7 +85,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {name: globals()[name] for name in ME
 
 
 class PairLoss(NamedTuple):
-    """Per pair, all (pairs,) float32: the loss, and the scores the method compares (nats; not times beta)."""
+    """The loss of every pair, and the scores it was computed from, (pairs,) float32; scores in nats, without beta."""
 
     loss: Tensor
     chosen_score: Tensor
@@ -92,16 +93,17 @@ class PairLoss(NamedTuple):
 
 
 def sequence_score(kind: str, logps: Tensor, tokens: Tensor, reference_logps: Tensor | None) -> Tensor:
-    """Return the score a method reads, (sequences,) float32.
+    """Return the score that a loss takes (`Method.score`), (sequences,) float32.
 
-    logps, reference_logps: (sequences,) summed over response tokens, nats; tokens: (sequences,) response tokens >= 1.
+    logps, reference_logps: (sequences,) summed over response tokens, in nats; tokens: (sequences,) response tokens, at
+    least 1.
     """
     logps = logps.float()
     if kind == "log_ratio":
         assert reference_logps is not None, "a log-ratio needs reference log-probs"
         return logps - reference_logps.float()
     mean = logps / tokens
-    # Average first, then take the odds: the odds of a whole sequence's probability are its log-prob.
+    # Average first: the log odds of a whole sequence's probability hardly differ from its log-prob.
     return mean if kind == "mean_log_prob" else mean - log1mexp(mean)
 
 
@@ -119,9 +121,9 @@ def preference_loss(
     align_weight: float = 1.0,
     options: dict[str, float] | None = None,
 ) -> PairLoss:
-    """`sft_weight * (-log p_w) + align_weight * L_align` for each pair.
+    """Return `sft_weight * (-log p_w) + align_weight * L_align` for each pair.
 
-    sft_weight 0, align_weight 1 is the two-stage form every sweep runs; sft_weight 1 is the one-stage form, in
+    sft_weight 0, align_weight 1 is the two-stage form that sweeps compare; sft_weight 1 is the one-stage form, in
     which align_weight is the papers' lambda. Log-probs are (pairs,), summed over response tokens, in nats.
     """
     kind = METHODS[method].score

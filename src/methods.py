@@ -1,4 +1,4 @@
-"""The table of alignment methods. The loss of a method is the function of its name in `src.losses`. No torch."""
+"""The table of alignment methods, without torch. A method's loss is the function with its name in `src.losses`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Method:
-    """The display name of a method, the score its loss reads, and the config fields it takes besides beta."""
+    """The display name of a method, the score its loss takes, and the config fields it takes besides beta."""
 
     name: str  # in tables and figures
     score: str  # "log_ratio" (summed, against the reference) | "mean_log_prob" | "log_odds"
-    kind: str  # "pairwise" | "pointwise"
+    kind: str  # "pairwise" (only the margin counts) | "pointwise"
     options: tuple[str, ...] = field(default=())
-    trl_beta: float | None = None  # TRL's default where its beta means the same: not a weight, not per-token ratios
+    trl_beta: float | None = None  # TRL's default, where its beta means the same
 
     @property
     def needs_reference(self) -> bool:
