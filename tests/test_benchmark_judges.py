@@ -1,4 +1,4 @@
-"""AlpacaEval 2 and Arena-Hard: their files, their figures, nothing asked twice; the endpoint is a real one."""
+"""AlpacaEval 2 and Arena-Hard: their files, their scores, no question asked twice; the endpoint is a real one."""
 
 import json
 import math
@@ -13,14 +13,15 @@ import yaml
 from scipy.optimize import minimize_scalar
 
 from src.config.schema import Dataset, Evaluation, Judge, Point
-from src.data.evaluation_prompts import answers_from, questions_of
+from src.data.evaluation_prompts import read_answers, read_prompts
 from src.errors import ConfigError
-from src.judges.arena_hard import Game, game, score
-from src.preflight import check_readable
+from src.judges.arena_hard import Game, parse_game, win_rate
+from src.planning.stage import prompt_inputs
+from src.preflight import check_input_files
 from sweeps.report.tables import benchmark_table
-from tests.support.commands import ROOT, SMALL, environment, train
+from tests.support.commands import ROOT, SMALL, at_once, environment, train
 
-QUESTIONS = 10
+NUM_PROMPTS = 10
 POINT = [*SMALL, "trainer.align.max_steps=2", "trainer.sft.max_steps=2", "method=dpo"]
 
 
@@ -29,7 +30,7 @@ def write(file, rows, lines=False):
     return file
 
 
-def alpaca_questions(folder, count=QUESTIONS):
+def alpaca_questions(folder, count=NUM_PROMPTS):
     """As the benchmark has them: instructions, with the baseline's outputs."""
     rows = [
         {
@@ -43,7 +44,7 @@ def alpaca_questions(folder, count=QUESTIONS):
     return write(folder / "alpaca_eval_gpt4_baseline.json", rows)
 
 
-def arena_files(folder, count=QUESTIONS):
+def arena_files(folder, count=NUM_PROMPTS):
     questions = [
         {"question_id": f"q{n}", "category": "arena-hard-v0.1", "turns": [{"content": f"What is {n} plus {n}?"}]}
         for n in range(count)
@@ -83,29 +84,29 @@ def annotator(folder, model, parsed=r"(?s)^\W*[A-Ma-m0-9].*"):
     return home
 
 
-def alpaca(proxy, served, folder, *more, **of_annotator):
+def alpaca(proxy, served, folder, *more, **annotator_options):
     home = folder / "annotators" / "smollm2"
     if not home.exists():
-        annotator(folder, served.model, **of_annotator)
+        annotator(folder, served.model, **annotator_options)
         alpaca_questions(folder)
     return [
         *POINT,
         "evaluation=alpaca_eval",
         f"evaluation.prompts_file={folder}/alpaca_eval_gpt4_baseline.json",
-        f"evaluation.num_prompts={QUESTIONS}",
+        f"evaluation.num_prompts={NUM_PROMPTS}",
         "evaluation.generation.max_new_tokens=8",
         "judge=alpaca_eval",
         f"judge.model={home}",
         f"judge.base_url={proxy.url}",
         "judge.concurrency=2",
-        "judge.max_retries=1",
+        "judge.max_retries=0",
         f"output_dir={folder}/out",
         *more,
     ]
 
 
 def result_of(folder):
-    """The only point's result, and where it lies."""
+    """Return the only point's result and its folder."""
     (file,) = (folder / "out" / "store" / "evaluate").glob("*/result.json")
     return json.loads(file.read_text()), file.parent
 
@@ -114,18 +115,18 @@ def test_alpaca_eval_annotates_each_question_once_even_when_its_endpoint_dies(pr
     proxy.on_answer = lambda: len(proxy.answered) == 4 and served.kill()
     died = train(*alpaca(proxy, served, tmp_path), check=False)
     assert died.returncode == 1 and "Traceback" not in died.stderr, died.stderr
-    assert f"{proxy.url} gives no answer in 1 attempts" in died.stderr
+    assert f"{proxy.url} failed after 1 attempt" in died.stderr
     known = list(proxy.answered)
-    assert 4 <= len(known) <= 5 and f"{len(known)} of {QUESTIONS} answers are kept" in died.stderr
+    assert 4 <= len(known) <= 5 and f"{len(known)} of {NUM_PROMPTS} answers were saved" in died.stderr
 
     proxy.on_answer = lambda: None
     proxy.asked.clear()
     served.start()
     done = train(*alpaca(proxy, served, tmp_path))
     assert "win_rate" in done.stdout
-    assert len(proxy.asked) == QUESTIONS - len(known) and not set(proxy.asked) & set(known)
+    assert len(proxy.asked) == NUM_PROMPTS - len(known) and not set(proxy.asked) & set(known)
 
-    found, folder = result_of(tmp_path)
+    result, folder = result_of(tmp_path)
     rows = json.loads((folder / "annotations.json").read_text())
     questions = json.loads((tmp_path / "alpaca_eval_gpt4_baseline.json").read_text())
     assert [row["instruction"] for row in rows] == [row["instruction"] for row in questions]
@@ -135,12 +136,12 @@ def test_alpaca_eval_annotates_each_question_once_even_when_its_endpoint_dies(pr
     assert {frozenset(row) for row in outputs} == {frozenset({"dataset", "instruction", "output", "generator"})}
 
     wins = np.array([row["preference"] - 1 for row in rows])
-    judge = found["judge"]
-    error = 100 * wins.std(ddof=1) / math.sqrt(QUESTIONS)
+    judge = result["judge"]
+    error = 100 * wins.std(ddof=1) / math.sqrt(NUM_PROMPTS)
     assert judge["scores"] == {"win_rate": {"value": pytest.approx(100 * wins.mean()), "se": pytest.approx(error)}}
-    assert judge["answers"] == judge["calls"] == QUESTIONS and judge["unparsable"] == 0
-    assert judge["prompt_tokens"] > 10 * QUESTIONS
-    assert found["quality"]["value"] == pytest.approx(wins.mean())
+    assert judge["answers"] == judge["calls"] == NUM_PROMPTS and judge["unparsable"] == 0
+    assert judge["prompt_tokens"] > 10 * NUM_PROMPTS
+    assert result["quality"]["value"] == pytest.approx(wins.mean())
 
     proxy.asked.clear()
     train("-m", *alpaca(proxy, served, tmp_path, "evaluation.split_seed=1"))  # another evaluation of the same samples
@@ -155,14 +156,14 @@ def test_annotations_without_a_preference_are_asked_for_twice_and_then_ties(prox
     done = train(*alpaca(proxy, served, tmp_path, parsed="^never"), check=False)
     asked = len(proxy.asked)
     if done.returncode:  # SmolLM2 said nothing that begins with N to Z
-        assert f"not one of {QUESTIONS} annotations has a preference" in done.stderr
-        assert asked == 2 * QUESTIONS
+        assert f"not one of {NUM_PROMPTS} annotations has a preference" in done.stderr
+        assert asked == 2 * NUM_PROMPTS
     else:
-        found, folder = result_of(tmp_path)
+        result, folder = result_of(tmp_path)
         rows = json.loads((folder / "annotations.json").read_text())
         missing = sum(row["preference"] is None for row in rows)
-        assert found["judge"]["unparsable"] == missing > 0 and asked == QUESTIONS + missing
-        assert found["quality"]["n"] == QUESTIONS
+        assert result["judge"]["unparsable"] == missing > 0 and asked == NUM_PROMPTS + missing
+        assert result["quality"]["n"] == NUM_PROMPTS
 
 
 def annotations(gain=0.0, length=0.0, seed=0, count=805):
@@ -247,18 +248,18 @@ def test_what_is_won_by_length_alone_is_not_won_with_length_controlled(hub, tmp_
 def test_annotations_in_another_order_or_number_are_refused(hub, tmp_path):
     rows = annotations(gain=1.0)
     done, _ = win_rates_of(tmp_path, [rows[1], rows[0], *rows[2:]], hub)
-    assert done.returncode == 1 and "entry 0: the question at this place is 'question 0'" in done.stderr, done.stderr
+    assert done.returncode == 1 and "entry 0: expected the instruction 'question 0'" in done.stderr, done.stderr
     done, _ = win_rates_of(tmp_path, rows[:-1], hub)
-    assert done.returncode == 1 and "ends after 804 annotations of 805 questions" in done.stderr, done.stderr
+    assert done.returncode == 1 and "ends after 804 annotations of 805 instructions" in done.stderr, done.stderr
     done, _ = win_rates_of(tmp_path, [*rows[:-1], rows[-1] | {"generator_2": "another"}], hub)
-    assert done.returncode == 1 and "'another' and 'mine'; one model a file" in done.stderr, done.stderr
+    assert done.returncode == 1 and "'another' and 'mine'; must be one" in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_without_the_table_of_difficulties_there_is_a_win_rate_and_a_warning(tmp_path):
     done, found = win_rates_of(tmp_path, annotations())
     assert done.returncode == 0 and found["win_rate"] > 0 and "length_controlled_win_rate" not in found
-    assert "no length-controlled win rate: the table of difficulties cannot be had" in done.stderr
+    assert "no length-controlled win rate: the table of difficulties could not be loaded" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_without_the_table_of_difficulties_there_is_a_win_rate_and_a_warning(tmp
     ],
 )
 def test_a_label_is_what_a_game_was_to_either_side(text, as_a, as_b):
-    assert game(text, response_is="A") == as_a and game(text, response_is="B") == as_b
+    assert parse_game(text, response_is="A") == as_a and parse_game(text, response_is="B") == as_b
 
 
 def test_the_score_is_what_bradley_terry_says_against_one_baseline():
@@ -282,18 +283,18 @@ def test_the_score_is_what_bradley_terry_says_against_one_baseline():
     games = [
         Game(*rng.choices([(1.0, 3), (1.0, 1), (0.5, 1), (0.0, 1), (0.0, 3)], [1, 3, 2, 4, 3])[0]) for _ in range(300)
     ]
-    won = np.repeat([g.score for g in games], [g.weight for g in games])
+    won = np.repeat([g.points for g in games], [g.weight for g in games])
 
     def loss(strength):  # of the logistic model, a tie being half a win of each
         return -(won * -np.log1p(np.exp(-strength)) + (1 - won) * -np.log1p(np.exp(strength))).sum()
 
     strength = minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-9}).x
-    found = score(games)
-    assert found["value"] == pytest.approx(100 / (1 + math.exp(-strength)), abs=1e-3)
-    assert found["value"] != pytest.approx(100 * np.mean([g.score for g in games]), abs=0.5)  # weights count
+    rate = win_rate(games)
+    assert rate["value"] == pytest.approx(100 / (1 + math.exp(-strength)), abs=1e-3)
+    assert rate["value"] != pytest.approx(100 * np.mean([g.points for g in games]), abs=0.5)  # weights count
     error = 100 * won.std(ddof=1) / math.sqrt(len(won))
-    assert found["low"] == pytest.approx(found["value"] - 1.96 * error, abs=0.8 * error)
-    assert found["high"] == pytest.approx(found["value"] + 1.96 * error, abs=0.8 * error)
+    assert rate["low"] == pytest.approx(rate["value"] - 1.96 * error, abs=0.8 * error)
+    assert rate["high"] == pytest.approx(rate["value"] + 1.96 * error, abs=0.8 * error)
 
 
 def test_the_benchmarks_table_has_its_own_figures_and_means_over_seeds():
@@ -312,73 +313,72 @@ def test_the_benchmarks_table_has_its_own_figures_and_means_over_seeds():
     assert not len(benchmark_table(best, {}))
 
 
-def test_arena_hard_plays_two_games_a_question_in_the_words_of_its_config(proxy, served, tmp_path):
+def test_arena_hard_plays_two_games_per_prompt_with_the_prompt_of_its_config(proxy, served, tmp_path):
     questions, answers = arena_files(tmp_path)
     config = {"system_prompt": "Be fair.", "prompt_template": ["Q {question_1} first {answer_1} second {answer_2}."]}
-    words = write(tmp_path / "judge_config.yaml", config)
+    prompt_file = write(tmp_path / "judge_config.yaml", config)
     train(
         *POINT,
         "evaluation=arena_hard",
         f"evaluation.prompts_file={questions}",
-        f"evaluation.num_prompts={QUESTIONS}",
+        f"evaluation.num_prompts={NUM_PROMPTS}",
         "evaluation.generation.max_new_tokens=8",
         "judge=arena_hard",
         f"judge.baseline={answers}",
-        f"judge.prompt_file={words}",
+        f"judge.prompt_file={prompt_file}",
         f"judge.model={served.model}",
         f"judge.base_url={proxy.url}",
         "judge.max_tokens=8",
         f"output_dir={tmp_path}/out",
     )
-    found, folder = result_of(tmp_path)
+    result, folder = result_of(tmp_path)
     lines = [json.loads(line) for line in (folder / "judgements.jsonl").open()]
-    assert [line["baseline"] for line in lines] == [str(2 * n) for n in range(QUESTIONS)]
+    assert [line["baseline"] for line in lines] == [str(2 * n) for n in range(NUM_PROMPTS)]
     (samples,) = (tmp_path / "out" / "store" / "generate").glob("*/samples.jsonl")
-    own = [json.loads(line)["response"] for line in samples.open()]
+    responses = [json.loads(line)["response"] for line in samples.open()]
     expected = {
         f"Q What is {n} plus {n}? first {a} second {b}."
-        for n in range(QUESTIONS)
-        for a, b in ((own[n], str(2 * n)), (str(2 * n), own[n]))
+        for n in range(NUM_PROMPTS)
+        for a, b in ((responses[n], str(2 * n)), (str(2 * n), responses[n]))
     }
     assert set(proxy.asked) == expected
     # SmolLM2 writes no label: no game is played, every comparison is a tie, and the result says so.
-    judge = found["judge"]
-    assert judge["answers"] == 2 * QUESTIONS and 0 < judge["unparsable"] <= 2 * QUESTIONS
-    if judge["unparsable"] == 2 * QUESTIONS:
-        assert judge["scores"] == {} and found["quality"]["value"] == 0.5
+    judge = result["judge"]
+    assert judge["answers"] == 2 * NUM_PROMPTS and 0 < judge["unparsable"] <= 2 * NUM_PROMPTS
+    if judge["unparsable"] == 2 * NUM_PROMPTS:
+        assert judge["scores"] == {} and result["quality"]["value"] == 0.5
 
 
 @pytest.mark.parametrize(
-    ("rows", "prompts", "message"),
+    ("rows", "num_prompts", "message"),
     [
         ([{"text": "hello"}], 1, "entry 0: needs question_id, instruction or prompt; it has 'text'"),
-        ([{"instruction": "a", "output": "b"}], 2, "1 questions and evaluation.num_prompts=2"),
-        ([{"instruction": "a", "output": "b"}] * 2, 2, "a question is there twice: 'a'"),
-        ([{"instruction": "a"}], 1, "entry 0: needs an answer"),
+        ([{"instruction": "a", "output": "b"}], 2, "1 prompts and evaluation.num_prompts=2"),
+        ([{"instruction": "a", "output": "b"}] * 2, 2, "a prompt occurs twice: 'a'"),
+        ([{"instruction": "a"}], 1, "entry 0: needs the text of an answer"),
         ([{"question_id": "1", "turns": [{"content": "a"}, {"content": "b"}]}], 1, "turns must be one user message"),
     ],
 )
-def test_questions_that_cannot_be_asked_or_compared_are_errors_that_name_them(rows, prompts, message, tmp_path):
+def test_prompts_that_cannot_be_read_or_compared_are_errors_that_name_them(rows, num_prompts, message, tmp_path):
     file = str(write(tmp_path / "questions.json", rows))
     point = Point(
         dataset=Dataset("mini_tldr", "mini_tldr"),
-        evaluation=Evaluation(questions=file, prompts=prompts),
+        evaluation=Evaluation(prompts_file=file, num_prompts=num_prompts),
         judge=Judge(name="tldr", baseline=file),
     )
     with pytest.raises(ConfigError, match=message):
-        check_readable([point])
+        check_input_files([point])
 
 
-def test_a_question_without_an_answer_of_the_baseline_is_named(tmp_path):
+def test_a_prompt_without_an_answer_of_the_baseline_is_named(tmp_path):
     questions, answers = arena_files(tmp_path)
-    point = Point(evaluation=Evaluation(questions=str(questions), prompts=QUESTIONS))
-    asked = questions_of(point)
-    assert [row["response"] for row in answers_from(str(answers), asked, "judge.baseline")] == [
-        str(2 * n) for n in range(QUESTIONS)
-    ]
+    point = Point(evaluation=Evaluation(prompts_file=str(questions), num_prompts=NUM_PROMPTS))
+    prompts = read_prompts(prompt_inputs(point))
+    rows = read_answers(str(answers), prompts, "judge.baseline")
+    assert [row["response"] for row in rows] == [str(2 * n) for n in range(NUM_PROMPTS)]
     answers.write_text("\n".join(answers.read_text().splitlines()[1:]))
-    with pytest.raises(ConfigError, match=r"judge\.baseline=.*: no answer to 'q9' in it"):
-        answers_from(str(answers), asked, "judge.baseline")
+    with pytest.raises(ConfigError, match=r"judge\.baseline=.*: no answer to 'q9'"):
+        read_answers(str(answers), prompts, "judge.baseline")
 
 
 @pytest.mark.parametrize(
@@ -394,13 +394,13 @@ def test_a_question_without_an_answer_of_the_baseline_is_named(tmp_path):
             "judge.prompt_file=README.md: needs system_",
         ),
         (["judge=tldr", "judge.base_url=http://x", "judge.prompt_file=README.md"], "judge=tldr has no such field"),
-        (["judge=alpaca_eval", "judge.baseline=sft", "judge.model=gpt5"], "judge.model=gpt5: no annotator"),
-        (["evaluation.prompts_file=README.md"], "judge=gold compares samples of dataset=mini_tldr"),
+        (["judge=alpaca_eval", "judge.baseline=sft", "judge.model=gpt5"], "judge.model=gpt5: unknown annotator"),
+        (["evaluation.prompts_file=README.md"], "judge=gold works only with dataset=mini_tldr"),
     ],
 )
 def test_a_benchmark_that_cannot_be_run_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    done = train(*overrides, f"output_dir={tmp_path}", check=False)
+    done = at_once(*overrides, f"output_dir={tmp_path}")
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "store").exists()

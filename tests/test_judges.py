@@ -1,4 +1,4 @@
-"""Judges: verdicts, patience with a faulty endpoint, a budget, and nothing asked twice; the endpoint is a real one."""
+"""Judges: verdicts, retries, budget, and answers that are kept; the endpoint is a real one."""
 
 import json
 import os
@@ -8,16 +8,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from src.config.schema import Judge, Point
 from src.data.rows import text_prompt
 from src.errors import StageError
 from src.judges import Comparison
 from src.judges.answers import Answers
-from src.judges.judge_client import Endpoint
-from src.judges.tldr import questions, verdict, winner
-from tests.support.commands import ROOT, SMALL, start, train
+from src.judges.judge_client import JudgeClient
+from src.judges.tldr import average_games, build_chats, parse_winner
+from src.planning.identity import ContentPath, DataInputs, EvaluateInputs, JudgeInputs, PromptInputs
+from src.planning.resources import JudgeEndpoint, Resources
+from tests.support.commands import ROOT, SMALL, at_once, start, train
 
-PROMPTS = 12  # two questions each
+NUM_PROMPTS = 12  # two questions each
 
 
 class Attempt:
@@ -27,22 +28,23 @@ class Attempt:
         pass
 
 
-def endpoint(proxy, served, folder, **more):
-    fields = {"timeout": 15 if "slow" in proxy.faults else 60, "max_tokens": 2, "concurrency": 2, **more}
-    return Endpoint(Judge(name="tldr", model=str(served.model), base_url=proxy.url, **fields), Answers(folder))
+def client(proxy, served, folder, **options):
+    judge = JudgeInputs("tldr", "sft", str(served.model), temperature=0.0, max_tokens=2)
+    options = {"timeout": 15 if "slow" in proxy.faults else 60, "concurrency": 2, **options}
+    return JudgeClient(judge, JudgeEndpoint(proxy.url, **options), Answers(folder))
 
 
-def asked(count):
+def chats(count):
     return [[{"role": "user", "content": f"Say the number {n}."}] for n in range(count)]
 
 
 def test_a_verdict_is_the_mean_of_both_orders():
-    assert verdict("A is better.\nVerdict: A", "Verdict: B").value == 1.0
-    assert verdict("Verdict: B", "Verdict: A").value == 0.0
-    assert verdict("Verdict: A", "Verdict: A").value == 0.5  # whatever comes first wins: says nothing
-    assert verdict("Verdict: C", "**Verdict:** B").value == 0.75
-    assert verdict("Both are fine, who knows?", "Verdict: B").value == 1.0  # one game was played
-    assert verdict("", "no idea").value == 0.5
+    assert average_games("A is better.\nVerdict: A", "Verdict: B").value == 1.0
+    assert average_games("Verdict: B", "Verdict: A").value == 0.0
+    assert average_games("Verdict: A", "Verdict: A").value == 0.5  # whatever comes first wins
+    assert average_games("Verdict: C", "**Verdict:** B").value == 0.75
+    assert average_games("Both are fine, who knows?", "Verdict: B").value == 1.0  # one game was played
+    assert average_games("", "no idea").value == 0.5
 
 
 @pytest.mark.parametrize(
@@ -62,62 +64,62 @@ def test_a_verdict_is_the_mean_of_both_orders():
     ],
 )
 def test_the_last_verdict_of_an_answer_counts(text, expected):
-    assert winner(text) == expected
+    assert parse_winner(text) == expected
 
 
 def test_a_judge_sees_both_summaries_in_both_orders_and_not_whose_they_are():
-    first, second = questions(Comparison(text_prompt("the post"), {"response": "mine {x}"}, {"response": "other"}))
+    first, second = build_chats(Comparison(text_prompt("the post"), {"response": "mine {x}"}, {"response": "other"}))
     for text, a, b in ((first[0]["content"], "mine {x}", "other"), (second[0]["content"], "other", "mine {x}")):
         assert text.index("the post") < text.index(a) < text.index(b)
     assert "baseline" not in first[0]["content"] and "policy" not in first[0]["content"]
 
 
-def test_every_question_is_answered_through_any_fault_and_answered_once(proxy, served, tmp_path):
+def test_every_question_is_answered_once_despite_any_fault(proxy, served, tmp_path):
     proxy.faults.extend([429, 500, "slow", "cut", "garbage", "empty", 503, None, 429])
-    answers = endpoint(proxy, served, tmp_path).ask(asked(8), Attempt())
+    answers = client(proxy, served, tmp_path).complete(chats(8), Attempt())
     assert len(answers) == 8 and all(answer["prompt_tokens"] > 0 for answer in answers)
-    assert sorted(proxy.answered) == sorted(question[0]["content"] for question in asked(8))
-    assert len(proxy.asked) == 8 + 8  # one more for every fault
-    assert endpoint(proxy, served, tmp_path).ask(asked(8), Attempt()) == answers
+    assert sorted(proxy.answered) == sorted(question[0]["content"] for question in chats(8))
+    assert len(proxy.asked) == 8 + 8  # one retry for every fault
+    assert client(proxy, served, tmp_path).complete(chats(8), Attempt()) == answers
     assert len(proxy.asked) == 16
 
 
-def test_what_another_attempt_cannot_mend_is_said_at_once(proxy, served, tmp_path):
+def test_an_error_that_a_retry_cannot_fix_is_reported_at_once(proxy, served, tmp_path):
     for status in (401, 404, 400):
         proxy.faults.extend([status, status])
         before = len(proxy.asked)
-        with pytest.raises(StageError, match=f"{proxy.url} refuses: .*made to fail with {status}.*0 of 1 answers"):
-            endpoint(proxy, served, tmp_path).ask(asked(1), Attempt())
+        with pytest.raises(
+            StageError, match=f"{proxy.url} failed after 1 attempt: .*made to fail with {status}.*0 of 1 answers"
+        ):
+            client(proxy, served, tmp_path).complete(chats(1), Attempt())
         assert len(proxy.asked) == before + 1
         proxy.faults.clear()
 
 
-def test_a_fault_that_stays_ends_after_the_given_attempts(proxy, served, tmp_path):
+def test_a_lasting_fault_fails_after_max_retries(proxy, served, tmp_path):
     proxy.faults.extend([429] * 10)
-    with pytest.raises(StageError, match="gives no answer in 3 attempts"):
-        endpoint(proxy, served, tmp_path, attempts=3, concurrency=1).ask(asked(1), Attempt())
+    with pytest.raises(StageError, match="failed after 3 attempts"):
+        client(proxy, served, tmp_path, max_retries=2, concurrency=1).complete(chats(1), Attempt())
     assert len(proxy.asked) == 3
 
 
-def test_the_budget_ends_questions_and_keeps_answers(proxy, served, tmp_path):
-    with pytest.raises(StageError, match=r"judge\.max_calls=5 is reached.*5 of 8 answers are kept"):
-        endpoint(proxy, served, tmp_path, max_calls=5).ask(asked(8), Attempt())
+def test_a_spent_budget_stops_questions_and_keeps_answers(proxy, served, tmp_path):
+    with pytest.raises(StageError, match=r"judge\.max_calls=5 reached.*5 of 8 answers were saved"):
+        client(proxy, served, tmp_path, max_calls=5).complete(chats(8), Attempt())
     assert len(proxy.asked) == 5
-    prices = {"input_price": 1e6, "output_price": 1e6}  # of a million: a dollar a token
-    spent = sum(answer["prompt_tokens"] + answer["completion_tokens"] for answer in _kept(tmp_path))
+    prices = {"input_price": 1e6, "output_price": 1e6}  # per million tokens: a dollar per token
+    spent = sum(answer["prompt_tokens"] + answer["completion_tokens"] for answer in _saved(tmp_path))
     most = len("Say the number 5.") / 3 + 2
-    with pytest.raises(
-        StageError, match=rf"judge\.max_cost=.* is reached \({spent:.3g} spent.*5 of 8 answers are kept"
-    ):
-        endpoint(proxy, served, tmp_path, max_cost=spent + 0.9 * most, **prices).ask(asked(8), Attempt())
-    with pytest.raises(StageError, match=r"judge\.max_cost=.* is reached.*6 of 8 answers are kept"):
-        endpoint(proxy, served, tmp_path, max_cost=spent + 1.1 * most, **prices).ask(asked(8), Attempt())
+    with pytest.raises(StageError, match=rf"judge\.max_cost=.* reached \({spent:.3g} spent.*5 of 8 answers were saved"):
+        client(proxy, served, tmp_path, max_cost=spent + 0.9 * most, **prices).complete(chats(8), Attempt())
+    with pytest.raises(StageError, match=r"judge\.max_cost=.* reached.*6 of 8 answers were saved"):
+        client(proxy, served, tmp_path, max_cost=spent + 1.1 * most, **prices).complete(chats(8), Attempt())
     assert len(proxy.asked) == 6
-    assert len(endpoint(proxy, served, tmp_path, max_calls=8).ask(asked(8), Attempt())) == 8
+    assert len(client(proxy, served, tmp_path, max_calls=8).complete(chats(8), Attempt())) == 8
     assert len(proxy.asked) == 8
 
 
-def _kept(folder):
+def _saved(folder):
     return [json.loads(line)["answer"] for file in folder.glob("*.jsonl") for line in file.open()]
 
 
@@ -139,13 +141,13 @@ def test_answers_of_other_processes_are_known_and_half_lines_are_not(tmp_path):
 
 def judged(proxy, served, folder, *more):
     return [
-        *("method=dpo", "beta=0.1", *SMALL, f"evaluation.num_prompts={PROMPTS}", f"output_dir={folder}"),
+        *("method=dpo", "beta=0.1", *SMALL, f"evaluation.num_prompts={NUM_PROMPTS}", f"output_dir={folder}"),
         *("judge=tldr", f"judge.base_url={proxy.url}", f"judge.model={served.model}", "judge.max_tokens=2"),
-        *("judge.max_retries=2", "judge.concurrency=2", *more),
+        *("judge.max_retries=1", "judge.concurrency=2", *more),
     ]
 
 
-def test_a_judge_that_dies_in_the_middle_is_asked_only_for_what_is_missing(proxy, served, tmp_path):
+def test_an_endpoint_that_dies_is_asked_only_for_missing_answers(proxy, served, tmp_path):
     def die_at_nine():
         if len(proxy.answered) == 9:
             served.kill()
@@ -153,8 +155,8 @@ def test_a_judge_that_dies_in_the_middle_is_asked_only_for_what_is_missing(proxy
     proxy.on_answer = die_at_nine
     died = train(*judged(proxy, served, tmp_path), check=False)
     assert died.returncode == 1 and "Traceback" not in died.stderr, died.stderr
-    assert f"{proxy.url} gives no answer in 2 attempts" in died.stderr
-    assert "the same command again asks for the others" in died.stderr
+    assert f"{proxy.url} failed after 2 attempts" in died.stderr
+    assert "rerun to request the remaining ones" in died.stderr
     known = list(proxy.answered)
     assert 9 <= len(known) <= 10
 
@@ -166,11 +168,11 @@ def test_a_judge_that_dies_in_the_middle_is_asked_only_for_what_is_missing(proxy
     assert len(set(proxy.asked)) == len(proxy.asked) and not set(proxy.asked) & set(known)
 
     (result,) = (tmp_path / "store" / "evaluate").glob("*/result.json")
-    found = json.loads(result.read_text())
-    assert found["judge"]["answers"] == 2 * PROMPTS and found["judge"]["calls"] == len(proxy.asked) + len(known)
-    assert found["quality"]["n"] == PROMPTS
+    values = json.loads(result.read_text())
+    assert values["judge"]["answers"] == 2 * NUM_PROMPTS and values["judge"]["calls"] == len(proxy.asked) + len(known)
+    assert values["quality"]["n"] == NUM_PROMPTS
     lines = [json.loads(line) for line in (result.parent / "judgements.jsonl").open()]
-    assert len(lines) == PROMPTS and all(line["reason"].startswith("as A: ") for line in lines)
+    assert len(lines) == NUM_PROMPTS and all(line["reason"].startswith("as A: ") for line in lines)
 
 
 def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
@@ -180,7 +182,7 @@ def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
     assert process.returncode == 130, output
     proxy.on_answer = lambda: None
     known = list(proxy.answered)
-    assert 5 <= len(known) < 2 * PROMPTS - 4
+    assert 5 <= len(known) < 2 * NUM_PROMPTS - 4
     proxy.asked.clear()
     train(*judged(proxy, served, tmp_path))
     assert proxy.asked and not set(proxy.asked) & set(known)
@@ -202,7 +204,7 @@ def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
 )
 def test_a_judge_that_cannot_work_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    done = train(*overrides, f"output_dir={tmp_path}", check=False)
+    done = at_once(*overrides, f"output_dir={tmp_path}")
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "store").exists()
@@ -247,21 +249,23 @@ def test_the_higher_reward_wins_whatever_shares_a_batch(reward_folder, tmp_path)
 
     verdicts = [json.loads(line)["verdict"] for line in (folder / "judgements.jsonl").open()]
     expected = []
-    for own, other in zip(samples, baseline, strict=True):
-        same = own["response"] == other["response"]
-        expected.append(0.5 if same else float(reward(own) > reward(other)))
+    for sample, other in zip(samples, baseline, strict=True):
+        same = sample["response"] == other["response"]
+        expected.append(0.5 if same else float(reward(sample) > reward(other)))
     assert verdicts == expected and {0.0, 1.0} <= set(verdicts)
 
 
 def test_rewards_of_the_baseline_are_computed_once(reward_folder, tmp_path):
     from src.judges.reward_model import reward_model
 
-    point = Point(judge=Judge(name="reward_model", model=str(reward_folder)))
+    judge = JudgeInputs("reward_model", "sft", ContentPath.of(str(reward_folder), "judge.model"))
+    prompts = PromptInputs(DataInputs("mini_tldr", 0, 160, 112), 10, None)
+    inputs = EvaluateInputs("setup", "sft", prompts, judge, "win_rate", 0.5, 0)
     attempt = Attempt()
     attempt.output_dir = tmp_path
     rows = [{"response": f"my cat number {n} ran"} for n in range(20)]
     first = [Comparison(text_prompt("a post"), row, {"response": "a baseline"}) for row in rows[:10]]
     second = [Comparison(text_prompt("a post"), row, {"response": "a baseline"}) for row in rows[5:]]
-    assert reward_model(point, first, attempt).account["calls"] == 11
+    assert reward_model(inputs, Resources(), first, attempt).usage["calls"] == 11
     attempt.identity = "there"
-    assert reward_model(point, second, attempt).account == {"answers": 30, "calls": 10}
+    assert reward_model(inputs, Resources(), second, attempt).usage == {"answers": 30, "calls": 10}

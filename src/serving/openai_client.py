@@ -18,6 +18,7 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds before a malformed response is requested again, as openai's
+RETRY_COUNT_HEADER = "x-stainless-retry-count"  # in the client's requests: attempts before this one
 
 
 class MalformedResponse(Exception):
@@ -25,7 +26,7 @@ class MalformedResponse(Exception):
 
 
 class _Cancelled(BaseException):
-    """Ends a request whose batch was cancelled. Like asyncio.CancelledError, no `except Exception` retries it."""
+    """Ends the retries of a request whose batch was cancelled. Like asyncio.CancelledError, no `except Exception` retries it."""
 
 
 class ConcurrentClient:
@@ -41,7 +42,7 @@ class ConcurrentClient:
     ) -> None:
         # Bypass HTTP proxies for loopback addresses.
         is_local = base_url is not None and urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
-        hooks = {"request": [self._raise_if_cancelled]}  # called before every attempt
+        hooks = {"request": [self._cancel_retry]}  # called before every attempt
         self.client = openai.OpenAI(
             base_url=base_url,
             api_key=key or "none",  # the client refuses to start without one
@@ -96,14 +97,14 @@ class ConcurrentClient:
             in_flight.clear()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _raise_if_cancelled(self, request: Any) -> None:
-        if self._cancelled.is_set():
+    def _cancel_retry(self, request: Any) -> None:
+        if self._cancelled.is_set() and request.headers.get(RETRY_COUNT_HEADER, "0") != "0":
             raise _Cancelled
 
     def _send(self, request: Callable[[openai.OpenAI], Any], parse: Callable[[Any], T]) -> T:
         for attempt in range(1 + self.client.max_retries):
-            if attempt:
-                self._cancelled.wait(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
+            if attempt and self._cancelled.wait(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)):
+                raise _Cancelled
             try:
                 return parse(request(self.client))
             except (ValueError, openai.APIResponseValidationError, AttributeError, IndexError, TypeError) as error:
@@ -113,6 +114,6 @@ class ConcurrentClient:
     def _describe(self, error: Exception) -> str:
         attempts = 1 + self.client.max_retries
         if isinstance(error, openai.APIError):  # one that the client did not retry, or not as often
-            attempts = 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
+            attempts = 1 + int(error.request.headers.get(RETRY_COUNT_HEADER, 0))
         plural = "s" if attempts > 1 else ""
         return f"{self.url} failed after {attempts} attempt{plural}: {' '.join(str(error).split())[:300]}"
