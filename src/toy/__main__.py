@@ -1,5 +1,7 @@
-"""The toy experiment (paper, v3, appendix F): `python -m src.toy [key=value ...]`; conf/toy.yaml has the keys. The full
-grid takes minutes on 2 cores, `seeds=50 lr_seeds=20` a few; what was trained before is not trained again."""
+"""The toy experiment (paper, v3, appendix F): `python -m src.toy [key=value ...]`; conf/toy.yaml explains the keys.
+
+The full grid takes minutes on 2 cores, less with `seeds=50 lr_seeds=20`. Networks that were trained before are reused.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +18,34 @@ from omegaconf import DictConfig, OmegaConf
 from src.errors import report_errors
 from src.progress import RunProgress
 from src.store.files import atomic_write
-from src.toy.study import REACH, Toy, check, run
+from src.toy.settings import Toy, check
+from src.toy.study import Z95, run
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="toy")
 def toy(cfg: DictConfig) -> None:
+    """Train the grid, write its tables and its figure, and print the tables."""
     with report_errors():
-        chosen = OmegaConf.to_object(cfg)
-        assert isinstance(chosen, Toy)
-        check(chosen)
+        settings = OmegaConf.to_object(cfg)
+        assert isinstance(settings, Toy)
+        check(settings)
         with RunProgress() as report:
-            table, kinds = run(chosen, report)
-        folder = Path(chosen.output_dir) / "toy"
+            table, kinds = run(settings, report)
+        folder = Path(settings.output_dir) / "toy"
         table.to_csv(folder / "toy.csv", index=False)
         kinds.to_csv(folder / "kinds.csv", index=False)
-        shown = f"{as_markdown(table)}\n{kinds_as_markdown(kinds)}"
-        atomic_write(folder / "toy.md", shown)
+        text = f"{as_markdown(table)}\n{kinds_as_markdown(kinds)}"
+        atomic_write(folder / "toy.md", text)
 
-        from src.toy.figure import draw  # matplotlib takes a while
+        from src.toy.figure import draw  # matplotlib is slow to import
 
         draw(table, folder)
-        print(shown)
+        print(text)
         print(f"table: {folder / 'toy.md'}, {folder / 'toy.csv'}; figure: {folder / 'toy.png'}")
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """Means and 95 % intervals; dead networks are counted beside them."""
+    """Return the means with 95 % intervals, and the number of dead networks, one line per setting."""
     lines = [
         "| bias | h | objective | kind | lr | dead | accuracy | accuracy, living | ICC1, living |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -54,7 +58,7 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def kinds_as_markdown(kinds: pd.DataFrame) -> str:
-    """Objectives of a kind averaged; differences seed by seed."""
+    """Return the means per kind of objective, and their differences paired by seed."""
     lines = [
         "| bias | h | accuracy, pairwise | pointwise | difference | ICC1, pairwise | pointwise | difference |",
         "|---|---|---|---|---|---|---|---|",
@@ -68,11 +72,11 @@ def kinds_as_markdown(kinds: pd.DataFrame) -> str:
 
 
 def _value(row: dict[Hashable, Any], name: str) -> str:
-    return f"{row[name]:.4f} ± {REACH * row[f'{name}_se']:.4f}"
+    return f"{row[name]:.4f} ± {Z95 * row[f'{name}_se']:.4f}"
 
 
 def main() -> None:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and a user gets one line instead of a traceback
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach report_errors, and a user gets one line, not a traceback
     ConfigStore.instance().store(name="toy_schema", node=Toy)
     with report_errors():
         toy()

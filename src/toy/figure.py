@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from src.toy.study import REACH
+from src.toy.study import Z95
 
-_LOOKS = {  # Okabe-Ito, as in a sweep's figures
+_STYLES = {  # Okabe-Ito, as in a sweep's figures
     "dpo": ("DPO = SimPO = ORPO", "#0072B2", "o"),
     "ipo": ("IPO", "#D55E00", "s"),
     "asft": ("ASFT", "#0072B2", "o"),
@@ -20,29 +20,29 @@ _LOOKS = {  # Okabe-Ito, as in a sweep's figures
 
 
 def draw(table: pd.DataFrame, folder: Path) -> None:
-    """table: of study.run. Writes toy.png and toy.svg."""
+    """Write toy.png and toy.svg of the first table that study.run returns."""
     biases = list(table.bias.unique())
     rows = [
         ("accuracy", "test accuracy,\nall networks"),
         ("accuracy_alive", "test accuracy,\nliving networks"),
         ("icc1", "ICC1,\nliving networks"),
-        ("dead", "dead networks,\nshare"),
+        ("dead", "dead networks,\nfraction"),
     ]
     fig = Figure(figsize=(5.2 * len(biases) + 1.6, 2.3 * len(rows) + 0.6), layout="constrained")
     grid = fig.subplots(len(rows), len(biases), sharex=True, sharey="row", squeeze=False)
     widths = sorted(table.width.unique())
     for axes, (name, label) in zip(grid, rows, strict=True):
         for ax, bias in zip(axes, biases, strict=True):
-            for number, (objective, own) in enumerate(table[table.bias == bias].groupby("objective", sort=False)):
-                title, colour, marker = _LOOKS[str(objective)]
-                own = own.sort_values("width")
-                # Beside each other, or six intervals would lie in one place.
-                x = [widths.index(w) + 0.08 * (number - 2.5) for w in own.width]
-                y = own.dead / own.seeds if name == "dead" else own[name]
-                error = None if name == "dead" else REACH * own[f"{name}_se"]
-                style = "-" if own.kind.iloc[0] == "pairwise" else "--"
+            for number, (objective, group) in enumerate(table[table.bias == bias].groupby("objective", sort=False)):
+                title, color, marker = _STYLES[str(objective)]
+                group = group.sort_values("width")
+                # Side by side, or six intervals would overlap.
+                x = [widths.index(w) + 0.08 * (number - 2.5) for w in group.width]
+                y = group.dead / group.seeds if name == "dead" else group[name]
+                error = None if name == "dead" else Z95 * group[f"{name}_se"]
+                style = "-" if group.kind.iloc[0] == "pairwise" else "--"
                 ax.errorbar(
-                    x, y, yerr=error, label=title, color=colour, marker=marker, linestyle=style,
+                    x, y, yerr=error, label=title, color=color, marker=marker, linestyle=style,
                     markersize=4, linewidth=1.2, capsize=2,
                 )  # fmt: skip
             ax.set_xticks(range(len(widths)), [str(w) for w in widths])
