@@ -1,4 +1,4 @@
-"""Methods against one another: the paper's p-values from its own table, and independent computations."""
+"""Statistical tests against the p-values of the paper, computed from its table, and against scipy."""
 
 from itertools import combinations
 
@@ -21,7 +21,7 @@ from sweeps.analysis.significance import (
 from tests.support.commands import ROOT
 
 # arXiv 2502.01237, Table 2, as the report shows it: DPO, IPO, SimPO, ORPO (pairwise), then the pointwise methods.
-PUBLISHED = yaml.safe_load((ROOT / "sweeps" / "published.yaml").read_text())
+PUBLISHED = yaml.safe_load((ROOT / "sweeps" / "report" / "published.yaml").read_text())
 METHODS = ("dpo", "ipo", "simpo", "orpo", "apo_zero", "nca", "cal_dpo", "asft")
 TABLE_2 = {
     f"{size} {name}": tuple(float(PUBLISHED[setup]["rows"][method][column].split(" (")[0]) for method in METHODS)
@@ -43,15 +43,15 @@ TABLE_2 = {
 )
 def test_the_permutation_test_gives_the_papers_p_values(column, difference, splits):
     values = TABLE_2[column]
-    found, p = mean_difference_and_p(values[:4], values[4:])
-    assert found == pytest.approx(difference, abs=0.006)
+    mean_difference, p = mean_difference_and_p(values[:4], values[4:])
+    assert mean_difference == pytest.approx(difference, abs=0.006)
     assert p == pytest.approx(splits / 70)
-    # By hand: every choice of four of the eight.
+    # Enumerated directly: every choice of four of the eight.
     means = [np.mean(c) - (sum(values) - sum(c)) / 4 for c in combinations(values, 4)]
-    assert sum(m >= found - 1e-9 for m in means) == splits and len(means) == 70
+    assert sum(m >= mean_difference - 1e-9 for m in means) == splits and len(means) == 70
 
 
-def test_a_sweeps_best_points_are_compared_by_kind_where_there_are_enough():
+def test_kinds_are_compared_where_both_have_two_methods():
     kinds = ["pairwise"] * 4 + ["pointwise"] * 4
     best = pd.DataFrame({"kind": kinds, "quality_reporting": TABLE_2["8B LC"]}).assign(
         setup="8b", init="sft", variant=""
@@ -67,7 +67,7 @@ def test_the_other_direction_is_not_significant():
     assert mean_difference_and_p(values[4:], values[:4])[1] == 1
 
 
-def test_holm_adjusts_in_steps_and_keeps_the_order():
+def test_holm_adjusts_stepwise_and_keeps_the_order():
     # Holm's procedure by its definition: the k-th smallest of m is rejected at level a if all smaller ones are and
     # p <= a / (m - k + 1); an adjusted p is the smallest such level.
     p = [0.01, 0.04, 0.03, 0.005, 0.5]
@@ -82,7 +82,7 @@ def test_intervals_are_those_of_scipys_paired_bootstrap():
     b = (difficulty + generator.normal(size=256) > 0.3).astype(float)
     means = bootstrap_means(np.array([a, b]))
     assert means.shape == (10_000, 2)
-    theirs = bootstrap(
+    expected = bootstrap(
         (a, b),
         lambda x, y, axis: x.mean(axis) - y.mean(axis),
         paired=True,
@@ -92,10 +92,10 @@ def test_intervals_are_those_of_scipys_paired_bootstrap():
         rng=np.random.default_rng(2),
     ).confidence_interval
     ours = interval(means[:, 0] - means[:, 1])
-    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.006)
-    # Pairing is worth something: as if the prompts were not the same, the interval would be wider.
-    alone = 2 * norm.ppf(0.975) * np.sqrt(a.var() / 256 + b.var() / 256)
-    assert ours[1] - ours[0] < 0.95 * alone
+    assert ours == pytest.approx((expected.low, expected.high), abs=0.006)
+    # Pairing narrows the interval: with independent prompts it would be wider.
+    unpaired = 2 * norm.ppf(0.975) * np.sqrt(a.var() / 256 + b.var() / 256)
+    assert ours[1] - ours[0] < 0.95 * unpaired
 
 
 def test_equal_methods_do_not_differ_and_a_better_one_does():
@@ -108,17 +108,17 @@ def test_equal_methods_do_not_differ_and_a_better_one_does():
     assert better.low > 0 and better.p < better.p_holm < 1e-6
 
 
-def test_noise_is_called_a_difference_in_one_sweep_of_twenty():
+def test_false_positive_rate_on_noise_is_at_most_the_level():
     generator = np.random.default_rng(3)
-    found = 0
+    num_significant = 0
     for _ in range(200):
         values = (generator.random((4, 128)) < 0.5).astype(float)
         p_values = [paired_p(values[i], values[j]) for i, j in combinations(range(4), 2)]
-        found += min(holm(p_values)) < 0.05
-    assert 1 <= found <= 20  # 10 expected at most; without Holm about 40
+        num_significant += min(holm(p_values)) < 0.05
+    assert 1 <= num_significant <= 20  # 10 expected at most; without Holm about 40
 
 
-def test_the_pareto_front_is_what_nothing_beats_in_both():
+def test_the_pareto_front_has_the_points_that_no_other_dominates():
     quality = [0.9, 0.8, 0.8, 0.95, 0.5, float("nan"), 0.9]
     kl = [3.0, 2.0, 2.5, 9.0, 2.0, 0.0, 3.0]
     assert on_pareto_front(quality, kl) == [True, True, False, True, False, False, True]

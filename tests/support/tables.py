@@ -1,4 +1,4 @@
-"""Tables of points with made-up results."""
+"""Tables of points with synthetic results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sweeps.analysis.results import COLUMNS
 
 
 def points(*rows):
+    """Return a points.csv of finished points; rows: the columns that differ from the defaults."""
     base = dict.fromkeys(COLUMNS) | {"setup": "s", "method": "dpo", "init": "sft", "variant": "", "state": "done"}
     base |= {"lr": 1e-3, "seed": 0, "quality_reporting": 0.5, "quality_reporting_se": 0.01, "seconds": 1.0}
     for name in ("quality", "quality_selection", "kl_sequence", "kl_token"):
