@@ -1,4 +1,4 @@
-"""What a report says of results written as a sweep writes them."""
+"""The report of results in the format of a sweep, and which results are refused."""
 
 import re
 
@@ -6,76 +6,92 @@ import pandas as pd
 import pytest
 
 from benchmarks.aggregation import make_sweep
+from src.errors import ConfigError
 from src.methods import METHODS
+from src.store.files import read_json, write_json
+from src.store.store import RESULT_FILE
+from src.store.sweep_folder import SweepFolder
 from sweeps.aggregate import aggregate
-from sweeps.report.plot_style import COLOURS, KINDS, MARKERS, STYLES
+from sweeps.report.plot_style import COLORS, KINDS, MARKERS, STYLES
 
 SETUP = "llama32_3b_tldr"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """All methods over three betas and two learning rates, of a setup of the paper; the larger beta the better."""
-    folder = tmp_path_factory.mktemp("made")
-    make_sweep(folder, seeds=1, lrs=2, betas=3, setup=SETUP)
-    best = aggregate([folder / "sweeps" / "made"], quiet=True)
-    return folder / "sweeps" / "made", best, (folder / "sweeps" / "made" / "report.html").read_text()
+def aggregated(tmp_path_factory):
+    """All methods over three betas and two learning rates, of a setup of the paper; a larger beta is better."""
+    folder = make_sweep(tmp_path_factory.mktemp("synthetic"), seeds=1, lrs=2, betas=3, setup=SETUP)
+    best = aggregate([folder], quiet=True)
+    return folder, best, folder.report.read_text()
 
 
 def section(report, name):
     return re.search(rf'<section id="{name}">(.*?)</section>', report, re.S)[1]
 
 
-def test_the_papers_table_stands_beside_ours(made):
-    _, best, report = made
+def test_the_report_has_the_papers_results_of_the_same_setup(aggregated):
+    _, best, report = aggregated
     (row,) = re.findall(r"<tr><td[^>]*>ASFT</td>.*?</tr>", section(report, "published"), re.S)
-    own = best.set_index("method").quality_reporting["asft"]
-    assert "87.2 / 1.0 / 11.8" in row and f"{own:.3f}" in row
+    quality = best.set_index("method").quality_reporting["asft"]
+    assert "87.2 / 1.0 / 11.8" in row and f"{quality:.3f}" in row
 
 
 def test_another_setup_has_no_published_table(tmp_path):
-    make_sweep(tmp_path, seeds=1, lrs=1, betas=2)
-    aggregate([tmp_path / "sweeps" / "made"], quiet=True)
-    assert 'id="published"' not in (tmp_path / "sweeps" / "made" / "report.html").read_text()
+    folder = make_sweep(tmp_path, seeds=1, lrs=1, betas=2)
+    aggregate([folder], quiet=True)
+    assert 'id="published"' not in folder.report.read_text()
 
 
-def test_ties_are_what_holm_leaves(made):
-    folder, best, _ = made
-    differences = pd.read_csv(folder / "tables" / "differences.csv")
-    shown = pd.read_csv(folder / "tables" / "best.csv").set_index("Method")["To top"].astype(str)
+def test_methods_without_a_significant_difference_are_marked(aggregated):
+    folder, best, _ = aggregated
+    differences = pd.read_csv(folder.tables / "differences.csv")
+    gaps = pd.read_csv(folder.tables / "best.csv").set_index("Method")["Gap to best"].astype(str)
     top = best.sort_values("quality_reporting").iloc[-1].method
-    own = differences[(differences.method == top) | (differences.other == top)]
-    assert (shown == "top").sum() == 1
-    assert (shown == "tied").sum() == (own.p_holm >= 0.05).sum() == len(METHODS) - 1 - shown.str.startswith("-").sum()
+    with_top = differences[(differences.method == top) | (differences.other == top)]
+    num_significant = gaps.str.startswith("-").sum()
+    assert (gaps == "best").sum() == 1
+    assert (gaps == "n.s.").sum() == (with_top.p_holm >= 0.05).sum() == len(METHODS) - 1 - num_significant
 
 
-def test_the_mean_of_the_three_best_stands_beside_the_best(made):
-    folder, best, report = made
-    points = pd.read_csv(folder / "points.csv")
+def test_the_mean_of_the_three_best_points_is_reported(aggregated):
+    folder, best, report = aggregated
+    points = pd.read_csv(folder.points_csv)
     dpo = points[points.method == "dpo"].sort_values("quality_selection", ascending=False).head(3)
-    assert best.set_index("method").top_reporting["dpo"] == pytest.approx(dpo.quality_reporting.mean())
-    assert pd.read_csv(folder / "tables" / "best.csv").set_index("Method")["Top 3"]["DPO"] == pytest.approx(
+    assert best.set_index("method").top3_reporting["dpo"] == pytest.approx(dpo.quality_reporting.mean())
+    assert pd.read_csv(folder.tables / "best.csv").set_index("Method")["Top 3"]["DPO"] == pytest.approx(
         dpo.quality_reporting.mean(), abs=5e-4
     )
     assert "<th>Top 3</th>" in section(report, "best")
 
 
-def test_every_cost_is_counted_once(made):
-    _, _, report = made
+def test_every_cost_is_counted_once(aggregated):
+    _, _, report = aggregated
     (row,) = re.findall(r">align</td>(.*?)</tr>", section(report, "cost"), re.S)
     points = 6 * len(METHODS)  # of a second each
     assert re.findall(r"<td>(.*?)</td>", row)[:2] == [f"{points}", f"{points / 3600:.3g}"]
 
 
-def test_no_two_methods_of_a_kind_look_alike():
+def test_no_two_methods_of_a_kind_have_the_same_style():
     for kind in KINDS:
-        looks = [STYLES[method] for method, spec in METHODS.items() if spec.kind == kind]
-        assert len(set(looks)) == len(looks) > 3
-    assert len({(COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n in range(42)}) == 42
+        styles = [STYLES[method] for method, spec in METHODS.items() if spec.kind == kind]
+        assert len(set(styles)) == len(styles) > 3
+    assert len({(COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]) for n in range(42)}) == 42
 
 
-def test_names_from_outside_are_text(tmp_path):
-    make_sweep(tmp_path, seeds=1, lrs=1, betas=2, setup="<script>alert(1)</script>")
-    aggregate([tmp_path / "sweeps" / "made"], quiet=True)
-    report = (tmp_path / "sweeps" / "made" / "report.html").read_text()
+def test_names_from_a_config_are_escaped(tmp_path):
+    folder = make_sweep(tmp_path, seeds=1, lrs=1, betas=2, setup="<script>alert(1)</script>")
+    aggregate([folder], quiet=True)
+    report = folder.report.read_text()
     assert "<script>alert(1)" not in report and "&lt;script&gt;alert(1)" in report
+
+
+@pytest.mark.parametrize("file", ["sweep.json", RESULT_FILE])
+def test_a_file_of_another_version_is_refused_in_one_line(file, tmp_path):
+    folder = make_sweep(tmp_path, seeds=1, lrs=1, betas=1)
+    aggregate([folder], quiet=True)  # the negative control: this version's files are read
+    path = next(tmp_path.rglob(file))
+    write_json(path, read_json(path) | {"schema": 1})
+    with pytest.raises(ConfigError) as raised:
+        aggregate([SweepFolder.open(folder.path)], quiet=True)
+    assert f"{path} was written by another version of this program (schema 1, this one reads 2)" in str(raised.value)
+    assert "\n" not in str(raised.value)

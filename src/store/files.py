@@ -10,9 +10,22 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from src.errors import ConfigError
+
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def read_versioned_json(path: Path, schema: int) -> dict[str, Any]:
+    """Read a JSON object with the key `schema`. Raises ConfigError when another version of the program wrote it."""
+    content: dict[str, Any] = json.loads(path.read_bytes())
+    if content["schema"] != schema:
+        raise ConfigError(
+            f"{path} was written by another version of this program (schema {content['schema']}, this one reads "
+            f"{schema}): move the folder away and run again"
+        )
+    return content
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from src.errors import ConfigError
 from src.store.attempt import PROGRESS_FILE, Attempt, Report
 from src.store.code_revision import revision
-from src.store.files import fsync_tree, read_json, write_json
+from src.store.files import fsync_tree, read_json, read_versioned_json, write_json
 from src.store.lease import Lease
 
 if TYPE_CHECKING:
@@ -36,13 +36,7 @@ RESULT_SCHEMA = 2  # of result.json and quality.json
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Read result.json of an evaluate stage. Raises FileNotFoundError, and ConfigError for another version's."""
-    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_bytes())
-    if result["schema"] != RESULT_SCHEMA:
-        raise ConfigError(
-            f"{folder / RESULT_FILE} was written by another version (schema {result['schema']}, this one reads "
-            f"{RESULT_SCHEMA}): run the sweep again, or use the version that wrote it"
-        )
-    return result
+    return read_versioned_json(folder / RESULT_FILE, RESULT_SCHEMA)
 
 
 def partial_run_id(run: str, stop_fraction: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import ConfigError
-from src.store.files import read_json, write_json
+from src.store.files import read_versioned_json, write_json
 from src.store.store import Store
 
 _RECORD = "sweep.json"
@@ -91,13 +91,7 @@ class SweepFolder:
 
     def read(self) -> dict[str, Any]:
         """Read sweep.json. Raises FileNotFoundError without one, and ConfigError for another version's."""
-        record = read_json(self.path / _RECORD)
-        if record["schema"] != SCHEMA:
-            raise ConfigError(
-                f"{self.path / _RECORD} was written by another version of this program (schema {record['schema']}, "
-                f"this one reads {SCHEMA}): move the folder away and run the sweep again"
-            )
-        return record
+        return read_versioned_json(self.path / _RECORD, SCHEMA)
 
     def write(self, record: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
