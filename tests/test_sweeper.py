@@ -1,4 +1,4 @@
-"""What a sweep expands to, and how long that takes."""
+"""The points a sweep expands to, and that planning never imports heavy packages."""
 
 import re
 import subprocess
@@ -21,8 +21,8 @@ def test_sweep_syntax_is_hydras_own_plus_grids():
     grids, _ = dry_run("method=dpo,nca", "beta=grid")
     listed = yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text())
     assert grids == [f"{m} beta={b:g} lr=0.001" for m in ("dpo", "nca") for b in listed[m]]
-    swept = dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[11,12],[13,14]")[0]
-    assert swept == [f"dpo beta={b} lr=0.001" for b in (11, 12, 13, 14)]
+    choices = dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[11,12],[13,14]")[0]
+    assert choices == [f"dpo beta={b} lr=0.001" for b in (11, 12, 13, 14)]
     assert len(dry_run("method=dpo", "beta=grid,7,0.1")[0]) == len(listed["dpo"]) + 1
     assert dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[5,6]")[0] == [
         "dpo beta=5 lr=0.001",
@@ -38,17 +38,19 @@ def test_values_set_for_one_point_do_not_reach_the_next():
     ]
 
 
-def test_what_else_varies_is_part_of_a_points_name():
+def test_other_settings_that_vary_are_part_of_a_points_label():
     labels, _ = dry_run("method=simpo", "beta=1", "method.gamma_beta_ratio=0.3,0.5")
     assert labels == [f"simpo beta=1 lr=0.001 method.gamma_beta_ratio={g}" for g in (0.3, 0.5)]
-    assert dry_run("method=dpo", "beta=1", "engine.cpu_threads=1,2")[0] == ["dpo beta=1 lr=0.001"]  # one and the same
+    assert dry_run("method=dpo", "beta=1", "engine.cpu_threads=1,2")[0] == [
+        "dpo beta=1 lr=0.001"
+    ]  # no result depends on it
 
 
 def test_all_methods_on_both_grids_of_the_paper():
     paper = ["setup=llama31_8b_uf", "method=all", "beta=grid", "lr=grid"]
     assert len(dry_run(*paper)[0]) == 179
     output = dry_run("setup=llama32_3b_uf", *paper[1:], "beta_grid=paper")[1]
-    # 200 points rest on one SFT and one set of reference log-probs.
+    # 200 points share one SFT run and one set of reference log-probs.
     assert "200 points: 0 done, 200 to do" in output
     assert re.search(r"^sft +1 ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
 
@@ -56,13 +58,13 @@ def test_all_methods_on_both_grids_of_the_paper():
 def test_all_methods_are_those_of_the_chosen_beta_grid():
     labels, _ = dry_run("method=all", "beta=1", "~beta_grid.dpo")
     assert {label.split()[0] for label in labels} == set(METHODS) - {"dpo"}
-    # One that is named besides is there; and its grid, where it has none, is asked for by name.
+    # A method that is named too is included, and an error names the grid it lacks.
     assert "dpo beta=1 lr=0.001" in dry_run("method=all,dpo", "beta=1", "~beta_grid.dpo")[0]
     refused = train("-m", "method=dpo", "beta=grid", "~beta_grid.dpo", check=False)
-    assert refused.returncode == 2 and "no list for method=dpo; give beta_grid.dpo=[...]" in refused.stderr
+    assert refused.returncode == 2 and "no list for method=dpo; set beta_grid.dpo=[...]" in refused.stderr
 
 
-def test_a_named_sweep_yields_to_the_command_line():
+def test_the_command_line_overrides_a_named_sweep():
     assert len(dry_run("+sweep=demo")[0]) == sum(
         len(v) for v in yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text()).values()
     )
@@ -72,7 +74,7 @@ def test_a_named_sweep_yields_to_the_command_line():
 @pytest.mark.parametrize(
     ("name", "points", "sft"), [("paper_tldr_3b", 200, 1), ("paper_uf_3b", 200, 1), ("paper_uf_8b", 179, 1)]
 )
-def test_sweeps_of_the_paper_have_its_points_and_rest_on_one_sft_and_one_reference(name, points, sft):
+def test_sweeps_of_the_paper_have_its_points_and_share_one_sft_and_one_reference(name, points, sft):
     labels, output = dry_run(f"+sweep={name}")
     assert len(labels) == len(set(labels)) == points
     assert re.search(rf"^sft +{sft} ", output, re.M) and re.search(r"^reference +1 ", output, re.M)
@@ -89,7 +91,7 @@ def test_every_named_sweep_plans():
         assert dry_run(f"+sweep={path.stem}")[0], path.stem
 
 
-def test_a_sweep_in_parts_has_the_points_of_each_and_yields_to_the_command_line():
+def test_a_sweep_in_parts_has_the_points_of_each_part_and_the_command_line_overrides_all():
     labels, _ = dry_run("+sweep=demo_init_ablation")
     assert [label for label in labels if "init=base" in label] == [
         f"{method} beta=1 lr=0.001 init=base init.align_weight={weight}"
@@ -97,33 +99,32 @@ def test_a_sweep_in_parts_has_the_points_of_each_and_yields_to_the_command_line(
         for weight in (0.1, 1.0)
     ]
     assert [label.split()[0] for label in labels].count("dpo") == 1
-    # Methods of equal settings are compared, in whatever order the parts name those.
-    named = {
+    # Methods with equal settings are compared, in whatever order the parts name the settings.
+    settings = {
         label.partition("init.")[2].split()[0] for label in labels if "init=base" not in label and "init." in label
     }
-    assert named == {"align_weight=0.1", "align_weight=1.0"}
+    assert settings == {"align_weight=0.1", "align_weight=1.0"}
     only = dry_run("+sweep=demo_init_ablation", "method=asft")[0]
     assert {label.split()[0] for label in only} == {"asft"} and len(only) == 6
 
 
-def test_each_share_of_the_demonstrations_has_an_sft_of_its_own_and_all_one_baseline():
+def test_each_sft_fraction_has_its_own_sft_and_all_share_one_baseline():
     labels, output = dry_run("+sweep=demo_sft_fraction", "method=dpo")
     assert len(labels) == 6
-    # None is the base model, which is not trained; what a judge compares with is the SFT model on all of them.
+    # Fraction 0 is the base model, without SFT. The judge's baseline is always the SFT model of fraction 1.
     for kind, count in (("sft", 5), ("reference", 6), ("baseline", 1)):
         assert re.search(rf"^{kind} +{count} ", output, re.M), output
 
 
 PROBE = """
-import runpy, sys, time
-begun = time.monotonic()
+import runpy, sys
 sys.argv = ["src.train", *{arguments!r}]
 try:
     runpy.run_module("src.train", run_name="__main__")
 except SystemExit as stop:
     assert not stop.code, stop.code
 heavy = [m for m in ("torch", "transformers", "pandas", "matplotlib", "wandb", "datasets") if m in sys.modules]
-print("PROBE", round(time.monotonic() - begun, 2), heavy, file=sys.stderr)
+print("PROBE", heavy, file=sys.stderr)
 """
 
 
