@@ -20,7 +20,7 @@ from src.config.schema import Sweep
 from src.errors import report_errors
 from src.store.files import atomic_write
 from src.store.sweep_folder import SweepFolder
-from src.tracking.following import Following
+from src.tracking.mirror_process import mirror_sweep
 from sweeps.analysis import reporting_split
 from sweeps.analysis.results import collect
 from sweeps.analysis.selection import average_seeds, select_points
@@ -76,10 +76,10 @@ def aggregate(
     return best
 
 
-def sync_to_wandb(folder: SweepFolder) -> None:
-    """Update the sweep's run in W&B, if the sweep is tracked online."""
-    with Following(folder.store, folder.logs / "wandb.log", folder.path, patience=60) as wandb:
-        wandb.sweep(folder.path, only_online=True)
+def update_trackers(folder: SweepFolder) -> None:
+    """Bring the trackers that a sweep was started with up to the new results."""
+    with mirror_sweep(folder) as mirror:
+        mirror.start()
 
 
 def best_yaml(best: pd.DataFrame) -> str:
@@ -112,7 +112,7 @@ def main() -> int:
         out = arguments.out or folders[0].path.with_name("+".join(folder.name for folder in folders))
         aggregate(folders, out, select=arguments.select)
         if out == folders[0].path and not arguments.dir[0].startswith(SCHEME):
-            sync_to_wandb(folders[0])
+            update_trackers(folders[0])
     return 0
 
 

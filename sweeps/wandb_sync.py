@@ -1,70 +1,108 @@
-"""Upload to W&B what it has not: `python -m sweeps.wandb_sync DIR`, of a sweep's folder, or of all in an output_dir.
+"""Upload to W&B what it does not have yet: `python -m sweeps.wandb_sync DIR`, for a sweep's folder or an output_dir.
 
-The store says what there is, W&B what it has: nothing is uploaded twice, and a second call finds nothing to do.
+The store is the truth, so nothing is uploaded twice and a second call finds nothing to do. With `--watch` the runs of
+DIR are mirrored while they are computed, to every tracker they were started with: a run starts that beside itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import random
+import signal
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
-from src.config.schema import Tracking
 from src.errors import ConfigError, StageError, report_errors
 from src.progress import RunProgress
-from src.store.store import DONE, Store
-from src.store.sweep_folder import SweepFolder
-from src.tracking.following import logged_in, tracking_of
-from src.tracking.mirror import Mirror
-from src.tracking.runs import in_store, of_sweep
-from src.tracking.session import Place
-from src.tracking.sweep import SweepMirror
-
-
-def mirrors_of(folder: Path, project: str | None, entity: str | None) -> list[Mirror | SweepMirror]:
-    """Of what a folder has. Raises ConfigError when it is neither a sweep's nor an output_dir."""
-    if SweepFolder(folder).exists():
-        store, own = Store(folder.absolute().parent.parent), tracking_of(folder)
-        place = Place(project or own.project, entity or own.entity, "online")
-        runs = of_sweep(folder, store)
-        return [*(Mirror(run, store, place) for run in runs), SweepMirror(folder, store, place)]
-    if (folder / "store" / "evaluate").is_dir():
-        store, own = Store(folder), Tracking()
-        place = Place(project or own.project, entity or own.entity, "online")
-        results = sorted(done.parent.name for done in (store.root / "evaluate").glob(f"*/{DONE}"))
-        return [Mirror(run, store, place) for run in in_store(store, results, None)]
-    raise ConfigError(f"{folder}: no sweep.json and no store there; give a sweep's folder, or an output_dir")
+from src.tracking.sink import Sink
+from src.tracking.sources import Source, open_source, sources_below
+from src.tracking.wandb_login import logged_in
+from src.tracking.watch import SourceMirror, make_sinks, watch
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.wandb_sync", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo, or an output_dir")
-    parser.add_argument("--project", help="W&B project; the sweep's own when not given")
-    parser.add_argument("--entity", help="W&B entity; the sweep's own, or your default, when not given")
+    parser.add_argument("--project", help="W&B project; default: the one the runs were started with")
+    parser.add_argument("--entity", help="W&B entity; default: the one the runs were started with, or yours")
+    parser.add_argument("--watch", action="store_true", help="mirror until the sweep ends")
+    parser.add_argument("--until-stdin-closes", action="store_true", help="with --watch, for runs: until the run ends")
+    parser.add_argument("--stages", nargs="+", default=[], help="with --watch: only runs that have one of these stages")
+    parser.add_argument("--startup-jitter", type=float, default=0.0, help="wait up to this many seconds first")
     arguments = parser.parse_args()
     with report_errors():
-        mirrors = mirrors_of(arguments.dir, arguments.project, arguments.entity)
+        if arguments.until_stdin_closes:
+            return mirror_beside_run(arguments.dir, arguments.stages, arguments.startup_jitter)
         if not logged_in():
             raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY")
-        import wandb
-
-        missing = [mirror for mirror in mirrors if not mirror.complete]
-        uploaded = 0
-        with RunProgress() as report:
-            for number, mirror in enumerate(missing):
-                report("W&B", number, len(missing))
-                try:
-                    uploaded += mirror.advance(live=False)
-                except wandb.Error as error:
-                    raise StageError(
-                        f"W&B did not take {mirror.name} ({error}); the same command goes on from there"
-                    ) from error
-            if missing:
-                report("W&B", len(missing), len(missing))
-        print(f"{uploaded} of {len(mirrors)} runs uploaded, {len(mirrors) - len(missing)} were there")
-        if uploaded < len(missing):
-            print(f"{len(missing) - uploaded} have not ended yet: the same command uploads them when they have")
+        if arguments.watch:
+            source = open_source(arguments.dir)
+            mirror = SourceMirror(source, _sinks(source, arguments.project, arguments.entity), arguments.stages)
+            watch(mirror, lambda seconds: source.is_finished or time.sleep(seconds) is not None)
+            _check(mirror)
+        else:
+            upload(sources_below(arguments.dir), arguments.project, arguments.entity)
     return 0
+
+
+def upload(sources: list[Source], project: str | None, entity: str | None) -> None:
+    """Upload all runs that are finished. Raises StageError when a tracker does not take them."""
+    num_runs, num_synced, num_uploaded = 0, 0, 0
+    with RunProgress() as report:
+        for number, source in enumerate(sources):
+            report("uploading", number, len(sources))
+            mirror = SourceMirror(source, _sinks(source, project, entity))
+            mirrors = [run for sink in mirror.sinks for run in mirror.mirrors(sink)]
+            num_runs += len(mirrors)
+            num_before = sum(run.is_complete for run in mirrors)
+            mirror.advance(live=False)
+            _check(mirror)
+            num_synced += num_before
+            num_uploaded += sum(run.is_complete for run in mirrors) - num_before
+    print(f"{num_uploaded} of {num_runs} runs uploaded, {num_synced} were there")
+    if num_rest := num_runs - num_synced - num_uploaded:
+        print(f"{num_rest} runs are still in progress; rerun later to upload them")
+
+
+def mirror_beside_run(path: Path, stages: list[str], startup_jitter: float) -> int:
+    """Mirror to the trackers a run was started with until that run, which holds our stdin open, has ended."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # SLURM sends them to every process of a job
+    os.nice(5)
+    ended = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    ended.wait(random.uniform(0, startup_jitter))
+    source = open_source(path)
+    mirror = SourceMirror(source, make_sinks(source.tracking, source.store.output_dir), stages)
+    watch(mirror, ended.wait)
+    if not mirror.failures:
+        return 0
+    print("; ".join(f"{title}: {reason}" for title, reason in mirror.failures.items()), flush=True)
+    # wandb would wait at exit for runs that its server does not take.
+    os._exit(1)
+
+
+def _sinks(source: Source, project: str | None, entity: str | None) -> list[Sink]:
+    """Return W&B, online, and what else the runs were started with."""
+    wandb = replace(
+        source.tracking.wandb,
+        enabled=True,
+        mode="online",
+        project=project or source.tracking.wandb.project,
+        entity=entity or source.tracking.wandb.entity,
+    )
+    return make_sinks(replace(source.tracking, wandb=wandb), source.store.output_dir)
+
+
+def _check(mirror: SourceMirror) -> None:
+    for title, reason in mirror.failures.items():
+        raise StageError(f"{title} upload failed ({reason}); run the same command again to continue")
 
 
 if __name__ == "__main__":

@@ -20,15 +20,15 @@ from src.errors import describe_failure
 from src.preemption import Interrupted
 from src.progress import RunProgress
 from src.store.store import Store
-from src.tracking.following import Following
+from src.tracking.mirror_process import mirror_sweep
 
 if TYPE_CHECKING:
     from src.planning.stage import Stage
 
 EXIT_REQUEUE = 75  # exit code of a stopped job that asks to be requeued (EX_TEMPFAIL of sysexits.h)
 LINE_SECONDS = 60.0  # between lines of progress in a job's output
-PATIENCE = {"during": 120.0, "after": 1800.0}  # seconds that the conclusion waits for W&B at most
-JITTER = 0.15  # seconds a job over which those that may begin together spread their first word to W&B
+UPLOAD_TIMEOUT = 1800.0  # seconds that the aggregation job waits for its trackers
+STARTUP_JITTER = 0.15  # seconds per job over which array tasks spread their first requests to a tracker
 
 # Below the ports that Linux gives to outgoing connections.
 _PORTS = range(20_000, 32_000)
@@ -36,7 +36,7 @@ _PORTS = range(20_000, 32_000)
 log = logging.getLogger(__name__)
 
 
-def run_task(stages: Sequence[Stage], output_dir: str, folder: str, index: int, wandb: str) -> None:
+def run_task(stages: Sequence[Stage], output_dir: str, folder: str, index: int, upload: str) -> None:
     """Compute the stages of task `index` of the submission in `folder`, in order; run by every process of the job.
 
     Stages resume from their checkpoints. An exception is written to the task's status and re-raised, so that the state
@@ -54,11 +54,11 @@ def run_task(stages: Sequence[Stage], output_dir: str, folder: str, index: int, 
 
         set_cpu_threads(stages[0].point.engine.cpu_threads)
         own = {identity for _, identity in submission.tasks[index].stages}
-        delay = JITTER * len(submission.tasks)
-        following = Following(store, Path(folder) / f"wandb-{index}.log", submission.sweep.path, delay)
-        with following, RunProgress(LINE_SECONDS) as report:
-            if rank() == 0 and wandb == "during":
-                following.points([stage.point for stage in stages], own)
+        log_file, jitter = Path(folder) / f"tracking-{index}.log", STARTUP_JITTER * len(submission.tasks)
+        mirror = mirror_sweep(submission.sweep, log_file, stages=own, startup_jitter=jitter)
+        with mirror, RunProgress(LINE_SECONDS) as report:
+            if rank() == 0 and upload == "during":
+                mirror.start()
             for stage in stages:
                 compute_or_wait(stage, store, report)
         if rank() == 0 and stages[0].point.keep_checkpoints == "none":
@@ -98,20 +98,16 @@ def run_aggregation(folder: Path) -> None:
     if rank() != 0:
         return
     submission = read_submission(folder)
-    sweep, wandb = submission.sweep, submission.upload
+    sweep = submission.sweep
     with report_status(submission, 0):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # only cancelled when another aggregation replaces it
         if [point["identity"] for point in sweep.read()["points"]] != submission.results:
             log.warning("the sweep has other points by now: nothing to aggregate")
             return
-        # Nobody waits for this job: it gives W&B the time it takes, and without `live` it is the first to tell.
-        with Following(sweep.store, folder / "wandb.log", sweep.path, patience=PATIENCE[wandb]) as following:
-            try:
-                pkgutil.resolve_name(submission.finalize)(sweep.path, failed_points(sweep))
-            finally:
-                if wandb == "after":
-                    following.finished_of(sweep.path)
-                following.sweep(sweep.path)
+        # Nobody waits for this job, so trackers get the time they need. With upload=after it uploads everything.
+        with mirror_sweep(sweep, folder / "tracking.log", timeout=UPLOAD_TIMEOUT) as mirror:
+            mirror.start()
+            pkgutil.resolve_name(submission.finalize)(sweep.path, failed_points(sweep))
 
 
 @contextlib.contextmanager

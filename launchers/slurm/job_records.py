@@ -45,7 +45,6 @@ class Submission:
     results: list[str] = field(default_factory=list)  # of an aggregation: identities of the results it aggregates
     waits_for: list[str] = field(default_factory=list)  # of an aggregation: the jobs it depends on
     finalize: str = ""  # of an aggregation: "MODULE:FUNCTION" it calls with the sweep's folder and the failures
-    upload: str = ""  # of an aggregation: hydra.launcher.upload
     code: str = ""
     written: float = field(default_factory=time.time)
     state: str = "preparing"  # preparing, submitted, abandoned

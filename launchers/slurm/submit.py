@@ -87,7 +87,7 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: JobOptions, 
             latest = sweep_submissions[-1:]
             code = Path(latest[0].code) if latest else snapshot(folder.code, output_dir=store.output_dir)
         executor = _Sbatch(folder, "aggregate", options.resources["aggregate"], code, AGGREGATION_SIGNAL_DELAY_S)
-        aggregation = executor.submit_aggregation(plan.results, finalize, waits_for, options.upload)
+        aggregation = executor.submit_aggregation(plan.results, finalize, waits_for)
         outcome.submissions.append(aggregation)
     cluster.cancel(job for s in queued if s not in valid for job in s.jobs)  # replaced by the new aggregation
     return outcome
@@ -151,8 +151,8 @@ class _Sbatch:
         ]
         return self._sbatch(submission, run_task, arguments, _dependency("afterok", upstream_jobs), array.parallelism)
 
-    def submit_aggregation(self, results: list[str], finalize: str, waits_for: list[str], upload: str) -> Submission:
-        fields = {"results": results, "waits_for": waits_for, "finalize": finalize, "upload": upload}
+    def submit_aggregation(self, results: list[str], finalize: str, waits_for: list[str]) -> Submission:
+        fields = {"results": results, "waits_for": waits_for, "finalize": finalize}
         record = TaskRecord("aggregation", [])
         submission = new_submission(self.folder, self.kind, [record], code=str(self.code), **fields)
         return self._sbatch(submission, run_aggregation, [(submission.folder,)], _dependency("afterany", waits_for))

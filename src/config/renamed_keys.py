@@ -24,13 +24,20 @@ RENAMED_KEYS = {
     "judge.prompt": "judge.prompt_file",
     "keep": "keep_checkpoints",
     "sweep.share": "sweep.keep_fraction",
+    "tracking.entity": "tracking.wandb.entity",
+    "tracking.mode": "tracking.wandb.mode",
+    "tracking.project": "tracking.wandb.project",
     "trainer.align.schedule": "trainer.align.lr_scheduler_type",
     "trainer.align.stop": "trainer.align.stop_fraction",
     "trainer.checkpoint_steps": "trainer.save_steps",
     "trainer.sft.schedule": "trainer.sft.lr_scheduler_type",
     "trainer.tokens_per_batch": "trainer.max_tokens_per_micro_batch",
 }
-RENAMED_VALUES = {"sweep.search=halving": "sweep.search=successive_halving"}
+RENAMED_VALUES = {
+    "sweep.search=halving": "sweep.search=successive_halving",
+    "tracking.wandb=false": "tracking.wandb.enabled=false",
+    "tracking.wandb=true": "tracking.wandb.enabled=true",
+}
 
 
 def check_renamed(overrides: Sequence[str]) -> None:

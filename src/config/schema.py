@@ -185,12 +185,23 @@ class Judge:
 
 
 @dataclass
+class WandbTracking:
+    enabled: bool = False
+    project: str = "alignment-sweep"
+    entity: str | None = None  # null: the default of the account
+    mode: str = choice("auto", "online", "offline", default="auto")  # auto: online when logged in, else offline
+
+
+@dataclass
+class TensorboardTracking:
+    enabled: bool = False  # event files below OUTPUT_DIR/tensorboard
+
+
+@dataclass
 class Tracking:
     name: str = MISSING
-    wandb: bool = False
-    project: str = "alignment-sweep"
-    entity: str | None = None
-    mode: str = choice("auto", "online", "offline", default="auto")
+    wandb: WandbTracking = field(default_factory=WandbTracking)
+    tensorboard: TensorboardTracking = field(default_factory=TensorboardTracking)
 
 
 @dataclass

@@ -141,6 +141,8 @@ class Store:
         (work / PROGRESS_FILE).unlink(missing_ok=True)  # of a shorter run of the same training
         out = work / f"attempt-{lease.token}"
         out.mkdir()
+        write_json(out / STAGE_FILE, stage.description)
+        write_json(out / RUN_CONFIG_FILE, asdict(stage.point))
         checkpoints = work / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         return Attempt(out, checkpoints, lease, report, stage.label, stage.identity, self.output_dir)
@@ -154,8 +156,6 @@ class Store:
         """Make the artifacts visible: flush everything to disk, write DONE last, then rename once."""
         assert attempt.lease is not None
         attempt.lease.check()
-        write_json(attempt.out / STAGE_FILE, stage.description)
-        write_json(attempt.out / RUN_CONFIG_FILE, asdict(stage.point))
         fsync_tree(attempt.out)
         done = {
             "stage": stage.kind,

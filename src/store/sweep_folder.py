@@ -55,6 +55,10 @@ class SweepFolder:
         return Store(self.output_dir)
 
     @property
+    def record(self) -> Path:
+        return self.path / _RECORD
+
+    @property
     def points_csv(self) -> Path:
         return self.path / "points.csv"
 

@@ -1,4 +1,4 @@
-"""A run in W&B, brought up to what the store has of it. Doing so twice changes nothing."""
+"""Brings trackers up to what the store has of runs. Doing so again changes nothing; an interrupted pass is resumed."""
 
 from __future__ import annotations
 
@@ -11,161 +11,158 @@ from src.store.files import read_json
 from src.store.store import (
     DONE,
     JUDGEMENTS_FILE,
+    METRICS_FILE,
     QUALITY_FILE,
     RESULT_FILE,
+    RUN_CONFIG_FILE,
     SAMPLES_FILE,
     STAGE_FILE,
     StageName,
     Store,
 )
-from src.tracking import METRICS_FILE, marks
-from src.tracking.runs import TRACKED_FILE, TrackedRun
-from src.tracking.session import About, Place, Session, Taken
+from src.tracking.runs import TrackedRun, metrics_files
+from src.tracking.sink import RunLocked, RunWriter, Sink
+from src.tracking.sync_state import SyncState
 
-STEP = "train/step"
-COMPUTED = ("host", "slurm_job", "commit", "seconds", "tokens", "processes", "finished")  # of each stage, from DONE
+COMPUTED = ("host", "slurm_job", "commit", "seconds", "tokens", "processes", "finished")  # entries of DONE shown
+SAMPLE_COLUMNS, JUDGEMENT_COLUMNS = (
+    ("index", "prompt", "response", "tokens", "finished"),
+    ("baseline", "verdict", "reason"),
+)
 
-# What is small of a stage, and enough to aggregate without the store.
-KEPT = (
-    *(DONE, STAGE_FILE, METRICS_FILE, SAMPLES_FILE),
-    *(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE, TRACKED_FILE),
+# The small files of a stage, which suffice to aggregate without the store.
+SMALL_FILES = (
+    *(DONE, STAGE_FILE, RUN_CONFIG_FILE, METRICS_FILE, SAMPLES_FILE),
+    *(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE),
 )
 
 
-class Mirror:
-    """Of a point, or of a stage that points share. `advance` opens it when there is something to show."""
+class RunMirror:
+    """Keeps one run of one sink in sync with the store. The run is created on its first metrics."""
 
-    def __init__(self, tracked: TrackedRun, store: Store, place: Place) -> None:
-        self.tracked, self.store, self.place = tracked, store, place
-        self.session: Session | None = None
-        self._file: Path | None = None  # metrics that were read, and how far
+    def __init__(self, run: TrackedRun, store: Store, sink: Sink) -> None:
+        self.run, self.store, self.sink = run, store, sink
+        self.state = SyncState.of(store.output_dir, sink, run.id)
+        self.last_step = self.state.last_step
+        self._writer: RunWriter | None = None
+        self._metrics: Path | None = None  # the file that is read, and how far
         self._offset = 0
-        self._step = -1  # the last that W&B has
 
     @property
-    def id(self) -> str:
-        return self.tracked.id
+    def run_id(self) -> str:
+        return self.run.id
 
     @property
-    def name(self) -> str:
-        return self.tracked.name
-
-    @property
-    def complete(self) -> bool:
-        return marks.has(self.store, self.id, self.tracked.stages, self.place)
+    def is_complete(self) -> bool:
+        """Whether the sink has the run with its final result."""
+        return self.store.is_done(self.run.result) and self.state.is_synced(self.run.stages)
 
     def advance(self, live: bool) -> bool:
-        """Log what is new; whether the run is complete in W&B. live: also of a run that is not done yet."""
-        done = all(self.store.is_done(StageName(*stage)) for stage in self.tracked.stages.items())
-        if not done and not live:
+        """Write what is new. live: also of a run that is still being computed. Returns whether the run is complete."""
+        done = self.run.done_stages(self.store)
+        is_new = done is not None and not self.state.is_synced(done)
+        rows = list(self._new_rows()) if live or is_new else []
+        if not rows and not is_new:
+            return self.is_complete
+        writer = self._writer or self._open(done)
+        if writer is None:
+            self._offset = 0  # read the rows again in the next pass
             return False
-        rows = list(self._new_rows())
-        if self.session is None and (rows or done):
-            try:
-                self._open()
-            except Taken:
-                self._file = None  # the rows are to be read again
-                return self.complete
         for row in rows:
-            if row["step"] > self._step:
-                assert self.session is not None
-                self._step = row["step"]
-                self.session.run.log({STEP: row["step"], **{f"train/{k}": v for k, v in row.items() if k != "step"}})
-        if done:
-            self._conclude()
-        return done
+            if row["step"] > self.last_step:
+                self.last_step = row.pop("step")
+                writer.log(self.last_step, {f"train/{name}": value for name, value in row.items()})
+        if done is not None and is_new:
+            self._complete(writer, done)
+        return self.is_complete
 
     def close(self) -> None:
-        """Of a run that is not complete."""
-        if self.session is not None:
-            session, self.session = self.session, None
-            session.end(complete=False)
+        """Close the run before it is complete; a later mirror resumes it."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.finish(complete=False)
 
-    def _open(self) -> None:
-        own = self.tracked
-        config = {**own.config, "uses": own.uses, "stages": own.stages}
-        about = About(own.id, own.job_type, own.name, own.group, own.tags, config)
-        self.session = Session(about, self.place, self.store.output_dir)
-        # Our own step: after a resume, lines that are there already must be neither refused nor doubled.
-        run = self.session.run
-        run.define_metric(STEP)
-        run.define_metric("train/*", step_metric=STEP)
-        self._step = int(run.summary.get(STEP, -1))
+    def _open(self, done: dict[str, str] | None) -> RunWriter | None:
+        """Create or resume the run; None while another process has it open or its stage is being published."""
+        if done is not None:
+            folder = self.store.dir(StageName(*list(done.items())[-1]))
+        else:
+            assert self._metrics is not None
+            folder = self._metrics.parent
+        try:
+            metadata = self.run.metadata(self.store, folder)
+        except FileNotFoundError:
+            return None
+        try:
+            self._writer = self.sink.open(metadata)
+        except RunLocked:
+            return None
+        self.last_step = max(self.last_step, self._writer.last_step)
+        return self._writer
 
     def _new_rows(self) -> Iterator[dict[str, Any]]:
-        """Whole lines of the newest metrics that were not read yet."""
-        kind = "align" if "align" in self.tracked.stages else next(iter(self.tracked.stages))
-        file = self._newest(StageName(kind, self.tracked.stages[kind]))
-        if file is None:
-            return
-        if file != self._file:
-            self._file, self._offset = file, 0
+        """Yield the complete lines of the metrics file that are not in the sink yet."""
         try:
+            file = next((file for file in metrics_files(self.store, self.run) if file.exists()), None)
+            if file is None:
+                return
+            if file != self._metrics:
+                self._metrics, self._offset = file, 0
             with file.open("rb") as handle:
                 handle.seek(self._offset)
                 text = handle.read()
-        except FileNotFoundError:  # published, or removed with its attempt: the next look finds the other
+        except FileNotFoundError:  # published or removed meanwhile; the next pass reads the other file
             return
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        yield from map(json.loads, whole.splitlines())
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.splitlines():
+            row = json.loads(line)
+            if row["step"] > self.last_step:
+                yield row
 
-    def _newest(self, stage: StageName) -> Path | None:
-        published = self.store.dir(stage) / METRICS_FILE
-        if published.exists():
-            return published
-        attempts = list(self.store.work(stage).glob(f"attempt-*/{METRICS_FILE}"))
-        return max(attempts, key=lambda path: path.stat().st_mtime_ns) if attempts else None
-
-    def _conclude(self) -> None:
-        session, self.session = self.session, None
-        assert session is not None
-        run, own = session.run, self.tracked
-        folders = {kind: self.store.dir(StageName(kind, identity)) for kind, identity in own.stages.items()}
-        result = own.stages.get("evaluate")
-        if result is not None and run.summary.get("result") != result:
-            run.log({"samples": _samples(folders)})
-            run.summary.update({**_summary(folders), "result": result})
-        done = {kind: read_json(folder / DONE) for kind, folder in folders.items()}
-        computed = {kind: {name: said[name] for name in COMPUTED if said.get(name)} for kind, said in done.items()}
-        run.config.update({"computed": computed}, allow_val_change=True)
-        if session.url and own.uses:
-            run.notes = "rests on " + ", ".join(f"[{role}]({session.url_of(i)})" for role, i in own.uses.items())
-        session.keep((folder / name for folder in folders.values() for name in KEPT), self.store.root)
-        url = session.url
-        session.end(complete=True)
-        marks.note(self.store, self.id, own.stages, self.place, url)
+    def _complete(self, writer: RunWriter, done: dict[str, str]) -> None:
+        folders = {kind: self.store.dir(StageName(kind, identity)) for kind, identity in done.items()}
+        result = done.get("evaluate")
+        if result is not None and not writer.has_result(result):
+            rows = _samples(folders["generate"] / SAMPLES_FILE, folders["evaluate"] / JUDGEMENTS_FILE)
+            writer.add_table("samples", (*SAMPLE_COLUMNS, *JUDGEMENT_COLUMNS), rows)
+            writer.add_result(result, flatten_result(read_json(folders["evaluate"] / RESULT_FILE)))
+        stage_records = {kind: read_json(folder / DONE) for kind, folder in folders.items()}
+        computed = {
+            kind: {name: entry[name] for name in COMPUTED if entry.get(name)} for kind, entry in stage_records.items()
+        }
+        writer.add_config({"stages": done, "computed": computed})
+        files = [folder / name for folder in folders.values() for name in SMALL_FILES]
+        writer.add_files([file for file in files if file.exists()], self.store.root)
+        self._writer, url = None, writer.url
+        writer.finish(complete=True)
+        self.state.mark_synced(done, self.last_step, url)
 
 
-def _samples(folders: dict[str, Path]) -> Any:
-    """Every prompt with its response, and what the judge said of it."""
-    import wandb
-
-    verdicts = {}
-    file = folders["evaluate"] / JUDGEMENTS_FILE
-    for line in file.read_text().splitlines() if file.exists() else []:
-        row = json.loads(line)
-        verdicts[row["index"]] = row
-    own, judged = ("index", "prompt", "response", "tokens", "finished"), ("baseline", "verdict", "reason")
-    table = wandb.Table(columns=[*own, *judged])
-    for line in (folders["generate"] / SAMPLES_FILE).read_text().splitlines():
-        row = json.loads(line)
-        said = verdicts.get(row["index"], {})
-        table.add_data(*(row[name] for name in own), *(said.get(name) for name in judged))
-    return table
-
-
-def _summary(folders: dict[str, Path]) -> dict[str, Any]:
-    """result.json's numbers by their path, as quality/value."""
-    result = read_json(folders["evaluate"] / RESULT_FILE)
+def flatten_result(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of result.json by their path, as `quality/value`."""
     flat: dict[str, Any] = {}
 
-    def add(prefix: str, value: Any) -> None:
+    def add(path: str, value: Any) -> None:
         if isinstance(value, dict):
-            for name, each in value.items():
-                add(f"{prefix}/{name}" if prefix else name, each)
+            for name, entry in value.items():
+                add(f"{path}/{name}" if path else name, entry)
         elif isinstance(value, int | float | str):
-            flat[prefix] = value
+            flat[path] = value
 
     add("", {name: value for name, value in result.items() if name not in ("stages", "point", "schema")})
     return flat
+
+
+def _samples(samples: Path, judgements: Path) -> list[list[Any]]:
+    """Return a row for every prompt: its response, and the judge's verdict on it if there is a judge."""
+    verdicts = {row["index"]: row for row in _json_lines(judgements)} if judgements.exists() else {}
+    rows = []
+    for row in _json_lines(samples):
+        verdict = verdicts.get(row["index"], {})
+        rows.append([row[name] for name in SAMPLE_COLUMNS] + [verdict.get(name) for name in JUDGEMENT_COLUMNS])
+    return rows
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    yield from map(json.loads, file.read_text().splitlines())

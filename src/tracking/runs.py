@@ -1,120 +1,123 @@
-"""The runs that W&B shows of some points: one of each point, and one of each stage that points share."""
+"""Which runs trackers show: one per point, and one per stage that points share (sft, reference, baseline)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from src.config.schema import Point
-from src.planning.stage import Stage, stages_of
 from src.store.files import read_json
-from src.store.store import STAGE_FILE, StageName, Store
+from src.store.store import METRICS_FILE, RUN_CONFIG_FILE, STAGE_FILE, StageName, Store
+from src.tracking.sink import RunMetadata
 
-TRACKED_FILE = "tracked.json"
+SHARED_ROLES = ("sft", "reference", "baseline")
 
-# Where results do not depend on it, or it is another point's.
-_NOT_CONFIG = ("beta_grid", "lr_grid", "best_from", "dry_run", "output_dir", "keep", "sweep", "tracking")
+# Entries of a point that do not describe the run, or that other points decide.
+_NOT_CONFIG = ("beta_grid", "lr_grid", "best_from", "dry_run", "output_dir", "keep_checkpoints", "sweep", "tracking")
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    id: str  # of the stage that is shared, or of the point's result when it goes to its end
-    job_type: str
-    name: str
+    """A run as trackers show it, and the stages in the store that its content is read from."""
+
+    id: str  # identity of the shared stage, or of the point's result (in a search by rungs: of its last rung)
+    job_type: str  # role of the shared stage, or `align`
+    name: str | None  # None: the label of its config
     group: str | None
-    tags: tuple[str, ...]
-    config: dict[str, Any]
-    stages: dict[str, str]  # kind -> identity of what is shown, the last to be computed last
-    uses: dict[str, str] = field(default_factory=dict)  # job_type -> id of the runs it rests on
+    stages: dict[str, str]  # kind -> identity, in the order they are computed
+    upstream_runs: dict[str, str] = field(default_factory=dict)  # role -> id
+    earlier_results: tuple[str, ...] = ()  # of the rungs before, oldest first
+
+    @property
+    def result(self) -> StageName:
+        """The stage that is computed last."""
+        return StageName(*list(self.stages.items())[-1])
+
+    def done_stages(self, store: Store) -> dict[str, str] | None:
+        """Return kind -> identity of the newest complete stages: its own, or those of the last rung it finished."""
+        if store.is_done(self.result):
+            return self.stages
+        for result in reversed(self.earlier_results):
+            if store.is_done(StageName("evaluate", result)):
+                return _without_shared(point_stages(store, result))
+        return None
+
+    def metadata(self, store: Store, folder: Path) -> RunMetadata:
+        """Describe the run by run_config.json and stage.json in `folder`, of a finished stage or a running attempt."""
+        config, stage = read_json(folder / RUN_CONFIG_FILE), read_json(folder / STAGE_FILE)
+        setup, init = config["setup"]["name"], config["init"]["name"]
+        group = self.group or config["sweep"]["name"]
+        if self.job_type in SHARED_ROLES:
+            fraction = stage["inputs"].get("data", {}).get("sft_fraction", 1)
+            name = f"{setup} {self.job_type}" + ("" if fraction == 1 else f" on {100 * fraction:g} %")
+            return RunMetadata(self.id, self.job_type, name, group, (setup, init), {"setup": setup, **stage["inputs"]})
+        shown = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
+        method, beta = config["method"]["name"], config["beta"]
+        # Training curves of several learning rates and seeds are grouped by their series.
+        shown |= {"setup": setup, "series": f"{method} beta={beta:g}", "upstream_runs": self.upstream_runs}
+        name, tags = self.name or _label(config), (setup, method, init)
+        return RunMetadata(self.id, self.job_type, name, group, tags, shown, self.upstream_runs)
 
 
-def runs_of(points: Sequence[Point]) -> list[TrackedRun]:
-    """Of the points' own stages each once, what others rest on first."""
-    found: dict[str, TrackedRun] = {}
+def runs_of_points(points: Iterable[dict[str, Any]], group: str | None) -> list[TrackedRun]:
+    """Return the runs of points as sweep.json lists them, upstream runs before those that use them."""
+    runs: dict[str, TrackedRun] = {}
     for point in points:
-        stages = stages_of(point)
-        uses = {}
-        for stage in stages:
-            if stage.role in ("sft", "reference", "baseline"):
-                uses[stage.role] = stage.identity
-                found.setdefault(stage.identity, _shared(stage))
-        own = {stage.kind: stage.identity for stage in stages if stage.role not in uses}
-        found.setdefault(own["evaluate"], _of_point(point, own, uses))
-    return list(found.values())
+        upstream = {role: point["stages"][role] for role in SHARED_ROLES if role in point["stages"]}
+        for role, identity in upstream.items():
+            kind = "generate" if role == "baseline" else role
+            runs.setdefault(identity, TrackedRun(identity, role, None, group, {kind: identity}))
+        # The label of a rung ends with the fraction of the steps it trains for; the run continues in the next rung.
+        is_partial = point.get("stop", 1.0) < 1
+        name = point["label"].rpartition(" to ")[0] if is_partial and "full_result" in point else point["label"]
+        run = point.get("full_result", point["identity"])
+        stages, earlier = _without_shared(point["stages"]), tuple(point.get("earlier", ()))
+        runs.setdefault(run, TrackedRun(run, "align", name, group, stages, upstream, earlier))
+    return list(runs.values())
 
 
-def _shared(stage: Stage) -> TrackedRun:
-    point = stage.point
-    return TrackedRun(
-        id=stage.identity,
-        job_type=stage.role,
-        name=stage.label,
-        group=point.sweep.name,
-        tags=(point.setup.name, point.init.name),
-        config={"setup": point.setup.name, **stage.description["inputs"]},
-        stages={stage.kind: stage.identity},
-    )
+def point_stages(store: Store, result: str) -> dict[str, str]:
+    """Return role -> identity of the stages of a finished point, as stage.json of each names its upstream."""
+    evaluate = _upstream(store, "evaluate", result)
+    align = _upstream(store, "align", evaluate["align"])
+    stages = {
+        "sft": align.get("init"),
+        "reference": align.get("reference"),
+        "baseline": evaluate.get("baseline"),
+        "align": evaluate["align"],
+        "generate": evaluate["samples"],
+        "evaluate": result,
+    }
+    return {role: identity for role, identity in stages.items() if identity is not None}
 
 
-def _of_point(point: Point, own: dict[str, str], uses: dict[str, str]) -> TrackedRun:
-    whole = replace(point, trainer=replace(point.trainer, align=replace(point.trainer.align, stop_fraction=1.0)))
-    return TrackedRun(
-        id=own["evaluate"] if whole == point else stages_of(whole)[-1].identity,
-        job_type="align",
-        name=whole.label,
-        group=point.sweep.name,
-        tags=(point.setup.name, point.method.name, point.init.name),
-        config=config_of(whole),
-        stages=own,
-        uses=uses,
-    )
+def metrics_files(store: Store, run: TrackedRun) -> Iterator[Path]:
+    """Yield where the training metrics of a run may be, the most complete first."""
+    kind = "align" if "align" in run.stages else run.job_type
+    if kind not in run.stages:
+        return
+    stage = StageName(kind, run.stages[kind])
+    yield store.dir(stage) / METRICS_FILE
+    attempts = store.work(stage).glob(f"attempt-*/{METRICS_FILE}")
+    yield from sorted(attempts, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for result in reversed(run.earlier_results):
+        if store.is_done(StageName("evaluate", result)):
+            yield store.dir(StageName("align", point_stages(store, result)["align"])) / METRICS_FILE
 
 
-def config_of(point: Point) -> dict[str, Any]:
-    """The resolved point as W&B shows it."""
-    config = {name: value for name, value in asdict(point).items() if name not in _NOT_CONFIG}
-    config["setup"] = point.setup.name
-    config["series"] = f"{point.method.name} beta={point.beta:g}"  # what curves of training are grouped by
-    return config
+def _without_shared(stages: dict[str, str]) -> dict[str, str]:
+    return {kind: identity for kind, identity in stages.items() if kind not in SHARED_ROLES}
 
 
-def from_row(row: dict[str, Any]) -> TrackedRun:
-    """Of a TrackedRun as JSON has it."""
-    return TrackedRun(**{**row, "tags": tuple(row["tags"])})
+def _upstream(store: Store, kind: str, identity: str) -> dict[str, str]:
+    return read_json(store.dir(StageName(kind, identity)) / STAGE_FILE)["upstream"]
 
 
-def of_sweep(folder: Path, store: Store) -> list[TrackedRun]:
-    """Of the finished points of the sweep in this folder, those of earlier rungs included."""
-    sweep = read_json(folder / "sweep.json")
-    own = [identity for point in sweep["points"] for identity in (*point.get("earlier", []), point["identity"])]
-    return in_store(store, own, sweep["name"])
-
-
-def in_store(store: Store, results: Iterable[str], group: str | None) -> list[TrackedRun]:
-    """Of finished points, by their results, and of what they rest on."""
-    found: dict[str, TrackedRun] = {}
-    for result in results:
-        folder = store.dir(StageName("evaluate", result))
-        try:
-            own = from_row(read_json(folder / TRACKED_FILE))
-        except FileNotFoundError:
-            continue
-        own = replace(own, group=group or own.group)
-        for role, identity in own.uses.items():
-            stage = StageName("generate" if role == "baseline" else role, identity)
-            if identity not in found and store.is_done(stage):
-                fields = read_json(store.dir(stage) / STAGE_FILE)["inputs"]
-                found[identity] = replace(
-                    own,
-                    id=identity,
-                    job_type=role,
-                    name=role,
-                    tags=own.tags[::2],
-                    config=fields,
-                    stages={stage.kind: identity},
-                    uses={},
-                )
-        found[own.id] = own
-    return list(found.values())
+def _label(config: dict[str, Any]) -> str:
+    point = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Point), config))
+    assert isinstance(point, Point)
+    return point.label

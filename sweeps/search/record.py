@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launchers.slurm.job_records import all_submissions
@@ -16,7 +16,6 @@ from src.store.sweep_folder import SweepFolder
 from sweeps.search.successive_halving import RungState, with_stop
 from sweeps.search.variants import studies
 
-TRACKING = ("name", "wandb", "project", "entity", "mode")  # where W&B finds it
 
 
 @dataclass
@@ -73,7 +72,7 @@ class SweepRecord:
             "select": first.sweep.select,
             "keep_checkpoints": first.keep_checkpoints,
             "store": str(self.store.root),
-            "tracking": {name: getattr(first.tracking, name) for name in TRACKING},
+            "tracking": asdict(first.tracking),
             "search": None if self.rungs is None else self.rungs.description,
             "studies": studies(full_runs),
             "points": self._points(),

@@ -15,7 +15,7 @@ from src.preflight import check_hub, check_key, check_packages
 from src.store.retention import apply_retention_after_rung, best_results_in_store
 from src.store.store import StageName, Store, read_result
 from src.store.sweep_folder import SweepFolder
-from src.tracking.following import Following
+from src.tracking.mirror_process import MirrorProcess, mirror_sweep
 from sweeps.search.record import SweepRecord
 from sweeps.search.successive_halving import RungState, dry_run_table, entry_rungs, promote, with_stop
 
@@ -62,17 +62,17 @@ class Search:
         Raises SweepFailed when points failed.
         """
         folder = SweepFolder(self.store.sweep_dir(name))
-        with Following(self.store, folder.logs / "wandb.log", folder.path) as wandb:
-            self._run(launcher, name, command, wandb)
+        with mirror_sweep(folder) as mirror:
+            self._run(launcher, name, command, mirror)
 
-    def _run(self, launcher: PlanLauncher, name: str, command: str, wandb: Following) -> None:
+    def _run(self, launcher: PlanLauncher, name: str, command: str, mirror: MirrorProcess) -> None:
         num_completed, failures = self._load_progress(SweepFolder(self.store.sweep_dir(name)))
         last = len(self.rungs) - 1
         for rung in range(len(self.rungs)):
             plan = self._plan(failures)
             record = SweepRecord(self.store, plan, name, command, self._state(rung), dict(failures))
             if rung == last or (rung >= num_completed and plan.needed):
-                new_failures = self._run_rung(launcher, record, rung, wandb)
+                new_failures = self._run_rung(launcher, record, rung, mirror)
                 if new_failures is None:
                     if rung < last:
                         print(f"when rung {rung + 1} is done, rerun the same command to start rung {rung + 2}")
@@ -82,13 +82,11 @@ class Search:
                 self._finish_rung(rung, plan)
         from sweeps.finalize import finalize  # pandas: only when there is something to aggregate
 
-        try:
-            finalize(record.folder.path, failures)
-        finally:
-            wandb.sweep(record.folder.path)
+        mirror.start()
+        finalize(record.folder.path, failures)
 
     def _run_rung(
-        self, launcher: PlanLauncher, record: SweepRecord, rung: int, wandb: Following
+        self, launcher: PlanLauncher, record: SweepRecord, rung: int, mirror: MirrorProcess
     ) -> dict[str, PointFailure] | None:
         """Return the failures of the rung; None when jobs compute it and finalize the sweep."""
         plan = record.plan
@@ -102,10 +100,9 @@ class Search:
             )
         record.start()
         if launcher.runs_in_process:
-            wandb.points(plan.points)
-            wandb.sweep(record.folder.path)
+            mirror.start()
         elif plan.needed:
-            wandb.elsewhere(plan.points)
+            mirror.announce()
         failures = launcher.launch_plan(plan, record.folder, FINALIZE)
         if failures is None:
             record.submitted()

@@ -122,9 +122,16 @@ class RungState:
         }
 
     def describe_point(self, index: int) -> dict[str, Any]:
-        """Return the keys of one point in sweep.json; `earlier`: its results in the rungs before the one it reached."""
+        """Return the keys of one point in sweep.json.
+
+        earlier: its results in the rungs before the one it reached; full_result: its result in the last rung.
+        """
         reached = self.rung_of[index]
-        return {"rung": reached + 1, "earlier": [self.results[r][index] for r in range(self.entry[index], reached)]}
+        return {
+            "rung": reached + 1,
+            "earlier": [self.results[r][index] for r in range(self.entry[index], reached)],
+            "full_result": self.results[-1][index],
+        }
 
 
 def is_candidate(sweep: dict[str, Any], point: dict[str, Any]) -> bool:

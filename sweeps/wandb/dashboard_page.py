@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from pandas.api.types import is_numeric_dtype
 
 from src.planning.identity import digest
-from src.tracking import METRICS_FILE
+from src.store.store import METRICS_FILE
+from src.store.sweep_folder import SweepFolder
 from sweeps.analysis.results import Results
 from sweeps.report.graphics import Drawing
 from sweeps.report.plot_style import NAMES, STYLES, metric_label, style_axes, tooltip
@@ -41,7 +42,7 @@ SIZE = (5.6, 3.6)  # of a panel, inches
 STEPS = 200  # of a curve: so many are told apart
 
 
-def page(dashboard: Dashboard, results: Results, folder: Path) -> str:
+def page(dashboard: Dashboard, results: Results, folder: SweepFolder) -> str:
     """HTML of its own. folder: of the sweep."""
     points = results.points[results.points.state == "done"]
     draw = Panels(dashboard, points, results, folder)
@@ -59,17 +60,17 @@ def page(dashboard: Dashboard, results: Results, folder: Path) -> str:
 
 
 class Panels:
-    def __init__(self, dashboard: Dashboard, points: pd.DataFrame, results: Results, folder: Path) -> None:
+    def __init__(self, dashboard: Dashboard, points: pd.DataFrame, results: Results, folder: SweepFolder) -> None:
         self.dashboard, self.points, self.results, self.folder = dashboard, points, results, folder
 
     def html(self, panel: Panel) -> dict[str, Any]:
         """kind (figure, table, image) and what its template needs."""
         if isinstance(panel, Table):
-            file = self.folder / f"{panel.key}.csv"
+            file = self.folder.path / f"{panel.key}.csv"
             table = pd.read_csv(file, dtype=str, keep_default_na=False) if file.exists() else pd.DataFrame()
             return {"kind": "table", "title": panel.title, "wide": True, **table.to_dict("split")}
         if isinstance(panel, Images):
-            files = [self.folder / f"{key}.png" for key in panel.keys]
+            files = [self.folder.path / f"{key}.png" for key in panel.keys]
             data = [base64.b64encode(file.read_bytes()).decode() for file in files if file.exists()]
             return {"kind": "images", "title": panel.title, "wide": True, "images": data}
         drawings: dict[type, Callable[[Any], Drawing]] = {

@@ -1,4 +1,4 @@
-"""A sweep as W&B has it, as a folder and a store that aggregation reads like any other."""
+"""Downloads a sweep from W&B into a folder and a store that aggregation reads like any other."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from src.errors import ConfigError, StageError
 from src.progress import RunProgress
-from src.store.store import DONE
-from src.tracking.following import logged_in
-from src.tracking.sweep import FILE, JOB_TYPE
+from src.store.store import DONE, Store
+from src.store.sweep_folder import SweepFolder
+from src.tracking.sweep_mirror import JOB_TYPE
+from src.tracking.wandb_login import logged_in
 
 SCHEME = "wandb://"
-KINDS = ("sft", "reference", "align", "generate", "evaluate")  # of stages; a run's other files are W&B's own
+STAGE_KINDS = ("sft", "reference", "align", "generate", "evaluate")  # other files of a run are W&B's own
 
 
 def fetch(address: str, output_dir: Path | None = None) -> Path:
@@ -29,41 +30,39 @@ def fetch(address: str, output_dir: Path | None = None) -> Path:
     entity, project, group = parts
     if not logged_in():
         raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY")
-    root = output_dir or Path("outputs") / "wandb" / entity / project
-    folder = root / "sweeps" / group
+    store = Store(output_dir or Path("outputs") / "wandb" / entity / project)
+    folder = SweepFolder(store.sweep_dir(group))
 
     import requests
     import wandb
 
     try:
         runs = list(wandb.Api(timeout=30).runs(f"{entity}/{project}", filters={"group": group}, include_sweeps=False))
-        concluded = sorted((run for run in runs if run.job_type == JOB_TYPE), key=lambda run: str(run.created_at))
+        sweep_runs = sorted((run for run in runs if run.job_type == JOB_TYPE), key=lambda run: str(run.created_at))
         with RunProgress() as report:
-            for number, run in enumerate(runs if concluded else []):
+            for number, run in enumerate(runs if sweep_runs else []):
                 report("from W&B", number, len(runs))
-                _download(run, root, folder, run.id == concluded[-1].id)
+                _download_stages(run, store)
+            if sweep_runs:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                sweep_runs[-1].file(folder.record.name).download(root=str(folder.path), replace=True)
             report("from W&B", len(runs), len(runs))
     except (wandb.Error, requests.RequestException, ValueError) as error:
         raise StageError(f"{address}: W&B did not answer as expected ({error})") from error
-    if not concluded:
-        found = f"{len(runs)} runs, but none that has its points" if runs else "no runs"
+    if not sweep_runs:
+        problem = "found runs but no sweep record" if runs else "no runs"
         raise ConfigError(
-            f"{address}: {found}; what is in the group is told by the sweep itself, or by `python -m "
-            "sweeps.wandb_sync DIR` where its store is"
+            f"{address}: {problem}; upload it with `python -m sweeps.wandb_sync DIR` on the machine that has the store"
         )
-    print(f"{address}: {len(runs)} runs, in {root}", file=sys.stderr)
-    return folder
+    print(f"{address}: {len(runs)} runs, in {store.output_dir}", file=sys.stderr)
+    return folder.path
 
 
-def _download(run: Any, root: Path, folder: Path, is_sweep: bool) -> None:
-    files = sorted(run.files(per_page=100), key=lambda file: file.name.endswith(f"/{DONE}"))  # what says so comes last
-    done = {
-        folder for folder in {Path(file.name).parent for file in files} if (root / "store" / folder / DONE).exists()
-    }
+def _download_stages(run: Any, store: Store) -> None:
+    files = sorted(run.files(per_page=100), key=lambda file: file.name.endswith(f"/{DONE}"))  # DONE completes a stage
+    parents = {Path(file.name).parent for file in files}
+    done = {folder for folder in parents if (store.root / folder / DONE).exists()}
     for file in files:
         kind = file.name.partition("/")[0]
-        if is_sweep and file.name == FILE:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.download(root=str(folder), replace=True)
-        elif kind in KINDS and ".." not in file.name and Path(file.name).parent not in done:
-            file.download(root=str(root / "store"), replace=True)
+        if kind in STAGE_KINDS and ".." not in file.name and Path(file.name).parent not in done:
+            file.download(root=str(store.root), replace=True)

@@ -7,16 +7,16 @@ from typing import Any
 
 import pandas as pd
 
-from src.tracking.session import Place
+from src.tracking.wandb_login import WandbTarget
 from sweeps.wandb.dashboard_definition import Curves, Dashboard, Images, Panel, Parallel, Scatter, Table
 
 WIDTH, HEIGHT = 12, 9  # of a panel in a report, whose rows are 24 wide
 
 
-def save(dashboard: Dashboard, best: pd.DataFrame, place: Place, known: dict[str, Any]) -> dict[str, str]:
+def save(dashboard: Dashboard, best: pd.DataFrame, target: WandbTarget, known: dict[str, Any]) -> dict[str, str]:
     """Save both in W&B. known: what an earlier call returned, whose view and report take the new content. Returns names
     and ids to do so again, and the addresses `workspace` and `report`."""
-    workspace, report = _workspace(dashboard, place), _report(dashboard, best, place)
+    workspace, report = _workspace(dashboard, target), _report(dashboard, best, target)
     if known:
         workspace._internal_name, workspace._internal_id = known["view"], known["view_id"]
         report.id = known["report_id"]
@@ -31,13 +31,13 @@ def save(dashboard: Dashboard, best: pd.DataFrame, place: Place, known: dict[str
     }
 
 
-def _workspace(dashboard: Dashboard, place: Place) -> Any:
+def _workspace(dashboard: Dashboard, target: WandbTarget) -> Any:
     from wandb_workspaces import workspaces as ws
 
     colours = {run: ws.RunSettings(color=dashboard.colours[method]) for run, method in dashboard.runs.items()}
     return ws.Workspace(
-        entity=str(place.entity),
-        project=place.project,
+        entity=str(target.entity),
+        project=target.project,
         name=f"{dashboard.name} (alignment-sweep)",
         auto_generate_panels=False,
         sections=[
@@ -51,15 +51,15 @@ def _workspace(dashboard: Dashboard, place: Place) -> Any:
     )
 
 
-def _report(dashboard: Dashboard, best: pd.DataFrame, place: Place) -> Any:
+def _report(dashboard: Dashboard, best: pd.DataFrame, target: WandbTarget) -> Any:
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = [wr.MarkdownBlock(dashboard.intro), wr.MarkdownBlock(_markdown(best))]
     for section in dashboard.sections:
         colours = {run: wr.RunSettings(color=dashboard.colours[method]) for run, method in dashboard.runs.items()}
         runs = wr.Runset(
-            entity=str(place.entity),
-            project=place.project,
+            entity=str(target.entity),
+            project=target.project,
             name=dashboard.name,
             filters=_filter(dashboard),
             run_settings=colours,
@@ -72,8 +72,8 @@ def _report(dashboard: Dashboard, best: pd.DataFrame, place: Place) -> Any:
             panels.append(built)
         blocks += [wr.H1(section.title), wr.P(section.said), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(
-        entity=str(place.entity),
-        project=place.project,
+        entity=str(target.entity),
+        project=target.project,
         title=f"Sweep {dashboard.title}"[:128],
         description="Made by `python -m sweeps.dashboard`",
         blocks=blocks,

@@ -1,0 +1,92 @@
+"""The interface of a tracker. The mirror writes runs to it; W&B and TensorBoard implement it."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+STEP = "train/step"  # the x axis of training metrics
+
+
+class RunLocked(Exception):
+    """Another process has this run open; it is left to that process for now."""
+
+
+@dataclass(frozen=True)
+class RunMetadata:
+    """What a tracker lists a run by. upstream_runs: role -> id of the runs whose models or samples this one uses."""
+
+    id: str
+    job_type: str
+    name: str
+    group: str | None
+    tags: tuple[str, ...]
+    config: dict[str, Any]
+    upstream_runs: dict[str, str] = field(default_factory=dict)
+
+
+class RunWriter:
+    """One open run of a tracker. A sink overrides the methods whose content its tracker can show."""
+
+    last_step = -1  # the last step whose metrics the tracker has
+    url: str | None = None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Add the training metrics of one step; steps must increase."""
+
+    def has_result(self, result: str) -> bool:
+        """Return whether the summary and samples of this result were written before."""
+        return False
+
+    def add_result(self, result: str, summary: dict[str, Any]) -> None:
+        """Write the final values of a run. result: identity of what they belong to."""
+
+    def add_config(self, config: dict[str, Any]) -> None:
+        """Add entries to the config of the run."""
+
+    def add_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        pass
+
+    def add_figure(self, name: str, png: Path) -> None:
+        pass
+
+    def add_page(self, name: str, html: Path) -> None:
+        pass
+
+    def add_files(self, files: Sequence[Path], root: Path) -> None:
+        """Keep small files with the run, under their paths relative to `root`."""
+
+    def add_artifact(self, name: str, paths: Sequence[Path]) -> None:
+        """Keep files and folders together as one versioned artifact."""
+
+    def finish(self, complete: bool) -> None:
+        """Close the run once the tracker has everything; raises when it does not take it. complete: nothing follows."""
+
+
+class Sink(Protocol):
+    """A tracker that runs are mirrored to."""
+
+    name: str  # names its folder of sync state
+    title: str  # in messages
+    target: str  # server, project and mode: content that was written to another target is written again
+    resumable: bool  # whether a run can be opened while it is computed, and again later
+
+    def open(self, run: RunMetadata) -> RunWriter:
+        """Create the run, or resume it. Raises when the tracker does not answer."""
+
+
+def lock_run(file: Path) -> IO[str]:
+    """Return a lock that is held until it is closed or this process ends. Raises RunLocked when another holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = file.open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise RunLocked(file.name) from None
+    except OSError:  # a file system without locks
+        pass
+    return handle

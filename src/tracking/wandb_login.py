@@ -1,0 +1,64 @@
+"""How W&B's client is configured on this machine, read without importing it."""
+
+from __future__ import annotations
+
+import configparser
+import netrc
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+from src.config.schema import WandbTracking
+
+
+@dataclass(frozen=True)
+class WandbTarget:
+    """Where W&B runs go."""
+
+    project: str
+    entity: str | None  # None: the default of the account
+    mode: str  # online | offline
+
+    def __str__(self) -> str:
+        return self.project if self.entity is None else f"{self.entity}/{self.project}"
+
+
+def resolve_target(tracking: WandbTracking) -> WandbTarget | None:
+    """Return where runs go on this machine; None when W&B is switched off in the config or by WANDB_MODE=disabled."""
+    mode = tracking.mode
+    if mode == "auto":
+        mode = _setting("mode") or ("online" if logged_in() else "offline")
+        mode = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # the client's older names
+    if not tracking.enabled or mode not in ("online", "offline"):
+        return None
+    return WandbTarget(tracking.project, tracking.entity, mode)
+
+
+def logged_in() -> bool:
+    """Return whether there is an API key for the server, in WANDB_API_KEY or where `wandb login` writes it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(base_url() or "https://api.wandb.ai").netloc
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def base_url() -> str | None:
+    """Return the address of the W&B server; None for the public one."""
+    return _setting("base_url")
+
+
+def _setting(name: str) -> str | None:
+    """Return a setting of W&B's client: the variable, or what `wandb login --host` or `wandb offline` stored."""
+    if value := os.environ.get(f"WANDB_{name.upper()}"):
+        return value
+    settings = configparser.ConfigParser(interpolation=None)
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    with suppress(configparser.Error, OSError, UnicodeDecodeError):
+        settings.read([folder / "settings", Path("wandb") / "settings"])
+    return settings.get("default", name, fallback=None)
