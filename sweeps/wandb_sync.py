@@ -38,12 +38,10 @@ def main() -> int:
     with report_errors():
         if arguments.until_stdin_closes:
             return mirror_beside_run(arguments.dir, arguments.stages, arguments.startup_jitter)
-        if not logged_in():
-            raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY")
         if arguments.watch:
             source = open_source(arguments.dir)
             mirror = SourceMirror(source, _sinks(source, arguments.project, arguments.entity), arguments.stages)
-            watch(mirror, lambda seconds: source.is_finished or time.sleep(seconds) is not None)
+            watch(mirror, lambda seconds: _wait_until_finished(source, seconds))
             _check(mirror)
         else:
             upload(sources_below(arguments.dir), arguments.project, arguments.entity)
@@ -76,7 +74,7 @@ def mirror_beside_run(path: Path, stages: list[str], startup_jitter: float) -> i
         signal.signal(number, signal.SIG_IGN)  # SLURM sends them to every process of a job
     os.nice(5)
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    threading.Thread(target=_wait_for_eof, args=[ended], daemon=True).start()
     ended.wait(random.uniform(0, startup_jitter))
     source = open_source(path)
     mirror = SourceMirror(source, make_sinks(source.tracking, source.store.output_dir), stages)
@@ -88,8 +86,23 @@ def mirror_beside_run(path: Path, stages: list[str], startup_jitter: float) -> i
     os._exit(1)
 
 
+def _wait_for_eof(ended: threading.Event) -> None:
+    sys.stdin.read()
+    ended.set()
+
+
+def _wait_until_finished(source: Source, seconds: float) -> bool:
+    if not source.is_finished:
+        time.sleep(seconds)
+    return source.is_finished
+
+
 def _sinks(source: Source, project: str | None, entity: str | None) -> list[Sink]:
-    """Return W&B, online, and what else the runs were started with."""
+    """Return W&B, online, and what else the runs were started with. Raises ConfigError when nobody is logged in."""
+    if not logged_in():
+        if source.tracking.tensorboard.enabled and not source.tracking.wandb.enabled:
+            return make_sinks(source.tracking, source.store.output_dir)
+        raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY")
     wandb = replace(
         source.tracking.wandb,
         enabled=True,

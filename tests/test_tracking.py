@@ -1,4 +1,4 @@
-"""W&B gets what the store has, once, and never stops a run."""
+"""W&B gets what the store has, exactly once, and never stops a run."""
 
 import json
 import os
@@ -9,13 +9,15 @@ import time
 
 import pytest
 
-from src.config.schema import Tracking
+from src.config.schema import WandbTracking
 from src.store.files import read_json
-from src.tracking.following import logged_in, place_of
-from src.tracking.session import Place
+from src.store.sweep_folder import SweepFolder
+from src.tracking.wandb_login import WandbTarget, logged_in, resolve_target
 from tests.support import wandb_server
 from tests.support.commands import ROOT, SMALL, command
-from tests.support.tracked import metrics_of, offline_history, read_yaml, run, shell, told
+from tests.support.tracked import metrics_of, offline_history, read_yaml, run, shell, training_rows
+
+TWO_POINTS = ["-m", *SMALL, "beta=0.2,0.4", "sweep.name=demo"]
 
 
 @pytest.fixture
@@ -25,55 +27,69 @@ def server():
 
 
 @pytest.fixture(scope="module")
-def told_sweep(tmp_path_factory):
-    """A sweep that was told to a server; both."""
-    out = tmp_path_factory.mktemp("told")
+def uploaded_sweep(tmp_path_factory):
+    """Return a server, and the output_dir of a sweep that was mirrored to it while it ran."""
+    out = tmp_path_factory.mktemp("uploaded")
     with wandb_server.serving() as server:
-        done = run(server, "-m", *SMALL, "beta=0.2,0.4", f"output_dir={out}", "sweep.name=told")
+        done = run(server, *TWO_POINTS, f"output_dir={out}")
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
         assert f"W&B: online, alignment-sweep ({server.url})" in done.stdout
         yield server, out
 
 
-def test_a_sweep_is_a_run_of_each_point_and_of_what_they_share_with_the_stores_numbers(told_sweep):
-    server, tmp_path = told_sweep
-    points = read_json(tmp_path / "sweeps" / "told" / "sweep.json")["points"]
-    assert sorted(r.job_type for r in server.runs.values()) == [
-        "aggregate",
-        "align",
-        "align",
-        "baseline",
-        "reference",
-        "sft",
-    ]
-    assert {r.group for r in server.runs.values()} == {"told"} and all(r.finished for r in server.runs.values())
+def points_of(out, name="demo"):
+    return SweepFolder(out / "sweeps" / name).read()["points"]
+
+
+def align_run(server):
+    """Return the only run of a point."""
+    (align,) = (r for r in server.runs.values() if r.job_type == "align")
+    return align
+
+
+def num_uploaded(server, folder):
+    """Return how many runs an upload found missing."""
+    done = run(server, str(folder), module="sweeps.wandb_sync")
+    assert done.returncode == 0, done.stderr
+    return int(re.search(r"^(\d+) of \d+ runs uploaded", done.stdout, re.M)[1])
+
+
+def test_a_sweep_is_a_run_per_point_and_shared_stage_with_the_numbers_of_the_store(uploaded_sweep):
+    server, out = uploaded_sweep
+    points = points_of(out)
+    job_types = sorted(r.job_type for r in server.runs.values())
+    assert job_types == ["aggregate", "align", "align", "baseline", "reference", "sft"]
+    assert {r.group for r in server.runs.values()} == {"demo"}
+    assert all(r.num_finished == 1 for r in server.runs.values())
     for point in points:
-        mine = server.runs[point["identity"]]
-        assert mine.display == point["label"] and mine.tags == ["mini_tldr", "dpo", "sft"]
-        assert told(mine.history) == metrics_of(tmp_path, "align", point["stages"]["align"])
-        result = read_json(tmp_path / "store" / "evaluate" / point["identity"] / "result.json")
-        assert mine.summary["quality/value"] == result["quality"]["value"]
-        assert mine.summary["kl/per_sequence/value"] == result["kl"]["per_sequence"]["value"]
-        assert mine.config["beta"]["value"] == point["beta"]
-        assert mine.config["uses"]["value"]["sft"] in server.runs
-        computed = mine.config["computed"]["value"]
+        align = server.runs[point["identity"]]
+        assert align.display == point["label"] and align.tags == ["mini_tldr", "dpo", "sft"]
+        assert training_rows(align.history) == metrics_of(out, "align", point["stages"]["align"])
+        result = read_json(out / "store" / "evaluate" / point["identity"] / "result.json")
+        assert align.summary["quality/value"] == result["quality"]["value"]
+        assert align.summary["kl/per_sequence/value"] == result["kl"]["per_sequence"]["value"]
+        assert align.config["beta"]["value"] == point["beta"]
+        assert align.config["trainer"]["value"]["align"]["batch_size"] == 16
+        assert align.config["upstream_runs"]["value"]["sft"] in server.runs
+        computed = align.config["computed"]["value"]
         assert computed["align"]["host"] == os.uname().nodename and computed["evaluate"]["seconds"] >= 0
-        (table,) = (json.loads(data) for name, data in mine.files.items() if name.startswith("media/table/samples"))
+        (table,) = (json.loads(data) for name, data in align.files.items() if name.startswith("media/table/samples"))
         assert len(table["data"]) == 16 and table["columns"][:3] == ["index", "prompt", "response"]
     sft = points[0]["stages"]["sft"]
-    assert told(server.runs[sft].history) == metrics_of(tmp_path, "sft", sft)
-
-    # What W&B has is not uploaded again, by neither way.
-    before = len(server.requests)
-    again = run(server, str(tmp_path / "sweeps" / "told"), module="sweeps.wandb_sync")
-    assert again.returncode == 0 and "0 of 6 runs uploaded" in again.stdout, again.stderr
-    again = run(server, "-m", *SMALL, "beta=0.2,0.4", f"output_dir={tmp_path}", "sweep.name=told")
-    assert again.returncode == 0 and len(server.requests) == before
+    assert training_rows(server.runs[sft].history) == metrics_of(out, "sft", sft)
 
 
-def test_a_point_killed_twice_in_the_middle_is_one_run_without_gap_or_double(server, tmp_path):
+def test_nothing_is_uploaded_twice(uploaded_sweep):
+    server, out = uploaded_sweep
+    num_requests = len(server.requests)
+    assert num_uploaded(server, out / "sweeps" / "demo") == 0
+    again = run(server, *TWO_POINTS, f"output_dir={out}")
+    assert again.returncode == 0 and len(server.requests) == num_requests
+
+
+def test_a_point_killed_twice_is_one_run_with_every_step_once(server, tmp_path):
     slow = [*SMALL, "dataset.train_size=8000", f"output_dir={tmp_path}"]
-    often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}  # else the client sends every 15 s
+    often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}  # the client's default is 15 s
     for _ in range(2):
         process = subprocess.Popen(command(*slow), cwd=ROOT, env=shell(server, **often), start_new_session=True)
         before = {r.name: len(r.steps) for r in server.runs.values() if r.job_type == "align"}
@@ -84,14 +100,26 @@ def test_a_point_killed_twice_in_the_middle_is_one_run_without_gap_or_double(ser
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert run(server, *slow).returncode == 0
-    (mine,) = (r for r in server.runs.values() if r.job_type == "align")
     (align,) = (path.parent.name for path in (tmp_path / "store" / "align").glob("*/DONE"))
     metrics = metrics_of(tmp_path, "align", align)
-    assert mine.steps == [row["step"] for row in metrics] == list(range(500))
-    assert [row["loss"] for row in told(mine.history)] == [row["loss"] for row in metrics]
+    assert align_run(server).steps == [row["step"] for row in metrics] == list(range(500))
+    assert [row["loss"] for row in training_rows(align_run(server).history)] == [row["loss"] for row in metrics]
 
 
-def test_two_at_once_tell_of_a_point_once(server, tmp_path):
+def test_rungs_of_a_search_continue_in_the_same_run(server, tmp_path):
+    halving = ["sweep.search=successive_halving", "sweep.rungs=[0.5,1]", f"output_dir={tmp_path}"]
+    done = run(server, *TWO_POINTS, *halving)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    points = points_of(tmp_path)
+    runs = [r for r in server.runs.values() if r.job_type == "align"]
+    assert {r.name for r in runs} == {point["full_result"] for point in points}
+    assert sorted(r.steps for r in runs) == [list(range(4)), list(range(8))]
+    for point in points:
+        assert server.runs[point["full_result"]].summary["result"] == point["identity"]
+    assert num_uploaded(server, tmp_path) == 0
+
+
+def test_two_processes_that_need_the_same_point_write_one_run(server, tmp_path):
     both = [
         subprocess.Popen(
             command(*SMALL, f"output_dir={tmp_path}"), cwd=ROOT, env=shell(server), stdout=-1, stderr=-1, text=True
@@ -99,155 +127,149 @@ def test_two_at_once_tell_of_a_point_once(server, tmp_path):
         for _ in range(2)
     ]
     for process in both:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
-    synced = run(server, str(tmp_path), module="sweeps.wandb_sync")
-    assert synced.returncode == 0, synced.stderr
-    (mine,) = (r for r in server.runs.values() if r.job_type == "align")
-    assert told(mine.history) == metrics_of(tmp_path, "align", mine.config["stages"]["value"]["align"])
-    assert sum("samples" in row for row in mine.history) == 1
-
-
-def sync(server, folder):
-    """How many runs an upload of a sweep had to tell of."""
-    done = run(server, str(folder), module="sweeps.wandb_sync")
-    assert done.returncode == 0, done.stderr
-    return int(re.search(r"^(\d+) of \d+ runs uploaded", done.stdout, re.M)[1])
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+    num_uploaded(server, tmp_path)
+    align = align_run(server)
+    assert training_rows(align.history) == metrics_of(tmp_path, "align", align.config["stages"]["value"]["align"])
+    assert sum("samples" in row for row in align.history) == 1
 
 
 @pytest.mark.parametrize("how", ["busy", "silent"])
-def test_a_server_without_answers_is_one_warning_and_what_is_missing_is_uploaded_once(how, server, tmp_path):
+def test_without_a_server_a_run_warns_once_and_a_later_upload_completes_it(how, server, tmp_path):
     if how == "busy":
         server.refuse = 429
     else:
-        server.lock.acquire()  # takes every question, and has no answer
+        server.lock.acquire()  # it accepts connections and never answers
     done = run(server, *SMALL, f"output_dir={tmp_path}")
     assert done.returncode == 0 and "result:" in done.stdout, done.stderr
-    assert done.stderr.count("warning: W&B has not all of this") == 1 and "Traceback" not in done.stderr
-    assert f"python -m sweeps.wandb_sync {tmp_path}" in done.stderr
+    assert done.stderr.count("warning: upload incomplete (W&B: ") == 1 and "Traceback" not in done.stderr
+    assert f"`python -m sweeps.wandb_sync {tmp_path}` uploads the rest" in done.stderr
     server.refuse = None
     if how == "silent":
         server.lock.release()
-    assert sync(server, tmp_path) == 4
-    (mine,) = (r for r in server.runs.values() if r.job_type == "align")
-    assert told(mine.history) == metrics_of(tmp_path, "align", mine.config["stages"]["value"]["align"])
+    assert num_uploaded(server, tmp_path) == 4
+    align = align_run(server)
+    assert training_rows(align.history) == metrics_of(tmp_path, "align", align.config["stages"]["value"]["align"])
 
 
-def test_a_server_killed_in_the_middle_of_a_sweep_stops_nothing_and_gets_the_rest_later(server, tmp_path):
-    folder = tmp_path / "sweeps" / "told"
+def test_a_server_that_goes_away_during_a_sweep_stops_nothing_and_is_completed_later(server, tmp_path):
+    folder = tmp_path / "sweeps" / "demo"
     process = subprocess.Popen(
-        command("-m", *SMALL, "beta=0.2,0.4", f"output_dir={tmp_path}", "sweep.name=told"),
-        cwd=ROOT, env=shell(server), stdout=-1, stderr=-1, text=True,
-    )  # fmt: skip
+        command(*TWO_POINTS, f"output_dir={tmp_path}"), cwd=ROOT, env=shell(server), stdout=-1, stderr=-1, text=True
+    )
     while not server.runs:
         assert process.poll() is None
         time.sleep(0.05)
-    server.refuse, known = -1, len(server.requests)  # hangs up on whoever calls
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0 and said.count("warning: W&B has not all of this") == 1, said
-    assert f"python -m sweeps.wandb_sync {folder}" in said
-    points = read_json(folder / "sweep.json")["points"]
-    assert [point["state"] for point in points] == ["done", "done"]
-    assert len(server.requests) > known, "it was asked after it had gone"
+    server.refuse, num_requests = -1, len(server.requests)  # it closes every connection
+    _, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0 and stderr.count("warning: upload incomplete") == 1, stderr
+    assert f"python -m sweeps.wandb_sync {folder}" in stderr
+    assert [point["state"] for point in points_of(tmp_path)] == ["done", "done"]
+    assert len(server.requests) > num_requests, "it was asked after it had gone"
     server.refuse = None
-    assert sync(server, folder) == 6
-    assert sync(server, folder) == 0
-    for point in points:
-        assert told(server.runs[point["identity"]].history) == metrics_of(tmp_path, "align", point["stages"]["align"])
+    assert num_uploaded(server, folder) == 6
+    assert num_uploaded(server, folder) == 0
+    for point in points_of(tmp_path):
+        history = server.runs[point["identity"]].history
+        assert training_rows(history) == metrics_of(tmp_path, "align", point["stages"]["align"])
 
 
-def test_a_login_is_found_where_w_and_b_s_client_leaves_it(tmp_path, monkeypatch):
+def test_a_login_is_found_where_the_wandb_client_stores_it(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
-    assert place_of(Tracking(wandb=True)) == Place("alignment-sweep", None, "offline")
+    enabled = WandbTracking(enabled=True)
+    assert resolve_target(enabled) == WandbTarget("alignment-sweep", None, "offline")
     (tmp_path / "netrc").write_text(f"machine wandb.here:8080\n  login user\n  password {wandb_server.KEY}\n")
     assert not logged_in(), "that is a key for another server"
     (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.here:8080\n")
-    assert place_of(Tracking(wandb=True, entity="us")) == Place("alignment-sweep", "us", "online")
+    assert resolve_target(WandbTracking(enabled=True, entity="us")) == WandbTarget("alignment-sweep", "us", "online")
     (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.here:8080\nmode = offline\n")
-    assert place_of(Tracking(wandb=True)).mode == "offline"
+    assert resolve_target(enabled).mode == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert place_of(Tracking(wandb=True)) is None and place_of(Tracking(wandb=False)) is None
+    assert resolve_target(enabled) is None and resolve_target(WandbTracking()) is None
 
 
-def test_not_logged_in_means_offline_and_the_same_numbers(tmp_path):
-    done = run(None, "-m", *SMALL, "beta=0.2,0.4", f"output_dir={tmp_path}", "sweep.name=tracked")
-    assert done.returncode == 0, done.stderr
-    assert "W&B: offline" in done.stdout
+def test_without_a_login_runs_are_written_offline_with_the_same_numbers(tmp_path):
+    done = run(None, *TWO_POINTS, f"output_dir={tmp_path}")
+    assert done.returncode == 0 and "W&B: offline" in done.stdout, done.stderr
     runs = {}
     for folder in (tmp_path / "wandb").glob("offline-run-*"):
-        rows, found = offline_history(folder)
-        assert found.run_group == "tracked" and found.run_id not in runs
-        runs[found.run_id] = rows
-    points = read_json(tmp_path / "sweeps" / "tracked" / "sweep.json")["points"]
+        rows, offline_run = offline_history(folder)
+        assert offline_run.run_group == "demo" and offline_run.run_id not in runs
+        runs[offline_run.run_id] = rows
     assert len(runs) == 6
-    for point in points:
-        assert told(runs[point["identity"]]) == metrics_of(tmp_path, "align", point["stages"]["align"])
+    for point in points_of(tmp_path):
+        assert training_rows(runs[point["identity"]]) == metrics_of(tmp_path, "align", point["stages"]["align"])
 
 
-def test_no_secret_reaches_w_and_b_or_any_file(server, tmp_path):
+def test_no_secret_reaches_a_tracker_or_any_file(server, tmp_path):
     canaries = {name: f"canary-{name.lower()}-0123456789" for name in ("OPENAI_API_KEY", "HF_TOKEN", "MY_KEY")}
-    done = run(server, *SMALL, f"output_dir={tmp_path}", "judge.api_key_env=MY_KEY", **canaries)
+    options = ["judge.api_key_env=MY_KEY", "tracking.tensorboard.enabled=true"]
+    done = run(server, *SMALL, f"output_dir={tmp_path}", *options, **canaries)
     assert done.returncode == 0, done.stderr
     secrets = [*canaries.values(), wandb_server.KEY]
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     bodies = [body for _, body in server.requests]
     assert len(files) > 20 and len(bodies) > 5
-    for where in (files, bodies, [done.stdout.encode(), done.stderr.encode()]):
+    for contents in (files, bodies, [done.stdout.encode(), done.stderr.encode()]):
         for secret in secrets:
-            assert not any(secret.encode() in data for data in where)
+            assert not any(secret.encode() in data for data in contents)
 
 
-@pytest.mark.parametrize("why", ["no folder", "no key"])
-def test_a_client_that_cannot_even_start_never_stops_a_run(why, tmp_path):
-    if why == "no folder":
-        (tmp_path / "wandb").write_text("a file where W&B wants its folder")
-    done = run(None, *SMALL, f"output_dir={tmp_path}", *(["tracking.mode=online"] if why == "no key" else []))
-    assert "result:" in done.stdout and done.stderr.count("warning: W&B has not all of this") == 1
+@pytest.mark.parametrize("reason", ["no folder", "no key"])
+def test_a_client_that_cannot_start_never_stops_a_run(reason, tmp_path):
+    if reason == "no folder":
+        (tmp_path / "wandb").write_text("a file where the client wants its folder")
+    options = ["tracking.wandb.mode=online"] if reason == "no key" else []
+    done = run(None, *SMALL, f"output_dir={tmp_path}", *options)
+    assert "result:" in done.stdout and done.stderr.count("warning: upload incomplete") == 1
 
 
-def test_the_aggregation_run_has_tables_figures_report_and_choice(told_sweep):
-    server, out = told_sweep
-    (own,) = (r for r in server.runs.values() if r.job_type == "aggregate")
-    folder = out / "sweeps" / "told"
-    assert own.display == own.group == "told" and own.finished
-    best = read_yaml(folder / "best.yaml")["mini_tldr"]["dpo"]
-    assert own.summary["best/mini_tldr/dpo/beta"] == best["beta"] and own.summary["points/done"] == 2
-    assert json.loads(own.files["sweep.json"])["finished"]
-    logged = [key for row in own.history for key in row]
+def test_the_aggregation_run_has_tables_figures_report_and_best_points(uploaded_sweep):
+    server, out = uploaded_sweep
+    (aggregation,) = (r for r in server.runs.values() if r.job_type == "aggregate")
+    folder = SweepFolder(out / "sweeps" / "demo")
+    assert aggregation.display == aggregation.group == "demo"
+    best = read_yaml(folder.best_yaml)["mini_tldr"]["dpo"]
+    assert aggregation.summary["best/mini_tldr/dpo/beta"] == best["beta"]
+    assert aggregation.summary["points/done"] == 2
+    assert json.loads(aggregation.files[folder.record.name])["finished"]
+    logged = [key for row in aggregation.history for key in row]
     assert "report" in logged and any(key.startswith("figures/") for key in logged) and "tables/best" in logged
     (artifact,) = (a for a in server.artifacts.values() if a["artifactTypeName"] == "sweep")
-    assert artifact["committed"] and {"report.html", "best.yaml", "sweep.json"} <= set(artifact["files"])
-    assert artifact["files"]["best.yaml"] == (folder / "best.yaml").read_bytes()
+    assert artifact["committed"]
+    assert {"report.html", "best.yaml", "points.csv", "tables/best.csv", folder.record.name} <= set(artifact["files"])
+    assert artifact["files"]["best.yaml"] == folder.best_yaml.read_bytes()
 
 
-def test_a_sweep_aggregated_from_w_and_b_alone_is_the_same(told_sweep, tmp_path):
-    server, out = told_sweep
+def test_a_sweep_aggregated_from_wandb_alone_gives_the_same_tables(uploaded_sweep, tmp_path):
+    server, out = uploaded_sweep
     for _ in range(2):
-        done = run(server, "wandb://me/alignment-sweep/told", module="sweeps.aggregate", cwd=tmp_path)
+        done = run(server, "wandb://me/alignment-sweep/demo", module="sweeps.aggregate", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    there, here = (tmp_path / "outputs/wandb/me/alignment-sweep/sweeps/told", out / "sweeps" / "told")
+    downloaded, original = tmp_path / "outputs/wandb/me/alignment-sweep/sweeps/demo", out / "sweeps" / "demo"
     for name in ("tables/best.md", "tables/differences.csv"):
-        assert (there / name).read_text() == (here / name).read_text()
-    assert (there / "report.html").exists()
+        assert (downloaded / name).read_text() == (original / name).read_text()
+    assert (downloaded / "report.html").exists()
     downloads = [path for path, _ in server.requests if path.startswith("GET") and path.endswith("/samples.jsonl")]
-    assert len(downloads) == 3  # of two points and their baseline, in the first call alone
+    assert len(downloads) == 3, "of two points and their baseline, in the first call only"
 
-    for address, said in {
+    for address, message in {
         "wandb://me/alignment-sweep/none": "no runs",
-        "wandb://told": "ENTITY/PROJECT/GROUP",
+        "wandb://demo": "ENTITY/PROJECT/GROUP",
         "wandb://me/p/a/../b": "ENTITY/PROJECT/GROUP",
     }.items():
         done = run(server, address, module="sweeps.aggregate", cwd=tmp_path)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_dashboard_in_w_and_b_is_the_definition_in_the_file_and_made_once(told_sweep):
-    server, out = told_sweep
-    folder = out / "sweeps" / "told"
+def test_the_dashboard_in_wandb_is_the_definition_in_the_file_and_created_once(uploaded_sweep):
+    server, out = uploaded_sweep
+    folder = out / "sweeps" / "demo"
     for _ in range(2):
         done = run(server, str(folder), module="sweeps.dashboard")
         assert done.returncode == 0 and f"workspace: {server.url}/me/alignment-sweep?nw=" in done.stdout, done.stderr
@@ -257,38 +279,46 @@ def test_the_dashboard_in_w_and_b_is_the_definition_in_the_file_and_made_once(to
     sections = workspace["spec"]["section"]["panelBankConfig"]["sections"]
     assert [s["name"] for s in sections] == [s["title"] for s in definition["sections"]]
     assert [len(s["panels"]) for s in sections] == [len(s["panels"]) for s in definition["sections"]]
-    colours = workspace["spec"]["section"]["customRunColors"]
-    assert colours == dict.fromkeys(definition["runs"], definition["colours"]["dpo"])
+    colors = workspace["spec"]["section"]["customRunColors"]
+    assert colors == dict.fromkeys(definition["runs"], definition["colors"]["dpo"])
     pinned = workspace["spec"]["section"]["runSets"][0]["runFeed"]["columnPinned"]
     assert "config:method.value.name" in pinned and "summary:quality/value" in pinned
     grids = [block for block in report["spec"]["blocks"] if block["type"] == "panel-grid"]
     assert len(grids) == len(sections)
 
-    # Every key that a panel shows is one that runs have.
+    # Every key that a panel shows exists in the runs.
     metrics = {key for r in server.runs.values() for row in r.history for key in row}
     summaries = {key for r in server.runs.values() for key in r.summary}
-    shown = json.dumps(definition["sections"])
-    for key in re.findall(r'"summary:([^"]+)"', shown):
+    panels = json.dumps(definition["sections"])
+    for key in re.findall(r'"summary:([^"]+)"', panels):
         assert key in summaries
-    for key in re.findall(r'"(train/[^"]+)"', shown):
+    for key in re.findall(r'"(train/[^"]+)"', panels):
         assert key in metrics
     assert "<svg" in (folder / "dashboard.html").read_text()
 
 
-def test_a_dashboard_without_an_account_is_files_and_a_clear_word(told_sweep, tmp_path):
-    _, out = told_sweep
-    folder = out / "sweeps" / "told"
-    done = run(None, str(folder), module="sweeps.dashboard")
+def test_a_dashboard_without_an_account_is_files_and_a_clear_error(uploaded_sweep, tmp_path):
+    _, out = uploaded_sweep
+    folder = SweepFolder(out / "sweeps" / "demo")
+    done = run(None, str(folder.path), module="sweeps.dashboard")
     assert done.returncode == 2 and "--local" in done.stderr
-    assert run(None, str(folder), "--local", module="sweeps.dashboard").returncode == 0
+    assert run(None, str(folder.path), "--local", module="sweeps.dashboard").returncode == 0
     done = run(None, str(out), "--local", module="sweeps.dashboard")
-    assert done.returncode == 2 and "no sweep.json there" in done.stderr
-    empty = tmp_path / "sweeps" / "empty"
-    empty.mkdir(parents=True)
-    sweep = read_json(folder / "sweep.json")
+    assert done.returncode == 2 and "give a sweep's folder" in done.stderr
+    empty = SweepFolder(tmp_path / "sweeps" / "empty")
+    sweep = folder.read()
     for point in sweep["points"]:
         point |= {"identity": "0" * 24, "state": "to do"}
-    (empty / "sweep.json").write_text(json.dumps(sweep))
+    empty.write(sweep)
     (tmp_path / "store").mkdir()
-    done = run(None, str(empty), "--local", module="sweeps.dashboard")
+    done = run(None, str(empty.path), "--local", module="sweeps.dashboard")
     assert done.returncode == 2 and "no point is done yet" in done.stderr, done.stderr
+
+
+def test_a_dashboard_in_wandb_without_its_package_is_one_line(monkeypatch, tmp_path):
+    from src.errors import ConfigError
+    from sweeps import dashboard
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"wandb_workspaces: pip install '\.\[dashboards\]'"):
+        dashboard.save(SweepFolder(tmp_path), None, None, None)

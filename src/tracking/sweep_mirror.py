@@ -1,4 +1,4 @@
-"""The run of a sweep in a tracker: its points from the beginning, and at its end tables, figures and the best points."""
+"""The run of a sweep in a tracker: its points from the start, and at its end tables, figures and the best points."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class SweepMirror:
     def advance(self, live: bool) -> bool:
         """Write what is new. Returns whether the run is complete."""
         is_aggregated = self._is_aggregated()
-        if self.is_complete or not (is_aggregated or live):
+        is_synced = self._writer is None and self.state.is_synced(self._content())
+        if is_synced or not (is_aggregated or live):
             return self.is_complete
         try:
             writer = self._writer or self._open()

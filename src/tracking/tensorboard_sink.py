@@ -64,7 +64,7 @@ class _EventFiles(RunWriter):
         numbers = {name: float(value) for name, value in summary.items() if isinstance(value, int | float)}
         self._add(*(self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()))
         config = self._metadata.config
-        hparams = {name: config[name] for name in ("setup", "beta", "lr", "seed") if name in config}
+        hparams: dict[str, Any] = {name: config[name] for name in ("setup", "beta", "lr", "seed") if name in config}
         hparams |= {name: config[name]["name"] for name in ("method", "init") if name in config}
         if hparams:
             session = hparams_pb(hparams, trial_id=self._metadata.id)
@@ -86,7 +86,7 @@ class _EventFiles(RunWriter):
         from tensorboard.util.tensor_util import make_tensor_proto
 
         metadata = create_summary_metadata(display_name=tag, description="")
-        self._add(self._summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto([text], dtype=str)))
+        self._add(self._summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto([text])))
 
     def _add(self, *values: Any) -> None:
         event = self._event(wall_time=time.time(), step=max(self.last_step, 0), summary=self._summary(value=values))

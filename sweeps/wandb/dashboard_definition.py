@@ -30,13 +30,13 @@ BY_SERIES = {
     "train/rewards/margins": "reward margin",
     "train/grad_norm": "gradient norm before clipping",
 }
-# In W&B there is nothing but its colour to tell a method by.
+# In W&B there is nothing but its color to tell a method by.
 PALETTE = (*COLORS, "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#7F7F7F")
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """A mark a point, in the colour of its method."""
+    """A mark a point, in the color of its method."""
 
     title: str
     x: str
@@ -94,7 +94,7 @@ class Dashboard:
     name: str  # the group of its runs
     title: str
     intro: str
-    colours: dict[str, str]  # method -> colour
+    colors: dict[str, str]  # method -> color
     runs: dict[str, str]  # identity of a point -> its method
     columns: tuple[str, ...]  # of the table of runs, beside the name
     sections: tuple[Section, ...] = field(default=())
@@ -133,7 +133,7 @@ def define(sweep: dict[str, Any], points: pd.DataFrame, metrics: Sequence[str], 
         for keys, group, word in ((BY_METHOD, METHOD, "method"), (BY_SERIES, SERIES, "method and beta"))
     )
     sections = [
-        Section("Result", "Colours are methods. Chosen on one half of the prompts, reported on the other.", result),
+        Section("Result", "Colors are methods. Chosen on one half of the prompts, reported on the other.", result),
         Section("Training, by method", "Mean over the points of a method, and from least to most.", by_method),
         Section("Training, by method and beta", "ProgressFn learning rates and seeds; without outliers.", by_series),
     ]
@@ -146,7 +146,7 @@ def define(sweep: dict[str, Any], points: pd.DataFrame, metrics: Sequence[str], 
         name=sweep["name"],
         title=f"{sweep['name']}: {names}",
         intro=f"{done} of {len(points)} points done; {', '.join(dict.fromkeys(points.setup))}. `{sweep['command']}`",
-        colours={method: PALETTE[list(METHODS).index(method) % len(PALETTE)] for method in methods},
+        colors={method: PALETTE[list(METHODS).index(method) % len(PALETTE)] for method in methods},
         runs=dict(zip(points.identity, points.method, strict=True)),
         columns=(METHOD, BETA, LR, QUALITY, KL),
         sections=tuple(section for section in sections if section.panels),

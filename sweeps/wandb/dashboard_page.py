@@ -85,12 +85,12 @@ class Panels:
         fig = Figure(figsize=SIZE, layout="constrained")
         drawing, ax = Drawing(_stem(panel.title), panel.title, fig), fig.subplots()
         for row in self.points.to_dict("records"):
-            colour, marker = self._style(row["method"])
+            color, marker = self._style(row["method"])
             x, y = row[COLUMN[panel.x]], row[COLUMN[panel.y]]
-            drawing.plot_mark(ax, x, y, tooltip(row, "quality"), color=colour, marker=marker, markersize=5, alpha=0.85)
+            drawing.plot_mark(ax, x, y, tooltip(row, "quality"), color=color, marker=marker, markersize=5, alpha=0.85)
         for method in dict.fromkeys(self.points.method):
-            colour, marker = self._style(method)
-            ax.plot([], [], color=colour, marker=marker, linestyle="none", label=NAMES[method])
+            color, marker = self._style(method)
+            ax.plot([], [], color=color, marker=marker, linestyle="none", label=NAMES[method])
         if panel.log_x:
             ax.set_xscale("log")
         ax.set(xlabel=_name(panel.x), ylabel=metric_label(self.points))
@@ -111,23 +111,23 @@ class Panels:
             mean = frame.mean(axis=1)
             seen += mean.tolist()
             label = NAMES[method] if len(key) == 1 else f"{NAMES[method]}, beta {key[1]:g}"
-            colour = self.dashboard.colours[method]
-            ax.fill_between(frame.index, frame.min(axis=1), frame.max(axis=1), color=colour, alpha=0.1, linewidth=0)
+            color = self.dashboard.colors[method]
+            ax.fill_between(frame.index, frame.min(axis=1), frame.max(axis=1), color=color, alpha=0.1, linewidth=0)
             tip = f"{label}: {len(curves)} runs, last {mean.iloc[-1]:.4g}"
             width = 1.5 if len(key) == 1 else 0.9
-            ax.plot(frame.index, mean, color=colour, linewidth=width, gid=drawing.add_tooltip(tip))
+            ax.plot(frame.index, mean, color=color, linewidth=width, gid=drawing.add_tooltip(tip))
         first, last = np.quantile(seen, (0.25, 0.75)) if seen else (0, 1)
         reach = 1.5 * (last - first)  # what is beyond is an outlier, as in a box plot
         ax.set_ylim(max(min(seen, default=0), first - reach), min(max(seen, default=1), last + reach))
         ax.set(xlabel="step", ylabel=panel.y.removeprefix("train/").replace("_", " "))
         for method in dict.fromkeys(self.points.method):
-            ax.plot([], [], color=self.dashboard.colours[method], label=NAMES[method])
+            ax.plot([], [], color=self.dashboard.colors[method], label=NAMES[method])
         ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         style_axes(ax)
         return drawing
 
     def _style(self, method: str) -> tuple[str, str]:
-        return self.dashboard.colours[method], STYLES[method][1]
+        return self.dashboard.colors[method], STYLES[method][1]
 
     def _parallel(self, panel: Parallel) -> Drawing:
         fig = Figure(figsize=(2 * SIZE[0], SIZE[1]), layout="constrained")
@@ -139,7 +139,7 @@ class Panels:
             ax.plot(
                 range(len(heights)),
                 heights,
-                color=self.dashboard.colours[row["method"]],
+                color=self.dashboard.colors[row["method"]],
                 alpha=0.6,
                 linewidth=1.1,
                 gid=gid,

@@ -34,7 +34,7 @@ def save(dashboard: Dashboard, best: pd.DataFrame, target: WandbTarget, known: d
 def _workspace(dashboard: Dashboard, target: WandbTarget) -> Any:
     from wandb_workspaces import workspaces as ws
 
-    colours = {run: ws.RunSettings(color=dashboard.colours[method]) for run, method in dashboard.runs.items()}
+    colors = {run: ws.RunSettings(color=dashboard.colors[method]) for run, method in dashboard.runs.items()}
     return ws.Workspace(
         entity=str(target.entity),
         project=target.project,
@@ -46,7 +46,7 @@ def _workspace(dashboard: Dashboard, target: WandbTarget) -> Any:
         ],
         settings=ws.WorkspaceSettings(x_axis="train/step", max_runs=100),
         runset_settings=ws.RunsetSettings(
-            filters=_filter(dashboard), run_settings=colours, pinned_columns=["run:displayName", *_columns(dashboard)]
+            filters=_filter(dashboard), run_settings=colors, pinned_columns=["run:displayName", *_columns(dashboard)]
         ),
     )
 
@@ -56,13 +56,13 @@ def _report(dashboard: Dashboard, best: pd.DataFrame, target: WandbTarget) -> An
 
     blocks: list[Any] = [wr.MarkdownBlock(dashboard.intro), wr.MarkdownBlock(_markdown(best))]
     for section in dashboard.sections:
-        colours = {run: wr.RunSettings(color=dashboard.colours[method]) for run, method in dashboard.runs.items()}
+        colors = {run: wr.RunSettings(color=dashboard.colors[method]) for run, method in dashboard.runs.items()}
         runs = wr.Runset(
             entity=str(target.entity),
             project=target.project,
             name=dashboard.name,
             filters=_filter(dashboard),
-            run_settings=colours,
+            run_settings=colors,
             pinned_columns=["run:displayName", *_columns(dashboard)],
         )
         panels = []

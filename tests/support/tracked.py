@@ -1,4 +1,4 @@
-"""What the tests of W&B have in common: running commands as one of its users, and reading what came of it."""
+"""Runs commands as a user of W&B, and reads what trackers were sent."""
 
 import json
 import struct
@@ -11,10 +11,10 @@ from tests.support.commands import ROOT, environment
 
 
 def shell(server=None, **changes):
-    """Of a user of W&B; logged in when there is a server."""
-    known = {name: value for name, value in environment().items() if not name.startswith("WANDB_")}
+    """Return the environment of a W&B user, who is logged in when there is a server."""
+    variables = {name: value for name, value in environment().items() if not name.startswith("WANDB_")}
     return (
-        known
+        variables
         | {"NETRC": "/nowhere", "WANDB_CONFIG_DIR": "/nowhere"}
         | ({} if server is None else server.environment)
         | changes
@@ -41,8 +41,8 @@ def metrics_of(out, kind, identity):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def told(history):
-    """The lines of metrics.jsonl in what W&B has."""
+def training_rows(history):
+    """Return the rows of a W&B history that are training metrics, as metrics.jsonl has them."""
     rows = ({k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")} for row in history)
     return [row for row in rows if row]
 
@@ -51,22 +51,22 @@ BLOCK = 32768
 
 
 def records(path):
-    """The records of a .wandb file: LevelDB's log format after a header of seven bytes."""
-    data, at, parts = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if BLOCK - at % BLOCK < 7:
-            at += BLOCK - at % BLOCK
+    """Yield the records of a .wandb file: LevelDB's log format after a header of seven bytes."""
+    data, offset, parts = path.read_bytes(), 7, b""
+    while offset + 7 <= len(data):
+        if BLOCK - offset % BLOCK < 7:
+            offset += BLOCK - offset % BLOCK
             continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
+        _, length, kind = struct.unpack_from("<IHB", data, offset)
+        parts += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):  # full, last
             yield parts
             parts = b""
 
 
 def offline_history(folder):
-    """Logged rows of an offline run, and the run."""
+    """Return the logged rows of an offline run, and the run."""
     from wandb.proto import wandb_internal_pb2
 
     rows, run = [], None
@@ -78,3 +78,11 @@ def offline_history(folder):
         elif record.WhichOneof("record_type") == "run":
             run = record.run
     return rows, run
+
+
+def scalars(folder):
+    """Return tag -> [(step, value)] of a TensorBoard run, read by TensorBoard itself."""
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

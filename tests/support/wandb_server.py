@@ -30,7 +30,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
-    finished: int = 0  # how often it was told to be complete
+    num_finished: int = 0  # how often the client reported the run as complete
     number: int = 0  # in the order of their creation
 
     @property
@@ -204,7 +204,7 @@ class WandbServer:
                 run.history[part["offset"] : part["offset"] + len(part["content"])] = map(json.loads, part["content"])
             elif name == "wandb-summary.json":
                 run.summary.update(json.loads(part["content"][-1]))
-        run.finished += bool(body.get("complete"))
+        run.num_finished += bool(body.get("complete"))
 
 
 def _file(name: str, where: str) -> dict[str, Any]:
