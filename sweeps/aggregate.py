@@ -103,7 +103,9 @@ def _to_yaml(value: Any) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
     parser.add_argument("dir", nargs="+", help="a sweep's folder, such as outputs/sweeps/demo, or wandb://E/P/GROUP")
-    parser.add_argument("--select", choices=choices_of(Sweep, "select"), help="how one point of each method is selected")
+    parser.add_argument(
+        "--select", choices=choices_of(Sweep, "select"), help="how one point of each method is selected"
+    )
     parser.add_argument("--out", type=Path, help="output folder; default for several sweeps A and B: A+B beside A")
     arguments = parser.parse_args()
     with report_errors():

@@ -32,7 +32,7 @@ def write(folder: SweepFolder) -> Any:
     from sweeps.wandb.dashboard_definition import define
     from sweeps.wandb.dashboard_page import page
 
-    results = collect([folder.path])
+    results = collect([folder])
     if not (results.points.state == "done").any():
         raise ConfigError(f"{folder.path}: no point is done yet, so there is nothing to show")
     figures = [path.stem for path in sorted(folder.figures.glob("*.png"))]

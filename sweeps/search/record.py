@@ -17,7 +17,6 @@ from sweeps.search.successive_halving import RungState, with_stop
 from sweeps.search.variants import studies
 
 
-
 @dataclass
 class SweepRecord:
     """sweep.json while a plan is launched; `sweeps.finalize` completes it."""
