@@ -26,7 +26,7 @@ class MalformedResponse(Exception):
 
 
 class _Cancelled(BaseException):
-    """Ends the retries of a request whose batch was cancelled. Like asyncio.CancelledError, no `except Exception` retries it."""
+    """Ends the retries of a request whose batch was cancelled; like asyncio.CancelledError, it is not an Exception."""
 
 
 class ConcurrentClient:

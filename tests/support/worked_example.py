@@ -1,4 +1,4 @@
-"""A page of docs that adds something: its blocks are applied to a copy of the project, its commands run there."""
+"""A page of docs that adds a part: its blocks are applied to a copy of the project, its commands run there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.commands import ROOT, environment
 
 _BLOCK = re.compile(
     r"^(?:A new file )?`(?P<path>[^`]+)`"
-    r"(?:, (?P<where>before|after) the line that begins (?P<tick>`+) ?(?P<line>.+?) ?(?P=tick))?:"
+    r"(?:, (?P<where>before|after|instead of) the line that begins (?P<tick>`+) ?(?P<line>.+?) ?(?P=tick))?:"
     r"\n\n```\w+\n(?P<text>.*?)```$",
     re.M | re.S,
 )
@@ -21,7 +21,7 @@ _BLOCK = re.compile(
 
 class WorkedExample:
     def __init__(self, page: str, folder: Path) -> None:
-        """folder: for what git has of this project, before the page."""
+        """Copy the project's files, as git lists them, to `folder`."""
         self.page, self.folder = (ROOT / "docs" / page).read_text(), folder
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
@@ -41,13 +41,14 @@ class WorkedExample:
         )
 
     def apply(self) -> None:
-        """Every block where the page says it goes."""
+        """Apply every block of the page, and check the result with ruff."""
         blocks = list(_BLOCK.finditer(self.page))
         assert len(blocks) == len(re.findall(r"^```\w", self.page, re.M)) - len(re.findall("^```sh", self.page, re.M))
         assert blocks
         for block in blocks:
             self._put(block)
-        assert (done := self.run("ruff", "check", ".")).returncode == 0, done.stdout
+        modules = {block["path"] for block in blocks if block["path"].endswith(".py")}
+        assert (done := self.run("ruff", "check", *modules)).returncode == 0, done.stdout
 
     def _put(self, block: re.Match[str]) -> None:
         path, text = self.folder / block["path"], block["text"]
@@ -56,13 +57,14 @@ class WorkedExample:
             path.write_text(text)
             return
         lines = path.read_text().splitlines(keepends=True)
-        found = [i for i, line in enumerate(lines) if line.lstrip().startswith(block["line"])]
-        assert len(found) == 1, f"{block['path']}: {len(found)} lines begin {block['line']}"
-        lines.insert(found[0] + (block["where"] == "after"), text)
+        matches = [i for i, line in enumerate(lines) if line.lstrip().startswith(block["line"])]
+        assert len(matches) == 1, f"{block['path']}: {len(matches)} lines begin {block['line']}"
+        start = matches[0] + (block["where"] == "after")
+        lines[start : start + (block["where"] == "instead of")] = [text]
         path.write_text("".join(lines))
 
     def run_commands(self, more: dict[str, list[str]]) -> list[str]:
-        """What each command of the page printed. more: arguments added here, by module."""
+        """Run the commands of the page and return what each printed. more: additional arguments, by module."""
         printed = []
         for line in (line for block in re.findall(r"```sh\n(.*?)```", self.page, re.S) for line in block.splitlines()):
             python, dash, module, *arguments = shlex.split(line)
