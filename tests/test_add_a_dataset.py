@@ -13,18 +13,18 @@ SCORES = [3.0, 8.5, 1.0, 6.0]
 
 
 def copy_of_ultrafeedback(folder, rows=100):
-    """openbmb/UltraFeedback: one split, four scored completions an instruction; the second table links to it."""
+    """Write a table like openbmb/UltraFeedback: one split, four scored completions; the second table links to it."""
     draw = random.Random(0)
 
     def text():
         return " ".join(draw.choices(["the", "cat", "sat", "on", "a", "mat", "again"], k=draw.randint(3, 12)))
 
-    made = []
+    table = []
     for number in range(rows):
         answers = [{"model": f"m{s}", "response": f"{text()} {s}", "overall_score": s} for s in SCORES]
-        made.append({"source": "x", "instruction": f"{text()} {number}", "models": ["m"], "completions": answers})
+        table.append({"source": "x", "instruction": f"{text()} {number}", "models": ["m"], "completions": answers})
     (folder / "sft").mkdir(parents=True)
-    pd.DataFrame(made).to_json(folder / "sft" / "train.jsonl", orient="records", lines=True)
+    pd.DataFrame(table).to_json(folder / "sft" / "train.jsonl", orient="records", lines=True)
     (folder / "preference").symlink_to("sft")
 
 
@@ -38,22 +38,22 @@ def test_the_page_adds_a_dataset_up_to_the_report(tmp_path):
     assert refused.returncode == 2 and "dataset.path=copy: no folder sft there" in refused.stderr
 
     copy_of_ultrafeedback(example.folder / "copy")
-    own = [option for option in SMALL if not option.startswith("dataset.")]
+    small = [option for option in SMALL if not option.startswith("dataset.")]
     more = {
-        "src.train": [*own, "dataset.validation_size=3", "evaluation.num_prompts=2", f"output_dir={tmp_path}"],
-        "pytest": ["-k", "ultrafeedback_scored or every_key_of_every_config_says_what_it_is"],
+        "src.train": [*small, "dataset.validation_size=3", "evaluation.num_prompts=2", f"output_dir={tmp_path}"],
+        "pytest": ["-k", "ultrafeedback_scored or every_key_of_every_config_says_what_it_is or choices_of_the_schema"],
     }
     _, tests, plan, sweep = example.run_commands(more)
-    assert "2 passed" in tests and "1 points: 0 done" in plan
+    assert "3 passed" in tests and "1 points: 0 done" in plan
     assert re.search(r"│ DPO +│", sweep) and re.search(r"│ ASFT +│", sweep)
     assert (tmp_path / "sweeps" / "scored" / "report.html").exists()
 
-    # A smaller table, and one without its columns, are told by name.
+    # Rows with too few answers or other columns are named.
     lines = (example.folder / "copy/sft/train.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     single = json.dumps(row | {"completions": row["completions"][:1]})
     for text, message in (
-        (single, "train[:97%], row 0: 1 completions, and a pair needs two"),
+        (single, "train[:97%], row 0: 1 completions; a pair needs two"),
         (json.dumps({"instruction": "x"}), "train[:97%], row 0: adapter=scored cannot read it ("),
     ):
         (example.folder / "copy/sft/train.jsonl").write_text("\n".join([text, *lines[1:]]))
