@@ -29,7 +29,6 @@ CONTENT_HASHED_MODELS = ("alpaca_eval", "reward_model")
 
 def check_server(point: Point) -> None:
     """Raise ConfigError when `server` cannot be run as configured."""
-    """Raise ConfigError when `server` cannot be run as configured."""
     command = point.server.command
     if point.server.name == "none":
         if command is not None:
@@ -47,7 +46,6 @@ def check_server(point: Point) -> None:
 
 
 def check_judge(point: Point) -> None:
-    """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
     """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
     judge, is_mini = point.judge, point.dataset.source == "mini_tldr"
     fields = JUDGES.get(judge.name, ())

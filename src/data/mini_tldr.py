@@ -1,6 +1,6 @@
 """mini TL;DR: generated posts of six facts, summaries of mixed quality, and the gold score that labels pairs.
 
-`python -m src.data.mini_tldr` prints a few. docs/mini_tldr.md describes the task and what was measured on it.
+`python -m src.data.mini_tldr` prints a few. docs/mini_tldr.md describes the task and measurements on it.
 """
 
 from __future__ import annotations
@@ -35,21 +35,8 @@ ACTS = [
     ("lied about money", "was not honest about money"),
     ("moved my desk", "dragged my desk away"),
 ]
-PLACES = [
-    "boston",
-    "denver",
-    "austin",
-    "seattle",
-    "chicago",
-    "toronto",
-    "dublin",
-    "berlin",
-    "london",
-    "portland",
-    "miami",
-    "oslo",
-]
-TIMES = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+PLACES = "boston denver austin seattle chicago toronto dublin berlin london portland miami oslo".split()
+TIMES = "monday tuesday wednesday thursday friday saturday sunday".split()
 AMOUNTS = ["50", "80", "100", "200", "300", "450", "600", "900", "1200", "2000"]
 ASKS = [
     "should i leave",

@@ -181,7 +181,7 @@ def load_examples(
     """Return the tokenized `sft` demonstrations, or the `train` or `validation` pairs.
 
     Tokens are cached on disk for every stage that reads the same rows, and in the process. Raises ConfigError when no
-    row is left.
+    row remains.
     """
     key = digest([VERSION, split, hashable(data), model.path.fingerprint, model.template])
     if key not in _cache:
@@ -196,7 +196,7 @@ def load_examples(
         for reason, count in tokenized.dropped.items():
             log.warning("%s %s: dropped %d of %d rows: %s", data.source, split, count, num_rows, reason)
         if not tokenized.examples:
-            raise ConfigError(f"dataset: no {split} row is left after tokenization ({tokenized.dropped})")
+            raise ConfigError(f"dataset: no {split} row remains after tokenization ({tokenized.dropped})")
         _cache[key] = tokenized
     return _cache[key]
 
