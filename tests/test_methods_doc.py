@@ -21,7 +21,7 @@ from tests.support.commands import ROOT
 
 PAGE = (ROOT / "docs/methods.md").read_text()
 BY_NAME = {spec.name: method for method, spec in METHODS.items()}
-LETTERS = {"log_ratio": "r", "mean_log_prob": "p", "log_odds": "o"}  # of a score on the page
+SYMBOLS = {"log_ratio": "r", "mean_log_prob": "p", "log_odds": "o"}  # of a score on the page
 
 
 def tables(page):
@@ -68,17 +68,17 @@ def documented_options(method):
 
 def equals_loss(cell, method):
     """Return whether an equation of the page equals the loss in code, at many scores, betas and options."""
-    equation, letter = formula(cell), LETTERS[METHODS[method].score]
+    equation, symbol = formula(cell), SYMBOLS[METHODS[method].score]
     options = {sign: (name, 1.3 * default) for sign, (name, default) in documented_options(method).items()}
     generator = torch.Generator().manual_seed(0)
     for beta in (0.03, 0.5, 1.0, 4.0):
         for chosen, rejected in (4 * torch.randn(8, 2, generator=generator, dtype=torch.float64)).tolist():
-            if letter == "p":
+            if symbol == "p":
                 chosen, rejected = -abs(chosen), -abs(rejected)
             scores = torch.tensor([chosen, rejected], dtype=torch.float64)
             value = LOSSES[method](*scores, beta, **dict(options.values())).item()
-            w, lo = (math.exp(chosen), math.exp(rejected)) if letter == "p" else (chosen, rejected)
-            values = {f"{letter}_w": w, f"{letter}_l": lo, "beta": beta}
+            w, lo = (math.exp(chosen), math.exp(rejected)) if symbol == "p" else (chosen, rejected)
+            values = {f"{symbol}_w": w, f"{symbol}_l": lo, "beta": beta}
             try:
                 documented = equation(**values, **{sign: value for sign, (_, value) in options.items()})
             except KeyError:  # a score that the method does not read
@@ -137,9 +137,9 @@ def test_the_numbers_are_what_the_command_prints():
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 def test_the_factors_at_the_reference_are_those_of_the_table(beta):
     for name, (cell,) in table_of("method", "factor at $r = 0$").items():
-        letters = {letter: default for letter, (_, default) in documented_options(BY_NAME[name]).items()}
+        options = {symbol: default for symbol, (_, default) in documented_options(BY_NAME[name]).items()}
         _, by_chosen, by_rejected = loss_and_gradients(BY_NAME[name], 0.0, 0.0, beta)
-        factor = formula(cell)(beta=beta, **letters)
+        factor = formula(cell)(beta=beta, **options)
         assert (-by_chosen.item(), by_rejected.item()) == pytest.approx((factor, factor))
 
 
