@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -81,7 +80,7 @@ def worker_main(pipe: Connection, slot: WorkerSlot, output_dir: Path, log_file: 
     """Compute stages until the pipe is closed or the launcher has died."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the launcher handles it
     signal.signal(signal.SIGTERM, _exit_on_signal)
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_launcher, daemon=True).start()
     if slot.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
     logging.basicConfig(
@@ -117,11 +116,12 @@ def _exit_on_signal(signum: int, frame: Any) -> None:
     raise SystemExit(128 + signum)
 
 
-def _exit_with_parent(parent: int) -> None:
-    """Exit once the parent (the fork server, which dies with the launcher) is gone.
+def _exit_with_launcher() -> None:
+    """Exit once the launcher is gone.
 
     A launcher killed with SIGKILL cannot stop its workers: they would compute on, and hold their leases.
     """
-    while os.getppid() == parent:
-        time.sleep(1)
+    launcher = multiprocessing.parent_process()  # also where the fork server is the parent in the operating system
+    assert launcher is not None
+    launcher.join()
     os._exit(1)

@@ -1,10 +1,8 @@
 """Sweeps through the commands users type: what runs, which files are written, and recovery from failures."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,14 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 import yaml
 
 from src.store.store import RESULT_SCHEMA
 from src.store.sweep_folder import SweepFolder
-from tests.support.commands import ROOT, SMALL, dry_run, environment, start, train
-from tests.support.waiting import wait_until
+from tests.support.commands import ROOT, SMALL, dry_run, environment, train
 
 FOUR = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
 COLUMNS = [
@@ -267,60 +263,3 @@ def test_keep_none_also_removes_models_of_earlier_runs(tmp_path):
     assert len(weights(tmp_path)) == 1
     train(*SMALL, f"output_dir={tmp_path}", "keep_checkpoints=none")
     assert weights(tmp_path) == set() and list((tmp_path / "store" / "evaluate").glob("*/result.json"))
-
-
-def workers_of(process):
-    """Return the pids of the worker processes: forked by the forkserver, which is a child of the process."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    forked = [child for child in children if any("forkserver" in word for word in child.cmdline())]
-    return [child.pid for child in forked if child.ppid() != process.pid]
-
-
-def alive(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def checkpoints(output_dir):
-    return list((output_dir / "store" / "align").glob(".work/*/checkpoints/*/step-*"))
-
-
-LONGER = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL, "trainer.align.epochs=8", "dataset.sft_size=64"]
-LONGER += ["hydra.launcher.workers=2"]
-
-
-def test_ctrl_c_stops_cleanly_and_the_same_command_resumes(tmp_path):
-    arguments = [*LONGER, f"output_dir={tmp_path}", "sweep.name=stopped"]
-    process = start(*arguments)
-    wait_until(lambda: checkpoints(tmp_path), 60, "a checkpoint")
-    workers = workers_of(process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-    output = process.communicate(timeout=30)[0]
-    assert process.returncode == 130 and "Run the same command again to resume." in output
-    assert "Traceback" not in output
-    assert len(workers) == 2 and not any(alive(pid) for pid in workers)
-    train(*arguments)
-    assert list(pd.read_csv(tmp_path / "sweeps" / "stopped" / "points.csv").state) == ["done"] * 4
-
-
-def test_a_killed_worker_is_replaced_and_its_stage_resumed(tmp_path):
-    process = start(*LONGER, f"output_dir={tmp_path}", "sweep.name=killed")
-    wait_until(lambda: checkpoints(tmp_path), 60, "a checkpoint")
-    workers = workers_of(process)
-    assert workers
-    for worker in workers:
-        os.kill(worker, signal.SIGKILL)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    logs = "".join(path.read_text() for path in (tmp_path / "sweeps" / "killed" / "logs").iterdir())
-    assert "resuming from step" in logs
-    assert list(pd.read_csv(tmp_path / "sweeps" / "killed" / "points.csv").state) == ["done"] * 4
-
-
-def test_workers_do_not_outlive_a_killed_launcher(tmp_path):
-    process = start(*LONGER, f"output_dir={tmp_path}", "sweep.name=orphans")
-    wait_until(lambda: checkpoints(tmp_path), 60, "a checkpoint")
-    workers = workers_of(process)
-    assert len(workers) == 2 and all(alive(pid) for pid in workers)
-    process.kill()
-    process.communicate()
-    wait_until(lambda: not any(alive(pid) for pid in workers), 10, "the end of the workers")

@@ -1,0 +1,77 @@
+"""The worker processes of the local launcher: interrupted, killed, and orphaned by a killed launcher."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+from src.store.sweep_folder import SweepFolder
+from tests.support.commands import SMALL, start, train
+from tests.support.waiting import wait_until
+
+SWEEP = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL, "dataset.sft_size=64", "hydra.launcher.workers=2"]
+
+
+def workers_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the two worker processes: children of the fork server, which is a child of the launcher."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    forked = [child for child in children if any("forkserver" in word for word in child.cmdline())]
+    workers = [child for child in forked if child.ppid() != launcher.pid]
+    assert len(workers) == 2
+    return workers
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for_alignment(output_dir: Path) -> None:
+    checkpoints = lambda: list((output_dir / "store" / "align").glob(".work/*/checkpoints/*/step-*"))  # noqa: E731
+    wait_until(checkpoints, 120, "a checkpoint of an alignment")
+
+
+def states(output_dir: Path, name: str) -> list[str]:
+    return list(pd.read_csv(SweepFolder(output_dir / "sweeps" / name).points_csv).state)
+
+
+def test_ctrl_c_stops_the_workers_and_the_same_command_resumes(tmp_path):
+    arguments = [*SWEEP, "trainer.align.epochs=8", f"output_dir={tmp_path}", "sweep.name=stopped"]
+    launcher = start(*arguments)
+    wait_for_alignment(tmp_path)
+    workers = workers_of(launcher)
+    os.killpg(launcher.pid, signal.SIGINT)  # to the whole process group, as a terminal does
+    output = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 130 and "Run the same command again to resume" in output
+    assert "Traceback" not in output
+    assert not any(is_alive(worker) for worker in workers)
+    train(*arguments)
+    assert states(tmp_path, "stopped") == ["done"] * 4
+
+
+def test_a_killed_worker_is_replaced_and_its_stage_resumes(tmp_path):
+    launcher = start(*SWEEP, "trainer.align.epochs=8", f"output_dir={tmp_path}", "sweep.name=killed")
+    wait_for_alignment(tmp_path)
+    for worker in workers_of(launcher):
+        worker.kill()
+    output = launcher.communicate(timeout=300)[0]
+    assert launcher.returncode == 0, output
+    logs = "".join(path.read_text() for path in SweepFolder(tmp_path / "sweeps" / "killed").logs.iterdir())
+    assert "resuming from step" in logs
+    assert states(tmp_path, "killed") == ["done"] * 4
+
+
+def test_workers_do_not_outlive_a_killed_launcher(tmp_path):
+    # Alignment takes much longer than the timeout below: a worker that only notices at its next stage fails the test.
+    launcher = start(*SWEEP, "trainer.align.epochs=2000", f"output_dir={tmp_path}", "sweep.name=orphans")
+    wait_for_alignment(tmp_path)
+    workers = workers_of(launcher)
+    try:
+        launcher.kill()
+        launcher.wait()
+        wait_until(lambda: not any(is_alive(worker) for worker in workers), 20, "the workers to exit")
+    finally:
+        for worker in filter(is_alive, workers):
+            worker.kill()
