@@ -35,7 +35,7 @@ def test_the_page_adds_a_dataset_up_to_the_report(tmp_path):
     assert refused.returncode == 2 and "dataset/ultrafeedback_scored" in refused.stderr  # without the page
     example.apply()
     refused = example.run("src.train", *named)
-    assert refused.returncode == 2 and "dataset.path=copy: no folder sft there" in refused.stderr
+    assert refused.returncode == 2 and "dataset.path=copy: missing folder sft" in refused.stderr
 
     copy_of_ultrafeedback(example.folder / "copy")
     small = [option for option in SMALL if not option.startswith("dataset.")]

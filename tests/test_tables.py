@@ -185,7 +185,7 @@ UF = "setup=llama31_8b_uf"
 @pytest.mark.parametrize(
     ("damage", "overrides", "message"),
     [
-        (lambda f: (f / "sft").rename(f / "chat"), (), "no folder sft there"),
+        (lambda f: (f / "sft").rename(f / "chat"), (), "missing folder sft"),
         (lambda f: (f / "sft/data/train_sft-00000-of-00001.parquet").unlink(), (), "/sft (split train_sft)"),
         (
             lambda f: (f / "sft/data/train_sft-00000-of-00001.parquet").write_text("<html>"),
