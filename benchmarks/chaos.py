@@ -233,9 +233,7 @@ def report(chaos: Chaos, undisturbed: Path, num_submissions: int, undisturbed_se
     print(f"artifacts compared: {len(expected)}; different: {len(differing)}")
     for key in differing[:10]:
         print(f"  {key}")
-    print(
-        f"starts of jobs: {sum(starts)} for {len(starts)} jobs; the command was run {num_submissions} times without being killed"
-    )
+    print(f"starts of jobs: {sum(starts)} for {len(starts)} jobs; commands that were not killed: {num_submissions}")
     print(f"seconds: {seconds:.0f} with faults, {undisturbed_seconds:.0f} undisturbed (two warm processes, no SLURM)")
     return 1 if differing or chaos.num_done() != POINTS or record["state"] != "done" else 0
 
