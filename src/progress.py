@@ -11,7 +11,7 @@ LINE_SECONDS = 5.0  # between plain lines
 
 
 def seconds_text(seconds: float) -> str:
-    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    """Return `42 s`, `3 min 05 s` or `2 h 10 min`."""
     whole = int(seconds + 0.5)
     if whole < 60:
         return f"{whole} s"
@@ -21,7 +21,7 @@ def seconds_text(seconds: float) -> str:
 
 
 class RunProgress:
-    """`with RunProgress() as report:` then report(label, step, total) as stages advance."""
+    """`with RunProgress() as report:`, then call report(label, step, total) as stages advance."""
 
     def __init__(self, line_seconds: float = LINE_SECONDS) -> None:
         self.line_seconds = line_seconds
@@ -38,8 +38,8 @@ class RunProgress:
                 console=self.console,
             )
         self._tasks: dict[str, object] = {}
-        self._begun: dict[str, float] = {}
-        self._told = 0.0
+        self._start_times: dict[str, float] = {}
+        self._last_line = 0.0
 
     def __enter__(self) -> RunProgress:
         if self._bars is not None:
@@ -57,8 +57,8 @@ class RunProgress:
             self._bars.update(self._tasks[label], completed=step, total=total or None)  # type: ignore[arg-type]
             return
         now = time.monotonic()
-        begun = self._begun.setdefault(label, now)
-        if now - self._told >= self.line_seconds or (step == total and total):
-            self._told = now
-            left = f", {seconds_text((now - begun) / step * (total - step))} left" if 0 < step < total else ""
-            print(f"{label}: {step}/{total}{left}", flush=True)
+        start = self._start_times.setdefault(label, now)
+        if now - self._last_line >= self.line_seconds or (step == total and total):
+            self._last_line = now
+            remaining = f", {seconds_text((now - start) / step * (total - step))} left" if 0 < step < total else ""
+            print(f"{label}: {step}/{total}{remaining}", flush=True)

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -14,6 +13,7 @@ from src.losses import LOSSES
 from src.toy.networks import _gradient, _sample_data_and_weights, _scores, _test, train
 from src.toy.settings import OBJECTIVES, Training
 from tests.support.commands import ROOT, environment
+from tests.support.waiting import wait_until
 
 SMALL = Training("dpo", 3, 0.9, 0.03, 1.0, prompts=100, train_fraction=0.8, epochs=3, batch_size=16, optimizer="adam")
 
@@ -102,9 +102,7 @@ def test_after_an_interruption_only_what_is_missing_is_trained_and_the_table_is_
     command = [sys.executable, "-m", "src.toy", *overrides, f"output_dir={tmp_path / 'cut'}"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     networks = tmp_path / "cut" / "toy" / "networks"
-    deadline = time.monotonic() + 120
-    while not list(networks.glob("*.npz")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: list(networks.glob("*.npz")), 120, "results of a network")
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     finished = {path.name: path.stat().st_mtime_ns for path in networks.glob("[!.]*.npz")}
