@@ -61,7 +61,9 @@ def quality_over_beta(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFra
     fig, panels = _panels(rows, 2.7)
     drawing = Drawing(f"{stem}_quality_over_beta", title, fig)
     for method, ax in panels.items():
-        _plot_line(drawing, ax, rows[rows.method == method], best, method, "beta")
+        line = rows[rows.method == method]
+        _plot_line(drawing, ax, line, best, method, "beta")
+        _set_log_x_axis(ax, line.beta)
         ax.set_title(NAMES[method])
         ax.set_xlabel("beta")
     _label_rows(panels, _quality_label(rows))
@@ -84,6 +86,7 @@ def quality_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame
         )
         for method, line in of_kind.sort_values("beta").groupby("method", sort=False):
             _plot_line(drawing, ax, line, best, str(method), "kl_sequence")
+        _set_log_x_axis(ax, rows.kl_sequence)
         ax.set_title(kind)
         ax.set_xlabel("KL(policy || initial policy), nats per sequence")
         ax.legend(frameon=False, loc="lower right")
@@ -132,7 +135,7 @@ def _plot_heat_map(
     ax.set(xlim=(-0.5, len(betas) - 0.5), ylim=(-0.5, len(lrs) - 0.5), xlabel="beta")
     for axis, ticks, rotation in ((ax.xaxis, betas, 45), (ax.yaxis, lrs, 0)):
         labeled = range(0, len(ticks), math.ceil(len(ticks) / MAX_TICKS))
-        axis.set_ticks(labeled, [f"{ticks[i]:g}" for i in labeled], rotation=rotation, fontsize=8)
+        axis.set_ticks(labeled, [f"{ticks[i]:.3g}" for i in labeled], rotation=rotation, fontsize=8)
     ax.spines[:].set_visible(False)
 
 
@@ -141,7 +144,7 @@ def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
     title = f"{name}: training of the selected points (running means over a tenth of the steps)"
     fig = Figure(figsize=(10.4, 3.9), layout="constrained")
     drawing = Drawing(f"{stem}_training", title, fig)
-    loss_label = "relative loss: first step 1, minimum 0"
+    loss_label = "relative loss (first step 1, minimum 0)"
     accuracy_label = "reward accuracy on training pairs"
     columns = (("loss", loss_label), ("rewards/accuracies", accuracy_label))
     for ax, (column, label) in zip(fig.subplots(1, 2), columns, strict=True):
@@ -152,15 +155,16 @@ def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
                 # The losses of the methods have different scales, and some are negative.
                 drop = values.iloc[0] - values.min()
                 values = (values - values.min()) / drop if drop > 0 else 0 * values + 1
-            style = "-" if METHODS[method].kind == "pairwise" else "--"
+            is_pairwise = METHODS[method].kind == "pairwise"
             every = max(1, len(curve) // 6)
             text = f"{NAMES[method]}: {column}, last {curve[column].iloc[-1]:.4g}"
             ax.plot(
                 curve.step,
                 values,
-                style,
+                "-" if is_pairwise else "--",
                 color=color,
                 marker=marker,
+                markerfacecolor=color if is_pairwise else "#ffffff",
                 markevery=every,
                 markersize=4,
                 linewidth=1.3,
@@ -169,7 +173,7 @@ def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
             )
         ax.set(xlabel="step", ylabel=label)
         style_axes(ax)
-    fig.axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="dashed: pointwise")
+    fig.axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="dashed, hollow: pointwise")
     return drawing
 
 
@@ -214,14 +218,20 @@ def _label_rows(panels: dict[str, Axes], label: str) -> None:
             labeled.add(kind)
 
 
+def _set_log_x_axis(ax: Axes, values: pd.Series[float]) -> None:
+    """Set a log scale for values, with a few plain numbers as labels: 1, 2, 5 of each decade in a short range."""
+    values = values[values > 0]
+    subs = (1.0, 2.0, 5.0) if values.max() < 30 * values.min() else (1.0,)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=4))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
 def _plot_line(drawing: Drawing, ax: Axes, line: pd.DataFrame, best: pd.DataFrame, method: str, x: str) -> None:
     """Plot quality_reporting of one method over the column `x`, with error bars and a ring at the selected point."""
     color, marker = STYLES[method]
-    ax.set_xscale("log")
     style_axes(ax)
-    ax.xaxis.set_major_locator(LogLocator(numticks=4))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_locator(NullLocator())
     # The KL estimate of a policy that barely moved can be negative, which a log axis cannot show.
     line = line[line[x] > 0]
     ax.errorbar(
