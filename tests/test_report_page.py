@@ -1,4 +1,4 @@
-"""report.html as a browser shows it: nothing asked for, nothing on the console, tips, narrow, dark, printed."""
+"""report.html in a browser: no requests, no console errors, tooltips, narrow windows, dark mode, print."""
 
 import shutil
 from itertools import product
@@ -22,37 +22,37 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium here (apt-get install chromium)")
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if executable is None:
+        pytest.skip("Chromium is not installed (apt-get install chromium)")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def open_page(browser, report):
-    """Opens the report in a new context; fails on any console error or request to elsewhere."""
-    wrong, contexts = [], []
+    """Open the report in a new context; fail on any console error or request to another address."""
+    problems, contexts = [], []
 
     def opened(width=1280, scheme="light", name="report.html"):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: request.url.startswith("file:") or wrong.append(request.url))
+        page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: request.url.startswith("file:") or problems.append(request.url))
         page.goto(report.with_name(name).as_uri())
         return page
 
     yield opened
     for context in contexts:
         context.close()
-    assert not wrong
+    assert not problems
 
 
-def test_every_link_and_every_fold_can_be_clicked(open_page):
+def test_every_link_and_every_details_element_can_be_clicked(open_page):
     page = open_page()
     links = page.locator("nav a")
     assert links.count() >= 6
@@ -61,67 +61,67 @@ def test_every_link_and_every_fold_can_be_clicked(open_page):
         assert page.locator(link.get_attribute("href")).count() == 1
     for summary in page.locator("summary").all():
         summary.click()
-    assert page.locator("#points tbody tr").count() == 8 and page.locator("#points tr.chosen").count() == 2
+    assert page.locator("#points tbody tr").count() == 8 and page.locator("#points tr.selected").count() == 2
     assert page.locator("#samples blockquote").count() >= 3
 
 
-def point_at(page, mark):
+def hover(page, mark):
     mark.scroll_into_view_if_needed()
-    page.wait_for_timeout(300)  # scrolling takes tips away
+    page.wait_for_timeout(300)  # scrolling hides tooltips
     mark.hover()
 
 
-def test_a_mark_says_which_point_it_is(open_page):
+def test_a_mark_has_a_tooltip_with_its_point(open_page):
     page = open_page()
     tip = page.locator("#tip")
     assert not tip.is_visible()
-    point_at(page, page.locator(".mark[data-tip^='DPO, beta 0.1']").first)
+    hover(page, page.locator(".mark[data-tip^='DPO, beta 0.1']").first)
     assert tip.is_visible() and "lr 0.0" in tip.inner_text() and "KL" in tip.inner_text()
     page.mouse.move(2, 2)
     assert not tip.is_visible()
-    point_at(page, page.locator(".bar").first)
+    hover(page, page.locator(".bar").first)
     assert "[" in tip.inner_text()
 
 
-def test_a_heat_map_shows_both_axes_of_the_grid(open_page):
-    tips = open_page().locator("svg[aria-label*='selection prompts; frame'] [data-tip]")
+def test_a_heat_map_has_every_point_of_the_grid(open_page):
+    tips = open_page().locator("svg[aria-label*='on the selection split (frame'] [data-tip]")
     assert tips.count() == 8
-    said = {tips.nth(n).get_attribute("data-tip").split("\n")[0] for n in range(8)}
+    points = {tips.nth(n).get_attribute("data-tip").split("\n")[0] for n in range(8)}
     grid = product(("DPO", "ASFT"), ("0.05", "0.1"), ("0.0005", "0.001"))
-    assert said == {f"{name}, beta {beta}, lr {lr}" for name, beta, lr in grid}
+    assert points == {f"{name}, beta {beta}, lr {lr}" for name, beta, lr in grid}
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_is_as_wide_as_the_window(open_page, width):
+def test_the_page_is_not_wider_than_the_window(open_page, width):
     page = open_page(width)
     page.locator("#points summary").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_text_and_axes_can_be_read_in_the_dark(open_page):
+def test_text_and_axes_are_readable_in_dark_mode(open_page):
     for scheme, dark in (("light", False), ("dark", True)):
         page = open_page(scheme=scheme)
-        colours = page.evaluate(
+        colors = page.evaluate(
             "['body', 'svg text', '#best td'].map(s => getComputedStyle(document.querySelector(s)))"
             ".map((style, i) => i === 1 ? style.fill : i === 0 ? style.backgroundColor : style.color)"
         )
-        light = [sum(map(int, c[c.index("(") + 1 : -1].split(",")[:3])) > 384 for c in colours]
-        assert light == ([False, True, True] if dark else [True, False, False]), (scheme, colours)
+        light = [sum(map(int, c[c.index("(") + 1 : -1].split(",")[:3])) > 384 for c in colors]
+        assert light == ([False, True, True] if dark else [True, False, False]), (scheme, colors)
         assert page.locator("svg [style*='#000000']").count() == 0
 
 
-def test_it_prints(open_page, tmp_path):
+def test_the_page_can_be_printed(open_page, tmp_path):
     page = open_page()
     page.pdf(path=tmp_path / "report.pdf", format="A4", print_background=True)
     assert (tmp_path / "report.pdf").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_dashboard_of_the_sweep_is_a_page_like_it(open_page, report, width):
+def test_the_local_dashboard_of_the_sweep_is_such_a_page_too(open_page, report, width):
     assert tool("dashboard", report.parent, "--local").returncode == 0
     page = open_page(width, "dark", "dashboard.html")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator(".panel").count() >= 10 and page.locator(".panel svg").count() >= 9
     assert page.locator("tbody tr").count() == 2
-    point_at(page, page.locator(".mark[data-tip^='ASFT, beta 0.05']").first)
+    hover(page, page.locator(".mark[data-tip^='ASFT, beta 0.05']").first)
     assert "lr 0.0" in page.locator("#tip").inner_text()
