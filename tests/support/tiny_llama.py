@@ -1,4 +1,4 @@
-"""A random Llama with a tokenizer of Llama 3's kind, and small tables in the layout of the hub's."""
+"""A small random Llama with a tokenizer like Llama 3's, and small tables in the layout of hub datasets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORDS = ["the", "cat", "dog", "ran", "sat", "house", "tree", "big", "small", "r
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, Llama 3's special tokens, no chat template: as its base models come."""
+    """Return a byte-level BPE with Llama 3's special tokens and no chat template, like its base models."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -26,7 +26,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(folder: Path) -> Path:
-    """Two layers, random."""
+    """Write a random model of two layers with its tokenizer; return the folder."""
     fast = tokenizer()
     fast.save_pretrained(folder)
     torch.manual_seed(0)
@@ -46,19 +46,22 @@ def model(folder: Path) -> Path:
     return folder
 
 
-def _text(generator: random.Random, least: int, most: int) -> str:
-    return " ".join(generator.choices(_WORDS, k=generator.randint(least, most)))
+def _text(generator: random.Random, min_words: int, max_words: int) -> str:
+    return " ".join(generator.choices(_WORDS, k=generator.randint(min_words, max_words)))
 
 
 def _write(folder: Path, splits: dict[str, list[dict]]) -> None:
-    """As the hub lays parquet out."""
+    """Write each split as a parquet file, in the layout of hub datasets."""
     (folder / "data").mkdir(parents=True)
     for split, rows in splits.items():
         pd.DataFrame(rows).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
 
 
 def tldr(folder: Path, rows: int = 32) -> Path:
-    """trl-lib/tldr-preference, twice: with pairs that are there again, and others the other way round."""
+    """Write an SFT and a preference table in the layout of trl-lib/tldr-preference.
+
+    Some pairs are duplicates, others have chosen and rejected swapped.
+    """
     draw = random.Random(0)
 
     def pair() -> dict:
@@ -77,7 +80,7 @@ def tldr(folder: Path, rows: int = 32) -> Path:
 
 
 def ultrachat_ultrafeedback(folder: Path, rows: int = 32) -> Path:
-    """HuggingFaceH4/ultrachat_200k, with conversations of several turns, and HuggingFaceH4/ultrafeedback_binarized."""
+    """Write tables in the layout of ultrachat_200k, with multi-turn conversations, and ultrafeedback_binarized."""
     draw = random.Random(0)
 
     def turns(count: int) -> list[dict]:
@@ -89,9 +92,10 @@ def ultrachat_ultrafeedback(folder: Path, rows: int = 32) -> Path:
         return {"prompt": messages[0]["content"], "prompt_id": str(number), "messages": messages}
 
     def pair(number: int) -> dict:
-        (asked,), answers = turns(1), [{"role": "assistant", "content": _text(draw, 4, 30)} for _ in range(2)]
-        row = {"prompt": asked["content"], "prompt_id": str(number)}
-        row |= {"chosen": [asked, answers[0]], "rejected": [asked, answers[1]], "messages": [asked, answers[0]]}
+        (question,), answers = turns(1), [{"role": "assistant", "content": _text(draw, 4, 30)} for _ in range(2)]
+        row = {"prompt": question["content"], "prompt_id": str(number)}
+        chosen, rejected = ([question, answer] for answer in answers)
+        row |= {"chosen": chosen, "rejected": rejected, "messages": chosen}
         return row | {"score_chosen": 8.0, "score_rejected": 4.0}
 
     _write(folder / "sft", {"train_sft": [conversation(i) for i in range(rows)]})
