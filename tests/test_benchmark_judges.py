@@ -19,7 +19,7 @@ from src.judges.arena_hard import Game, parse_game, win_rate
 from src.planning.stage import prompt_inputs
 from src.preflight import check_input_files
 from sweeps.report.tables import benchmark_table
-from tests.support.commands import ROOT, SMALL, at_once, environment, train
+from tests.support.commands import ROOT, SMALL, run_in_process, environment, train
 
 NUM_PROMPTS = 10
 POINT = [*SMALL, "trainer.align.max_steps=2", "trainer.sft.max_steps=2", "method=dpo"]
@@ -400,7 +400,7 @@ def test_a_prompt_without_an_answer_of_the_baseline_is_named(tmp_path):
 )
 def test_a_benchmark_that_cannot_be_run_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    done = at_once(*overrides, f"output_dir={tmp_path}")
+    done = run_in_process(*overrides, f"output_dir={tmp_path}")
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "store").exists()

@@ -1,4 +1,4 @@
-"""What can be chosen, what is refused, and how a refusal reads."""
+"""Every option of conf/ composes, and every wrong request is refused in one line that names the override."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from src.data.sources import SOURCES
 from src.errors import ConfigError
 from src.methods import METHODS
 from src.preflight import check_packages
-from tests.support.commands import at_once, train
+from tests.support.commands import run_in_process, train
 from tests.support.configs import composed
 
 
@@ -75,16 +75,16 @@ def test_the_papers_grids_have_the_papers_number_of_points():
     assert count("paper_3b_uf", "paper_llama") == 200 + 4 * 2
 
 
-def test_every_key_of_every_config_says_what_it_is():
-    """A comment on its line; lists of methods and names of groups are explained at the top of their file."""
+def test_every_key_of_every_config_has_a_comment():
+    """Lists by method and names of groups are explained at the top of their file."""
     explained_above = ("beta_grid", "lr_grid", "setup", "sweep")
     for path in CONF_DIR.rglob("*.yaml"):
         text = path.read_text()
-        assert text.startswith("#"), f"{path}: no comment says what this choice is"
+        assert text.startswith("#"), f"{path}: must begin with a comment"
         if path.parent.name not in explained_above and path.name != "train.yaml":
             for line in text.splitlines():
                 bare = re.match(r"^ *(?!name|_target_)[a-z_]+: [^#]+$", line)
-                assert not bare, f"{path}: {line.strip()}: no comment says what this is"
+                assert not bare, f"{path}: {line.strip()}: has no comment"
 
 
 def test_every_method_has_a_config_and_the_schema_has_its_options():
@@ -191,7 +191,7 @@ def test_a_secret_in_a_config_is_refused_and_not_repeated(key, value):
     assert str(refused.value).startswith(f"{key}: ") and "canary" not in str(refused.value)
 
 
-def test_a_package_that_is_not_there_is_named_before_a_launch_and_a_plan_does_without(monkeypatch):
+def test_a_missing_package_is_named_before_a_launch_and_not_needed_for_a_plan(monkeypatch):
     point = build_point(composed("engine=zero3"))
     check_packages([point])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -202,12 +202,11 @@ def test_a_package_that_is_not_there_is_named_before_a_launch_and_a_plan_does_wi
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
 def test_a_bad_request_is_one_line_exit_code_two_and_nothing_runs(arguments, message, tmp_path):
-    given = [] if any(a.startswith("output_dir=") for a in arguments) else [f"output_dir={tmp_path}"]
-    done = at_once(*arguments, *given)
-    said = done.stderr
-    assert done.returncode == 2, said
-    lines = said.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), said
+    output_dir = [] if any(a.startswith("output_dir=") for a in arguments) else [f"output_dir={tmp_path}"]
+    done = run_in_process(*arguments, *output_dir)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     assert message in lines[0]
     assert "To append to your config" not in lines[0]
     assert not (tmp_path / "store").exists() and not (tmp_path / "sweeps").exists()
@@ -220,7 +219,7 @@ def test_a_bad_row_of_the_data_is_found_before_anything_runs(sweep, tmp_path):
     done = train(
         *sweep, "setup=smollm2_jsonl", "model=mini", f"dataset.path={path}", f"output_dir={tmp_path}", check=False
     )
-    assert done.returncode == 2 and f"{path}, line 2: no field 'rejected'" in done.stderr
+    assert done.returncode == 2 and f"{path}, line 2: missing field 'rejected'" in done.stderr
     assert not (tmp_path / "store").exists()
 
 
@@ -231,6 +230,6 @@ def test_best_from_of_another_init_is_refused(tmp_path):
     assert done.returncode == 2 and "add init=base" in done.stderr
 
 
-def test_no_yaml_names_a_path_of_somebodys_machine():
+def test_no_yaml_has_a_path_of_one_persons_machine():
     for path in Path(CONF_DIR).rglob("*.yaml"):
         assert "/home/" not in path.read_text() and "/root/" not in path.read_text()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from functools import partialmethod
 
@@ -24,6 +23,7 @@ from src.training.token_budget import max_token_budget
 from tests.support.commands import ROOT, SMALL, environment, train
 from tests.support.configs import stage_of
 from tests.support.small_models import make_model, random_pairs, relative
+from tests.support.waiting import wait_until
 
 POINT = [*SMALL, "method=dpo", "beta=0.1", "trainer.max_tokens_per_micro_batch=512", "engine.precision=fp32"]
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
@@ -110,10 +110,8 @@ def test_kill_9_of_one_process_and_the_same_command_again_gives_identical_weight
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     finish(start_ranks(*arguments, f"output_dir={calm}"))
     process = start_ranks(*arguments, f"output_dir={killed}")
-    deadline = time.monotonic() + 120
-    while not list((killed / "store").glob("align/.work/*/checkpoints/*/step-*")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    checkpoints = "align/.work/*/checkpoints/*/step-*"
+    wait_until(lambda: any((killed / "store").glob(checkpoints)) or process.poll() is not None, 300, "a checkpoint")
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     process.communicate(timeout=120)

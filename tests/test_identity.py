@@ -1,4 +1,4 @@
-"""Equal identities exactly where results are equal."""
+"""Identities are equal exactly where results are equal."""
 
 import pytest
 
@@ -60,7 +60,7 @@ def test_init_base_is_judged_against_the_same_baseline():
 
 def test_a_moved_checkpoint_keeps_its_fingerprint_and_an_edited_one_does_not(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    content = bytearray(65 * 2**20)  # large enough for its digest to be remembered on disk
+    content = bytearray(65 * 2**20)  # large enough for its digest to be cached on disk
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(content)
@@ -71,5 +71,5 @@ def test_a_moved_checkpoint_keeps_its_fingerprint_and_an_edited_one_does_not(tmp
     assert fingerprint(str(tmp_path / "a")) != first
 
 
-def test_a_name_on_the_hub_is_known_by_name_and_revision():
+def test_a_model_of_the_hub_is_identified_by_name_and_revision():
     assert fingerprint("org/model") != fingerprint("org/model", "abc")

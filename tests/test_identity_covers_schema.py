@@ -18,7 +18,7 @@ NOT_HASHED = {
     "beta_grid": "values a sweep expands beta=grid to; each point hashes its beta",
     "lr_grid": "values a sweep expands lr=grid to; each point hashes its lr",
     "best_from": "a file that beta and lr are read from, which are hashed themselves",
-    "init.name": "hashed as the upstream checkpoint and as the init of alignment, not by its own key",
+    "init.name": "hashed as the upstream checkpoint and as an input of alignment; tested by name below",
     "method.name": "hashed, and tested by name below",
     "model.name": "a display name; the weights behind model.path are hashed",
     "model.parameters": "for cost estimates",
@@ -66,17 +66,17 @@ CONFIGS = [
     ("setup=llama32_3b_tldr", "judge=tldr", "evaluation.metric=win_rate", "model.lora.rank=8"),
     ("method=simpo",),
     ("method=cal_dpo", "init=base", "beta=0.1", "lr=1e-3"),
-    ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt_file={words}"),
+    ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt_file={prompt_file}"),
 ]
 
-WORDS = {"system_prompt": "judge", "prompt_template": ["{question_1} {answer_1} {answer_2}"]}
+JUDGE_PROMPT = {"system_prompt": "judge", "prompt_template": ["{question_1} {answer_1} {answer_2}"]}
 
 
 @pytest.fixture(scope="module")
 def points(tmp_path_factory):
-    words = tmp_path_factory.mktemp("words") / "prompt.yaml"
-    words.write_text(json.dumps(WORDS))
-    return [build_point(composed(*(o.format(words=words) for o in overrides))) for overrides in CONFIGS]
+    prompt_file = tmp_path_factory.mktemp("judge") / "prompt.yaml"
+    prompt_file.write_text(json.dumps(JUDGE_PROMPT))
+    return [build_point(composed(*(o.format(prompt_file=prompt_file) for o in overrides))) for overrides in CONFIGS]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def other_file(tmp_path_factory):
 
 
 def keys(schema=Point, prefix=""):
-    """Dotted keys of the schema, from its types: optional groups are followed even where a config leaves them out."""
+    """Yield the dotted keys of the schema, from its types, so that optional groups are included."""
     hints = typing.get_type_hints(schema)
     for f in fields(schema):
         kinds = [hints[f.name], *typing.get_args(hints[f.name])]
@@ -151,13 +151,13 @@ def test_a_key_changes_an_identity_or_is_listed_with_a_reason(key, points, other
         assert hashed(key, points, other_file), f"{key} changes no identity: hash it, or list it in NOT_HASHED"
 
 
-def test_what_is_listed_exists_and_changes_no_identity(points, other_file):
+def test_every_listed_key_exists_and_changes_no_identity(points, other_file):
     schema = list(keys())
     for listed in NOT_HASHED:
-        of = [k for k in schema if k == listed or (listed.endswith(".") and k.startswith(listed))]
-        assert of, f"NOT_HASHED has {listed}, which is no key of the schema"
+        keys_listed = [k for k in schema if k == listed or (listed.endswith(".") and k.startswith(listed))]
+        assert keys_listed, f"NOT_HASHED has {listed}, which is no key of the schema"
         by_content = {"init.name", "method.name", "model.revision"}
-        for key in of:
+        for key in keys_listed:
             if listed not in by_content and key != "sweep.variant":
                 assert not hashed(key, points, other_file), f"{key} changes an identity: remove it from NOT_HASHED"
 

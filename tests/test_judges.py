@@ -16,7 +16,7 @@ from src.judges.judge_client import JudgeClient
 from src.judges.tldr import average_games, build_chats, parse_winner
 from src.planning.identity import ContentPath, DataInputs, EvaluateInputs, JudgeInputs, PromptInputs
 from src.planning.resources import JudgeEndpoint, Resources
-from tests.support.commands import ROOT, SMALL, at_once, start, train
+from tests.support.commands import ROOT, SMALL, run_in_process, start, train
 
 NUM_PROMPTS = 12  # two questions each
 
@@ -204,7 +204,7 @@ def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
 )
 def test_a_judge_that_cannot_work_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    done = at_once(*overrides, f"output_dir={tmp_path}")
+    done = run_in_process(*overrides, f"output_dir={tmp_path}")
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "store").exists()

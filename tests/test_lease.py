@@ -1,7 +1,9 @@
-"""One holder at a time; the dead are replaced at once where that can be seen, else when they stand still."""
+"""One holder at a time; a dead one is replaced at once where that is known, else when its heartbeat has stopped."""
 
 import json
 import multiprocessing
+import os
+import signal
 import threading
 import time
 
@@ -12,13 +14,13 @@ from src.store.lease import Lease, LeaseLost
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_timeouts(monkeypatch):
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(lease_module, "STALE_SECONDS", 1.0)
 
 
 def foreign(folder, beat=0, number=1):
-    """A holder on another machine, whose process cannot be looked at."""
+    """Write the lease of a holder on another machine, whose process cannot be examined."""
     folder.mkdir(exist_ok=True)
     holder = {"pid": 1, "start": "1", "machine": "elsewhere/x/y", "token": "theirs", "beat": beat}
     (folder / f"lease-{number:06d}").write_text(json.dumps(holder))
@@ -37,7 +39,7 @@ def hold_once(folder, inside, overlaps, order):
             inside.value -= 1
 
 
-def test_many_processes_hold_it_one_after_the_other(tmp_path):
+def test_many_processes_hold_the_lease_one_after_the_other(tmp_path):
     context = multiprocessing.get_context("fork")
     inside, overlaps, order = (context.Value("i", 0) for _ in range(3))
     processes = [context.Process(target=hold_once, args=(tmp_path, inside, overlaps, order)) for _ in range(8)]
@@ -48,49 +50,46 @@ def test_many_processes_hold_it_one_after_the_other(tmp_path):
     assert (order.value, overlaps.value) == (8, 0)
 
 
-def _hold_and_die(folder):
+def hold_and_die(folder):
     Lease(folder).__enter__()
-    import os
-    import signal
-
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_holder_on_this_machine_is_replaced_at_once(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=_hold_and_die, args=(tmp_path,))
+    process = multiprocessing.get_context("fork").Process(target=hold_and_die, args=(tmp_path,))
     process.start()
     process.join()
-    begun = time.monotonic()
+    started = time.monotonic()
     with Lease(tmp_path) as lease:
         assert lease.held and lease.number == 2
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - started < 2
 
 
-@pytest.mark.parametrize(("holders_run", "at_once"), [(0, True), (1, False), (2, False)])
-def test_a_job_queued_again_on_another_node_does_not_wait_for_its_own_former_run(
-    tmp_path, impatient, monkeypatch, holders_run, at_once
+@pytest.mark.parametrize(("run_of_holder", "replaced_at_once"), [(0, True), (1, False), (2, False)])
+def test_a_job_requeued_on_another_node_does_not_wait_for_its_former_run(
+    tmp_path, short_timeouts, monkeypatch, run_of_holder, replaced_at_once
 ):
     foreign(tmp_path)
     path = tmp_path / "lease-000001"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"job": "7", "run": holders_run}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"job": "7", "run": run_of_holder}))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    begun = time.monotonic()
+    started = time.monotonic()
     with Lease(tmp_path) as lease:
         assert lease.held
-    # A process of the same run (another node of the job, say) is somebody else.
-    assert (time.monotonic() - begun < 0.5) == at_once
+    # A process of the same run, on another node of the job, is waited for.
+    assert (time.monotonic() - started < 0.5) == replaced_at_once
 
 
-def test_a_holder_elsewhere_is_replaced_only_after_its_heartbeat_stood_still(tmp_path, impatient):
+def test_a_holder_on_another_machine_is_replaced_only_after_its_heartbeat_has_stopped(tmp_path, short_timeouts):
     foreign(tmp_path)
-    begun = time.monotonic()
+    started = time.monotonic()
     with Lease(tmp_path) as lease:
         assert lease.held
-    assert time.monotonic() - begun > 1.0
+    assert time.monotonic() - started > 1.0
 
 
-def test_a_beating_holder_elsewhere_is_left_alone(tmp_path, impatient):
+def test_a_holder_on_another_machine_keeps_the_lease_while_its_heartbeat_goes_on(tmp_path, short_timeouts):
     stop = threading.Event()
 
     def beat():
@@ -102,14 +101,14 @@ def test_a_beating_holder_elsewhere_is_left_alone(tmp_path, impatient):
     foreign(tmp_path)
     thread = threading.Thread(target=beat)
     thread.start()
-    begun = time.monotonic()
-    with Lease(tmp_path, waiting=lambda holder: time.monotonic() - begun > 3) as lease:
-        assert not lease.held  # gave up waiting; it was never free
+    started = time.monotonic()
+    with Lease(tmp_path, waiting=lambda holder: time.monotonic() - started > 3) as lease:
+        assert not lease.held  # it gave up waiting
     stop.set()
     thread.join()
 
 
-def test_an_overtaken_holder_finds_out_before_it_publishes(tmp_path, impatient):
+def test_a_holder_whose_lease_was_taken_over_notices_before_it_publishes(tmp_path, short_timeouts):
     with Lease(tmp_path) as lease:
         lease.check()
         foreign(tmp_path, number=2)
@@ -118,18 +117,18 @@ def test_an_overtaken_holder_finds_out_before_it_publishes(tmp_path, impatient):
             lease.check()
 
 
-def test_one_of_several_takers_wins(tmp_path):
+def test_exactly_one_of_several_takers_wins(tmp_path):
     takers = [Lease(tmp_path) for _ in range(20)]
     start = threading.Barrier(20)
-    won = []
+    outcomes = []
 
     def take(lease):
         start.wait()
-        won.append(lease._create(1))
+        outcomes.append(lease._create(1))
 
     threads = [threading.Thread(target=take, args=(t,)) for t in takers]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert sum(won) == 1
+    assert sum(outcomes) == 1

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from src.config.renamed_keys import RENAMED_KEYS, rename_hint
-from tests.support.commands import at_once
+from tests.support.commands import run_in_process
 
 COMMAND_LINES = [
     *([f"{prefix}{key}=1"] for key in RENAMED_KEYS for prefix in ("", "+", "++")),
@@ -15,7 +15,7 @@ COMMAND_LINES = [
 
 def refusal(folder, *arguments):
     """Return the one line that a command is refused with, and check that nothing was written."""
-    done = at_once(*arguments, f"output_dir={folder}/outputs")
+    done = run_in_process(*arguments, f"output_dir={folder}/outputs")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and not (folder / "outputs").exists()
@@ -58,4 +58,4 @@ def test_new_keys_and_other_errors_get_no_hint(tmp_path):
     assert rename_hint("Key 'nosuch' not in 'Point' at key trainer.nosuch") == ""
     for new in RENAMED_KEYS.values():
         assert rename_hint(f"something else is wrong at key {new}") == ""
-    assert at_once("keep_checkpoints=best", "dry_run=true", f"output_dir={tmp_path}").returncode == 0
+    assert run_in_process("keep_checkpoints=best", "dry_run=true", f"output_dir={tmp_path}").returncode == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import SMALL, at_once, start, train
+from tests.support.commands import SMALL, run_in_process, start, train
 
 PROGRAM = Path(sys.executable).with_name("transformers")
 SERVED = [
@@ -131,6 +131,6 @@ def test_a_server_that_dies_while_sampling_is_one_line(in_process, tmp_path):
     ],
 )
 def test_a_wrong_server_is_an_error_before_anything_runs(overrides, message, tmp_path):
-    done = at_once(*overrides, f"output_dir={tmp_path}")
+    done = run_in_process(*overrides, f"output_dir={tmp_path}")
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert not (tmp_path / "store").exists()

@@ -19,7 +19,7 @@ from src.store.sweep_folder import SweepFolder
 from sweeps.aggregate import aggregate
 from sweeps.finalize import finalize
 from sweeps.search.search import Search
-from tests.support.commands import at_once, kill_when, train
+from tests.support.commands import run_in_process, kill_when, train
 from tests.support.configs import point
 from tests.test_prolonging import TINY
 
@@ -237,7 +237,7 @@ def test_where_jobs_run_each_invocation_submits_the_next_rung(tmp_path, searched
 def test_a_command_killed_in_the_last_rung_and_rerun_ends_as_an_uninterrupted_one(tmp_path, searched):
     betas = f"beta={','.join(map(str, BETAS))}"
     command = ["-m", "method=dpo", betas, *TINY, *HALVING, "sweep.name=h", f"output_dir={tmp_path}"]
-    plan = at_once(*command, "dry_run=true").stdout
+    plan = run_in_process(*command, "dry_run=true").stdout
     assert re.search(r"^ +1 +0.5 +4\n +2 +1 +2$", plan, re.M), plan
     assert "the steps of 3 full runs, 75 % of the 4 of the full grid; 6 models sampled" in plan
     last_rung = {f"step-{step:08d}" for step in range(13, 24)}  # the first rung stops at 12

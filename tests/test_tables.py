@@ -17,7 +17,7 @@ from src.planning.stage import pair_data, sft_data, stages_of
 from src.store.attempt import Attempt
 from src.store.lease import Lease
 from tests.support import tiny_llama
-from tests.support.commands import at_once
+from tests.support.commands import run_in_process
 from tests.support.configs import composed
 
 PAIRS = [
@@ -208,7 +208,7 @@ def test_errors_of_a_local_copy_are_reported_before_anything_runs(damage, overri
     folder, model = tiny_llama.ultrachat_ultrafeedback(tmp_path / "data"), tiny_llama.model(tmp_path / "model")
     damage(folder)
     paths = [f"model.path={model}", f"dataset.path={folder}", f"output_dir={tmp_path / 'out'}"]
-    done = at_once(UF, "method=dpo", *paths, *overrides)
+    done = run_in_process(UF, "method=dpo", *paths, *overrides)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not list((tmp_path / "out").glob("store/*"))
 
@@ -247,5 +247,5 @@ def test_every_dataset_can_be_chosen_by_name(name, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3)
     path = [f"dataset.path={tmp_path / 'pairs.jsonl'}"] if name == "jsonl" else []
     gold = [] if name == "mini_tldr" else ["judge=none", "evaluation=preference"]
-    done = at_once(f"dataset={name}", *path, *gold, f"output_dir={tmp_path}", "dry_run=true")
+    done = run_in_process(f"dataset={name}", *path, *gold, f"output_dir={tmp_path}", "dry_run=true")
     assert done.returncode == (2 if name == "jsonl" else 0), done.stderr

@@ -37,15 +37,14 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """As a user's shell has it, with no leftover that changes what the command does; without W&B, which has tests of
-    its own."""
+    """Return the environment of a user's shell, without variables that change the command, and with W&B disabled."""
     drop = ("HYDRA_FULL_ERROR", "OMP_NUM_THREADS")
-    ours = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    return {k: v for k, v in os.environ.items() if k not in drop} | ours
+    overrides = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    return {k: v for k, v in os.environ.items() if k not in drop} | overrides
 
 
 def train(*arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`python -m src.train ARGUMENTS` from the project's root."""
+    """Run `python -m src.train ARGUMENTS` from the project's root."""
     done = subprocess.run(
         command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -54,9 +53,11 @@ def train(*arguments: str, check: bool = True, timeout: float = 300) -> subproce
     return done
 
 
-def at_once(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What `python -m src.train ARGUMENTS` says, run in this process: for what takes less time than a process to start.
-    Nothing is computed in it."""
+def run_in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m src.train ARGUMENTS` in this process, where starting one would take most of the time.
+
+    For commands that only print or are refused: nothing is computed.
+    """
     from hydra.core.global_hydra import GlobalHydra
 
     root, out, err, code = logging.getLogger(), io.StringIO(), io.StringIO(), 0
@@ -70,26 +71,25 @@ def at_once(*arguments: str) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", RuntimeWarning)  # other modules have imported src.train before
+        warnings.simplefilter("ignore", RuntimeWarning)  # src.train has been imported already
         try:
             runpy.run_module("src.train", run_name="__main__", alter_sys=True)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
+        except SystemExit as system_exit:
+            code = int(system_exit.code or 0)
         finally:
             root.handlers[:], root.level = handlers, level
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def dry_run(*arguments: str) -> tuple[list[str], str]:
-    """The points a sweep would consist of, by label, and everything it printed."""
-    done = at_once("-m", "dry_run=true", *arguments)
+    """Return the labels of the points that a sweep would consist of, and everything it printed."""
+    done = run_in_process("-m", "dry_run=true", *arguments)
     assert done.returncode == 0, done.stderr
-    output = done.stdout
-    return re.findall(r"^(?:to do|done) +\w+  \S+  (.+)$", output, re.M), output
+    return re.findall(r"^(?:to do|done) +\w+  \S+  (.+)$", done.stdout, re.M), done.stdout
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """The same in the background, in a process group of its own."""
+    """Start `python -m src.train ARGUMENTS` in a new process group, without waiting for it."""
     return subprocess.Popen(
         command(*arguments),
         cwd=ROOT,
@@ -102,7 +102,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def kill_when(condition: Callable[[Path], bool], folder: Path, *arguments: str) -> bool:
-    """Start the command, kill -9 its whole group when the store fulfils the condition; False if it ended first."""
+    """Start the command and kill -9 its process group once the store meets the condition; False if it ended before."""
     process = start(*arguments)
     try:
         while process.poll() is None:
