@@ -5,6 +5,7 @@ import random
 import re
 
 import pandas as pd
+import pytest
 
 from tests.support.commands import SMALL
 from tests.support.worked_example import WorkedExample
@@ -28,6 +29,7 @@ def copy_of_ultrafeedback(folder, rows=100):
     (folder / "preference").symlink_to("sft")
 
 
+@pytest.mark.slow
 def test_the_page_adds_a_dataset_up_to_the_report(tmp_path):
     example = WorkedExample("add-a-dataset.md", tmp_path / "project")
     named = ("dataset=ultrafeedback_scored", "dataset.path=copy", "judge=none", "evaluation=preference")

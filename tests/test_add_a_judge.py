@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from tests.support.commands import SMALL
 from tests.support.worked_example import WorkedExample
 
 
+@pytest.mark.slow
 def test_the_page_adds_a_judge_up_to_the_report(tmp_path):
     example = WorkedExample("add-a-judge.md", tmp_path / "project")
     refused = example.run("src.train", "judge=shorter", "dry_run=true")

@@ -231,6 +231,7 @@ def reward_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_higher_reward_wins_whatever_shares_a_batch(reward_folder, tmp_path):
     run = ["method=dpo", "beta=0.1", *SMALL, "judge=reward_model", f"judge.model={reward_folder}"]
     train(*run, f"output_dir={tmp_path}")

@@ -1,10 +1,12 @@
 """The embedded task at its full size shows what a beta sweep is about."""
 
 import pandas as pd
+import pytest
 
 from tests.support.commands import train
 
 
+@pytest.mark.slow
 def test_dpo_has_an_inverted_u_over_beta_and_a_falling_kl(tmp_path):
     train("-m", "method=dpo", "beta=0.003,0.1,3", f"output_dir={tmp_path}", "sweep.name=quality")
     points = pd.read_csv(tmp_path / "sweeps" / "quality" / "points.csv")
