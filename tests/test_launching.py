@@ -59,8 +59,8 @@ def test_arrays_share_the_parallelism_of_a_sweep_in_proportion_to_their_sizes(to
 
 
 def test_a_job_whose_upstream_job_failed_is_not_in_flight(monkeypatch, tmp_path):
-    """SLURM leaves the dependents of a failed job in the queue until it next evaluates dependencies: too short a moment
-    to hit on a cluster."""
+    # SLURM leaves the dependents of a failed job in the queue until it next evaluates dependencies, a moment too short
+    # to hit on a cluster.
     store = Store(tmp_path)
     point = build_point(composed("method=orpo"))
     plan = make_plan([point], store)

@@ -1,4 +1,4 @@
-"""What Hydra discovers, for it takes plugins from this namespace only; the code is in sweeps and launchers."""
+"""The plugins that Hydra discovers: it searches this namespace only. The code is in sweeps and launchers."""
 
 from hydra.core.config_store import ConfigStore
 

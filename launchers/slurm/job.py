@@ -53,9 +53,9 @@ def run_task(stages: Sequence[Stage], output_dir: str, folder: str, index: int, 
         from src.stages.runner import compute_or_wait
 
         set_cpu_threads(stages[0].point.engine.cpu_threads)
-        own = {identity for _, identity in submission.tasks[index].stages}
+        targets = {identity for _, identity in submission.tasks[index].stages}
         log_file, jitter = Path(folder) / f"tracking-{index}.log", STARTUP_JITTER * len(submission.tasks)
-        mirror = mirror_sweep(submission.sweep, log_file, stages=own, startup_jitter=jitter)
+        mirror = mirror_sweep(submission.sweep, log_file, stages=targets, startup_jitter=jitter)
         with mirror, RunProgress(LINE_SECONDS) as report:
             if rank() == 0 and upload == "during":
                 mirror.start()
@@ -65,7 +65,7 @@ def run_task(stages: Sequence[Stage], output_dir: str, folder: str, index: int, 
             # No other point uses a model that this task alone computes. The aggregation would delete it too late for
             # the disk.
             for stage in stages:
-                if stage.kind == "align" and {stage.identity, stages[-1].identity} <= own:
+                if stage.kind == "align" and {stage.identity, stages[-1].identity} <= targets:
                     store.remove_weights(stage)
         destroy_distributed()
 

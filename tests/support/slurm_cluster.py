@@ -2,7 +2,8 @@
 
 munged, MariaDB, slurmdbd, slurmctld and NODES slurmd of CPUS fake CPUs and GPUS fake GPUs each, as root and without
 systemd, from Debian's packages; state, logs and sockets below one folder. Partitions: `gpu` (the default), and
-`preempt`, whose jobs are requeued when `gpu` needs their place. Only the standard library: it runs before .venv exists.
+`preempt`, whose jobs are requeued when `gpu` needs their nodes. Imports the standard library only: it runs
+before .venv exists.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TEMPLATES = Path(__file__).resolve().parent / "slurm_conf"
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here; None when it can."""
+    """Return why no cluster can be started on this machine; None when it can."""
     if os.geteuid() != 0:
         return "starting SLURM daemons needs root"
     absent = [p for p in PROGRAMS if shutil.which(p) is None]
@@ -35,7 +36,7 @@ def missing() -> str | None:
 
 
 def install() -> None:
-    """The Debian packages, without letting them start any service."""
+    """Install the Debian packages without letting them start any service."""
     policy = Path("/usr/sbin/policy-rc.d")
     if not policy.exists():
         policy.write_text("#!/bin/sh\nexit 101\n")
@@ -57,7 +58,7 @@ class Cluster:
         return {**os.environ, "SLURM_CONF": str(self.root / "etc" / "slurm.conf")}
 
     def run(self, *command: str, check: bool = True, timeout: float = 30) -> str:
-        """A SLURM command's output; without `check` nothing when it fails or finds a daemon that does not answer."""
+        """Return the output of a SLURM command; without `check`, "" when it fails or a daemon does not answer."""
         try:
             done = subprocess.run(
                 command, env=self.environment(), capture_output=True, text=True, timeout=timeout, check=False
@@ -88,7 +89,7 @@ class Cluster:
             raise
 
     def _configure(self) -> None:
-        # SLURM hands out GPUs as device files; a character device is all it looks at.
+        # SLURM takes any character device for a GPU.
         for i in range(self.gpus):
             os.mknod(self.root / "dev" / f"gpu{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         ports = _free_ports(self.nodes + 3)
@@ -131,7 +132,7 @@ class Cluster:
 
     def _start_mariadb(self) -> None:
         run, log = self.root / "run", self.root / "log"
-        # A server clears temporary tables out of its tmpdir as it starts: in a shared one also another cluster's.
+        # A server deletes the temporary tables in its tmpdir when it starts, also those of another cluster.
         (self.root / "tmp").mkdir(exist_ok=True)
         common = [
             *("--no-defaults", "--user=root", f"--datadir={self.root}/mysql", f"--tmpdir={self.root}/tmp"),
@@ -155,7 +156,7 @@ class Cluster:
             )
         client = ["--no-defaults", "-S", f"{run}/mysql.sock"]
         self._wait("MariaDB", lambda: _succeeds(["mariadb-admin", *client, "ping"]))
-        # slurmdbd speaks TCP to its database only.
+        # slurmdbd connects to its database over TCP only.
         setup = (
             "CREATE DATABASE slurm_acct_db; CREATE USER slurm@127.0.0.1 IDENTIFIED BY 'slurm';"
             " GRANT ALL ON slurm_acct_db.* TO slurm@127.0.0.1;"
@@ -164,7 +165,7 @@ class Cluster:
 
     def _start_slurm(self) -> None:
         self._daemon("slurmdbd")
-        # Its first start makes the tables; sacctmgr answers when they are there.
+        # Its first start creates the tables; sacctmgr answers when they exist.
         self._wait("slurmdbd", lambda: _succeeds(["sacctmgr", "-i", "show", "cluster"], self.environment()))
         self.run("sacctmgr", "-i", "add", "cluster", "loopback", check=False)
         self._daemon("slurmctld", "-c")
@@ -179,16 +180,18 @@ class Cluster:
         self._daemon("slurmd", "-N", name, log=name)
 
     def kill_node(self, name: str, jobs: bool = False) -> None:
-        """kill -9 of its slurmd: jobs run on, as when a node's daemon crashes. With `jobs`, of everything on it, as
-        when it loses power: nobody is left to report an end."""
+        """Kill the node's slurmd while its jobs keep running, as when the daemon crashes.
+
+        With `jobs`, kill everything on it, as when the node loses power: no process reports that a job has ended.
+        """
         ids = self.run("squeue", "-h", "-w", name, "-o", "%A", check=False).split() if jobs else []
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(int((self.root / "run" / f"slurmd-{name}.pid").read_text()), signal.SIGKILL)
-        for mark in (*(f"slurmstepd: [{i}." for i in ids), *(f"SLURM_JOB_ID={i}\0" for i in ids)):
-            where = "cmdline" if mark.startswith("slurmstepd") else "environ"
+        for text in (*(f"slurmstepd: [{i}." for i in ids), *(f"SLURM_JOB_ID={i}\0" for i in ids)):
+            file = "cmdline" if text.startswith("slurmstepd") else "environ"
             for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
-                    if mark.encode() in (process / where).read_bytes():
+                    if text.encode() in (process / file).read_bytes():
                         os.kill(int(process.name), signal.SIGKILL)
 
     def down(self) -> None:
@@ -220,20 +223,20 @@ class Cluster:
             start_new_session=True,
         )
 
-    def _wait(self, name: str, ready: Callable[[], bool], seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
+    def _wait(self, name: str, ready: Callable[[], bool], timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
         while not ready():
-            if time.monotonic() > end:
-                raise RuntimeError(f"{name} did not come up in {seconds:g} s; see {self.root / 'log'}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} did not start within {timeout:g} s; see {self.root / 'log'}")
             time.sleep(0.1)
 
 
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
 
 
 def _succeeds(command: list[str], environment: dict[str, str] | None = None) -> bool:
@@ -252,11 +255,11 @@ def _alive(pid: int) -> bool:
 
 
 def _stop(name: str, pid: int) -> None:
-    for how in (signal.SIGTERM, signal.SIGKILL):
+    for signum in (signal.SIGTERM, signal.SIGKILL):
         if not _alive(pid):
             return
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, how)
+            os.kill(pid, signum)
         for _ in range(100):
             if not _alive(pid):
                 return
@@ -266,7 +269,7 @@ def _stop(name: str, pid: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("action", choices=["install", "up", "down"])
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent / ".slurm")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[2] / ".slurm")
     parser.add_argument("--nodes", type=int, default=4)
     arguments = parser.parse_args()
     cluster = Cluster(arguments.root, nodes=arguments.nodes)
