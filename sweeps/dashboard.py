@@ -19,7 +19,7 @@ from src.errors import ConfigError, StageError, report_errors
 from src.store.files import atomic_write, read_json, write_json
 from src.store.store import METRICS_FILE
 from src.store.sweep_folder import SweepFolder
-from src.tracking.sources import SweepSource
+from src.tracking.run_list import RunList
 from src.tracking.wandb_login import WandbTarget, logged_in
 from sweeps.analysis.results import Results, collect
 
@@ -65,7 +65,7 @@ def save(folder: SweepFolder, dashboard: Any, project: str | None, entity: str |
 
     if not logged_in():
         raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY; --local only writes the files")
-    config, table = SweepSource(folder).tracking.wandb, folder.tables / "best.csv"
+    config, table = RunList(folder.path).tracking.wandb, folder.tables / "best.csv"
     best = pd.read_csv(table, dtype=str, keep_default_na=False) if table.exists() else pd.DataFrame()
     state = folder.output_dir / "tracking" / "wandb" / f"dashboard-{dashboard.name}.json"
     try:

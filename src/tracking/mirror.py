@@ -1,8 +1,9 @@
-"""Brings trackers up to what the store has of runs. Doing so again changes nothing; an interrupted pass is resumed."""
+"""Brings a run of a tracker up to what the store has of it. Doing so again changes nothing."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,13 @@ from src.store.store import (
     StageName,
     Store,
 )
-from src.tracking.runs import TrackedRun, metrics_files
-from src.tracking.sink import RunLocked, RunWriter, Sink
+from src.tracking.runs import TrackedRun
+from src.tracking.sink import RunLocked, RunMetadata, RunWriter, Sink
 from src.tracking.sync_state import SyncState
 
 COMPUTED = ("host", "slurm_job", "commit", "seconds", "tokens", "processes", "finished")  # entries of DONE shown
-SAMPLE_COLUMNS, JUDGEMENT_COLUMNS = (
-    ("index", "prompt", "response", "tokens", "finished"),
-    ("baseline", "verdict", "reason"),
-)
+SAMPLE_COLUMNS = ("index", "prompt", "response", "tokens", "finished")
+JUDGEMENT_COLUMNS = ("baseline", "verdict", "reason")
 
 # The small files of a stage, which suffice to aggregate without the store.
 SMALL_FILES = (
@@ -37,44 +36,23 @@ SMALL_FILES = (
 )
 
 
-class RunMirror:
-    """Keeps one run of one sink in sync with the store. The run is created on its first metrics."""
+class Mirror(ABC):
+    """Keeps one run of one sink in sync with what was computed."""
 
-    def __init__(self, run: TrackedRun, store: Store, sink: Sink) -> None:
-        self.run, self.store, self.sink = run, store, sink
-        self.state = SyncState.of(store.output_dir, sink, run.id)
+    def __init__(self, run_id: str, output_dir: Path, sink: Sink) -> None:
+        self.run_id, self.sink = run_id, sink
+        self.state = SyncState(output_dir, sink, run_id)
         self.last_step = self.state.last_step
         self._writer: RunWriter | None = None
-        self._metrics: Path | None = None  # the file that is read, and how far
-        self._offset = 0
 
     @property
-    def run_id(self) -> str:
-        return self.run.id
-
-    @property
+    @abstractmethod
     def is_complete(self) -> bool:
         """Whether the sink has the run with its final result."""
-        return self.store.is_done(self.run.result) and self.state.is_synced(self.run.stages)
 
-    def advance(self, live: bool) -> bool:
-        """Write what is new. live: also of a run that is still being computed. Returns whether the run is complete."""
-        done = self.run.done_stages(self.store)
-        is_new = done is not None and not self.state.is_synced(done)
-        rows = list(self._new_rows()) if live or is_new else []
-        if not rows and not is_new:
-            return self.is_complete
-        writer = self._writer or self._open(done)
-        if writer is None:
-            self._offset = 0  # read the rows again in the next pass
-            return False
-        for row in rows:
-            if row["step"] > self.last_step:
-                self.last_step = row.pop("step")
-                writer.log(self.last_step, {f"train/{name}": value for name, value in row.items()})
-        if done is not None and is_new:
-            self._complete(writer, done)
-        return self.is_complete
+    @abstractmethod
+    def advance(self, live: bool) -> None:
+        """Write what is new. live: also of what is still being computed."""
 
     def close(self) -> None:
         """Close the run before it is complete; a later mirror resumes it."""
@@ -82,17 +60,8 @@ class RunMirror:
             writer, self._writer = self._writer, None
             writer.finish(complete=False)
 
-    def _open(self, done: dict[str, str] | None) -> RunWriter | None:
-        """Create or resume the run; None while another process has it open or its stage is being published."""
-        if done is not None:
-            folder = self.store.dir(StageName(*list(done.items())[-1]))
-        else:
-            assert self._metrics is not None
-            folder = self._metrics.parent
-        try:
-            metadata = self.run.metadata(self.store, folder)
-        except FileNotFoundError:
-            return None
+    def _open(self, metadata: RunMetadata) -> RunWriter | None:
+        """Create or resume the run; None while another process has it open."""
         try:
             self._writer = self.sink.open(metadata)
         except RunLocked:
@@ -100,10 +69,62 @@ class RunMirror:
         self.last_step = max(self.last_step, self._writer.last_step)
         return self._writer
 
+    def _complete(self, content: Any) -> None:
+        """Close the run and note that the sink has `content` of it."""
+        assert self._writer is not None
+        writer, self._writer = self._writer, None
+        writer.finish(complete=True)
+        self.state.mark_synced(content, self.last_step)
+
+
+class RunMirror(Mirror):
+    """Mirrors a point or a shared stage. The run is created on its first metrics."""
+
+    def __init__(self, run: TrackedRun, store: Store, sink: Sink) -> None:
+        super().__init__(run.id, store.output_dir, sink)
+        self.run, self.store = run, store
+        self._metrics: Path | None = None  # the file that is read, and how far
+        self._offset = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.store.is_done(self.run.result) and self.state.is_synced(self.run.stages)
+
+    def advance(self, live: bool) -> None:
+        done = self.run.done_stages(self.store)
+        is_new = done is not None and not self.state.is_synced(done)
+        rows = list(self._new_rows()) if live or is_new else []
+        if not rows and not is_new:
+            return
+        writer = self._writer or self._create(done)
+        if writer is None:
+            self._offset = 0  # read the rows again in the next pass
+            return
+        for row in rows:
+            if row["step"] > self.last_step:
+                self.last_step = row.pop("step")
+                writer.log(self.last_step, {f"train/{name}": value for name, value in row.items()})
+        if done is not None and is_new:
+            self._write_result(writer, done)
+            self._complete(done)
+
+    def _create(self, done: dict[str, str] | None) -> RunWriter | None:
+        """Open the run as its last finished stage, or else the running attempt, describes it."""
+        if done is not None:
+            folder = self.store.dir(StageName(*list(done.items())[-1]))
+        else:
+            assert self._metrics is not None
+            folder = self._metrics.parent
+        try:
+            metadata = self.run.metadata(folder)
+        except FileNotFoundError:  # the attempt is being published
+            return None
+        return self._open(metadata)
+
     def _new_rows(self) -> Iterator[dict[str, Any]]:
         """Yield the complete lines of the metrics file that are not in the sink yet."""
         try:
-            file = next((file for file in metrics_files(self.store, self.run) if file.exists()), None)
+            file = next((file for file in self.run.metrics_files(self.store) if file.exists()), None)
             if file is None:
                 return
             if file != self._metrics:
@@ -111,7 +132,7 @@ class RunMirror:
             with file.open("rb") as handle:
                 handle.seek(self._offset)
                 text = handle.read()
-        except FileNotFoundError:  # published or removed meanwhile; the next pass reads the other file
+        except FileNotFoundError:  # the attempt is being published
             return
         complete = text[: text.rfind(b"\n") + 1]
         self._offset += len(complete)
@@ -120,37 +141,29 @@ class RunMirror:
             if row["step"] > self.last_step:
                 yield row
 
-    def _complete(self, writer: RunWriter, done: dict[str, str]) -> None:
+    def _write_result(self, writer: RunWriter, done: dict[str, str]) -> None:
         folders = {kind: self.store.dir(StageName(kind, identity)) for kind, identity in done.items()}
         result = done.get("evaluate")
         if result is not None and not writer.has_result(result):
             rows = _samples(folders["generate"] / SAMPLES_FILE, folders["evaluate"] / JUDGEMENTS_FILE)
             writer.add_table("samples", (*SAMPLE_COLUMNS, *JUDGEMENT_COLUMNS), rows)
-            writer.add_result(result, flatten_result(read_json(folders["evaluate"] / RESULT_FILE)))
-        stage_records = {kind: read_json(folder / DONE) for kind, folder in folders.items()}
-        computed = {
-            kind: {name: entry[name] for name in COMPUTED if entry.get(name)} for kind, entry in stage_records.items()
-        }
+            summary = read_json(folders["evaluate"] / RESULT_FILE)
+            writer.add_result(result, _flatten({k: v for k, v in summary.items() if k not in ("stages", "schema")}))
+        records = {kind: read_json(folder / DONE) for kind, folder in folders.items()}
+        computed = {kind: {key: row[key] for key in COMPUTED if row.get(key)} for kind, row in records.items()}
         writer.add_config({"stages": done, "computed": computed})
         files = [folder / name for folder in folders.values() for name in SMALL_FILES]
         writer.add_files([file for file in files if file.exists()], self.store.root)
-        self._writer, url = None, writer.url
-        writer.finish(complete=True)
-        self.state.mark_synced(done, self.last_step, url)
 
 
-def flatten_result(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of result.json by their path, as `quality/value`."""
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return numbers and strings by their path, as `quality/value`."""
     flat: dict[str, Any] = {}
-
-    def add(path: str, value: Any) -> None:
+    for name, value in values.items():
         if isinstance(value, dict):
-            for name, entry in value.items():
-                add(f"{path}/{name}" if path else name, entry)
+            flat |= _flatten(value, f"{prefix}{name}/")
         elif isinstance(value, int | float | str):
-            flat[path] = value
-
-    add("", {name: value for name, value in result.items() if name not in ("stages", "point", "schema")})
+            flat[prefix + name] = value
     return flat
 
 

@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from src.config.schema import Point
 from src.store.files import read_json
 from src.store.store import METRICS_FILE, RUN_CONFIG_FILE, STAGE_FILE, StageName, Store
 from src.tracking.sink import RunMetadata
@@ -26,7 +23,7 @@ class TrackedRun:
 
     id: str  # identity of the shared stage, or of the point's result (in a search by rungs: of its last rung)
     job_type: str  # role of the shared stage, or `align`
-    name: str | None  # None: the label of its config
+    name: str
     group: str | None
     stages: dict[str, str]  # kind -> identity, in the order they are computed
     upstream_runs: dict[str, str] = field(default_factory=dict)  # role -> id
@@ -43,24 +40,34 @@ class TrackedRun:
             return self.stages
         for result in reversed(self.earlier_results):
             if store.is_done(StageName("evaluate", result)):
-                return _without_shared(point_stages(store, result))
+                upstream = read_json(store.dir(StageName("evaluate", result)) / STAGE_FILE)["upstream"]
+                return {"align": upstream["align"], "generate": upstream["samples"], "evaluate": result}
         return None
 
-    def metadata(self, store: Store, folder: Path) -> RunMetadata:
+    def metrics_files(self, store: Store) -> Iterator[Path]:
+        """Yield where the training metrics may be, the most complete first: published, of an attempt, of a rung."""
+        kind = next(iter(self.stages))
+        stage = StageName(kind, self.stages[kind])
+        yield store.dir(stage) / METRICS_FILE
+        attempts = store.work(stage).glob(f"attempt-*/{METRICS_FILE}")
+        yield from sorted(attempts, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        if done := self.done_stages(store):
+            yield store.dir(StageName(kind, done[kind])) / METRICS_FILE
+
+    def metadata(self, folder: Path) -> RunMetadata:
         """Describe the run by run_config.json and stage.json in `folder`, of a finished stage or a running attempt."""
         config, stage = read_json(folder / RUN_CONFIG_FILE), read_json(folder / STAGE_FILE)
         setup, init = config["setup"]["name"], config["init"]["name"]
         group = self.group or config["sweep"]["name"]
         if self.job_type in SHARED_ROLES:
-            fraction = stage["inputs"].get("data", {}).get("sft_fraction", 1)
-            name = f"{setup} {self.job_type}" + ("" if fraction == 1 else f" on {100 * fraction:g} %")
-            return RunMetadata(self.id, self.job_type, name, group, (setup, init), {"setup": setup, **stage["inputs"]})
+            config = {"setup": setup, **stage["inputs"]}
+            return RunMetadata(self.id, self.job_type, self.name, group, (setup, init), config)
         shown = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
         method, beta = config["method"]["name"], config["beta"]
         # Training curves of several learning rates and seeds are grouped by their series.
         shown |= {"setup": setup, "series": f"{method} beta={beta:g}", "upstream_runs": self.upstream_runs}
-        name, tags = self.name or _label(config), (setup, method, init)
-        return RunMetadata(self.id, self.job_type, name, group, tags, shown, self.upstream_runs)
+        tags = (setup, method, init)
+        return RunMetadata(self.id, self.job_type, self.name, group, tags, shown, self.upstream_runs)
 
 
 def runs_of_points(points: Iterable[dict[str, Any]], group: str | None) -> list[TrackedRun]:
@@ -70,54 +77,12 @@ def runs_of_points(points: Iterable[dict[str, Any]], group: str | None) -> list[
         upstream = {role: point["stages"][role] for role in SHARED_ROLES if role in point["stages"]}
         for role, identity in upstream.items():
             kind = "generate" if role == "baseline" else role
-            runs.setdefault(identity, TrackedRun(identity, role, None, group, {kind: identity}))
+            runs.setdefault(identity, TrackedRun(identity, role, f"{point['setup']} {role}", group, {kind: identity}))
         # The label of a rung ends with the fraction of the steps it trains for; the run continues in the next rung.
         is_partial = point.get("stop", 1.0) < 1
         name = point["label"].rpartition(" to ")[0] if is_partial and "full_result" in point else point["label"]
         run = point.get("full_result", point["identity"])
-        stages, earlier = _without_shared(point["stages"]), tuple(point.get("earlier", ()))
+        stages = {kind: identity for kind, identity in point["stages"].items() if kind not in SHARED_ROLES}
+        earlier = tuple(point.get("earlier", ()))
         runs.setdefault(run, TrackedRun(run, "align", name, group, stages, upstream, earlier))
     return list(runs.values())
-
-
-def point_stages(store: Store, result: str) -> dict[str, str]:
-    """Return role -> identity of the stages of a finished point, as stage.json of each names its upstream."""
-    evaluate = _upstream(store, "evaluate", result)
-    align = _upstream(store, "align", evaluate["align"])
-    stages = {
-        "sft": align.get("init"),
-        "reference": align.get("reference"),
-        "baseline": evaluate.get("baseline"),
-        "align": evaluate["align"],
-        "generate": evaluate["samples"],
-        "evaluate": result,
-    }
-    return {role: identity for role, identity in stages.items() if identity is not None}
-
-
-def metrics_files(store: Store, run: TrackedRun) -> Iterator[Path]:
-    """Yield where the training metrics of a run may be, the most complete first."""
-    kind = "align" if "align" in run.stages else run.job_type
-    if kind not in run.stages:
-        return
-    stage = StageName(kind, run.stages[kind])
-    yield store.dir(stage) / METRICS_FILE
-    attempts = store.work(stage).glob(f"attempt-*/{METRICS_FILE}")
-    yield from sorted(attempts, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for result in reversed(run.earlier_results):
-        if store.is_done(StageName("evaluate", result)):
-            yield store.dir(StageName("align", point_stages(store, result)["align"])) / METRICS_FILE
-
-
-def _without_shared(stages: dict[str, str]) -> dict[str, str]:
-    return {kind: identity for kind, identity in stages.items() if kind not in SHARED_ROLES}
-
-
-def _upstream(store: Store, kind: str, identity: str) -> dict[str, str]:
-    return read_json(store.dir(StageName(kind, identity)) / STAGE_FILE)["upstream"]
-
-
-def _label(config: dict[str, Any]) -> str:
-    point = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Point), config))
-    assert isinstance(point, Point)
-    return point.label

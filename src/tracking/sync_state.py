@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,11 @@ from src.store.files import read_json, write_json
 from src.tracking.sink import Sink
 
 
-@dataclass
 class SyncState:
-    """The sync state of one run in one sink, read from its file."""
+    """The sync state of one run in one sink; empty when it was written for another target."""
 
-    file: Path
-    sink: Sink
-
-    @staticmethod
-    def of(output_dir: Path, sink: Sink, run: str) -> SyncState:
-        return SyncState(output_dir / "tracking" / sink.name / f"{run}.json", sink)
+    def __init__(self, output_dir: Path, sink: Sink, run: str) -> None:
+        self._file, self._target = output_dir / "tracking" / sink.name / f"{run}.json", sink.target
 
     def is_synced(self, content: Any) -> bool:
         """Return whether the sink has exactly this content of the run."""
@@ -30,13 +24,10 @@ class SyncState:
         """The last training step that was confirmed; -1 for none."""
         return self._read().get("last_step", -1)
 
-    def mark_synced(self, content: Any, last_step: int, url: str | None) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.file, {"target": self.sink.target, "content": content, "last_step": last_step, "url": url})
+    def mark_synced(self, content: Any, last_step: int) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._file, {"target": self._target, "content": content, "last_step": last_step})
 
     def _read(self) -> dict[str, Any]:
-        try:
-            state = read_json(self.file)
-        except FileNotFoundError:
-            return {}
-        return state if state["target"] == self.sink.target else {}
+        state = read_json(self._file) if self._file.exists() else {}
+        return state if state.get("target") == self._target else {}
