@@ -22,8 +22,8 @@ INTERRUPT_TIMEOUT = 8.0  # the same after Ctrl-C or when the job is preempted
 class MirrorProcess:
     """Runs `python -m sweeps.wandb_sync --watch` from start() to the end of the `with` block.
 
-    Nothing it does can fail the run: at the end it is given `timeout` seconds, and if a tracker is still incomplete, one
-    warning names the command that uploads the rest. It also ends when this process is killed, which closes its stdin.
+    Nothing it does can fail the run: at the end it is given `timeout` seconds, and if a tracker is still incomplete,
+    one warning names the command that uploads the rest. It also ends when this process is killed, which closes its stdin.
 
     path: of the list of runs, which is read at the start. stages: identities; when given, only runs that one of these
     stages belongs to are mirrored. startup_jitter: upper bound in seconds of a random delay before the first request,
