@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from src.store.store import (
 from src.tracking.runs import TrackedRun
 from src.tracking.sink import RunLocked, RunMetadata, RunWriter, Sink
 from src.tracking.sync_state import SyncState
+
+log = logging.getLogger(__name__)
 
 COMPUTED = ("host", "slurm_job", "commit", "seconds", "tokens", "processes", "finished")  # entries of DONE shown
 SAMPLE_COLUMNS = ("index", "prompt", "response", "tokens", "finished")
@@ -74,6 +77,7 @@ class Mirror(ABC):
         assert self._writer is not None
         writer, self._writer = self._writer, None
         writer.finish(complete=True)
+        log.info("%s: %s is complete", self.sink.title, self.run_id)
         self.state.mark_synced(content, self.last_step)
 
 

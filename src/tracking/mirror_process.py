@@ -23,7 +23,7 @@ class MirrorProcess:
     """Runs `python -m sweeps.wandb_sync --watch` from start() to the end of the `with` block.
 
     Nothing it does can fail the run: at the end it is given `timeout` seconds, and if a tracker is still incomplete,
-    one warning names the command that uploads the rest. It also ends when this process is killed, which closes its stdin.
+    one warning names the command that uploads the rest. When this process is killed, its stdin closes and it ends too.
 
     path: of the list of runs, which is read at the start. stages: identities; when given, only runs that one of these
     stages belongs to are mirrored. startup_jitter: upper bound in seconds of a random delay before the first request,

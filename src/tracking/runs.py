@@ -78,10 +78,9 @@ def runs_of_points(points: Iterable[dict[str, Any]], group: str | None) -> list[
         for role, identity in upstream.items():
             kind = "generate" if role == "baseline" else role
             runs.setdefault(identity, TrackedRun(identity, role, f"{point['setup']} {role}", group, {kind: identity}))
-        # The label of a rung ends with the fraction of the steps it trains for; the run continues in the next rung.
-        is_partial = point.get("stop", 1.0) < 1
-        name = point["label"].rpartition(" to ")[0] if is_partial and "full_result" in point else point["label"]
         run = point.get("full_result", point["identity"])
+        # The label of a rung before the last ends with `to 50 %`; the run continues in the next rung.
+        name = point["label"] if run == point["identity"] else point["label"].rpartition(" to ")[0]
         stages = {kind: identity for kind, identity in point["stages"].items() if kind not in SHARED_ROLES}
         earlier = tuple(point.get("earlier", ()))
         runs.setdefault(run, TrackedRun(run, "align", name, group, stages, upstream, earlier))

@@ -56,23 +56,22 @@ class SinkMirror:
     def advance(self, live: bool) -> None:
         """Bring the sink up to date. live: also with runs that are still being computed."""
         for mirror in self.mirrors():
-            if not mirror.is_complete and self._attempt(partial(mirror.advance, live and self.sink.resumable)):
-                log.info("%s: %s%s", self.sink.title, mirror.run_id, " is complete" if mirror.is_complete else "")
+            if not mirror.is_complete:
+                self._attempt(partial(mirror.advance, live and self.sink.resumable))
 
     def close(self) -> None:
         """Close the runs that are not complete."""
         for mirror in self._mirrors.values():
             self._attempt(mirror.close)
 
-    def _attempt(self, write: Callable[[], None]) -> bool:
-        """Write to the sink unless it has failed before. Returns whether it took it."""
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write to the sink unless it has failed before."""
         if self.failure is None:
             try:
                 write()
             except Exception as error:
                 log.exception("%s failed", self.sink.title)
                 self.failure = f"{self.sink.title}: {describe_failure(error)}"
-        return self.failure is None
 
 
 def watch(mirrors: Collection[SinkMirror], wait_for_end: Callable[[float], bool]) -> None:
