@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,6 +13,7 @@ from src.store.sweep_folder import SweepFolder
 from tests.support import wandb_server
 from tests.support.commands import ROOT, SMALL, command
 from tests.support.tracked import metrics_of, run, scalars, shell
+from tests.support.waiting import wait_until
 
 
 def run_folder(out, group, identity):
@@ -47,10 +47,7 @@ def test_a_killed_run_continues_in_the_same_folder_without_a_step_twice(tmp_path
     def num_steps():
         return sum(len(scalars(folder).get("train/rewards/margins", [])) for folder in tmp_path.glob("tensorboard/*"))
 
-    deadline = time.monotonic() + 120
-    while num_steps() < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: num_steps() >= 3, 120, "live training curves")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert run(None, *slow).returncode == 0

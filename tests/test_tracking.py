@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 
 import pytest
 
@@ -16,6 +15,7 @@ from src.tracking.wandb_login import WandbTarget, logged_in, resolve_target
 from tests.support import wandb_server
 from tests.support.commands import ROOT, SMALL, command
 from tests.support.tracked import metrics_of, offline_history, read_yaml, run, shell, training_rows
+from tests.support.waiting import wait_until
 
 TWO_POINTS = ["-m", *SMALL, "beta=0.2,0.4", "sweep.name=demo"]
 
@@ -93,10 +93,12 @@ def test_a_point_killed_twice_is_one_run_with_every_step_once(server, tmp_path):
     for _ in range(2):
         process = subprocess.Popen(command(*slow), cwd=ROOT, env=shell(server, **often), start_new_session=True)
         before = {r.name: len(r.steps) for r in server.runs.values() if r.job_type == "align"}
-        deadline = time.monotonic() + 120
-        while not any(len(r.steps) > before.get(r.name, 0) + 2 for r in server.runs.values() if r.job_type == "align"):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+
+        def has_new_steps(before=before):
+            runs = (r for r in server.runs.values() if r.job_type == "align")
+            return any(len(r.steps) > before.get(r.name, 0) + 2 for r in runs)
+
+        wait_until(has_new_steps, 120, "live training curves")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert run(server, *slow).returncode == 0
@@ -158,9 +160,7 @@ def test_a_server_that_goes_away_during_a_sweep_stops_nothing_and_is_completed_l
     process = subprocess.Popen(
         command(*TWO_POINTS, f"output_dir={tmp_path}"), cwd=ROOT, env=shell(server), stdout=-1, stderr=-1, text=True
     )
-    while not server.runs:
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: server.runs, 120, "the first run")
     server.refuse, num_requests = -1, len(server.requests)  # it closes every connection
     _, stderr = process.communicate(timeout=180)
     assert process.returncode == 0 and stderr.count("warning: upload incomplete") == 1, stderr
