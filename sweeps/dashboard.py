@@ -1,7 +1,7 @@
 """Create a W&B workspace view and report of a sweep: `python -m sweeps.dashboard DIR`.
 
-What they show is also written beside the sweep's report: dashboard.json as data, dashboard.html as a page. With
-`--local` that is all; otherwise both are saved in W&B, and a second call updates what the first has made.
+Their content is also written beside the sweep's report: dashboard.json as data, dashboard.html as a page. With
+`--local` that is all; otherwise both are saved in W&B, and a second call updates them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ DEFINITION, PAGE = "dashboard.json", "dashboard.html"
 
 
 def write(folder: SweepFolder) -> Any:
-    """Write the definition and the page of a sweep's dashboard. Returns the dashboard. Raises ConfigError when no point
-    of it is done."""
+    """Write the definition and the page of a sweep's dashboard, and return it.
+
+    Raises ConfigError when no point of the sweep is done.
+    """
     from sweeps.wandb.dashboard_definition import define
     from sweeps.wandb.dashboard_page import page
 

@@ -1,5 +1,7 @@
-"""What the dashboard of a sweep shows, by the keys that its runs have in W&B; as plain data, to be saved there and
-drawn here from the same."""
+"""The definition of a sweep's dashboard: sections of panels over the keys of its W&B runs.
+
+It is plain data, which `workspace` saves in W&B and `dashboard_page` draws from the store.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ SCHEMA = 1  # of dashboard.json
 
 METHOD, BETA, LR, SERIES = "config:method.name", "config:beta", "config:lr", "config:series"
 QUALITY, KL = "summary:quality/value", "summary:kl/per_sequence/value"
-# Curves of training and what they are called; only those that a sweep has are shown. What has no common unit over betas
-# is not averaged over them.
+# Training curves and their titles; a sweep shows those it has logged. Losses and gradient norms depend on the scale of
+# beta, so they are not averaged over betas.
 BY_METHOD = {
     "train/rewards/accuracies": "reward accuracy",
     "train/rewards/margins": "reward margin",
@@ -30,13 +32,13 @@ BY_SERIES = {
     "train/rewards/margins": "reward margin",
     "train/grad_norm": "gradient norm before clipping",
 }
-# In W&B there is nothing but its color to tell a method by.
+# In W&B methods differ by color alone, so no two of the first twelve share one.
 PALETTE = (*COLORS, "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#7F7F7F")
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """A mark a point, in the color of its method."""
+    """One mark per point, in the color of its method."""
 
     title: str
     x: str
@@ -46,7 +48,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Curves:
-    """A metric over steps: of all runs with one value of `group` the mean, and from least to most."""
+    """A metric over steps: mean and range of the runs that share a value of `group`."""
 
     title: str
     y: str
@@ -55,7 +57,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Parallel:
-    """A line a point, through its values in the columns."""
+    """Parallel coordinates: one line per point."""
 
     title: str
     columns: tuple[tuple[str, str, bool], ...]  # key, name, whether logarithmic
@@ -63,7 +65,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that the aggregation run has logged."""
+    """A table that the aggregation run logged."""
 
     title: str
     key: str
@@ -71,7 +73,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Images:
-    """Figures that the aggregation run has logged."""
+    """Figures that the aggregation run logged."""
 
     title: str
     keys: tuple[str, ...]
@@ -83,20 +85,20 @@ Panel = Scatter | Curves | Parallel | Table | Images
 @dataclass(frozen=True)
 class Section:
     title: str
-    said: str
+    text: str
     panels: tuple[Panel, ...]
 
 
 @dataclass(frozen=True)
 class Dashboard:
-    """Of one sweep."""
+    """The dashboard of one sweep."""
 
-    name: str  # the group of its runs
+    name: str  # group of the runs
     title: str
     intro: str
     colors: dict[str, str]  # method -> color
     runs: dict[str, str]  # identity of a point -> its method
-    columns: tuple[str, ...]  # of the table of runs, beside the name
+    columns: tuple[str, ...]  # of the table of runs, after the name
     sections: tuple[Section, ...] = field(default=())
 
     def as_json(self) -> dict[str, Any]:
@@ -108,8 +110,11 @@ class Dashboard:
 
 
 def define(sweep: dict[str, Any], points: pd.DataFrame, metrics: Sequence[str], figures: Sequence[str]) -> Dashboard:
-    """sweep: sweep.json. points: of sweeps.analysis.results. metrics: keys that training logs, as train/loss. figures: names of
-    those that the aggregator drew."""
+    """Return the dashboard of a sweep.
+
+    sweep: content of sweep.json. points: of sweeps.analysis.results. metrics: keys of the training metrics, such as
+    train/loss. figures: names of the figures that aggregation drew.
+    """
     metric = str(points.metric.dropna().iloc[0]).replace("_", " ") if points.metric.notna().any() else "quality"
     methods = list(dict.fromkeys(points.method))
     parallel = Parallel(
@@ -133,13 +138,15 @@ def define(sweep: dict[str, Any], points: pd.DataFrame, metrics: Sequence[str], 
         for keys, group, word in ((BY_METHOD, METHOD, "method"), (BY_SERIES, SERIES, "method and beta"))
     )
     sections = [
-        Section("Result", "Colors are methods. Chosen on one half of the prompts, reported on the other.", result),
-        Section("Training, by method", "Mean over the points of a method, and from least to most.", by_method),
-        Section("Training, by method and beta", "ProgressFn learning rates and seeds; without outliers.", by_series),
+        Section("Result", "Colors are methods. Selected on one split of the prompts, reported on the other.", result),
+        Section("Training, by method", "Mean and range over the points of a method.", by_method),
+        Section(
+            "Training, by method and beta", "Mean and range over learning rates and seeds.", by_series
+        ),
     ]
     if figures:
-        images = Images("As the report has them", tuple(f"figures/{name}" for name in figures))
-        sections.append(Section("Figures", "What report.html shows.", (images,)))
+        images = Images("Figures of the report", tuple(f"figures/{name}" for name in figures))
+        sections.append(Section("Figures", "The figures of report.html.", (images,)))
     done = int((points.state == "done").sum())
     names = ", ".join(NAMES[method] for method in methods)
     return Dashboard(

@@ -1,4 +1,4 @@
-"""A dashboard drawn from the store: what W&B shows of it, for whoever has no account or no network."""
+"""A dashboard drawn from the store as an HTML page, which needs neither an account nor a network."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.api.types import is_numeric_dtype
 
@@ -38,16 +39,16 @@ from sweeps.wandb.dashboard_definition import (
 )
 
 COLUMN = {METHOD: "method", BETA: "beta", LR: "lr", QUALITY: "quality", KL: "kl_sequence"}
-SIZE = (5.6, 3.6)  # of a panel, inches
-STEPS = 200  # of a curve: so many are told apart
+PANEL_SIZE = (5.6, 3.6)  # inches
+CURVE_BINS = 200  # points of a curve
 
 
 def page(dashboard: Dashboard, results: Results, folder: SweepFolder) -> str:
-    """HTML of its own. folder: of the sweep."""
+    """Return a self-contained HTML page."""
     points = results.points[results.points.state == "done"]
-    draw = Panels(dashboard, points, results, folder)
+    panels = Panels(dashboard, points, results, folder)
     sections = [
-        {"title": section.title, "said": section.said, "panels": [draw.html(panel) for panel in section.panels]}
+        {"title": section.title, "text": section.text, "panels": [panels.render(panel) for panel in section.panels]}
         for section in dashboard.sections
     ]
     environment = Environment(
@@ -60,110 +61,102 @@ def page(dashboard: Dashboard, results: Results, folder: SweepFolder) -> str:
 
 
 class Panels:
+    """Draws the panels of one sweep."""
+
     def __init__(self, dashboard: Dashboard, points: pd.DataFrame, results: Results, folder: SweepFolder) -> None:
         self.dashboard, self.points, self.results, self.folder = dashboard, points, results, folder
 
-    def html(self, panel: Panel) -> dict[str, Any]:
-        """kind (figure, table, image) and what its template needs."""
+    def render(self, panel: Panel) -> dict[str, Any]:
+        """Return the kind of a panel (figure, table, images) and the variables of its template."""
+        values: dict[str, Any] = {"title": panel.title, "wide": not isinstance(panel, Scatter | Curves)}
         if isinstance(panel, Table):
             file = self.folder.path / f"{panel.key}.csv"
             table = pd.read_csv(file, dtype=str, keep_default_na=False) if file.exists() else pd.DataFrame()
-            return {"kind": "table", "title": panel.title, "wide": True, **table.to_dict("split")}
+            return {"kind": "table", **values, **table.to_dict("split")}
         if isinstance(panel, Images):
             files = [self.folder.path / f"{key}.png" for key in panel.keys]
-            data = [base64.b64encode(file.read_bytes()).decode() for file in files if file.exists()]
-            return {"kind": "images", "title": panel.title, "wide": True, "images": data}
-        drawings: dict[type, Callable[[Any], Drawing]] = {
-            Scatter: self._scatter,
-            Curves: self._curves,
-            Parallel: self._parallel,
-        }
-        wide = isinstance(panel, Parallel)
-        return {"kind": "figure", "title": panel.title, "wide": wide, "svg": drawings[type(panel)](panel).inline()}
+            images = [base64.b64encode(file.read_bytes()).decode() for file in files if file.exists()]
+            return {"kind": "images", **values, "images": images}
+        fig = Figure(figsize=(PANEL_SIZE[0] * (2 if values["wide"] else 1), PANEL_SIZE[1]), layout="constrained")
+        drawing, ax = Drawing(digest([panel.title])[:12], panel.title, fig), fig.subplots()
+        if isinstance(panel, Scatter):
+            self._draw_scatter(panel, drawing, ax)
+        elif isinstance(panel, Curves):
+            self._draw_curves(panel, drawing, ax)
+        else:
+            self._draw_parallel(panel, drawing, ax)
+        return {"kind": "figure", **values, "svg": drawing.inline()}
 
-    def _scatter(self, panel: Scatter) -> Drawing:
-        fig = Figure(figsize=SIZE, layout="constrained")
-        drawing, ax = Drawing(_stem(panel.title), panel.title, fig), fig.subplots()
+    def _draw_scatter(self, panel: Scatter, drawing: Drawing, ax: Axes) -> None:
         for row in self.points.to_dict("records"):
-            color, marker = self._style(row["method"])
+            style = self._style(row["method"])
             x, y = row[COLUMN[panel.x]], row[COLUMN[panel.y]]
-            drawing.plot_mark(ax, x, y, tooltip(row, "quality"), color=color, marker=marker, markersize=5, alpha=0.85)
-        for method in dict.fromkeys(self.points.method):
-            color, marker = self._style(method)
-            ax.plot([], [], color=color, marker=marker, linestyle="none", label=NAMES[method])
+            drawing.plot_mark(ax, x, y, tooltip(row, "quality"), markersize=5, alpha=0.85, **style)
         if panel.log_x:
             ax.set_xscale("log")
-        ax.set(xlabel=_name(panel.x), ylabel=metric_label(self.points))
-        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        style_axes(ax)
-        return drawing
+        x_name = "KL, nats per sequence" if panel.x == KL else panel.x.partition(":")[2]
+        ax.set(xlabel=x_name, ylabel=metric_label(self.points))
+        self._add_legend(ax, linestyle="none")
 
-    def _curves(self, panel: Curves) -> Drawing:
-        fig = Figure(figsize=SIZE, layout="constrained")
-        drawing, ax = Drawing(_stem(panel.title), panel.title, fig), fig.subplots()
-        by = ["method"] if panel.group == METHOD else ["method", "beta"]
-        seen: list[float] = []
-        for key, rows in self.points.groupby(by, sort=False):
+    def _draw_curves(self, panel: Curves, drawing: Drawing, ax: Axes) -> None:
+        columns = ["method"] if panel.group == METHOD else ["method", "beta"]
+        means: list[float] = []
+        for key, rows in self.points.groupby(columns, sort=False):
             curves = [curve for i in rows.identity if (curve := self._curve(i, panel.y)) is not None]
             if not curves:
                 continue
             frame, method = pd.concat(curves, axis=1), str(key[0])
             mean = frame.mean(axis=1)
-            seen += mean.tolist()
+            means += mean.tolist()
             label = NAMES[method] if len(key) == 1 else f"{NAMES[method]}, beta {key[1]:g}"
+            gid = drawing.add_tooltip(f"{label}: {len(curves)} runs, last {mean.iloc[-1]:.4g}")
             color = self.dashboard.colors[method]
             ax.fill_between(frame.index, frame.min(axis=1), frame.max(axis=1), color=color, alpha=0.1, linewidth=0)
-            tip = f"{label}: {len(curves)} runs, last {mean.iloc[-1]:.4g}"
-            width = 1.5 if len(key) == 1 else 0.9
-            ax.plot(frame.index, mean, color=color, linewidth=width, gid=drawing.add_tooltip(tip))
-        first, last = np.quantile(seen, (0.25, 0.75)) if seen else (0, 1)
-        reach = 1.5 * (last - first)  # what is beyond is an outlier, as in a box plot
-        ax.set_ylim(max(min(seen, default=0), first - reach), min(max(seen, default=1), last + reach))
+            ax.plot(frame.index, mean, color=color, linewidth=1.5 if len(key) == 1 else 0.9, gid=gid)
+        if means:
+            first, last = np.quantile(means, (0.25, 0.75))
+            whisker = 1.5 * (last - first)  # values beyond are outliers, as in a box plot
+            ax.set_ylim(max(min(means), first - whisker), min(max(means), last + whisker))
         ax.set(xlabel="step", ylabel=panel.y.removeprefix("train/").replace("_", " "))
-        for method in dict.fromkeys(self.points.method):
-            ax.plot([], [], color=self.dashboard.colors[method], label=NAMES[method])
-        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        style_axes(ax)
-        return drawing
+        self._add_legend(ax, marker="")
 
-    def _style(self, method: str) -> tuple[str, str]:
-        return self.dashboard.colors[method], STYLES[method][1]
-
-    def _parallel(self, panel: Parallel) -> Drawing:
-        fig = Figure(figsize=(2 * SIZE[0], SIZE[1]), layout="constrained")
-        drawing, ax = Drawing(_stem(panel.title), panel.title, fig), fig.subplots()
+    def _draw_parallel(self, panel: Parallel, drawing: Drawing, ax: Axes) -> None:
         scales = [_scale(self.points[COLUMN[key]], log) for key, _, log in panel.columns]
         for row in self.points.to_dict("records"):
-            heights = [place(row[COLUMN[key]]) for (key, _, _), (place, _) in zip(panel.columns, scales, strict=True)]
+            heights = [scale(row[COLUMN[key]]) for (key, _, _), (scale, _) in zip(panel.columns, scales, strict=True)]
             gid = drawing.add_tooltip(tooltip(row, "quality"))
-            ax.plot(
-                range(len(heights)),
-                heights,
-                color=self.dashboard.colors[row["method"]],
-                alpha=0.6,
-                linewidth=1.1,
-                gid=gid,
-            )
+            color = self.dashboard.colors[row["method"]]
+            ax.plot(range(len(heights)), heights, color=color, alpha=0.6, linewidth=1.1, gid=gid)
         for x, (_, ticks) in enumerate(scales):
             ax.axvline(x, color="#808080", linewidth=0.8)
+            offset, align = (-4, "right") if x == 0 else (4, "left")
             for label, height in ticks:
-                ends = (-4, "right") if x == 0 else (4, "left")
-                where = {"xytext": (ends[0], 0), "textcoords": "offset points", "ha": ends[1], "va": "center"}
-                ax.annotate(label, (x, height), fontsize=8, **where)  # type: ignore[arg-type]
+                ax.annotate(
+                    label, (x, height), (offset, 0), textcoords="offset points", ha=align, va="center", fontsize=8
+                )
         ax.set_xticks(range(len(panel.columns)), [name for _, name, _ in panel.columns])
         ax.set_yticks([])
         ax.set_xlim(-0.25, len(panel.columns) - 0.75)
         ax.spines[:].set_visible(False)
-        return drawing
+
+    def _style(self, method: str) -> dict[str, Any]:
+        return {"color": self.dashboard.colors[method], "marker": STYLES[method][1]}
+
+    def _add_legend(self, ax: Axes, **style: Any) -> None:
+        for method in dict.fromkeys(self.points.method):
+            ax.plot([], [], label=NAMES[method], **self._style(method) | style)
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        style_axes(ax)
 
     def _curve(self, identity: str, key: str) -> pd.Series | None:
-        file = self.results.artifacts(identity, "align")
-        lines = _metrics(file / METRICS_FILE) if file is not None else None
+        """Return a training metric of a point over its steps, averaged into at most CURVE_BINS bins."""
+        folder = self.results.artifacts(identity, "align")
+        rows = _metrics(folder / METRICS_FILE) if folder is not None else None
         name = key.removeprefix("train/")
-        if lines is None or name not in lines:
+        if rows is None or name not in rows:
             return None
-        part = max(1, -(-len(lines) // STEPS))
-        curve = lines[["step", name]].groupby(np.arange(len(lines)) // part).mean().set_index("step")[name]
+        bin_size = max(1, -(-len(rows) // CURVE_BINS))
+        curve = rows[["step", name]].groupby(np.arange(len(rows)) // bin_size).mean().set_index("step")[name]
         return curve.rename(identity)
 
 
@@ -173,25 +166,18 @@ def _metrics(file: Path) -> pd.DataFrame | None:
 
 
 def _scale(values: pd.Series, log: bool) -> tuple[Callable[[Any], float], list[tuple[str, float]]]:
-    """Height between 0 and 1 of a value on its axis, and the axis' labels at theirs."""
+    """Return a function from values to heights between 0 and 1 on an axis, and the labels of its ticks with heights."""
     if not is_numeric_dtype(values):
         names = list(dict.fromkeys(values))[::-1]
-        at = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
-        return at.__getitem__, [(NAMES.get(name, name), height) for name, height in at.items()]
-    shape: Callable[[Any], Any] = np.log10 if log and (values > 0).all() else lambda x: x
-    low, high = float(shape(values.min())), float(shape(values.max()))
+        heights = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
+        return heights.__getitem__, [(NAMES.get(name, name), height) for name, height in heights.items()]
+    is_log = log and bool((values > 0).all())
+    transform: Callable[[Any], Any] = np.log10 if is_log else float
+    low, high = transform(values.min()), transform(values.max())
 
-    def place(value: float) -> float:
-        return 0.5 if high <= low else float((shape(value) - low) / (high - low))
+    def height(value: float) -> float:
+        return 0.5 if high <= low else float((transform(value) - low) / (high - low))
 
-    space = np.linspace if shape(10) == 10 else np.geomspace
-    shown = sorted(set(values.dropna())) if values.nunique() <= 6 else space(values.min(), values.max(), 5)
-    return place, [(f"{value:.3g}", place(value)) for value in shown]
-
-
-def _name(key: str) -> str:
-    return {KL: "KL, nats a sequence", METHOD: "method"}.get(key, key.partition(":")[2])
-
-
-def _stem(title: str) -> str:
-    return digest([title])[:12]
+    space = np.geomspace if is_log else np.linspace
+    ticks = sorted(set(values.dropna())) if values.nunique() <= 6 else space(values.min(), values.max(), 5)
+    return height, [(f"{value:.3g}", height(value)) for value in ticks]

@@ -19,8 +19,10 @@ STAGE_KINDS = ("sft", "reference", "align", "generate", "evaluate")  # other fil
 
 
 def fetch(address: str, output_dir: Path | None = None) -> Path:
-    """Download what aggregation needs of `wandb://ENTITY/PROJECT/GROUP` and is not there yet. Returns the folder of the
-    sweep, below `output_dir` (outputs/wandb/ENTITY/PROJECT when not given).
+    """Download what aggregation needs of `wandb://ENTITY/PROJECT/GROUP`, and return the folder of the sweep.
+
+    output_dir: what to download into, by default outputs/wandb/ENTITY/PROJECT; finished stages there are not downloaded
+    again.
 
     Raises ConfigError when there is no such sweep, StageError when W&B does not answer.
     """

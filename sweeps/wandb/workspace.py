@@ -1,4 +1,4 @@
-"""A dashboard as W&B's own workspace view and report."""
+"""Saves a dashboard in W&B as a workspace view and a report."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ WIDTH, HEIGHT = 12, 9  # of a panel in a report, whose rows are 24 wide
 
 
 def save(dashboard: Dashboard, best: pd.DataFrame, target: WandbTarget, known: dict[str, Any]) -> dict[str, str]:
-    """Save both in W&B. known: what an earlier call returned, whose view and report take the new content. Returns names
-    and ids to do so again, and the addresses `workspace` and `report`."""
+    """Save a dashboard; return the ids of its view and report, and their addresses as `workspace` and `report`.
+
+    known: the return value of an earlier call, whose view and report are then updated; or empty.
+    """
     workspace, report = _workspace(dashboard, target), _report(dashboard, best, target)
     if known:
         workspace._internal_name, workspace._internal_id = known["view"], known["view_id"]
@@ -70,7 +72,7 @@ def _report(dashboard: Dashboard, best: pd.DataFrame, target: WandbTarget) -> An
             built = _panel(panel)
             built.layout = wr.Layout(x=WIDTH * (number % 2), y=HEIGHT * (number // 2), w=WIDTH, h=HEIGHT)
             panels.append(built)
-        blocks += [wr.H1(section.title), wr.P(section.said), wr.PanelGrid(runsets=[runs], panels=panels)]
+        blocks += [wr.H1(section.title), wr.P(section.text), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(
         entity=str(target.entity),
         project=target.project,
@@ -116,7 +118,7 @@ def _key(key: str) -> Any:
 
 
 def _columns(dashboard: Dashboard) -> list[str]:
-    """A key's value comes before what is inside it: config:method.value.name."""
+    """Return the columns as W&B's runs table names them: `config:method.value.name`."""
     return [re.sub(r"^(config:[^.]+)", r"\1.value", key) for key in dashboard.columns]
 
 
