@@ -14,10 +14,12 @@ import os
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from src.errors import ConfigError
 from src.store.files import atomic_write
+
+T = TypeVar("T")
 
 # Raise a stage's number when what it computes changes: artifacts of the old version are then not reused.
 VERSIONS = {"sft": 8, "reference": 7, "align": 7, "generate": 7, "evaluate": 4}
@@ -206,6 +208,12 @@ class EvaluateInputs:
 
 
 StageInputs = SftInputs | ReferenceInputs | AlignInputs | GenerateInputs | EvaluateInputs
+
+
+def select_fields(cls: type[T], source: Any, **values: Any) -> T:
+    """Return a dataclass whose fields are `values` and, for all others, the attributes of `source` with their names."""
+    names = {f.name for f in fields(cls)} - values.keys()  # type: ignore[arg-type]
+    return cls(**values, **{name: getattr(source, name) for name in names})
 
 
 def hashable(value: Any) -> Any:

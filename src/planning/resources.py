@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from src.config.schema import Point
-from src.planning.identity import DataInputs
+from src.planning.identity import DataInputs, select_fields
 
 
 @dataclass(frozen=True)
@@ -52,32 +52,19 @@ class Resources:
 
 def resources_of(point: Point, pairs: DataInputs) -> Resources:
     """Return the resources of every stage of a point."""
-    engine, judge, data = point.engine, point.judge, point.dataset
+    data, generation = point.dataset, point.evaluation.generation
     tables = {"sft": data.sft, "preference": data.preference}
-    return Resources(
-        device=engine.device,
-        strategy=engine.strategy,
-        cpu_threads=engine.cpu_threads,
-        activation_checkpointing=engine.activation_checkpointing,
-        compile=engine.compile,
+    return select_fields(
+        Resources,
+        point.engine,
         attention=point.model.attention,
         max_tokens_per_micro_batch=point.trainer.max_tokens_per_micro_batch,
         save_steps=point.trainer.save_steps,
-        sampling_batch_size=point.evaluation.generation.batch_size,
+        sampling_batch_size=generation.batch_size,
         server_timeout=point.server.timeout,
         server_concurrency=point.server.concurrency,
-        judge=JudgeEndpoint(
-            base_url=judge.base_url,
-            api_key_env=judge.api_key_env,
-            concurrency=judge.concurrency,
-            timeout=judge.timeout,
-            max_retries=judge.max_retries,
-            max_calls=judge.max_calls,
-            max_cost=judge.max_cost,
-            input_price=judge.input_price,
-            output_price=judge.output_price,
-        ),
-        max_sequence_tokens=max(data.max_tokens, data.max_prompt_tokens + point.evaluation.generation.max_new_tokens),
+        judge=select_fields(JudgeEndpoint, point.judge),
+        max_sequence_tokens=max(data.max_tokens, data.max_prompt_tokens + generation.max_new_tokens),
         pairs=pairs,
         expected_rows={name: table.rows for name, table in tables.items() if table is not None},
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, JUDGES
-from src.config.schema import AlignOptimization, HubTable, Judge, Point, SftOptimization, method_options
+from src.config.schema import Dataset, HubTable, Judge, Point, method_options
 from src.methods import METHODS
 from src.planning.identity import (
     VERSIONS,
@@ -28,6 +28,7 @@ from src.planning.identity import (
     TrainerInputs,
     digest,
     hashable,
+    select_fields,
 )
 from src.planning.resources import Resources, resources_of
 from src.store.store import partial_run_id
@@ -105,7 +106,7 @@ def stages_of(point: Point) -> list[Stage]:
 
     def sft(fraction: float) -> Stage:
         by = replace(point, dataset=replace(point.dataset, sft_fraction=fraction))
-        trainer = _trainer(point.trainer.sft, point.trainer.sft.lr)
+        trainer = select_fields(TrainerInputs, point.trainer.sft)
         return add(SftInputs(model, lora, sft_data(by), trainer, point.seed), by)
 
     fraction = point.dataset.sft_fraction
@@ -127,7 +128,7 @@ def stages_of(point: Point) -> list[Stage]:
             beta=point.beta,
             sft_weight=point.init.sft_weight,
             align_weight=point.init.align_weight,
-            trainer=_trainer(point.trainer.align, point.lr),
+            trainer=select_fields(TrainerInputs, point.trainer.align, lr=point.lr),
             seed=point.seed,
             stop_fraction=point.trainer.align.stop_fraction,
         ),
@@ -171,14 +172,14 @@ def sft_data(point: Point) -> DataInputs:
     """Return what SFT reads. JSON lines have no SFT table: SFT trains on the chosen responses of the training pairs."""
     data = point.dataset
     common = pair_data(point) if data.source == "jsonl" else _rows(point)
-    table = _table(data.sft) if data.source == "hub" and data.sft is not None else None
+    table = _table(data, data.sft)
     return replace(common, sft=table, sft_size=data.sft_size, sft_fraction=data.sft_fraction)
 
 
 def pair_data(point: Point) -> DataInputs:
     """Return what every stage that needs preference pairs or their prompts reads."""
     data = point.dataset
-    table = _table(data.preference) if data.source == "hub" and data.preference is not None else None
+    table = _table(data, data.preference)
     return replace(_rows(point), preference=table, train_size=data.train_size, validation_size=data.validation_size)
 
 
@@ -209,10 +210,8 @@ def _rows(point: Point) -> DataInputs:
     return DataInputs(data.source, data.seed, data.max_tokens, data.max_prompt_tokens, path)
 
 
-def _table(table: HubTable) -> TableInputs:
-    """Return the table without its expected size, which is only compared and shown."""
-    expected = ("rows", "tokens")
-    return TableInputs(**{name: value for name, value in asdict(table).items() if name not in expected})
+def _table(data: Dataset, table: HubTable | None) -> TableInputs | None:
+    return None if data.source != "hub" or table is None else select_fields(TableInputs, table)
 
 
 def _lora(point: Point) -> LoraInputs | None:
@@ -221,13 +220,6 @@ def _lora(point: Point) -> LoraInputs | None:
     return None if lora.rank is None else LoraInputs(lora.rank, lora.alpha, targets)
 
 
-def _trainer(optimization: SftOptimization | AlignOptimization, lr: float) -> TrainerInputs:
-    options = {name: value for name, value in asdict(optimization).items() if name not in ("lr", "stop_fraction")}
-    return TrainerInputs(lr=lr, **options)
-
-
 def _generation(point: Point) -> GenerationInputs:
-    generation = asdict(point.evaluation.generation)
-    del generation["batch_size"]  # samples do not depend on it
     server = None if point.server.name == "none" else (point.server.name, point.server.command or "")
-    return GenerationInputs(**generation, server=server)
+    return select_fields(GenerationInputs, point.evaluation.generation, server=server)
