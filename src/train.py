@@ -29,9 +29,9 @@ from src.tracking.mirror_process import mirror_run
 
 
 def run_stages(plan: Plan, store: Store, report: Report) -> bool:
-    """Run sft -> reference -> align -> generate -> evaluate here; stages that are done are reused.
+    """Run the stages of the plan that are not done, in this process; every rank calls this (torchrun).
 
-    All ranks (torchrun) take part. Returns True on rank 0.
+    Returns True on rank 0.
     """
     from src.distributed import destroy_distributed, init_distributed
     from src.model.loading import set_cpu_threads
@@ -39,7 +39,7 @@ def run_stages(plan: Plan, store: Store, report: Report) -> bool:
 
     ranks = init_distributed(plan.points[0].engine.strategy)
     set_cpu_threads(plan.points[0].engine.cpu_threads)
-    needed = ranks.broadcast_object(plan.needed)  # ranks may have read the store at different times
+    needed = ranks.broadcast_object(plan.needed)  # because ranks may have read the store at different times
     for identity, stage in plan.stages.items():
         if identity in needed:
             compute_or_wait(stage, store, report)
@@ -78,6 +78,8 @@ def run(cfg: DictConfig) -> None:
 
 
 def result_text(point: Point, result: dict[str, Any]) -> str:
+    """Return the summary of result.json that is printed after a run: values ± standard errors."""
+
     def value(entry: dict[str, float | None], form: str) -> str:
         if entry["value"] is None:
             return "-"
@@ -87,8 +89,8 @@ def result_text(point: Point, result: dict[str, Any]) -> str:
     return (
         f"{point.setup.name}: {point.label}\n"
         f"  {quality['metric']} {value(quality, '.3f')} (n = {quality['n']})\n"
-        f"  KL {value(result['kl']['per_sequence'], '.2f')} nats a sequence,"
-        f" {value(result['kl']['per_token'], '.4f')} a token\n"
+        f"  KL {value(result['kl']['per_sequence'], '.2f')} nats per sequence,"
+        f" {value(result['kl']['per_token'], '.4f')} per token\n"
         f"  reward accuracy {value(result['reward_accuracy'], '.3f')}, margin {value(result['reward_margin'], '.3f')}"
         f" on {result['reward_accuracy']['n']} validation pairs\n"
         f"  response length {value(result['response_tokens'], '.1f')} tokens"
@@ -96,7 +98,7 @@ def result_text(point: Point, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach report_errors, and a user gets one line, not a traceback
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions reach report_errors, which prints one line
     register()
     arguments = sys.argv[1:]
     sys.argv[1:] = encode_keywords(arguments)
@@ -104,7 +106,7 @@ def main() -> None:
         check_renamed(arguments)
         try:
             run()
-        except OSError as error:  # before any stage: Hydra's own folder, or the sweep's
+        except OSError as error:  # Hydra or the sweeper cannot create its folder
             if error.filename is None:
                 raise
             raise ConfigError(f"output_dir: cannot write {error.filename} ({error.strerror})") from error

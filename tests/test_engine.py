@@ -271,9 +271,9 @@ def test_the_gradient_of_a_step_does_not_depend_on_budget_or_number_of_ranks(num
     assert relative(gradient(distribute_examples(lengths, range(9), budget, num_ranks)), whole) < 1e-6
 
 
-def test_the_token_budget_is_what_fits_and_an_example_that_does_not_is_an_error():
+def test_the_token_budget_is_what_fits_in_memory_and_a_longer_example_is_an_error():
     def measure(tokens):
-        return tokens, 7_000_000 + 1_000_000 * tokens  # a megabyte a token, and something that is always there
+        return tokens, 7_000_000 + 1_000_000 * tokens  # a megabyte per token, and a constant
 
     assert max_token_budget(20 * 2**30, measure, longest=4096) == 16384
     assert max_token_budget(20 * 2**30 + 10**6, measure, longest=4096) == 16384, "a little more memory: the same budget"

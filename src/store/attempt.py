@@ -1,4 +1,4 @@
-"""One attempt at computing a stage: where it writes, where it resumes from, and how it reports progress. No torch."""
+"""One attempt at computing a stage. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from src.store.lease import Lease
 
 T = TypeVar("T")
 
-PROGRESS_FILE = "progress.json"  # beside the lease of a stage: how far it is
+PROGRESS_FILE = "progress.json"  # beside the lease of a stage: its last reported progress
 
 # (stage label, step, total): called as a stage advances.
 Report = Callable[[str, int, int], None]
@@ -32,9 +32,9 @@ class Attempt:
     identity: str
     output_dir: Path
     started: float = field(default_factory=time.time)
-    prior_seconds: float = 0.0  # spent by earlier attempts, as the checkpoint recorded it
+    prior_seconds: float = 0.0  # of earlier attempts, as recorded in the checkpoint
     tokens: int = 0
-    processes: int = 1  # that compute the stage together, one accelerator each where there are any
+    processes: int = 1  # ranks that compute the stage together, with one accelerator each where there are any
     _last_report: float = 0.0
     _first_step: int | None = None
 
