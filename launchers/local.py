@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from launchers.job_order import Schedule
 from launchers.progress_table import LiveTable
+from launchers.protocol import PlanLauncher
 from launchers.worker import WORKER_DIED, Worker, WorkerSlot
 from src.errors import ConfigError, PointFailure
 from src.hardware import cores, visible_gpus
@@ -28,8 +29,8 @@ from src.store.sweep_folder import SweepFolder
 log = logging.getLogger(__name__)
 
 
-class LocalLauncher(Launcher):
-    """Hydra's plugin for conf/hydra/launcher/local.yaml; a launchers.protocol.PlanLauncher."""
+class LocalLauncher(Launcher, PlanLauncher):
+    """Hydra's plugin for conf/hydra/launcher/local.yaml."""
 
     runs_in_process = True
 

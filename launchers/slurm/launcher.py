@@ -10,6 +10,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from launchers.protocol import PlanLauncher
 from launchers.slurm import cluster
 from launchers.slurm.graph import job_kind
 from launchers.slurm.job_records import submissions
@@ -24,8 +25,8 @@ from src.store.lease import Lease
 from src.store.sweep_folder import SweepFolder
 
 
-class SlurmLauncher(Launcher):
-    """Hydra's plugin for conf/hydra/launcher/slurm.yaml; a launchers.protocol.PlanLauncher."""
+class SlurmLauncher(Launcher, PlanLauncher):
+    """Hydra's plugin for conf/hydra/launcher/slurm.yaml."""
 
     runs_in_process = False
 

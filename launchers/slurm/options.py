@@ -40,7 +40,7 @@ _RESERVED_OPTIONS = {
 
 @dataclass
 class KindOptions:
-    """The options of one kind of job; None: as for every job."""
+    """The options of one kind of job (None: as for every job), and of every job."""
 
     partition: str | None = None
     account: str | None = None
@@ -66,22 +66,10 @@ class Kinds:
 
 
 @dataclass
-class SlurmOptions:
+class SlurmOptions(KindOptions):
     """The schema of conf/hydra/launcher/slurm.yaml, which has the values and their meaning."""
 
     _target_: str = "hydra_plugins.alignment_sweep.SlurmLauncher"
-    partition: str | None = MISSING
-    account: str | None = MISSING
-    qos: str | None = MISSING
-    constraint: str | None = MISSING
-    nodes: int = MISSING
-    gpus_per_node: Any = MISSING
-    cpus_per_task: int = MISSING
-    mem_gb: float | None = MISSING
-    timeout_min: int = MISSING
-    additional_parameters: dict[str, Any] = field(default_factory=dict)
-    setup: list[str] = MISSING
-    environment: dict[str, str] = field(default_factory=dict)
     kinds: Kinds = field(default_factory=Kinds)
     array_parallelism: int | None = MISSING
     signal_delay_s: int = MISSING
