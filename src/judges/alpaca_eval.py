@@ -22,7 +22,7 @@ from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers
 from src.judges.judge_client import JudgeClient, Question, usage_of
 from src.planning.identity import ContentPath, EvaluateInputs, digest
-from src.planning.resources import JudgeEndpoint, Resources
+from src.planning.resources import Resources
 from src.store.files import write_json
 from src.store.store import Store
 
@@ -68,19 +68,14 @@ def alpaca_eval(
         for c in comparisons
     ]
     outputs = [
-        {
-            "dataset": row["dataset"],
-            "instruction": row["instruction"],
-            "output": row["output_2"],
-            "generator": generator,
-        }
+        {"dataset": "alpaca_eval", "instruction": row["instruction"], "output": row["output_2"], "generator": generator}
         for row in rows
     ]
     write_json(attempt.out / OUTPUTS_FILE, outputs)
     answers = Answers(Store(attempt.output_dir).answers("alpaca_eval", annotator))
     fingerprint = judge.model.fingerprint
     keys = [digest([fingerprint, row["instruction"], row["output_1"], row["output_2"]]) for row in rows]
-    client, annotate = JudgeClient(judge, resources.judge, answers), _Annotator(annotator, resources.judge)
+    client, annotate = JudgeClient(judge, resources.judge, answers), _Annotator(annotator)
     texts = ("instruction", "output_1", "output_2")
     questions = {
         key: Question(partial(annotate, row), sum(len(row[name]) for name in texts))
@@ -114,8 +109,8 @@ class _Annotator:
     The package itself would annotate many rows before it returns, and cache the answers in its own folder.
     """
 
-    def __init__(self, name: str, endpoint: JudgeEndpoint) -> None:
-        self._name, self._endpoint, self._thread = name, endpoint, threading.local()
+    def __init__(self, name: str) -> None:
+        self._name, self._thread = name, threading.local()
         _import_alpaca_eval()  # in the main thread: it changes the root logger while it is imported
 
     def __call__(self, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
@@ -124,16 +119,12 @@ class _Annotator:
             self._thread.annotator = _import_alpaca_eval().annotators.PairwiseAnnotator(
                 annotators_config=self._name, caching_path=None, is_avoid_reannotations=False
             )
-        settings = {
-            "timeout": self._endpoint.timeout,
-            "max_retries": self._endpoint.max_retries,
-            "http_client": client._client,
-        }
+        options = {"timeout": client.timeout, "max_retries": client.max_retries, "http_client": client._client}
         (annotation,) = self._thread.annotator(
             [row],
             openai_api_keys=[client.api_key],
             openai_api_base=str(client.base_url),
-            client_kwargs=settings,
+            client_kwargs=options,
             num_procs=1,
             price_per_token=1.0,
         )
