@@ -193,7 +193,7 @@ def main() -> None:
         parts.append(gradients_table(results))
     naive, planned = sweep_tokens()
     parts.append(
-        f"200 runs: {naive:.3g} token passes each on its own, {planned:.3g} planned: {naive / planned:.1f} times less"
+        f"200 runs: {naive:.3g} token passes unshared, {planned:.3g} as planned: {naive / planned:.1f} times fewer"
     )
     text = "\n\n".join(parts) + "\n"
     RESULTS.with_name("performance.md").write_text(text)

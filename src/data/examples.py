@@ -19,10 +19,10 @@ class Example:
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Tokens that carry loss."""
+        """The number of tokens that carry loss."""
         return sum(map(len, self.responses)) - sum(end - start for start, end in self.unsupervised_spans)
 
     @property
     def length(self) -> int:
-        """Tokens the model sees: the prompt once, each response without its last token, which predicts nothing."""
+        """Tokens that the model reads: the prompt once, each response without its last token, which predicts nothing."""
         return len(self.prompt) + sum(len(r) - 1 for r in self.responses)

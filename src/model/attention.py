@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen as torch_varlen
 from transformers import AttentionInterface
 
 from src.errors import ConfigError
@@ -63,13 +64,11 @@ def onednn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lay
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
     """Run torch's variable-length kernel (FlashAttention inside) once for all segments: bf16, CUDA."""
-    from torch.nn.attention.varlen import varlen_attn
-
     q, k, v = _unpadded(query, key, value, layout)
     # torch 2.11 has no enable_gqa and always allows fewer key-value heads; from 2.12 on they must be allowed.
-    has_enable_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    has_enable_gqa = "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters
     options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if has_enable_gqa else {}
-    output: Any = varlen_attn(
+    output: Any = torch_varlen.varlen_attn(
         q,
         k,
         v,
@@ -176,19 +175,14 @@ def why_not_onednn(device: torch.device, precision: str) -> str | None:
     return None
 
 
-def why_not_varlen(device: torch.device, precision: str) -> str | None:
-    """Return the reason why the backend cannot run, or None."""
-    installed = importlib.util.find_spec("torch.nn.attention.varlen")
-    return _why_not_bf16_on_cuda(device, precision) or (None if installed else f"not in torch {torch.__version__}")
-
-
 def why_not_flash_attention_2(device: torch.device, precision: str) -> str | None:
     """Return the reason why the backend cannot run, or None."""
     installed = importlib.util.find_spec("flash_attn")
-    return _why_not_bf16_on_cuda(device, precision) or (None if installed else "package flash-attn is not installed")
+    return why_not_varlen(device, precision) or (None if installed else "package flash-attn is not installed")
 
 
-def _why_not_bf16_on_cuda(device: torch.device, precision: str) -> str | None:
+def why_not_varlen(device: torch.device, precision: str) -> str | None:
+    """Return the reason why the backend cannot run, or None."""
     if device.type != "cuda":
         return f"CUDA only, device is {device.type}"
     if precision != "bf16":

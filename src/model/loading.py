@@ -1,4 +1,4 @@
-"""Checkpoints in and out: hub, local folder, GGUF file, or a stage's artifacts; weights are float32 always."""
+"""Loading and saving checkpoints: hub, local folder, GGUF file, or a stage's artifacts. Weights are always float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from src.planning.resources import Resources
 
 log = logging.getLogger(__name__)
 
-# What transformers prints while it reads weights is nothing a user can act on.
+# Users cannot act on what transformers prints while it reads weights.
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

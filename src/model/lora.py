@@ -1,4 +1,4 @@
-"""Low-rank adapters (model.lora) through peft: what is trained instead of the weights, and merged into them afterwards.
+"""Low-rank adapters (model.lora) through peft, trained instead of the weights and merged into them afterwards.
 
 The reference of LoRA training is the adapter switched off, which is the checkpoint it starts from: the same cached
 log-probs as for full training. There is no dropout: with it, results would depend on how examples are packed.
