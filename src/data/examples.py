@@ -24,5 +24,5 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens that the model reads: the prompt once, each response without its last token, which predicts nothing."""
+        """Tokens the model reads: the prompt once, each response without its last token, which predicts nothing."""
         return len(self.prompt) + sum(len(r) - 1 for r in self.responses)
