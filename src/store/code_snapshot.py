@@ -61,7 +61,7 @@ def _result_folders(output_dir: Path) -> set[Path]:
     if ROOT in output_dir.parents:
         return {output_dir}
     sweeps = {sweep.path for sweep in SweepFolder.all_in(output_dir)}
-    return {output_dir / "store", output_dir / "runs", output_dir / "wandb", *sweeps}
+    return {*(output_dir / name for name in ("store", "runs", "tracking", "wandb", "tensorboard")), *sweeps}
 
 
 def _code_files(exclude: set[Path]) -> list[Path]:

@@ -1,5 +1,8 @@
-"""A loopback server that speaks as much of W&B's protocol as its client (0.31) uses here, as recorded from that client:
-runs that are resumed, history, summary, files, tables and artifacts. It keeps what it was told."""
+"""A loopback W&B server for the real client (0.31), with the part of the protocol that this project uses.
+
+It was recorded from that client: resumed runs, history, summary, files, tables, artifacts and views. Everything that is
+uploaded stays in memory, for tests to compare.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +34,19 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     num_finished: int = 0  # how often the client reported the run as complete
-    number: int = 0  # in the order of their creation
+    index: int = 0  # in order of creation
 
     @property
     def steps(self) -> list[int]:
         return [row["train/step"] for row in self.history if "train/step" in row]
 
     def listed(self) -> dict[str, Any]:
-        """As a list of runs has it."""
-        own = {name: value for name, value in self.bucket().items() if not name.startswith(("config", "summary"))}
-        times = dict.fromkeys(("createdAt", "heartbeatAt"), f"2026-01-01T00:00:{self.number:02d}Z")
+        """Return the run as it appears in a list of runs."""
+        bucket = {name: value for name, value in self.bucket().items() if not name.startswith(("config", "summary"))}
+        times = dict.fromkeys(("createdAt", "heartbeatAt"), f"2026-01-01T00:00:{self.index:02d}Z")
         user = {"name": "me", "username": "me"}
         more = {"projectId": "1", "state": "finished", "commit": None, "readOnly": False, "user": user}
-        return {**own, **times, **more}
+        return {**bucket, **times, **more}
 
     def bucket(self) -> dict[str, Any]:
         return {
@@ -73,8 +76,8 @@ class WandbServer:
         self.runs: dict[str, Run] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
         self.views: dict[str, dict[str, Any]] = {}  # workspace views and reports
-        self.requests: list[tuple[str, bytes]] = []  # of all that came: where to, and what
-        self.refuse: int | None = None  # status that everything is answered with; -1: nobody answers
+        self.requests: list[tuple[str, bytes]] = []  # method and path, body
+        self.refuse: int | None = None  # status code of every response; -1: connections are closed without one
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self.port = self._server.server_address[1]
@@ -90,9 +93,9 @@ class WandbServer:
         self._server.server_close()
 
     def run(self, project: str, name: str) -> Run:
-        return self.runs.setdefault(name, Run(project, name, number=len(self.runs)))
+        return self.runs.setdefault(name, Run(project, name, index=len(self.runs)))
 
-    # What the client asks, by the name of its operation.
+    # GraphQL operations, by name. Each takes the variables of the request.
 
     def op_viewer(self, _: dict[str, Any]) -> dict[str, Any]:
         me = {"id": "user", "entity": "me", "username": "me", "name": "me", "email": "me@here", "flags": "{}"}
@@ -104,93 +107,93 @@ class WandbServer:
     def op_organization_core_weave_organization_id(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"entity": {"organization": None}}
 
-    def op_run_resume_status(self, asked: dict[str, Any]) -> dict[str, Any]:
-        known = self.runs.get(asked["name"])
-        project = {"id": "project", "name": asked["project"], "entity": {"id": "entity", "name": "me"}}
+    def op_run_resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
+        known = self.runs.get(variables["name"])
+        project = {"id": "project", "name": variables["project"], "entity": {"id": "entity", "name": "me"}}
         return {"model": {**project, "bucket": known and known.bucket()}}
 
-    def op_upsert_bucket(self, asked: dict[str, Any]) -> dict[str, Any]:
-        new, run = asked["name"] not in self.runs, self.run(asked["project"], asked["name"])
-        run.display, run.group = asked["displayName"] or run.display, asked["groupName"] or run.group
-        run.job_type, run.tags = asked["jobType"] or run.job_type, asked["tags"] or run.tags
-        run.config = json.loads(asked["config"]) if asked["config"] else run.config
+    def op_upsert_bucket(self, variables: dict[str, Any]) -> dict[str, Any]:
+        new, run = variables["name"] not in self.runs, self.run(variables["project"], variables["name"])
+        run.display, run.group = variables["displayName"] or run.display, variables["groupName"] or run.group
+        run.job_type, run.tags = variables["jobType"] or run.job_type, variables["tags"] or run.tags
+        run.config = json.loads(variables["config"]) if variables["config"] else run.config
         return {"upsertBucket": {"bucket": run.bucket(), "inserted": new}}
 
-    def op_create_run_files(self, asked: dict[str, Any]) -> dict[str, Any]:
-        where = f"{self.url}/storage/runs/{asked['run']}"
-        files = [{"name": name, "uploadUrl": f"{where}/{name}"} for name in asked["files"]]
-        return {"createRunFiles": {"runID": f"id-{asked['run']}", "uploadHeaders": [], "files": files}}
+    def op_create_run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        url = f"{self.url}/storage/runs/{variables['run']}"
+        files = [{"name": name, "uploadUrl": f"{url}/{name}"} for name in variables["files"]]
+        return {"createRunFiles": {"runID": f"id-{variables['run']}", "uploadHeaders": [], "files": files}}
 
     def op_artifact_type(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"project": {"artifact": None}}
 
-    def op_create_artifact(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def op_create_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
         identity = f"artifact{len(self.artifacts)}"
-        self.artifacts[identity] = {**asked["input"], "files": {}, "committed": False}
-        made = {"id": identity, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
-        return {"createArtifact": {"artifact": made}}
+        self.artifacts[identity] = {**variables["input"], "files": {}, "committed": False}
+        created = {"id": identity, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+        return {"createArtifact": {"artifact": created}}
 
-    def op_create_artifact_files(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def op_create_artifact_files(self, variables: dict[str, Any]) -> dict[str, Any]:
         edges = []
-        for file in asked["input"]["artifactFiles"]:
-            where = f"{self.url}/storage/artifacts/{file['artifactID']}/{file['name']}"
-            edges.append({"node": {**_file(file["name"], where), "artifact": {"id": file["artifactID"]}}})
+        for file in variables["input"]["artifactFiles"]:
+            url = f"{self.url}/storage/artifacts/{file['artifactID']}/{file['name']}"
+            edges.append({"node": {**_file(file["name"], url), "artifact": {"id": file["artifactID"]}}})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
-    def op_create_artifact_manifest(self, asked: dict[str, Any]) -> dict[str, Any]:
-        where = f"{self.url}/storage/artifacts/{asked['artifactID']}/wandb_manifest.json"
-        made = {"id": f"manifest-{asked['artifactID']}", "file": _file("wandb_manifest.json", where)}
-        return {"createArtifactManifest": {"artifactManifest": made}}
+    def op_create_artifact_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        url = f"{self.url}/storage/artifacts/{variables['artifactID']}/wandb_manifest.json"
+        created = {"id": f"manifest-{variables['artifactID']}", "file": _file("wandb_manifest.json", url)}
+        return {"createArtifactManifest": {"artifactManifest": created}}
 
     op_update_artifact_manifest = op_create_artifact_manifest
 
-    def op_commit_artifact(self, asked: dict[str, Any]) -> dict[str, Any]:
-        self.artifacts[asked["artifactID"]]["committed"] = True
-        return {"commitArtifact": {"artifact": {"id": asked["artifactID"], "digest": "digest"}}}
+    def op_commit_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.artifacts[variables["artifactID"]]["committed"] = True
+        return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "digest"}}}
 
     def op_get_default_entity(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"viewer": {"id": "user", "entity": "me"}}
 
-    def op_runs(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Filters as what is asked of them here: a group, and a page after another."""
-        wanted = json.loads(asked["filters"])
-        assert set(wanted) <= {"group"}
-        found = [run for run in self.runs.values() if run.project == asked["project"]]
-        found = [run for run in found if "group" not in wanted or run.group == wanted["group"]]
-        begin = int(asked.get("cursor") or 0)
-        end = min(len(found), begin + asked["perPage"])
-        edges = [{"node": run.listed(), "cursor": str(begin + i + 1)} for i, run in enumerate(found[begin:end])]
-        page = {"endCursor": str(end), "hasNextPage": end < len(found)}
-        project = {"internalId": "1", "runCount": len(found), "readOnly": False}
+    def op_runs(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """Support the one filter that is used here, the group, and pages."""
+        filters = json.loads(variables["filters"])
+        assert set(filters) <= {"group"}
+        runs = [run for run in self.runs.values() if run.project == variables["project"]]
+        runs = [run for run in runs if "group" not in filters or run.group == filters["group"]]
+        begin = int(variables.get("cursor") or 0)
+        end = min(len(runs), begin + variables["perPage"])
+        edges = [{"node": run.listed(), "cursor": str(begin + i + 1)} for i, run in enumerate(runs[begin:end])]
+        page = {"endCursor": str(end), "hasNextPage": end < len(runs)}
+        project = {"internalId": "1", "runCount": len(runs), "readOnly": False}
         return {"project": {**project, "runs": {"edges": edges, "pageInfo": page}}}
 
-    def op_run_files(self, asked: dict[str, Any]) -> dict[str, Any]:
-        files = self.runs[asked["name"]].files
+    def op_run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        files = self.runs[variables["name"]].files
         edges = []
         for name, content in files.items():
-            where = f"{self.url}/storage/runs/{asked['name']}/{quote(name)}"
+            url = f"{self.url}/storage/runs/{variables['name']}/{quote(name)}"
             more = {"sizeBytes": len(content), "mimetype": "text/plain", "updatedAt": None, "md5": None}
-            edges.append({"node": {"id": name, "name": name, "url": where, "directUrl": where, **more}, "cursor": name})
+            edges.append({"node": {"id": name, "name": name, "url": url, "directUrl": url, **more}, "cursor": name})
         page = {"endCursor": None, "hasNextPage": False}
         run = {"fileCount": len(files), "files": {"edges": edges, "pageInfo": page}}
         return {"project": {"internalId": "1", "run": run}}
 
-    def op_get_projects(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def op_get_projects(self, variables: dict[str, Any]) -> dict[str, Any]:
         node = {"__typename": "Project", "createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False, "user": None}
         names = dict.fromkeys(run.project for run in self.runs.values())
-        edges = [{"node": {**node, "id": name, "name": name, "entityName": asked["entity"]}} for name in names]
+        edges = [{"node": {**node, "id": name, "name": name, "entityName": variables["entity"]}} for name in names]
         page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
         return {"models": {"pageInfo": page, "edges": edges}}
 
     def op_project_internal_id(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"project": {"id": "project", "internalId": "1"}}
 
-    def op_upsert_view(self, asked: dict[str, Any]) -> dict[str, Any]:
-        new = asked.get("id") is None
-        identity = f"view{len(self.views)}" if new else asked["id"]
-        self.views[identity] = {**asked, "spec": json.loads(asked["spec"])}
-        project = {"id": "project", "name": asked["projectName"], "entityName": asked["entityName"]}
-        names = {name: asked.get(name) for name in ("type", "name", "displayName", "description", "spec")}
+    def op_upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        new = variables.get("id") is None
+        identity = f"view{len(self.views)}" if new else variables["id"]
+        self.views[identity] = {**variables, "spec": json.loads(variables["spec"])}
+        project = {"id": "project", "name": variables["projectName"], "entityName": variables["entityName"]}
+        names = {name: variables.get(name) for name in ("type", "name", "displayName", "description", "spec")}
         view = {"id": identity, "project": project, "updatedAt": None, **names}
         return {"upsertView": {"view": view, "inserted": new}}
 
@@ -199,7 +202,7 @@ class WandbServer:
     def stream(self, run: Run, body: dict[str, Any]) -> None:
         for name, part in (body.get("files") or {}).items():
             if name == "wandb-history.jsonl":
-                # Where the client says: what is sent again after an answer was lost takes its own place.
+                # At the client's offset: rows that are sent again after a lost response replace themselves.
                 assert part["offset"] <= len(run.history), "a gap"
                 run.history[part["offset"] : part["offset"] + len(part["content"])] = map(json.loads, part["content"])
             elif name == "wandb-summary.json":
@@ -207,9 +210,9 @@ class WandbServer:
         run.num_finished += bool(body.get("complete"))
 
 
-def _file(name: str, where: str) -> dict[str, Any]:
-    own = {"id": name, "name": name, "displayName": name, "uploadUrl": where, "uploadHeaders": []}
-    return {**own, "uploadMultipartUrls": None, "storagePath": name}
+def _file(name: str, url: str) -> dict[str, Any]:
+    file = {"id": name, "name": name, "displayName": name, "uploadUrl": url, "uploadHeaders": []}
+    return {**file, "uploadMultipartUrls": None, "storagePath": name}
 
 
 class _Server(ThreadingHTTPServer):
@@ -217,7 +220,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128  # the client opens many connections at once
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # of a client that was killed
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client was killed
             super().handle_error(request, client_address)
 
 
@@ -263,17 +266,17 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.owner.refuse is not None:
             self._answer({"error": "refused"}, self.owner.refuse)
         elif self.path == "/graphql":
-            asked = json.loads(body)
-            name = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1]
+            request = json.loads(body)
+            name = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])[1]
             operation = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
             with self.owner.lock:
-                self._answer({"data": getattr(self.owner, f"op_{operation}")(asked.get("variables") or {})})
-        elif found := re.fullmatch(r"/files/[^/]*/([^/]+)/([^/]+)/file_stream", self.path):
+                self._answer({"data": getattr(self.owner, f"op_{operation}")(request.get("variables") or {})})
+        elif match := re.fullmatch(r"/files/[^/]*/([^/]+)/([^/]+)/file_stream", self.path):
             with self.owner.lock:
-                self.owner.stream(self.owner.run(found[1], found[2]), json.loads(body))
+                self.owner.stream(self.owner.run(match[1], match[2]), json.loads(body))
             self._answer({"limits": {}})
         else:
-            self._answer({})  # its own telemetry
+            self._answer({})  # telemetry of the client
 
     def do_PUT(self) -> None:
         body = self._body()
