@@ -18,18 +18,14 @@ from src.tracking.sink import RunMetadata, RunWriter, Sink
 JOB_TYPE = "aggregate"
 
 
-def sweep_run_id(folder: SweepFolder) -> str:
-    """Return an id of the sweep's name and its points at full length: every search over them is the same run."""
-    sweep = folder.read()
-    runs = sorted(full_run_id(point["stages"]["align"]) for point in sweep["points"])
-    return f"sweep-{digest([sweep['name'], runs])[:16]}"
-
-
 class SweepMirror(Mirror):
     """Mirrors the results of a sweep; complete once the sweep is aggregated."""
 
     def __init__(self, folder: SweepFolder, sink: Sink) -> None:
-        super().__init__(sweep_run_id(folder), folder.output_dir, sink)
+        sweep = folder.read()
+        # Of the points at full length, so that every search over them is the same run.
+        points = sorted(full_run_id(point["stages"]["align"]) for point in sweep["points"])
+        super().__init__(f"sweep-{digest([sweep['name'], points])[:16]}", folder.output_dir, sink)
         self.folder = folder
 
     @property

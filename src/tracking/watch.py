@@ -12,7 +12,7 @@ from src.errors import describe_failure
 from src.tracking.mirror import Mirror, RunMirror
 from src.tracking.run_list import RunList
 from src.tracking.sink import Sink
-from src.tracking.sweep_mirror import SweepMirror, sweep_run_id
+from src.tracking.sweep_mirror import SweepMirror
 from src.tracking.tensorboard_sink import TensorboardSink
 from src.tracking.wandb_login import resolve_target
 from src.tracking.wandb_sink import WandbSink
@@ -38,20 +38,17 @@ class SinkMirror:
     def __init__(self, run_list: RunList, sink: Sink, stages: Collection[str] = ()) -> None:
         self.run_list, self.sink, self.stages = run_list, sink, set(stages)
         self.failure: str | None = None
-        self._mirrors: dict[str, Mirror] = {}
+        self._runs: dict[str, RunMirror] = {}
+        self._sweeps = [SweepMirror(run_list.sweep, sink)] if run_list.sweep and not stages else []
 
     def mirrors(self) -> list[Mirror]:
         """Return the mirrors of all runs that are listed now."""
         runs = [run for run in self.run_list.runs() if not self.stages or self.stages & set(run.stages.values())]
         for run in runs:
-            mirror = self._mirrors.setdefault(run.id, RunMirror(run, self.run_list.store, self.sink))
-            assert isinstance(mirror, RunMirror)
-            mirror.run = run  # in a search by rungs: with the stages of the next rung
-        ids = [run.id for run in runs]
-        if self.run_list.sweep is not None and not self.stages:
-            ids.append(sweep_run_id(self.run_list.sweep))
-            self._mirrors.setdefault(ids[-1], SweepMirror(self.run_list.sweep, self.sink))
-        return [self._mirrors[run_id] for run_id in ids]
+            if run.id not in self._runs:
+                self._runs[run.id] = RunMirror(run, self.run_list.store, self.sink)
+            self._runs[run.id].run = run  # a search by rungs lists it with the stages of its next rung
+        return [*(self._runs[run.id] for run in runs), *self._sweeps]
 
     def advance(self, live: bool) -> None:
         """Bring the sink up to date. live: also with runs that are still being computed."""
@@ -61,7 +58,7 @@ class SinkMirror:
 
     def close(self) -> None:
         """Close the runs that are not complete."""
-        for mirror in self._mirrors.values():
+        for mirror in (*self._runs.values(), *self._sweeps):
             self._attempt(mirror.close)
 
     def _attempt(self, write: Callable[[], None]) -> None:
