@@ -21,6 +21,7 @@ def run_folder(out, group, identity):
     return folder
 
 
+@pytest.mark.slow
 def test_curves_and_results_of_a_sweep_are_those_of_the_store(tmp_path):
     arguments = ["-m", *SMALL, "beta=0.2,0.4", f"output_dir={tmp_path}", "sweep.name=tb", "tracking=tensorboard"]
     done = run(None, *arguments)
@@ -40,6 +41,7 @@ def test_curves_and_results_of_a_sweep_are_those_of_the_store(tmp_path):
     assert {path: path.stat().st_size for path in tmp_path.glob("tensorboard/**/*") if path.is_file()} == files
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_in_the_same_folder_without_a_step_twice(tmp_path):
     slow = [*SMALL, "dataset.train_size=8000", f"output_dir={tmp_path}", "tracking=tensorboard"]
     process = subprocess.Popen(command(*slow), cwd=ROOT, env=shell(), start_new_session=True)
@@ -56,6 +58,7 @@ def test_a_killed_run_continues_in_the_same_folder_without_a_step_twice(tmp_path
     assert [step for step, _ in scalars(folder)["train/loss"]] == list(range(500))
 
 
+@pytest.mark.slow
 def test_it_stays_complete_when_wandb_beside_it_fails(tmp_path):
     with wandb_server.serving() as server:
         server.refuse = 429

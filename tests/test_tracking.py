@@ -54,6 +54,7 @@ def num_uploaded(server, folder):
     return int(re.search(r"^(\d+) of \d+ runs uploaded", done.stdout, re.M)[1])
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_run_per_point_and_shared_stage_with_the_numbers_of_the_store(uploaded_sweep):
     server, out = uploaded_sweep
     points = points_of(out)
@@ -79,6 +80,7 @@ def test_a_sweep_is_a_run_per_point_and_shared_stage_with_the_numbers_of_the_sto
     assert training_rows(server.runs[sft].history) == metrics_of(out, "sft", sft)
 
 
+@pytest.mark.slow
 def test_nothing_is_uploaded_twice(uploaded_sweep):
     server, out = uploaded_sweep
     num_requests = len(server.requests)
@@ -87,6 +89,7 @@ def test_nothing_is_uploaded_twice(uploaded_sweep):
     assert again.returncode == 0 and len(server.requests) == num_requests
 
 
+@pytest.mark.slow
 def test_a_point_killed_twice_is_one_run_with_every_step_once(server, tmp_path):
     slow = [*SMALL, "dataset.train_size=8000", f"output_dir={tmp_path}"]
     often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}  # the client's default is 15 s
@@ -108,6 +111,7 @@ def test_a_point_killed_twice_is_one_run_with_every_step_once(server, tmp_path):
     assert [row["loss"] for row in training_rows(align_run(server).history)] == [row["loss"] for row in metrics]
 
 
+@pytest.mark.slow
 def test_rungs_of_a_search_continue_in_the_same_run(server, tmp_path):
     halving = ["sweep.search=successive_halving", "sweep.rungs=[0.5,1]", f"output_dir={tmp_path}"]
     done = run(server, *TWO_POINTS, *halving)
@@ -121,6 +125,7 @@ def test_rungs_of_a_search_continue_in_the_same_run(server, tmp_path):
     assert num_uploaded(server, tmp_path) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_that_need_the_same_point_write_one_run(server, tmp_path):
     both = [
         subprocess.Popen(
@@ -137,6 +142,7 @@ def test_two_processes_that_need_the_same_point_write_one_run(server, tmp_path):
     assert sum("samples" in row for row in align.history) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["busy", "silent"])
 def test_without_a_server_a_run_warns_once_and_a_later_upload_completes_it(how, server, tmp_path):
     if how == "busy":
@@ -155,6 +161,7 @@ def test_without_a_server_a_run_warns_once_and_a_later_upload_completes_it(how, 
     assert training_rows(align.history) == metrics_of(tmp_path, "align", align.config["stages"]["value"]["align"])
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_during_a_sweep_stops_nothing_and_is_completed_later(server, tmp_path):
     folder = tmp_path / "sweeps" / "demo"
     process = subprocess.Popen(
@@ -193,6 +200,7 @@ def test_a_login_is_found_where_the_wandb_client_stores_it(tmp_path, monkeypatch
     assert resolve_target(enabled) is None and resolve_target(WandbTracking()) is None
 
 
+@pytest.mark.slow
 def test_without_a_login_runs_are_written_offline_with_the_same_numbers(tmp_path):
     done = run(None, *TWO_POINTS, f"output_dir={tmp_path}")
     assert done.returncode == 0 and "W&B: offline" in done.stdout, done.stderr
@@ -206,6 +214,7 @@ def test_without_a_login_runs_are_written_offline_with_the_same_numbers(tmp_path
         assert training_rows(runs[point["identity"]]) == metrics_of(tmp_path, "align", point["stages"]["align"])
 
 
+@pytest.mark.slow
 def test_no_secret_reaches_a_tracker_or_any_file(server, tmp_path):
     canaries = {name: f"canary-{name.lower()}-0123456789" for name in ("OPENAI_API_KEY", "HF_TOKEN", "MY_KEY")}
     options = ["judge.api_key_env=MY_KEY", "tracking.tensorboard.enabled=true"]
@@ -220,6 +229,7 @@ def test_no_secret_reaches_a_tracker_or_any_file(server, tmp_path):
             assert not any(secret.encode() in data for data in contents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["no folder", "no key"])
 def test_a_client_that_cannot_start_never_stops_a_run(reason, tmp_path):
     if reason == "no folder":
@@ -229,6 +239,7 @@ def test_a_client_that_cannot_start_never_stops_a_run(reason, tmp_path):
     assert "result:" in done.stdout and done.stderr.count("warning: upload incomplete") == 1
 
 
+@pytest.mark.slow
 def test_the_aggregation_run_has_tables_figures_report_and_best_points(uploaded_sweep):
     server, out = uploaded_sweep
     (aggregation,) = (r for r in server.runs.values() if r.job_type == "aggregate")
@@ -246,6 +257,7 @@ def test_the_aggregation_run_has_tables_figures_report_and_best_points(uploaded_
     assert artifact["files"]["best.yaml"] == folder.best_yaml.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_sweep_aggregated_from_wandb_alone_gives_the_same_tables(uploaded_sweep, tmp_path):
     server, out = uploaded_sweep
     for _ in range(2):
@@ -267,6 +279,7 @@ def test_a_sweep_aggregated_from_wandb_alone_gives_the_same_tables(uploaded_swee
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_dashboard_in_wandb_is_the_definition_in_the_file_and_created_once(uploaded_sweep):
     server, out = uploaded_sweep
     folder = out / "sweeps" / "demo"
@@ -297,6 +310,7 @@ def test_the_dashboard_in_wandb_is_the_definition_in_the_file_and_created_once(u
     assert "<svg" in (folder / "dashboard.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_dashboard_without_an_account_is_files_and_a_clear_error(uploaded_sweep, tmp_path):
     _, out = uploaded_sweep
     folder = SweepFolder(out / "sweeps" / "demo")

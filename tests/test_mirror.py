@@ -1,0 +1,180 @@
+"""The mirror brings any sink up to what the store has: each step and each result once, whatever happens in between."""
+
+import json
+
+import pytest
+
+from src.store.store import StageName, Store
+from src.store.sweep_folder import SweepFolder
+from src.tracking.run_list import RunList
+from src.tracking.sink import RunLocked, RunWriter
+from src.tracking.watch import SinkMirror, watch
+
+CONFIG = {"setup": {"name": "toy"}, "init": {"name": "sft"}, "method": {"name": "dpo"}, "beta": 0.1, "tracking": {}}
+
+
+class RecordingSink:
+    """Keeps what is written to it. `error` is raised by every call; `locked` runs are open in another process."""
+
+    name, title, target, resumable = "recording", "Recording", "here", True
+
+    def __init__(self):
+        self.runs, self.error, self.locked = {}, None, set()
+
+    def open(self, run):
+        if run.id in self.locked:
+            raise RunLocked(run.id)
+        writer = self.runs.setdefault(run.id, RecordingWriter(self))
+        writer.metadata = run
+        return writer
+
+
+class RecordingWriter(RunWriter):
+    def __init__(self, sink):
+        self.sink, self.steps, self.results, self.finished = sink, [], [], []
+
+    @property
+    def last_step(self):
+        return max(self.steps, default=-1)
+
+    def log(self, step, metrics):
+        if self.sink.error is not None:
+            raise self.sink.error
+        self.steps.append(step)
+
+    def has_result(self, result):
+        return result in self.results
+
+    def add_result(self, result, summary):
+        self.results.append(result)
+        self.summary = summary
+
+    def finish(self, complete):
+        self.finished.append(complete)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+@pytest.fixture
+def sink():
+    return RecordingSink()
+
+
+def write_stage(folder, kind, upstream, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {"stage": kind, "inputs": {}, "upstream": upstream}
+    for name, value in {"stage.json": description, "run_config.json": CONFIG | {"sweep": {"name": None}}}.items():
+        (folder / name).write_text(json.dumps(value))
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_attempt(store, identity, steps):
+    folder = store.work(StageName("align", identity)) / "attempt-1"
+    write_stage(folder, "align", {}, metrics=[{"step": step, "loss": 1.0} for step in range(steps)])
+    return folder
+
+
+def write_done_point(store, steps, suffix=""):
+    """Write the finished stages of a point; return their identities."""
+    stages = {"align": f"align{suffix}", "generate": f"generate{suffix}", "evaluate": f"evaluate{suffix}"}
+    upstream = {"align": {}, "generate": {}, "evaluate": {"align": stages["align"], "samples": stages["generate"]}}
+    for kind, identity in stages.items():
+        folder = store.dir(StageName(kind, identity))
+        rows = {
+            "align": {"metrics": [{"step": step, "loss": 1.0} for step in range(steps)]},
+            "generate": {"samples": [{"index": 0, "prompt": "p", "response": "r", "tokens": 1, "finished": True}]},
+        }.get(kind, {})
+        write_stage(folder, kind, upstream[kind], **rows)
+        (folder / "DONE").write_text(json.dumps({"host": "here", "seconds": 1.0}))
+    (folder / "result.json").write_text(json.dumps({"quality": {"value": 0.75}, "stages": []}))
+    return stages
+
+
+def write_sweep(store, stages, **entries):
+    folder = SweepFolder(store.sweep_dir("toy"))
+    point = {"setup": "toy", "label": "dpo beta=0.1", "identity": stages["evaluate"], "stages": stages, **entries}
+    folder.write({"name": "toy", "points": [point], "finished": None, "tracking": {}, "command": "", "code": {}}
+                 | {"select": "best", "search": None})  # fmt: skip
+    return RunList(folder.path)
+
+
+def test_curves_are_live_and_a_second_pass_writes_nothing(store, sink):
+    stages = {"align": "align", "generate": "generate", "evaluate": "evaluate"}
+    mirror = SinkMirror(write_sweep(store, stages), sink)
+    mirror.advance(live=True)
+    assert "evaluate" not in sink.runs, "nothing is computed yet"
+    attempt = write_attempt(store, "align", steps=3)
+    mirror.advance(live=True)
+    assert sink.runs["evaluate"].steps == [0, 1, 2] and not sink.runs["evaluate"].finished
+    with (attempt / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # a line that is being written
+    mirror.advance(live=True)
+    assert sink.runs["evaluate"].steps == [0, 1, 2, 3]
+    write_done_point(store, steps=6)
+    for _ in range(2):
+        mirror.advance(live=True)
+    run = sink.runs["evaluate"]
+    assert run.steps == list(range(6)) and run.results == ["evaluate"] and run.finished == [True]
+    assert run.summary == {"quality/value": 0.75}
+    assert (run.metadata.group, run.metadata.name, run.metadata.tags) == ("toy", "dpo beta=0.1", ("toy", "dpo", "sft"))
+
+
+def test_a_mirror_that_died_is_resumed_by_the_next_without_a_step_twice(store, sink):
+    runs = write_sweep(store, {"align": "align", "generate": "generate", "evaluate": "evaluate"})
+    write_attempt(store, "align", steps=3)
+    SinkMirror(runs, sink).advance(live=True)
+    write_done_point(store, steps=6)
+    for _ in range(2):
+        SinkMirror(runs, sink).advance(live=False)
+    assert sink.runs["evaluate"].steps == list(range(6)) and sink.runs["evaluate"].finished == [True]
+
+
+def test_a_run_that_another_process_has_open_is_left_to_it(store, sink):
+    mirror = SinkMirror(write_sweep(store, write_done_point(store, steps=3)), sink)
+    sink.locked.add("evaluate")
+    mirror.advance(live=True)
+    assert "evaluate" not in sink.runs and mirror.failure is None
+    sink.locked.clear()
+    mirror.advance(live=True)
+    assert sink.runs["evaluate"].steps == [0, 1, 2]
+
+
+def test_the_next_rung_continues_the_run_of_the_one_before(store, sink):
+    first = write_done_point(store, steps=3, suffix="@0.5")
+    second = {"align": "align", "generate": "generate", "evaluate": "evaluate"}
+    label = {"label": "dpo beta=0.1 to 50 %"}
+    SinkMirror(write_sweep(store, first, full_result="evaluate", **label), sink).advance(live=True)
+    assert sink.runs["evaluate"].finished == [True]
+    runs = write_sweep(store, second, full_result="evaluate", earlier=["evaluate@0.5"])
+    mirror = SinkMirror(runs, sink)
+    mirror.advance(live=True)
+    assert sink.runs["evaluate"].finished == [True], "the second rung has not started"
+    write_done_point(store, steps=6)
+    mirror.advance(live=True)
+    run = sink.runs["evaluate"]
+    assert run.steps == list(range(6)) and run.results == ["evaluate@0.5", "evaluate"]
+    assert run.finished == [True, True] and run.metadata.name == "dpo beta=0.1"
+
+
+def test_a_sink_that_fails_does_not_stop_another(store, sink):
+    runs, broken = write_sweep(store, write_done_point(store, steps=3)), RecordingSink()
+    broken.name, broken.error = "broken", OSError("no server")
+    mirrors = [SinkMirror(runs, broken), SinkMirror(runs, sink)]
+    watch(mirrors, lambda seconds: True)
+    assert mirrors[0].failure == "Recording: OSError: no server" and mirrors[1].failure is None
+    assert sink.runs["evaluate"].finished == [True]
+    broken.error = None
+    SinkMirror(runs, broken).advance(live=False)
+    assert broken.runs["evaluate"].steps == [0, 1, 2] and broken.runs["evaluate"].finished == [True]
+
+
+def test_only_runs_of_the_given_stages_are_mirrored(store, sink):
+    runs = write_sweep(store, write_done_point(store, steps=3))
+    SinkMirror(runs, sink, stages=["another"]).advance(live=True)
+    assert not sink.runs
+    SinkMirror(runs, sink, stages=["align"]).advance(live=True)
+    assert list(sink.runs) == ["evaluate"], "and the sweep's own run is not"
