@@ -10,13 +10,7 @@ from src.stages.runner import compute_or_wait
 from src.store.store import Store
 from sweeps.search.successive_halving import with_stop
 from tests.support.artifacts import results
-from tests.support.configs import point
-
-TINY = [
-    *("dataset.sft_size=64", "dataset.train_size=64", "dataset.validation_size=8", "evaluation.num_prompts=8"),
-    *("evaluation.generation.max_new_tokens=8", "trainer.align.batch_size=8", "trainer.sft.max_steps=2"),
-    "trainer.save_steps=3",
-]
+from tests.support.configs import TINY, point
 
 
 def train_to(folder: Path, *stop_fractions: float) -> tuple[Plan, Store]:

@@ -5,8 +5,9 @@ from itertools import product
 
 import pytest
 
+from src.store.sweep_folder import SweepFolder
 from tests.support.commands import SMALL, train
-from tests.support.on_slurm import tool
+from tests.support.on_slurm import run_tool
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -118,7 +119,7 @@ def test_the_page_can_be_printed(open_page, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_local_dashboard_of_the_sweep_is_such_a_page_too(open_page, report, width):
-    assert tool("dashboard", report.parent, "--local").returncode == 0
+    assert run_tool("dashboard", SweepFolder(report.parent), "--local").returncode == 0
     page = open_page(width, "dark", "dashboard.html")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator(".panel").count() >= 10 and page.locator(".panel svg").count() >= 9

@@ -20,8 +20,7 @@ from sweeps.aggregate import aggregate
 from sweeps.finalize import finalize
 from sweeps.search.search import Search
 from tests.support.commands import run_in_process, kill_when, train
-from tests.support.configs import point
-from tests.test_prolonging import TINY
+from tests.support.configs import TINY, point
 
 
 class InProcessLauncher:
@@ -109,6 +108,7 @@ def test_a_finished_search_keeps_models_and_no_checkpoints(searched):
     assert len(list((searched / "store").glob("align/*/model.safetensors"))) == 6
 
 
+@pytest.mark.slow
 def test_a_search_interrupted_anywhere_computes_each_stage_once_and_ends_the_same(tmp_path, searched):
     launchers: list[InProcessLauncher] = []
     while not launchers or launchers[-1].remaining == 0:
@@ -234,6 +234,7 @@ def test_where_jobs_run_each_invocation_submits_the_next_rung(tmp_path, searched
     assert Counter(third.computed) == {"align": 2, "generate": 2, "evaluate": 2}
 
 
+@pytest.mark.slow
 def test_a_command_killed_in_the_last_rung_and_rerun_ends_as_an_uninterrupted_one(tmp_path, searched):
     betas = f"beta={','.join(map(str, BETAS))}"
     command = ["-m", "method=dpo", betas, *TINY, *HALVING, "sweep.name=h", f"output_dir={tmp_path}"]

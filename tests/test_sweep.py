@@ -32,7 +32,7 @@ def swept(shared_outputs):
 
 
 def store_counts(folder):
-    return Counter(done.parent.parent.name for done in folder.store.root.glob("*/*/DONE"))
+    return Counter(done.parts[-3] for done in folder.store.root.glob("*/*/DONE"))
 
 
 def run(*arguments):
@@ -218,6 +218,7 @@ def weights(outputs):
     return {p.parent.name for p in (outputs / "store" / "align").glob("*/model.safetensors")}
 
 
+@pytest.mark.slow
 def test_keep_best_keeps_the_best_models_and_all_measurements(tmp_path):
     arguments = [
         "-m",

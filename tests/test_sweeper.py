@@ -86,6 +86,7 @@ def test_the_grids_of_mistral_are_those_of_v3():
     assert {m: sum(x.split()[0] == m for x in labels) for m in betas} == {m: 4 * n for m, n in betas.items()}
 
 
+@pytest.mark.slow
 def test_every_named_sweep_plans():
     for path in sorted((ROOT / "conf/sweep").glob("*.yaml")):
         assert dry_run(f"+sweep={path.stem}")[0], path.stem

@@ -10,6 +10,13 @@ from src.config.schema import CONF_DIR, Point
 from src.config.validation import build_point
 from src.planning.stage import Stage, stages_of
 
+# mini_tldr with eight steps of alignment, for tests that train in their own process.
+TINY = [
+    *("dataset.sft_size=64", "dataset.train_size=64", "dataset.validation_size=8", "evaluation.num_prompts=8"),
+    *("evaluation.generation.max_new_tokens=8", "trainer.align.batch_size=8", "trainer.sft.max_steps=2"),
+    "trainer.save_steps=3",
+]
+
 
 def composed(*overrides: str) -> DictConfig:
     """Return the config of a command line with these overrides."""
