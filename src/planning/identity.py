@@ -133,7 +133,7 @@ class ReferenceInputs:
 
 @dataclass(frozen=True)
 class AlignInputs:
-    """options: the loss fields of the method besides beta. stop_fraction: share of the steps after which to stop."""
+    """options: the loss fields of the method besides beta. stop_fraction: of the steps, after which to stop."""
 
     kind: ClassVar[str] = "align"
     model: ModelInputs

@@ -18,7 +18,7 @@ from src.hardware import HeapTrimmer
 from src.model.loading import numerics_of
 from src.model.logprobs import SequenceLogps
 from src.model.packing import MicroBatch, PackedBatch, distribute_examples, pack
-from src.planning.identity import AlignInputs, SftInputs
+from src.planning.identity import AlignInputs, SftInputs, TrainerInputs
 from src.store.store import METRICS_FILE
 from src.training import checkpoints
 from src.training.engine import TrainingEngine
@@ -40,7 +40,7 @@ class GlobalBatch:
     num_supervised_tokens: int
 
 
-# (batch, logps, token counts, global batch) -> (this micro-batch's share of the step's loss,
+# (batch, logps, token counts, global batch) -> (the part of the step's loss that is this micro-batch's,
 # values to log: sums over the examples of the micro-batch, by metric)
 LossFn = Callable[[PackedBatch, "Tensor", "Tensor", GlobalBatch], tuple["Tensor", dict[str, "Tensor"]]]
 
@@ -86,30 +86,23 @@ def train(
         raise ConfigError(
             f"trainer.{inputs.kind}.batch_size={trainer.batch_size}: below the number of processes, {ranks.size}"
         )
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=trainer.lr,
-        betas=trainer.adam_betas,
-        weight_decay=trainer.weight_decay,
-        fused=True,
-    )
-    policy = engine.prepare(SequenceLogps(model, numerics_of(inputs.model, engine.resources)), optimizer)
+    policy = SequenceLogps(model, numerics_of(inputs.model, engine.resources))
+    policy = engine.prepare(policy, _make_optimizer(model, trainer))
     total = total_steps(len(examples), trainer)
     end = stop_step(total, inputs.stop_fraction) if isinstance(inputs, AlignInputs) else total
-    metrics_file = attempt.out / METRICS_FILE
     first = _resume(engine, attempt, end)
 
     def save(step: int, keep: int = checkpoints.KEEP) -> None:
         if attempt.lease is not None:
             attempt.lease.check()
         state = {"seconds": attempt.seconds, "tokens": attempt.tokens}
-        checkpoints.save(attempt.checkpoints, step, state, engine, metrics_file, keep)
+        checkpoints.save(attempt.checkpoints, step, state, engine, attempt.out / METRICS_FILE, keep)
 
     lengths = [example.length for example in examples]
     budget = find_token_budget(engine, policy, examples)
     model.train()
     heap = HeapTrimmer()
-    num_stop_requests = 0.0  # ranks that were asked to stop; every rank has the same number
+    num_stop_requests = 0  # ranks that were asked to stop; every rank has the same number
     for step in range(first, end):
         if num_stop_requests:
             save(step)
@@ -123,20 +116,26 @@ def train(
         names, sums = _accumulate_step(engine, policy, examples, micro_batches, loss_fn, batch)
         grad_norm = engine.step()
         heap.maybe_trim()
-        num_tokens = sum(lengths[i] for m in micro_batches if not m.is_filler for i in m.indices)
-        *totals, tokens, num_stop_requests = _reduce_metrics(sums, num_tokens)
-        values = {"loss": totals[0], "grad_norm": float(grad_norm)}
-        if not all(map(math.isfinite, values.values())):
-            raise StageError(f"diverged at step {step}: loss {totals[0]:g}, gradient norm {grad_norm:g}")
-        attempt.tokens += int(tokens)
-        values |= {name: value / batch.num_examples for name, value in zip(names, totals[1:], strict=True)}
-        tokens_per_second = round(tokens / (time.perf_counter() - started), 1)
-        metrics.log(step, {**values, "learning_rate": lr, "tokens_per_second": tokens_per_second})
+        num_local_tokens = sum(lengths[i] for m in micro_batches if not m.is_filler for i in m.indices)
+        (loss, *totals), num_tokens, num_stop_requests = _reduce_metrics(sums, num_local_tokens)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise StageError(f"diverged at step {step}: loss {loss:g}, gradient norm {grad_norm:g}")
+        attempt.tokens += num_tokens
+        values = {"loss": loss, "grad_norm": float(grad_norm), "learning_rate": lr}
+        values |= {name: total / batch.num_examples for name, total in zip(names, totals, strict=True)}
+        tokens_per_second = round(num_tokens / (time.perf_counter() - started), 1)
+        metrics.log(step, {**values, "tokens_per_second": tokens_per_second})
         if (step + 1) % engine.resources.save_steps == 0 and step + 1 < end:
             save(step + 1)
     if end < total:
         save(end, keep=1)  # may be the final checkpoint: this point may never be promoted to the next rung
     attempt.step(end, end)
+
+
+def _make_optimizer(model: Any, trainer: TrainerInputs) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas, weight_decay = trainer.adam_betas, trainer.weight_decay
+    return torch.optim.AdamW(trained, lr=trainer.lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def _resume(engine: TrainingEngine, attempt: Attempt, end: int) -> int:
@@ -176,11 +175,12 @@ def _accumulate_step(
     return names, sums
 
 
-def _reduce_metrics(sums: Tensor, num_tokens: int) -> list[float]:
-    """Return the sums over all ranks, then the tokens of the step and the number of ranks that were asked to stop.
+def _reduce_metrics(sums: Tensor, num_tokens: int) -> tuple[list[float], int, int]:
+    """Return, over all ranks: the sums, the tokens of the step, and how many ranks were asked to stop.
 
     This is the one device-to-host copy of a step, after all its kernels are enqueued.
     """
     local = torch.tensor([num_tokens, preemption.stop_reason() is not None])
     packed = torch.cat([sums, local.to(sums.device, torch.float64)])
-    return get_distributed().all_reduce_sum(packed).tolist()
+    *totals, all_tokens, num_stop_requests = get_distributed().all_reduce_sum(packed).tolist()
+    return totals, int(all_tokens), int(num_stop_requests)
