@@ -124,15 +124,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if "/gated/" in self.path and self.path.endswith("auth-check"):
-            self.answer(403, "GatedRepo")
+            self.respond(403, "GatedRepo")
         elif "/gated/" in self.path:
-            self.answer(200, "", {"id": "gated/model", "gated": "manual", "siblings": [], "tags": []})
+            self.respond(200, "", {"id": "gated/model", "gated": "manual", "siblings": [], "tags": []})
         elif "/open/" in self.path:
-            self.answer(200, "", {"id": "open/model", "siblings": [], "tags": []})
+            self.respond(200, "", {"id": "open/model", "siblings": [], "tags": []})
         else:
-            self.answer(404, "RepoNotFound")
+            self.respond(404, "RepoNotFound")
 
-    def answer(self, status: int, code: str, body: dict | None = None) -> None:
+    def respond(self, status: int, code: str, body: dict | None = None) -> None:
         text = json.dumps(body or {}).encode()
         self.send_response(status)
         self.send_header("X-Error-Code", code)

@@ -26,9 +26,9 @@ def apply_retention(store: Store, points: Sequence[PointStages], keep: str, best
         # A process killed between publication and clean-up leaves this behind.
         if store.has_weights(stage) and not in_use(store.work(stage)):
             store.discard_work_dir(stage)
-    kept = {_model_of(store, result) for result in best} if keep == "best" else set()
+    protected = {_model_of(store, result) for result in best} if keep == "best" else set()
     if keep != "all":
-        for align in {stages["align"] for stages in points} - kept:
+        for align in {stages["align"] for stages in points} - protected:
             release_model(store, points, align)
 
 
@@ -39,13 +39,13 @@ def apply_retention_after_rung(
 
     ended: identities of the results of points that stay in this rung; best: of results that any sweep has selected.
     """
-    kept = {_model_of(store, result) for result in best} if keep == "best" else set()
+    protected = {_model_of(store, result) for result in best} if keep == "best" else set()
     for stages in points:
         align = StageName("align", stages["align"])
         is_partial = full_run_id(align.identity) != align.identity
         if not is_partial or not store.is_done(StageName("evaluate", stages["evaluate"])):
             continue
-        if keep != "all" and align.identity not in kept:
+        if keep != "all" and align.identity not in protected:
             store.remove_weights(align)
         if stages["evaluate"] in ended and not in_use(store.work(align)):
             store.discard_work_dir(align)
