@@ -19,7 +19,7 @@ from src.judges.arena_hard import Game, parse_game, win_rate
 from src.planning.stage import prompt_inputs
 from src.preflight import check_input_files
 from sweeps.report.tables import benchmark_table
-from tests.support.commands import ROOT, SMALL, run_in_process, environment, train
+from tests.support.commands import ROOT, SMALL, environment, run_in_process, train
 
 NUM_PROMPTS = 10
 POINT = [*SMALL, "trainer.align.max_steps=2", "trainer.sft.max_steps=2", "method=dpo"]

@@ -19,10 +19,10 @@ def short_timeouts(monkeypatch):
     monkeypatch.setattr(lease_module, "STALE_SECONDS", 1.0)
 
 
-def foreign(folder, beat=0, number=1):
+def foreign(folder, heartbeat=0, number=1):
     """Write the lease of a holder on another machine, whose process cannot be examined."""
     folder.mkdir(exist_ok=True)
-    holder = {"pid": 1, "start": "1", "machine": "elsewhere/x/y", "token": "theirs", "beat": beat}
+    holder = {"pid": 1, "start": "1", "machine": "elsewhere/x/y", "token": "theirs", "beat": heartbeat}
     (folder / f"lease-{number:06d}").write_text(json.dumps(holder))
 
 
@@ -92,14 +92,14 @@ def test_a_holder_on_another_machine_is_replaced_only_after_its_heartbeat_has_st
 def test_a_holder_on_another_machine_keeps_the_lease_while_its_heartbeat_goes_on(tmp_path, short_timeouts):
     stop = threading.Event()
 
-    def beat():
+    def send_heartbeats():
         count = 0
         while not stop.wait(0.2):
             count += 1
             foreign(tmp_path, count)
 
     foreign(tmp_path)
-    thread = threading.Thread(target=beat)
+    thread = threading.Thread(target=send_heartbeats)
     thread.start()
     started = time.monotonic()
     with Lease(tmp_path, waiting=lambda holder: time.monotonic() - started > 3) as lease:

@@ -59,7 +59,8 @@ def test_the_shortlist_has_the_points_not_significantly_different_from_the_best(
     best = select_points(average_seeds(results.points), "best", results.prompts).set_index("method")
     assert best.beta.to_dict() == {"dpo": 0.05, "ipo": 0.1}
     assert best.shortlist.to_dict() == {"dpo": 2, "ipo": 1}
-    lowest_kl = select_points(average_seeds(results.points), "lowest_kl_in_shortlist", results.prompts).set_index("method")
+    lowest_kl = select_points(average_seeds(results.points), "lowest_kl_in_shortlist", results.prompts)
+    lowest_kl = lowest_kl.set_index("method")
     assert lowest_kl.beta.to_dict() == {"dpo": 0.1, "ipo": 0.1} and lowest_kl.loc["dpo", "kl_sequence"] == 4.0
 
 
@@ -111,12 +112,13 @@ def test_nothing_done_is_no_error(tmp_path):
     none = average_seeds(points({"beta": 0.1, "state": "failed"}).astype({"quality_selection": float}))
     prompts = PromptQuality(tmp_path)
     best = reporting_split.with_intervals(select_points(none, "best", prompts), none, prompts)
-    assert best.empty and reporting_split.differences(best, prompts).empty and reporting_split.gains(none, best, prompts).empty
+    assert best.empty and reporting_split.differences(best, prompts).empty
+    assert reporting_split.gains(none, best, prompts).empty
     assert reporting_split.pareto_fronts(none).empty
 
 
 def test_a_missing_quality_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"abc/quality.json not found: the result was written by an older version; rerun"):
+    with pytest.raises(ConfigError, match=r"abc/quality.json not found: .* written by an older version; rerun"):
         PromptQuality(tmp_path).reporting([["abc"]])
 
 

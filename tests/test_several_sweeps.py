@@ -23,7 +23,8 @@ def test_settings_that_differ_between_sweeps_are_added():
 
 
 def test_a_setting_that_one_sweep_varies_is_added_to_the_others():
-    additions = disambiguating_settings([[study(a=1)], [study(a=1, b=3)]])  # the first sweep varied b, so it is in its variants
+    # The first sweep varied b, so b is part of its variants.
+    additions = disambiguating_settings([[study(a=1)], [study(a=1, b=3)]])
     assert additions == [{("s", "dpo", "sft"): ""}, {("s", "dpo", "sft"): "b=3"}]
 
 
@@ -36,7 +37,7 @@ def test_the_name_of_a_group_replaces_the_settings_it_determines():
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
-    """Two sweeps over the same betas, after SFT on all and on a quarter of the rows, and one that the first contains."""
+    """Sweeps over the same betas, after SFT on all and on a quarter of the rows, and one that the first contains."""
     folder = tmp_path_factory.mktemp("several")
     arguments = ["-m", "method=dpo,ipo", *SMALL, f"output_dir={folder}"]
     train(*arguments, "beta=0.1,1", "sweep.name=full")

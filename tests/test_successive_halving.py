@@ -19,7 +19,7 @@ from src.store.sweep_folder import SweepFolder
 from sweeps.aggregate import aggregate
 from sweeps.finalize import finalize
 from sweeps.search.search import Search
-from tests.support.commands import run_in_process, kill_when, train
+from tests.support.commands import kill_when, run_in_process, train
 from tests.support.configs import TINY, point
 
 

@@ -190,13 +190,13 @@ def pack_first_fit(lengths: Sequence[int], indices: Iterable[int], token_budget:
     batches: list[list[int]] = []
     room: list[int] = []
     for index in _longest_first(lengths, indices):
-        fitting = next((b for b, free in enumerate(room) if lengths[index] <= free), None)
-        if fitting is None:
-            fitting = len(batches)
+        target = next((b for b, free in enumerate(room) if lengths[index] <= free), None)
+        if target is None:
+            target = len(batches)
             batches.append([])
             room.append(token_budget)
-        batches[fitting].append(index)
-        room[fitting] -= lengths[index]
+        batches[target].append(index)
+        room[target] -= lengths[index]
     return batches
 
 

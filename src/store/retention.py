@@ -19,7 +19,7 @@ PointStages = Mapping[str, str]
 def apply_retention(store: Store, points: Sequence[PointStages], keep: str, best: set[str]) -> None:
     """Apply `keep` (all, best, none) to the aligned models of the points; best: identities of selected results.
 
-    A model stays while a point still waits for it, and with keep=best when a selected result was computed with it.
+    A model stays while a point still waits for it, and with `best` when a selected result was computed with it.
     """
     for kind, identity in (work.relative_to(store.root).parts[::2] for work in store.root.glob("*/.work/*")):
         stage = StageName(kind, identity)

@@ -46,10 +46,10 @@ def gains(averages: pd.DataFrame, best: pd.DataFrame, prompts: PromptQuality) ->
 
     Each beta is taken at its own best lr. A beta that was not swept has no row. averages: of average_seeds.
     """
-    per_beta, rows = best_lr_per_beta(averages), []
+    best_lrs, rows = best_lr_per_beta(averages), []
     for row in best.to_dict("records"):
         study = {name: row[name] for name in STUDY}
-        untuned = per_beta[(per_beta[STUDY] == pd.Series(study)).all(axis=1)]
+        untuned = best_lrs[(best_lrs[STUDY] == pd.Series(study)).all(axis=1)]
         for against, beta in (("beta = 1", 1.0), ("TRL's default", METHODS[row["method"]].trl_beta)):
             for other in untuned[untuned.beta == beta].to_dict("records"):
                 values = prompts.reporting([row["identities"], other["identities"]])

@@ -35,11 +35,11 @@ SMOOTHING = 10  # a training curve is the running mean over this fraction of its
 
 def draw(averages: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
     """Yield every figure of every setup, init and variant. averages: of average_seeds; best: of with_intervals."""
-    per_beta = best_lr_per_beta(averages)
+    best_lrs = best_lr_per_beta(averages)
     for setup, rows in best.groupby("setup", sort=False):
         if len(rows[GROUP].drop_duplicates()) > 1:
             yield side_by_side(str(setup), rows)
-    for key, rows in per_beta.groupby(GROUP, sort=False, dropna=False):
+    for key, rows in best_lrs.groupby(GROUP, sort=False, dropna=False):
         setup, init, variant = map(str, key)
         parts = [setup, *([] if init == "sft" else [init]), *([variant] if variant else [])]
         stem, name = "_".join(re.sub(r"[^\w.=-]+", "_", part) for part in parts), ", ".join(parts)

@@ -140,9 +140,7 @@ def define(sweep: dict[str, Any], points: pd.DataFrame, metrics: Sequence[str], 
     sections = [
         Section("Result", "Colors are methods. Selected on one split of the prompts, reported on the other.", result),
         Section("Training, by method", "Mean and range over the points of a method.", by_method),
-        Section(
-            "Training, by method and beta", "Mean and range over learning rates and seeds.", by_series
-        ),
+        Section("Training, by method and beta", "Mean and range over learning rates and seeds.", by_series),
     ]
     if figures:
         images = Images("Figures of the report", tuple(f"figures/{name}" for name in figures))
