@@ -45,6 +45,7 @@ def test_a_sweeps_estimate_counts_shared_stages_once(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_estimates_are_measured_once_a_stage_of_the_same_data_and_model_has_finished(tmp_path):
     labels, before = dry_run(*SMALL, "method=dpo", "beta=0.1", f"output_dir={tmp_path}")
     assert labels and '"-" = no estimate yet' in before  # a CPU has no stated peak

@@ -83,6 +83,7 @@ def alone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_of_every_engine_train_what_one_process_does(engine, alone, tmp_path):
     finish(start_ranks(*POINT, f"engine={engine}", f"output_dir={tmp_path}"))
@@ -93,6 +94,7 @@ def test_two_processes_of_every_engine_train_what_one_process_does(engine, alone
     assert distance(weights(alone, "sft"), weights(alone)) > 10 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_zero_in_one_process_is_deepspeed_and_trains_the_same_model(alone, tmp_path):
     # A partial run leaves its checkpoint, in which these files are DeepSpeed's, of a model sharded by ZeRO-3.
     train(*POINT, "engine=zero3", "trainer.align.stop_fraction=0.5", f"output_dir={tmp_path}")
@@ -105,6 +107,7 @@ def test_zero_in_one_process_is_deepspeed_and_trains_the_same_model(alone, tmp_p
     assert distance(load_file(full_run), weights(alone)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_kill_9_of_one_process_and_the_same_command_again_gives_identical_weights(tmp_path):
     arguments = [*POINT, "engine=zero3", "trainer.align.epochs=3"]
     calm, killed = tmp_path / "calm", tmp_path / "killed"
@@ -138,6 +141,7 @@ def configured(model, *overrides):
         return engine.configure_model(model).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activation_checkpointing_recomputes_every_layer_and_changes_no_bit_of_a_gradient(recompute):
     examples = random_pairs(5, 1)
@@ -152,6 +156,7 @@ def test_activation_checkpointing_recomputes_every_layer_and_changes_no_bit_of_a
     assert [calls[layer.mlp] for layer in model.model.layers] == [1 + recompute] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_compiled_layers_have_the_same_gradients(compiled, monkeypatch):
     """Traced by AOTAutograd and run in eager mode: what inductor generates is torch's own, and takes minutes here."""
@@ -170,6 +175,7 @@ def test_compiled_layers_have_the_same_gradients(compiled, monkeypatch):
     assert num_graphs > 0 if compiled else num_graphs == 0
 
 
+@pytest.mark.slow
 def test_lora_trains_low_rank_differences_and_starts_at_the_reference(alone, tmp_path):
     train(*POINT, "model.lora.rank=4", f"output_dir={tmp_path}")
     before, after = weights(tmp_path, "sft"), weights(tmp_path)
@@ -188,6 +194,7 @@ def test_lora_trains_low_rank_differences_and_starts_at_the_reference(alone, tmp
     assert json.loads(log.read_text().splitlines()[0])["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_lora_of_two_processes_is_that_of_one(tmp_path):
     arguments = [*POINT, "model.lora.rank=4", "trainer.sft.max_steps=2", "trainer.align.max_steps=4"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -196,6 +203,7 @@ def test_lora_of_two_processes_is_that_of_one(tmp_path):
     assert distance(weights(one), weights(two)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_steps_of_3e_7_move_weights_in_bf16_as_they_do_in_float32(tmp_path):
     """Master weights are float32: in bf16 ones such a step is below half of the last place, and nothing would move."""
     arguments = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+import pytest
 
 from src.store.sweep_folder import SweepFolder
 from tests.support.commands import SMALL, start, train
@@ -37,6 +38,7 @@ def states(output_dir: Path, name: str) -> list[str]:
     return list(pd.read_csv(SweepFolder(output_dir / "sweeps" / name).points_csv).state)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_workers_and_the_same_command_resumes(tmp_path):
     arguments = [*SWEEP, "trainer.align.epochs=8", f"output_dir={tmp_path}", "sweep.name=stopped"]
     launcher = start(*arguments)
@@ -51,6 +53,7 @@ def test_ctrl_c_stops_the_workers_and_the_same_command_resumes(tmp_path):
     assert states(tmp_path, "stopped") == ["done"] * 4
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_stage_resumes(tmp_path):
     launcher = start(*SWEEP, "trainer.align.epochs=8", f"output_dir={tmp_path}", "sweep.name=killed")
     wait_for_alignment(tmp_path)
@@ -63,6 +66,7 @@ def test_a_killed_worker_is_replaced_and_its_stage_resumes(tmp_path):
     assert states(tmp_path, "killed") == ["done"] * 4
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_launcher(tmp_path):
     # Alignment takes much longer than the timeout below: a worker that only notices at its next stage fails the test.
     launcher = start(*SWEEP, "trainer.align.epochs=2000", f"output_dir={tmp_path}", "sweep.name=orphans")

@@ -86,6 +86,8 @@ from src.stages.runner import compute_or_wait
 from src.store.store import Store
 from tests.test_resume import sft_stage
 
+pytestmark = pytest.mark.slow
+
 stage, store = sft_stage({folder!r}), Store({folder!r})
 for fatal in {numbers!r}:
     child = os.fork()

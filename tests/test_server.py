@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.commands import SMALL, run_in_process, start, train
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(sys.executable).with_name("transformers")
 SERVED = [
     "server=transformers",

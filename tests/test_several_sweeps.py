@@ -10,6 +10,8 @@ import yaml
 from sweeps.search.variants import disambiguating_settings
 from tests.support.commands import ROOT, SMALL, environment, train
 
+pytestmark = pytest.mark.slow
+
 
 def study(method="dpo", **settings):
     return {"setup": "s", "method": method, "init": "sft", "settings": settings}

@@ -11,6 +11,8 @@ from src.errors import ConfigError
 from src.planning.identity import locate
 from tests.support.commands import train
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [
     ("What is the capital of France?", "The capital of France is Paris.", "I like turtles, and also the sea."),
     ("Name three colors.", "Red, green and blue.", "Colors are names that are three."),

@@ -95,6 +95,7 @@ def searched(tmp_path_factory) -> Path:
     return output_dir
 
 
+@pytest.mark.slow
 def test_the_same_search_again_computes_nothing(searched):
     before = sorted((p, p.stat().st_mtime_ns) for p in (searched / "store").rglob("*"))
     again, table = InProcessLauncher(), final(searched)
@@ -103,6 +104,7 @@ def test_the_same_search_again_computes_nothing(searched):
     assert sorted((p, p.stat().st_mtime_ns) for p in (searched / "store").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_finished_search_keeps_models_and_no_checkpoints(searched):
     assert not list((searched / "store").glob("*/.work/*"))
     assert len(list((searched / "store").glob("align/*/model.safetensors"))) == 6
@@ -137,6 +139,7 @@ def aggregate_copy(output_dir: Path, copy: Path, label: str) -> pd.DataFrame:
 COUNTS = "successive_halving: points trained to each fraction of the steps: 4 at 0.5, 2 at 1"
 
 
+@pytest.mark.slow
 def test_only_points_of_the_last_rung_can_be_selected_and_the_report_counts_the_rungs(tmp_path, searched):
     points = sweep_folder(searched).read()["points"]
     assert [p["stop_fraction"] for p in points].count(0.5) == 2
@@ -220,6 +223,7 @@ class JobLauncher(InProcessLauncher):
         return None
 
 
+@pytest.mark.slow
 def test_where_jobs_run_each_invocation_submits_the_next_rung(tmp_path, searched, capsys):
     first, second, third = JobLauncher(), JobLauncher(), JobLauncher()
     assert search(tmp_path, first)["search"]["rung"] == 1

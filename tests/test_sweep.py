@@ -172,6 +172,7 @@ def test_a_run_takes_its_values_from_the_best_yaml_of_a_sweep(swept):
     assert labels[0] == f"ipo beta={best['beta']:g} lr={best['lr']:g}"
 
 
+@pytest.mark.slow
 def test_a_failed_point_is_named_at_the_end_and_the_others_finish(tmp_path):
     done = train("-m", "method=dpo", "lr=1e-3,1e30", *SMALL, f"output_dir={tmp_path}", "sweep.name=bad", check=False)
     assert done.returncode == 1
@@ -183,6 +184,7 @@ def test_a_failed_point_is_named_at_the_end_and_the_others_finish(tmp_path):
     assert len(yaml.safe_load((tmp_path / "sweeps" / "bad" / "best.yaml").read_text())["mini_tldr"]) == 1
 
 
+@pytest.mark.slow
 def test_the_number_of_seeds_is_a_column_where_it_differs(tmp_path):
     seeds = ["-m", "method=dpo,ipo", "beta=0.1", "seed=0,1", "sweep.name=seeds"]
     train(*seeds, *SMALL, f"output_dir={tmp_path}")
@@ -197,6 +199,7 @@ def test_the_number_of_seeds_is_a_column_where_it_differs(tmp_path):
     assert "<th>Seeds</th>" in report and '<th class="text">Method</th>' in report
 
 
+@pytest.mark.slow
 def test_a_sweep_without_results_has_a_report(tmp_path):
     done = train("-m", "method=dpo", "lr=1e30,1e31", *SMALL, f"output_dir={tmp_path}", "sweep.name=none", check=False)
     assert done.returncode == 1 and "2 of 2 points failed" in done.stderr and "Traceback" not in done.stderr
@@ -243,6 +246,7 @@ def test_keep_best_keeps_the_best_models_and_all_measurements(tmp_path):
     assert {p: p.read_text() for p in metrics} == metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["none", "best"])
 def test_a_shared_model_is_removed_after_its_last_point(keep, tmp_path):
     temperatures = "evaluation.generation.temperature=0.5,1.0,0.7"
@@ -259,6 +263,7 @@ def test_a_shared_model_is_removed_after_its_last_point(keep, tmp_path):
     assert len(weights(tmp_path)) == (1 if keep == "best" else 0)
 
 
+@pytest.mark.slow
 def test_keep_none_also_removes_models_of_earlier_runs(tmp_path):
     train(*SMALL, f"output_dir={tmp_path}")
     assert len(weights(tmp_path)) == 1

@@ -15,6 +15,8 @@ from src.training.loop import batch_indices
 from tests.support.commands import SMALL, train
 from tests.support.configs import point
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 POINT = [
     *SMALL,
