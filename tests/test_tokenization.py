@@ -203,7 +203,7 @@ def test_mini_tldr_is_the_same_every_time_and_its_labels_follow_the_gold_score()
     assert not {p.prompt.text for p in a.pairs("train")} & {p.text for p in a.prompts(30)}
     rows = mini_tldr.preferences(2000, seed=5)
     gaps = [mini_tldr.gold_score(post.facts, c) - mini_tldr.gold_score(post.facts, r) for post, c, r in rows]
-    assert 0.75 < sum(g > 0 for g in gaps) / len(gaps) < 0.97  # noisy, so that over-optimisation is possible
+    assert 0.75 < sum(g > 0 for g in gaps) / len(gaps) < 0.97  # noisy, so that over-optimization is possible
 
 
 def test_gold_score_counts_facts_and_charges_for_what_is_wrong():

@@ -60,9 +60,7 @@ def parse_pair(row: Row, where: str) -> Pair:
         if key not in row:
             raise ConfigError(f"{where}: missing field {key!r}; it has {', '.join(map(repr, row)) or 'none'}")
     return Pair(
-        _prompt(row, where),
-        _response(row["chosen"], where, "chosen"),
-        _response(row["rejected"], where, "rejected"),
+        _prompt(row, where), _response(row["chosen"], where, "chosen"), _response(row["rejected"], where, "rejected")
     )
 
 

@@ -171,12 +171,7 @@ _cache: dict[str, TokenizedDataset] = {}
 
 
 def load_examples(
-    data: DataInputs,
-    model: ModelInputs,
-    split: str,
-    template: Template,
-    attempt: Attempt,
-    expected_rows: ExpectedRows,
+    data: DataInputs, model: ModelInputs, split: str, template: Template, attempt: Attempt, expected_rows: ExpectedRows
 ) -> TokenizedDataset:
     """Return the tokenized `sft` demonstrations, or the `train` or `validation` pairs.
 
