@@ -31,7 +31,7 @@ def write(file, rows, lines=False):
 
 
 def alpaca_questions(folder, count=NUM_PROMPTS):
-    """As the benchmark has them: instructions, with the baseline's outputs."""
+    """Write the benchmark's file: instructions with the baseline's outputs."""
     rows = [
         {
             "dataset": "helpful_base",
@@ -55,13 +55,13 @@ def arena_files(folder, count=NUM_PROMPTS):
             "model_id": "gpt-4-0314",
             "choices": [{"index": 0, "turns": [{"content": str(2 * n)}]}],
         }
-        for n in reversed(range(count))  # found by id, not by place
+        for n in reversed(range(count))  # matched by id, not by position
     ]
     return write(folder / "question.jsonl", questions, lines=True), write(folder / "gpt4.jsonl", answers, lines=True)
 
 
 def annotator(folder, model, parsed=r"(?s)^\W*[A-Ma-m0-9].*"):
-    """SmolLM2 as an annotator of alpaca-eval: it prefers the first where its answer begins as `parsed` says."""
+    """Write an annotator of alpaca-eval that asks SmolLM2; an answer that matches `parsed` prefers the first output."""
     home = folder / "annotators" / "smollm2"
     home.mkdir(parents=True)
     (home / "prompt.txt").write_text(
@@ -155,7 +155,7 @@ def test_alpaca_eval_annotates_each_question_once_even_when_its_endpoint_dies(pr
 def test_annotations_without_a_preference_are_asked_for_twice_and_then_ties(proxy, served, tmp_path):
     done = train(*alpaca(proxy, served, tmp_path, parsed="^never"), check=False)
     asked = len(proxy.asked)
-    if done.returncode:  # SmolLM2 said nothing that begins with N to Z
+    if done.returncode:  # no answer of SmolLM2 began with N to Z
         assert f"not one of {NUM_PROMPTS} annotations has a preference" in done.stderr
         assert asked == 2 * NUM_PROMPTS
     else:
@@ -167,7 +167,7 @@ def test_annotations_without_a_preference_are_asked_for_twice_and_then_ties(prox
 
 
 def annotations(gain=0.0, length=0.0, seed=0, count=805):
-    """Of a model that wins by `gain` where lengths are equal, and by `length` more where it is a deviation longer."""
+    """Return annotations of a model whose log-odds to win are `gain`, plus `length` per deviation of extra length."""
     rng = random.Random(seed)
     rows = []
     for n in range(count):
@@ -194,7 +194,7 @@ def difficulty(n):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A cache of the hub with the benchmark's table of difficulties; its numbers are made up, its layout is not."""
+    """Write a hub cache with the benchmark's table of difficulties: its layout, with made-up numbers."""
     home = tmp_path_factory.mktemp("hub")
     repository = home / "hub" / "datasets--tatsu-lab--alpaca_eval"
     (repository / "refs").mkdir(parents=True)
@@ -220,7 +220,7 @@ def hub(tmp_path_factory):
 
 
 def win_rates_of(folder, rows, hub=None, questions=None):
-    """The command, and the figures that it printed."""
+    """Run the command; return the process and the rates it printed."""
     order = write(folder / "questions.json", [{"instruction": f"question {n}"} for n in range(questions or 805)])
     file = write(folder / "annotations.json", rows)
     done = subprocess.run(
@@ -235,13 +235,14 @@ def win_rates_of(folder, rows, hub=None, questions=None):
     return done, {name: float(value) for name, value, _, _ in figures}
 
 
-def test_what_is_won_by_length_alone_is_not_won_with_length_controlled(hub, tmp_path):
+@pytest.mark.slow
+def test_a_win_rate_by_length_alone_vanishes_when_length_is_controlled(hub, tmp_path):
     done, longer = win_rates_of(tmp_path, annotations(length=1.5), hub)
     assert done.returncode == 0 and "mine against gpt4_1106_preview, 805 preferences" in done.stdout, done.stderr
     assert longer["win_rate"] > 60
     assert longer["length_controlled_win_rate"] == pytest.approx(50, abs=5)
     better = win_rates_of(tmp_path, annotations(gain=1.0), hub)[1]
-    # The control: what is won otherwise stays.
+    # Negative control: a better model of equal length keeps its win rate.
     assert better["win_rate"] > 62 and better["length_controlled_win_rate"] > 60
 
 
@@ -256,9 +257,9 @@ def test_annotations_in_another_order_or_number_are_refused(hub, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_without_the_table_of_difficulties_there_is_a_win_rate_and_a_warning(tmp_path):
-    done, found = win_rates_of(tmp_path, annotations())
-    assert done.returncode == 0 and found["win_rate"] > 0 and "length_controlled_win_rate" not in found
+def test_without_the_table_of_difficulties_there_is_only_the_win_rate_and_a_warning(tmp_path):
+    done, rates = win_rates_of(tmp_path, annotations())
+    assert done.returncode == 0 and rates["win_rate"] > 0 and "length_controlled_win_rate" not in rates
     assert "no length-controlled win rate: the table of difficulties could not be loaded" in done.stderr
 
 
@@ -274,11 +275,11 @@ def test_without_the_table_of_difficulties_there_is_a_win_rate_and_a_warning(tmp
         ("[[A]]", None, None),
     ],
 )
-def test_a_label_is_what_a_game_was_to_either_side(text, as_a, as_b):
+def test_a_label_is_scored_for_either_side(text, as_a, as_b):
     assert parse_game(text, response_is="A") == as_a and parse_game(text, response_is="B") == as_b
 
 
-def test_the_score_is_what_bradley_terry_says_against_one_baseline():
+def test_the_win_rate_is_that_of_bradley_terry_against_one_baseline():
     rng = random.Random(0)
     games = [
         Game(*rng.choices([(1.0, 3), (1.0, 1), (0.5, 1), (0.0, 1), (0.0, 3)], [1, 3, 2, 4, 3])[0]) for _ in range(300)
@@ -297,7 +298,7 @@ def test_the_score_is_what_bradley_terry_says_against_one_baseline():
     assert rate["high"] == pytest.approx(rate["value"] + 1.96 * error, abs=0.8 * error)
 
 
-def test_the_benchmarks_table_has_its_own_figures_and_means_over_seeds():
+def test_the_table_of_benchmarks_has_their_scores_averaged_over_seeds():
     common = {"setup": "s", "init": "sft", "variant": "", "beta": 0.1, "lr": 1e-6}
     best = pd.DataFrame(
         [common | {"method": "dpo", "identities": ["a", "b"]}, common | {"method": "ipo", "identities": ["c"]}]
@@ -342,7 +343,7 @@ def test_arena_hard_plays_two_games_per_prompt_with_the_prompt_of_its_config(pro
         for a, b in ((responses[n], str(2 * n)), (str(2 * n), responses[n]))
     }
     assert set(proxy.asked) == expected
-    # SmolLM2 writes no label: no game is played, every comparison is a tie, and the result says so.
+    # SmolLM2 writes no label: every comparison is a tie, and the result counts its answers as unparsable.
     judge = result["judge"]
     assert judge["answers"] == 2 * NUM_PROMPTS and 0 < judge["unparsable"] <= 2 * NUM_PROMPTS
     if judge["unparsable"] == 2 * NUM_PROMPTS:

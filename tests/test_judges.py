@@ -123,23 +123,23 @@ def _saved(folder):
     return [json.loads(line)["answer"] for file in folder.glob("*.jsonl") for line in file.open()]
 
 
-def test_answers_of_other_processes_are_known_and_half_lines_are_not(tmp_path):
-    ours, theirs = Answers(tmp_path), Answers(tmp_path)
-    theirs.add("a", {"text": "x", "prompt_tokens": 3})
-    ours.refresh()
-    assert ours.known == {"a": {"text": "x", "prompt_tokens": 3}} and ours.totals["prompt_tokens"] == 3
+def test_answers_of_other_processes_are_read_and_half_lines_are_not(tmp_path):
+    answers, others = Answers(tmp_path), Answers(tmp_path)
+    others.add("a", {"text": "x", "prompt_tokens": 3})
+    answers.refresh()
+    assert answers.known == {"a": {"text": "x", "prompt_tokens": 3}} and answers.totals["prompt_tokens"] == 3
     (torn,) = tmp_path.glob("*.jsonl")
     with torn.open("a") as handle:
         handle.write('{"key": "b", "answer": {"te')
-    ours.refresh()
-    assert set(ours.known) == {"a"}
-    with torn.open("a") as handle:  # the rest of the disk comes back, and with it the next answer on the same line
+    answers.refresh()
+    assert set(answers.known) == {"a"}
+    with torn.open("a") as handle:  # with space on the disk again, the next answer continues the torn line
         handle.write('{"key": "c", "answer": {}}\n{"key": "d", "answer": {}}\n')
-    ours.refresh()
-    assert set(ours.known) == {"a", "d"}
+    answers.refresh()
+    assert set(answers.known) == {"a", "d"}
 
 
-def judged(proxy, served, folder, *more):
+def judge_options(proxy, served, folder, *more):
     return [
         *("method=dpo", "beta=0.1", *SMALL, f"evaluation.num_prompts={NUM_PROMPTS}", f"output_dir={folder}"),
         *("judge=tldr", f"judge.base_url={proxy.url}", f"judge.model={served.model}", "judge.max_tokens=2"),
@@ -153,7 +153,7 @@ def test_an_endpoint_that_dies_is_asked_only_for_missing_answers(proxy, served, 
             served.kill()
 
     proxy.on_answer = die_at_nine
-    died = train(*judged(proxy, served, tmp_path), check=False)
+    died = train(*judge_options(proxy, served, tmp_path), check=False)
     assert died.returncode == 1 and "Traceback" not in died.stderr, died.stderr
     assert f"{proxy.url} failed after 2 attempts" in died.stderr
     assert "rerun to request the remaining ones" in died.stderr
@@ -163,7 +163,7 @@ def test_an_endpoint_that_dies_is_asked_only_for_missing_answers(proxy, served, 
     proxy.on_answer = lambda: None
     proxy.asked.clear()
     served.start()
-    done = train(*judged(proxy, served, tmp_path))
+    done = train(*judge_options(proxy, served, tmp_path))
     assert "win_rate" in done.stdout
     assert len(set(proxy.asked)) == len(proxy.asked) and not set(proxy.asked) & set(known)
 
@@ -176,7 +176,7 @@ def test_an_endpoint_that_dies_is_asked_only_for_missing_answers(proxy, served, 
 
 
 def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
-    process = start(*judged(proxy, served, tmp_path))
+    process = start(*judge_options(proxy, served, tmp_path))
     proxy.on_answer = lambda: len(proxy.answered) == 5 and os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 130, output
@@ -184,7 +184,7 @@ def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
     known = list(proxy.answered)
     assert 5 <= len(known) < 2 * NUM_PROMPTS - 4
     proxy.asked.clear()
-    train(*judged(proxy, served, tmp_path))
+    train(*judge_options(proxy, served, tmp_path))
     assert proxy.asked and not set(proxy.asked) & set(known)
 
 
@@ -202,7 +202,7 @@ def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
         (["judge=none"], "evaluation.metric=win_rate needs a judge"),
     ],
 )
-def test_a_judge_that_cannot_work_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):
+def test_a_wrong_judge_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     done = run_in_process(*overrides, f"output_dir={tmp_path}")
     assert done.returncode == 2 and message in done.stderr, done.stderr
@@ -212,7 +212,7 @@ def test_a_judge_that_cannot_work_is_an_error_before_anything_runs(overrides, me
 
 @pytest.fixture(scope="module")
 def reward_folder(tmp_path_factory):
-    """A small reward model with random weights, and the embedded task's tokenizer."""
+    """Write a small reward model with random weights and the tokenizer of mini TL;DR."""
     folder = tmp_path_factory.mktemp("reward")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "src" / "data" / "mini_tldr_base")
     torch.manual_seed(0)

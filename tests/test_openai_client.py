@@ -1,4 +1,4 @@
-"""The concurrent client against a small server of its own: retries, Retry-After, limits and cancellation."""
+"""The concurrent client against a small local server: retries, Retry-After, limits and cancellation."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""The embedded task at its full size shows what a beta sweep is about."""
+"""mini TL;DR at full size shows the effect of beta."""
 
 import pandas as pd
 import pytest

@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def smollm2_folder(folder: Path) -> Path:
-    """Write SmolLM2-135M-Instruct as transformers saves models; skip where its package is not installed."""
+    """Write SmolLM2-135M-Instruct as transformers saves models; skip when its package is not installed."""
     try:
         locate(GGUF)
     except ConfigError:
