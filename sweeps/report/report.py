@@ -48,6 +48,7 @@ def write_report(path: Path, analysis: Analysis, graphics: Sequence[str]) -> Non
     """Write the report; graphics: SVGs of Drawing.save."""
     results, best = analysis.results, analysis.best
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["with_error"] = with_error
     html = environment.get_template("report.html.jinja").render(
         name=results.name,
         sweeps=results.sweeps,
@@ -66,7 +67,8 @@ def write_report(path: Path, analysis: Analysis, graphics: Sequence[str]) -> Non
         judge=judge_usage(results),
         published=_published(best),
         failed=results.points[results.points.state != "done"].to_dict("records"),
-        all_points=_all_points(results.points.head(MAX_ROWS), {i for seeds in best.identities for i in seeds}),
+        all_points=results.points.head(MAX_ROWS).to_dict("records"),
+        selected={identity for seeds in best.identities for identity in seeds},
         names=NAMES,
     )
     atomic_write(path, html)
@@ -160,26 +162,3 @@ def _published(best: pd.DataFrame) -> list[dict[str, Any]]:
             cells = [(names[m], *values, ours.get(m, "-")) for m, values in published[setup]["rows"].items()]
             tables.append({"setup": setup, **published[setup], "rows": cells, "ours": quality_column(rows)})
     return tables
-
-
-def _all_points(points: pd.DataFrame, selected: set[str]) -> list[dict[str, Any]]:
-    rows = []
-    for row in points.to_dict("records"):
-        group = [row["setup"]] + [row["init"]] * (row["init"] != "sft") + [row["variant"]] * bool(row["variant"])
-        rows.append(
-            {
-                "group": " ".join(map(str, group)),
-                "method": NAMES[row["method"]],
-                "beta": f"{row['beta']:g}",
-                "lr": f"{row['lr']:g}",
-                "seed": row["seed"],
-                "selection": with_error(row["quality_selection"], row["quality_selection_se"], 3),
-                "reporting": with_error(row["quality_reporting"], row["quality_reporting_se"], 3),
-                "kl": with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
-                "seconds": with_error(row["seconds"], None, 1),
-                "stop_fraction": f"{row['stop_fraction']:g}",
-                "state": row["state"],
-                "selected": row["identity"] in selected,
-            }
-        )
-    return rows

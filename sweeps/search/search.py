@@ -48,12 +48,11 @@ class Search:
                 break
             self._promote(rung)
         parts = [plan.text(), Cost(plan, self.store).text()]
-        if self.is_halving:
+        if (state := self._state(rung)) is not None:
             if plan.needed:
                 anew = ", as if its points were trained from the start" if rung else ""
                 parts.append(f"\nabove: rung {rung + 1} of {len(self.rungs)}{anew}")
-            table = dry_run_table(self.points, self.entry_rung, self.rung_of, rung, self.rungs, self.keep_fraction)
-            parts.append(table)
+            parts.append(dry_run_table(self.points, state))
         return "\n".join(parts)
 
     def run(self, launcher: PlanLauncher, name: str, command: str) -> None:

@@ -64,21 +64,6 @@ def promote(
     return promoted
 
 
-def expected_counts(
-    points: Sequence[Point],
-    entry: Sequence[int],
-    rung_of: Sequence[int],
-    rung: int,
-    num_rungs: int,
-    keep_fraction: float,
-) -> list[int]:
-    """Return the number of points in each rung when `rung` is the next to finish and no point fails."""
-    final = list(rung_of)
-    for r in range(rung, num_rungs - 1):
-        final = promote(points, final, [0.0] * len(points), r, keep_fraction)
-    return [sum(low <= r <= high for low, high in zip(entry, final, strict=True)) for r in range(num_rungs)]
-
-
 def _num_promoted(num_groups: int, keep_fraction: float) -> int:
     return max(1, floor(keep_fraction * num_groups + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
@@ -134,6 +119,14 @@ class RungState:
         }
 
 
+def expected_counts(points: Sequence[Point], state: RungState) -> list[int]:
+    """Return the number of points in each rung when the current one is the next to finish and no point fails."""
+    final, num_rungs = list(state.rung_of), len(state.rungs)
+    for rung in range(state.rung, num_rungs - 1):
+        final = promote(points, final, [0.0] * len(points), rung, state.keep_fraction)
+    return [sum(low <= r <= high for low, high in zip(state.entry, final, strict=True)) for r in range(num_rungs)]
+
+
 def is_candidate(sweep: dict[str, Any], point: dict[str, Any]) -> bool:
     """Return whether a point of a sweep.json may be selected: in a search by rungs only if it reached the last one."""
     search = sweep.get("search")
@@ -165,26 +158,19 @@ def summary(sweep: dict[str, Any]) -> str | None:
     return f"{text}; rung {search['rung']} of {len(search['rungs'])}, no point is selected before the last"
 
 
-def dry_run_table(
-    points: Sequence[Point],
-    entry: Sequence[int],
-    rung_of: Sequence[int],
-    rung: int,
-    rungs: Sequence[float],
-    keep_fraction: float,
-) -> str:
-    """Return the rungs of a search and their cost, for `dry_run=true`; `rung` is the next to finish."""
-    counts, num_points = expected_counts(points, entry, rung_of, rung, len(rungs), keep_fraction), len(points)
-    reused = sum(first > 0 for first in entry)  # results of full runs: nothing is computed for them
+def dry_run_table(points: Sequence[Point], state: RungState) -> str:
+    """Return the rungs of a search and their cost, for `dry_run=true`."""
+    counts, num_points = expected_counts(points, state), len(points)
+    reused = sum(first > 0 for first in state.entry)  # results of full runs: nothing is computed for them
     computed = [*counts[:-1], counts[-1] - reused]
-    fractions = [stop - start for start, stop in zip([0.0, *rungs], rungs, strict=False)]
+    fractions = [stop - start for start, stop in zip([0.0, *state.rungs], state.rungs, strict=False)]
     steps = sum(fraction * count for fraction, count in zip(fractions, computed, strict=True))
     lines = [
         "",
-        f"search: successive_halving; {keep_fraction:g} of each method's points are promoted to the next rung",
+        f"search: successive_halving; {state.keep_fraction:g} of each method's points are promoted to the next rung",
         "rung  steps  points",
     ]
-    lines += [f"{r + 1:4} {stop:6g} {count:7}" for r, (stop, count) in enumerate(zip(rungs, counts, strict=True))]
+    lines += [f"{r + 1:4} {stop:6g} {count:7}" for r, (stop, count) in enumerate(zip(state.rungs, counts, strict=True))]
     if reused:
         lines.append(f"{reused} points have results of full runs: they enter at the last rung")
     lines.append(
