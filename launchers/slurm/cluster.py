@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from submitit.slurm.slurm import SlurmInfoWatcher
+
 from src.errors import ConfigError, StageError
 
 RETRY_SECONDS = 30.0  # how long a command is retried while the controller does not answer
@@ -101,9 +103,7 @@ def sacct_states(jobs: Iterable[str]) -> dict[str, str]:
     process = _run(["sacct", "-X", "-o", "JobID,State,NodeList", "--parsable2", "-j", ",".join(masters)])
     if process.returncode != 0:
         return {}
-    from submitit.slurm.slurm import SlurmInfoWatcher  # it expands ranges of array tasks (`12_[3-7%2]`)
-
-    info = SlurmInfoWatcher(delay_s=0).read_info(process.stdout)
+    info = SlurmInfoWatcher(delay_s=0).read_info(process.stdout)  # expands ranges of array tasks (`12_[3-7%2]`)
     return {job: row["State"].partition(" ")[0] for job, row in info.items()}
 
 

@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from submitit import JobEnvironment
+from submitit.helpers import TorchDistributedEnvironment
+
 from launchers.slurm.job_records import Submission, read_submission
 from launchers.slurm.status import failed_points
 from src import preemption
@@ -74,8 +77,6 @@ def _init_distributed_from_slurm(strategy: str) -> None:
     """Set rank and rendezvous of a job with several processes from SLURM's variables, and join the process group."""
     if int(os.environ["SLURM_NTASKS"]) == 1:
         return
-    from submitit.helpers import TorchDistributedEnvironment
-
     from src.distributed import init_distributed
 
     # A port that no other job on the node uses.
@@ -162,8 +163,6 @@ def _prepare_process() -> None:
 
 def _remove_partial_result() -> None:
     """Delete the result file that a killed run of this job left half-written; submitit refuses to overwrite it."""
-    from submitit import JobEnvironment
-
     with contextlib.suppress(OSError, RuntimeError):
         result = JobEnvironment().paths.result_pickle
         result.with_suffix(result.suffix + ".save_tmp").unlink(missing_ok=True)
