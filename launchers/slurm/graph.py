@@ -23,7 +23,7 @@ class JobTask:
 
     label: str
     targets: list[Stage]  # the stages it is submitted for
-    stages: list[Stage]  # the targets and all they need that is not done: the task does not depend on others' success
+    stages: list[Stage]  # the targets and everything upstream that is not done: a task can run alone
 
 
 @dataclass

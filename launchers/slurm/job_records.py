@@ -1,4 +1,4 @@
-"""The records of submitted jobs: one folder a submission, `sweeps/NAME/jobs/ID/`.
+"""The records of submitted jobs: one folder per submission, `sweeps/NAME/jobs/ID/`.
 
     submission.json   the request (kind, tasks and their stages), written before sbatch; then the job ids
     task-N.json       the status of task N, written by its job: where it runs, why it failed

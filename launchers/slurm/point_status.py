@@ -161,7 +161,7 @@ class StatusReader:
         )
 
     def _without_job(self, status: PointStatus, stages: Stages, recorded: dict[str, Any]) -> PointStatus:
-        """Complete the status of a point that has no job: a local process may compute it, or it failed earlier."""
+        """Complete the status of a point without a job: a local process may be computing it, or it failed earlier."""
         targets = [stage for stage in stages if stage[0] not in SHARED] or stages
         if any(not self._is_done(stage) and in_use(self.store.work(_stage_name(stage))) for stage in targets):
             status.state = "running"

@@ -60,9 +60,9 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: JobOptions, 
     outcome = Submitted(in_flight=sum(result in in_flight for result in plan.results))
 
     arrays = list(job_arrays(plan, in_flight, skipped, cluster.max_array_size()))
-    of_points = [array for array in arrays if array.kind == "align"]
-    parallelism = split_parallelism(options.array_parallelism, [len(array.tasks) for array in of_points])
-    for array, count in zip(of_points, parallelism, strict=True):
+    point_arrays = [array for array in arrays if array.kind == "align"]
+    parallelism = split_parallelism(options.array_parallelism, [len(array.tasks) for array in point_arrays])
+    for array, count in zip(point_arrays, parallelism, strict=True):
         array.parallelism = count
     code = snapshot(folder.code, output_dir=store.output_dir) if arrays else None
     jobs = dict(in_flight)  # stage -> the job that computes it
