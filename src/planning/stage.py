@@ -95,9 +95,9 @@ def stages_of(point: Point) -> list[Stage]:
     pairs = pair_data(point)
     resources = resources_of(point, pairs)
 
-    def add(inputs: StageInputs, by: Point = point, **upstream: Stage | None) -> Stage:
+    def add(inputs: StageInputs, stage_point: Point = point, **upstream: Stage | None) -> Stage:
         present = {role: stage for role, stage in upstream.items() if stage is not None}
-        stage = Stage(inputs, present, resources, by)
+        stage = Stage(inputs, present, resources, stage_point)
         if stage not in stages:
             stages.append(stage)
         return stage
@@ -105,18 +105,18 @@ def stages_of(point: Point) -> list[Stage]:
     model, lora, evaluation = model_inputs(point), _lora(point), point.evaluation
 
     def sft(fraction: float) -> Stage:
-        by = replace(point, dataset=replace(point.dataset, sft_fraction=fraction))
+        stage_point = replace(point, dataset=replace(point.dataset, sft_fraction=fraction))
         trainer = select_fields(TrainerInputs, point.trainer.sft)
-        return add(SftInputs(model, lora, sft_data(by), trainer, point.seed), by)
+        return add(SftInputs(model, lora, sft_data(stage_point), trainer, point.seed), stage_point)
 
     fraction = point.dataset.sft_fraction
     # The base model has no stage: it is part of the inputs of the stages that start from it.
-    start = sft(fraction) if point.init.name == "sft" and fraction > 0 else None
-    init = "base" if start is None else "sft"
+    initial = sft(fraction) if point.init.name == "sft" and fraction > 0 else None
+    init = "base" if initial is None else "sft"
 
     reference = None
     if METHODS[point.method.name].needs_reference:
-        reference = add(ReferenceInputs(model, init, pairs), init=start)
+        reference = add(ReferenceInputs(model, init, pairs), init=initial)
     align = add(
         AlignInputs(
             model=model,
@@ -132,7 +132,7 @@ def stages_of(point: Point) -> list[Stage]:
             seed=point.seed,
             stop_fraction=point.trainer.align.stop_fraction,
         ),
-        init=start,
+        init=initial,
         reference=reference,
     )
 
@@ -145,7 +145,7 @@ def stages_of(point: Point) -> list[Stage]:
         inputs = GenerateInputs("baseline", model, "sft", prompts, generation, point.seed)
         baseline = add(inputs, checkpoint=sft(1.0))
     inputs = GenerateInputs("policy", model, init, prompts, generation, point.seed)
-    samples = add(inputs, checkpoint=align, reference=start)
+    samples = add(inputs, checkpoint=align, reference=initial)
     add(
         EvaluateInputs(
             setup=point.setup.name,
@@ -171,7 +171,7 @@ def model_inputs(point: Point) -> ModelInputs:
 def sft_data(point: Point) -> DataInputs:
     """Return what SFT reads. JSON lines have no SFT table: SFT trains on the chosen responses of the training pairs."""
     data = point.dataset
-    common = pair_data(point) if data.source == "jsonl" else _rows(point)
+    common = pair_data(point) if data.source == "jsonl" else _common_data(point)
     table = _table(data, data.sft)
     return replace(common, sft=table, sft_size=data.sft_size, sft_fraction=data.sft_fraction)
 
@@ -180,7 +180,9 @@ def pair_data(point: Point) -> DataInputs:
     """Return what every stage that needs preference pairs or their prompts reads."""
     data = point.dataset
     table = _table(data, data.preference)
-    return replace(_rows(point), preference=table, train_size=data.train_size, validation_size=data.validation_size)
+    return replace(
+        _common_data(point), preference=table, train_size=data.train_size, validation_size=data.validation_size
+    )
 
 
 def prompt_inputs(point: Point) -> PromptInputs:
@@ -204,7 +206,7 @@ def judge_inputs(judge: Judge) -> JudgeInputs | None:
     return JudgeInputs(judge.name, baseline, **options)
 
 
-def _rows(point: Point) -> DataInputs:
+def _common_data(point: Point) -> DataInputs:
     data = point.dataset
     path = None if data.path is None else ContentPath.of(data.path, "dataset.path")
     return DataInputs(data.source, data.seed, data.max_tokens, data.max_prompt_tokens, path)

@@ -55,10 +55,10 @@ def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:
     """
 
     def loss_fn(
-        packed: PackedBatch, logps: Tensor, counts: Tensor, batch: GlobalBatch
+        packed: PackedBatch, logps: Tensor, token_counts: Tensor, batch: GlobalBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         reference_logps = None if references is None else references[list(packed.example_indices)]
-        pairs = pair_losses(inputs, logps, counts, reference_logps)
+        pairs = pair_losses(inputs, logps, token_counts, reference_logps)
         chosen_rewards = inputs.beta * pairs.chosen_score.detach()
         rejected_rewards = inputs.beta * pairs.rejected_score.detach()
         chosen_logps, rejected_logps = logps.detach().view(-1, 2).unbind(1)

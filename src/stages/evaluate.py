@@ -94,10 +94,10 @@ def _comparisons(
     elif isinstance(judge.baseline, ContentPath):
         baselines = dict(enumerate(read_answers(judge.baseline.location, prompts, "judge.baseline")))
     else:
-        chosen: dict[tuple[str, ...], str] = {}
+        chosen_responses: dict[tuple[str, ...], str] = {}
         for pair in open_source(inputs.prompts.data, resources.expected_rows).pairs("validation"):
-            chosen.setdefault(pair.prompt.key, pair.chosen)
-        baselines = {i: {"response": chosen[entry.prompt.key]} for i, entry in enumerate(prompts)}
+            chosen_responses.setdefault(pair.prompt.key, pair.chosen)
+        baselines = {i: {"response": chosen_responses[entry.prompt.key]} for i, entry in enumerate(prompts)}
     return [Comparison(prompts[s["index"]].prompt, s, {"finished": True} | baselines[s["index"]]) for s in samples]
 
 

@@ -38,11 +38,11 @@ def run(inputs: ReferenceInputs, resources: Resources, upstream: dict[str, Path]
     tensors: dict[str, Tensor] = {}
     for split, examples in splits.items():
         logps = torch.empty(len(examples), 2)
-        counts = torch.empty(len(examples), 2)
+        num_tokens = torch.empty(len(examples), 2)
         for indices, values, tokens in iter_logps(model, examples, budget, numerics):
-            logps[indices], counts[indices] = values.view(-1, 2), tokens.view(-1, 2)
+            logps[indices], num_tokens[indices] = values.view(-1, 2), tokens.view(-1, 2)
             attempt.tokens += sum(examples[i].length for i in indices)
             finished += len(indices)
             attempt.step(finished, total)
-        tensors[split], tensors[f"{split}_tokens"] = logps, counts
+        tensors[split], tensors[f"{split}_tokens"] = logps, num_tokens
     save_file(tensors, attempt.out / FILE)

@@ -46,10 +46,10 @@ LossFn = Callable[[PackedBatch, "Tensor", "Tensor", GlobalBatch], tuple["Tensor"
 
 
 def sft_loss(
-    packed: PackedBatch, logps: Tensor, counts: Tensor, batch: GlobalBatch
+    packed: PackedBatch, logps: Tensor, token_counts: Tensor, batch: GlobalBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Token-mean cross-entropy: every response token of the step weighs the same, whichever micro-batch it is in."""
-    return -logps.sum() / batch.num_supervised_tokens, {"supervised_tokens": counts.sum()}
+    return -logps.sum() / batch.num_supervised_tokens, {"supervised_tokens": token_counts.sum()}
 
 
 def batch_indices(step: int, num_examples: int, batch_size: int, seed: int) -> list[int]:
@@ -113,11 +113,11 @@ def train(
         batch = GlobalBatch(len(indices), sum(examples[i].num_supervised_tokens for i in indices))
         lr = engine.set_lr(trainer.lr * lr_multiplier(step, total, trainer))
         micro_batches = distribute_examples(lengths, indices, budget, ranks.size)[ranks.rank]
-        names, sums = _accumulate_step(engine, policy, examples, micro_batches, loss_fn, batch)
+        names, metric_sums = _accumulate_step(engine, policy, examples, micro_batches, loss_fn, batch)
         grad_norm = engine.step()
         heap.maybe_trim()
         num_local_tokens = sum(lengths[i] for m in micro_batches if not m.is_filler for i in m.indices)
-        (loss, *totals), num_tokens, num_stop_requests = _reduce_metrics(sums, num_local_tokens)
+        (loss, *totals), num_tokens, num_stop_requests = _reduce_metrics(metric_sums, num_local_tokens)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise StageError(f"diverged at step {step}: loss {loss:g}, gradient norm {grad_norm:g}")
         attempt.tokens += num_tokens
@@ -160,27 +160,27 @@ def _accumulate_step(
     Returns the names of what is logged beside the loss, and (1 + names,) float64 sums, on the device.
     """
     names: list[str] = []
-    sums: Tensor | None = None
+    metric_sums: Tensor | None = None
     for number, micro_batch in enumerate(micro_batches):
         packed = pack(examples, micro_batch.indices).to(engine.device)
         with engine.micro_step(last=number == len(micro_batches) - 1):
-            logps, counts = policy(packed)
-            loss, logged = loss_fn(packed, logps, counts, batch)
+            logps, token_counts = policy(packed)
+            loss, logged = loss_fn(packed, logps, token_counts, batch)
             engine.backward(0.0 * loss if micro_batch.is_filler else loss)
         if not micro_batch.is_filler:
             names = list(logged)
             values = torch.stack([loss, *logged.values()]).detach().double()
-            sums = values if sums is None else sums + values
-    assert sums is not None, "every rank has an example of every step"
-    return names, sums
+            metric_sums = values if metric_sums is None else metric_sums + values
+    assert metric_sums is not None, "every rank has an example of every step"
+    return names, metric_sums
 
 
-def _reduce_metrics(sums: Tensor, num_tokens: int) -> tuple[list[float], int, int]:
+def _reduce_metrics(metric_sums: Tensor, num_tokens: int) -> tuple[list[float], int, int]:
     """Return, over all ranks: the sums, the tokens of the step, and how many ranks were asked to stop.
 
     This is the one device-to-host copy of a step, after all its kernels are enqueued.
     """
     local = torch.tensor([num_tokens, preemption.stop_reason() is not None])
-    packed = torch.cat([sums, local.to(sums.device, torch.float64)])
+    packed = torch.cat([metric_sums, local.to(metric_sums.device, torch.float64)])
     *totals, all_tokens, num_stop_requests = get_distributed().all_reduce_sum(packed).tolist()
     return totals, int(all_tokens), int(num_stop_requests)
