@@ -1,4 +1,4 @@
-"""docs/add-a-method.md, worked through."""
+"""The blocks and commands of docs/add-a-method.md add a method."""
 
 import re
 
@@ -13,15 +13,15 @@ from tests.support.worked_example import WorkedExample
 def test_the_page_adds_a_method_up_to_the_report(tmp_path):
     example = WorkedExample("add-a-method.md", tmp_path / "project")
     refused = example.run("src.train", "method=rdpo", f"output_dir={tmp_path}", "dry_run=true")
-    assert refused.returncode == 2 and "rdpo" in refused.stderr  # the control: without the page there is none
+    assert refused.returncode == 2 and "rdpo" in refused.stderr  # the negative control: unknown before
     example.apply()
 
-    # Of the tests what concerns a method: neither TRL's side nor the rest of conf/.
-    more = {
+    # Only tests of methods: without TRL's trainers and the rest of conf/.
+    arguments = {
         "src.train": [*SMALL, f"output_dir={tmp_path}"],
         "pytest": ["-k", "(rdpo or table or numbers or every_method) and not trl"],
     }
-    _, benchmark, tests, one, sweep, options, demo = example.run_commands(more)
+    _, benchmark, tests, one, sweep, options, demo = example.run_commands(arguments)
 
     assert re.search(r"^\| rDPO \| 0\.", benchmark, re.M)
     assert int(re.search(r"(\d+) passed", tests)[1]) > 20
@@ -30,8 +30,8 @@ def test_the_page_adds_a_method_up_to_the_report(tmp_path):
     folder = tmp_path / "sweeps" / "robust"
     assert set(yaml.safe_load((folder / "best.yaml").read_text())["mini_tldr"]) == {"dpo", "rdpo"}
     assert "rDPO" in (folder / "report.html").read_text()
-    for share in ("0.0", "0.1", "0.3"):
-        assert f"rdpo beta=0.1 lr=0.001 method.label_smoothing={share}" in options
+    for fraction in ("0.0", "0.1", "0.3"):
+        assert f"rdpo beta=0.1 lr=0.001 method.label_smoothing={fraction}" in options
     assert len(re.findall(r"^(?:to do|done) +\w+  \S+  rdpo ", demo, re.M)) == 6
-    listed = yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text())
-    assert f"{sum(map(len, listed.values())) + 6} points" in demo
+    beta_grid = yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text())
+    assert f"{sum(map(len, beta_grid.values())) + 6} points" in demo
