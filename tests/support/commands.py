@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+from hydra.core.global_hydra import GlobalHydra
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # mini_tldr cut down to seconds: a few steps of everything, the whole pipeline otherwise as it is.
@@ -58,8 +60,6 @@ def run_in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
     For commands that only print or are refused: nothing is computed.
     """
-    from hydra.core.global_hydra import GlobalHydra
-
     root, out, err, code = logging.getLogger(), io.StringIO(), io.StringIO(), 0
     handlers, level = root.handlers[:], root.level
     GlobalHydra.instance().clear()
