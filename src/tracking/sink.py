@@ -32,7 +32,6 @@ class RunWriter:
     """One open run of a tracker. A sink overrides the methods whose content its tracker can show."""
 
     last_step = -1  # the last step whose metrics the tracker has
-    url: str | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Add the training metrics of one step; steps must increase."""
