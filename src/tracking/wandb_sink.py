@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.tracking.sink import STEP, RunMetadata, RunWriter, lock_run
-from src.tracking.wandb_login import WandbTarget
+from src.tracking.wandb_login import WandbTarget, base_url
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 60.0  # seconds for the server to answer
 
@@ -21,7 +21,7 @@ class WandbSink:
 
     def __init__(self, output_dir: Path, target: WandbTarget) -> None:
         self.output_dir, self.wandb = output_dir, target
-        self.target = f"{target.mode} {target}"
+        self.target = f"{target.mode} {base_url() or ''} {target}"
         self.resumable = target.mode == "online"  # an offline run is written once
 
     def open(self, run: RunMetadata) -> RunWriter:
