@@ -172,6 +172,15 @@ def test_a_sink_that_fails_does_not_stop_another(store, sink):
     assert broken.runs["evaluate"].steps == [0, 1, 2] and broken.runs["evaluate"].finished == [True]
 
 
+def test_another_server_gets_everything_and_offline_files_only_what_no_server_has(store, sink):
+    runs, other, offline = write_sweep(store, write_done_point(store, steps=3)), RecordingSink(), RecordingSink()
+    other.target, offline.target = "elsewhere", ""
+    for each in (sink, offline, other):
+        SinkMirror(runs, each).advance(live=True)
+    assert sink.runs["evaluate"].finished == other.runs["evaluate"].finished == [True]
+    assert "evaluate" not in offline.runs
+
+
 def test_only_runs_of_the_given_stages_are_mirrored(store, sink):
     runs = write_sweep(store, write_done_point(store, steps=3))
     SinkMirror(runs, sink, stages=["another"]).advance(live=True)

@@ -70,7 +70,7 @@ class Sink(Protocol):
 
     name: str  # names its folder of sync state
     title: str  # in messages
-    target: str  # server, project and mode: content that was written to another target is written again
+    target: str  # server and project: what another target has is written again; empty: it is not
     resumable: bool  # whether a run can be opened while it is computed, and again later
 
     def open(self, run: RunMetadata) -> RunWriter:

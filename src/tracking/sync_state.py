@@ -30,4 +30,4 @@ class SyncState:
 
     def _read(self) -> dict[str, Any]:
         state = read_json(self._file) if self._file.exists() else {}
-        return state if state.get("target") == self._target else {}
+        return state if self._target in ("", state.get("target")) else {}

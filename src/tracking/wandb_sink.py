@@ -21,8 +21,8 @@ class WandbSink:
 
     def __init__(self, output_dir: Path, target: WandbTarget) -> None:
         self.output_dir, self.wandb = output_dir, target
-        self.target = f"{target.mode} {base_url() or ''} {target}"
         self.resumable = target.mode == "online"  # an offline run is written once
+        self.target = f"{base_url() or ''} {target}" if self.resumable else ""
 
     def open(self, run: RunMetadata) -> RunWriter:
         return _WandbRun(self, run)
