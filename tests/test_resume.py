@@ -17,6 +17,8 @@ from tests.support.artifacts import results
 from tests.support.commands import ROOT, SMALL, environment, kill_when, start, train
 from tests.support.configs import composed
 
+pytestmark = pytest.mark.slow
+
 POINT = [*SMALL, "dataset.sft_size=960", "dataset.train_size=256", "trainer.align.epochs=2"]
 
 
@@ -85,8 +87,6 @@ import src.stages.sft
 from src.stages.runner import compute_or_wait
 from src.store.store import Store
 from tests.test_resume import sft_stage
-
-pytestmark = pytest.mark.slow
 
 stage, store = sft_stage({folder!r}), Store({folder!r})
 for fatal in {numbers!r}:
