@@ -10,8 +10,6 @@ import pytest
 from tests.support.commands import SMALL
 from tests.support.worked_example import WorkedExample
 
-pytestmark = pytest.mark.slow
-
 SCORES = [3.0, 8.5, 1.0, 6.0]
 
 

@@ -7,8 +7,6 @@ import pytest
 from tests.support.commands import SMALL
 from tests.support.worked_example import WorkedExample
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.slow
 def test_the_page_adds_a_judge_up_to_the_report(tmp_path):

@@ -5,8 +5,6 @@ import pytest
 
 from tests.support.commands import train
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.slow
 def test_dpo_has_an_inverted_u_over_beta_and_a_falling_kl(tmp_path):

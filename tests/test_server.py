@@ -45,7 +45,6 @@ def in_process(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_greedy_samples_of_a_server_equal_those_without_one(in_process, tmp_path):
     (tmp_path / "store").mkdir()
     for kind in ("sft", "reference", "align"):  # the same checkpoints
@@ -72,7 +71,6 @@ def first_responses(process, folder):
     return written
 
 
-@pytest.mark.slow
 def test_a_killed_job_leaves_no_server_and_resumes_with_the_missing_prompts(in_process, tmp_path):
     (tmp_path / "store").mkdir()
     for kind in ("sft", "reference", "align"):
@@ -96,7 +94,6 @@ def test_a_killed_job_leaves_no_server_and_resumes_with_the_missing_prompts(in_p
         assert [row["response"] for row in rows] == [row["response"] for row in samples(in_process)[role]]
 
 
-@pytest.mark.slow
 def test_a_server_that_does_not_start_is_one_line_with_its_last_log_line(in_process, tmp_path):
     (tmp_path / "store").mkdir()
     for kind in ("sft", "reference", "align"):
@@ -107,7 +104,6 @@ def test_a_server_that_does_not_start_is_one_line_with_its_last_log_line(in_proc
     assert "server.command exited with code 1: " in done.stderr and "no_such_module" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_server_that_dies_while_sampling_is_one_line(in_process, tmp_path):
     (tmp_path / "store").mkdir()
     for kind in ("sft", "reference", "align"):
