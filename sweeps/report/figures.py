@@ -30,7 +30,7 @@ MAX_TICKS = 12  # on either axis of a heat map; with more values only some are l
 MAX_NUMBERS = 60  # cells of a heat map that show their value; more would not fit
 MAX_STEM = 150  # characters of a file name
 CURVE_BINS = 200  # points of a training curve
-SMOOTHING = 10  # a training curve is the running mean over this fraction of its points: a tenth
+SMOOTHING = 10  # a training curve is the running mean over 1 / SMOOTHING of its points
 
 
 def draw(averages: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
