@@ -18,18 +18,20 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # Identifiers of version 0.1, replaced since by the field's word for each. Those that are also ordinary words
 # (`partition`, `score`, `width`) are not listed.
-OLD_NAMES = """
-    About AGAIN ClusterSilent DIED EXPECTED Family FreedMemory Following Found GRID_WORDS HEAVY Inbox KERNELS LEAST
-    LETTERS Lost MOST ON_CPU Objective Over Picture Place REACH SCORING SHARE SLAB STALLS Standing StepSize
-    TOGETHER TOLD TRIMMED Taken Tokenised World _CAREFUL _Draw _LOOK_AT _OURS _PATIENCE _REMEMBER _TERMS
-    _View _explained _follow _found _kin _last_words _left _make_room _meet _of_weight _on_their_way _passes
-    _patiently _said _shown _slabs _tell _told abandon accounted against_highest answering as_sweeps as_typed beat
-    careful chosen_anywhere chosen_at_random chosen_points compute_of conclude elsewhere fitting foreseen
-    give_back key_starts normaliser number_of objective_of of_bias of_gate of_p of_scores of_x
-    once_more optimiser over_seeds own part_of per_beta point_from predict_from query_starts read_words run_of said
-    silently speaking spent_before split_step strays telling_apart tidy tip_of to_come tokens_depend_on told tokenised
-    turned unconcluded vain
-""".split()
+OLD_NAMES = set(
+    """
+    AGAIN About ClusterSilent DIED EXPECTED Family Following Found FreedMemory GRID_WORDS HEAVY Inbox KERNELS LEAST
+    LETTERS Lost MOST ON_CPU Objective Over Picture Place REACH SCORING SHARE SLAB STALLS Standing StepSize TOGETHER
+    TOLD TRIMMED Taken Tokenised World _CAREFUL _Draw _LOOK_AT _OURS _PATIENCE _REMEMBER _TERMS _View _explained
+    _follow _found _kin _last_words _left _make_room _meet _of_weight _on_their_way _passes _patiently _said _shown
+    _slabs _tell _told abandon accounted against_highest answering as_sweeps as_typed beat careful chosen_anywhere
+    chosen_at_random chosen_points compute_of conclude elsewhere fitting foreseen found give_back its kept
+    key_starts normaliser number_of objective_of of_bias of_gate of_p of_scores of_x once_more optimiser over_seeds
+    own part_of per_beta point_from predict_from query_starts read_words run_of said seen silently speaking
+    spent_before split_step strays telling_apart tidy tip_of to_come tokenised tokens_depend_on told turned
+    unconcluded vain
+    """.split()
+)
 
 
 def parse(path: Path) -> ast.Module:
