@@ -32,7 +32,7 @@ def test_both_setups_complete_on_two_tasks_with_zero3(slurm, tmp_path):
             text=True,
         )
     for setup, process in running.items():
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, output
         folder = sweep(tmp_path / "out", setup)
         assert [point["state"] for point in folder.read()["points"]] == ["done"]
