@@ -93,10 +93,6 @@ class RungState:
     results: tuple[tuple[str, ...], ...]  # rung -> point -> identity of its result there
 
     @property
-    def is_last_rung(self) -> bool:
-        return self.rung == len(self.rungs) - 1
-
-    @property
     def description(self) -> dict[str, Any]:
         """The key `search` of sweep.json. Rungs count from 1 there."""
         return {
