@@ -1,7 +1,7 @@
 """Create a W&B workspace view and report of a sweep: `python -m sweeps.dashboard DIR`.
 
-Their content is also written beside the sweep's report: dashboard.json as data, dashboard.html as a page. With
-`--local` that is all; otherwise both are saved in W&B, and a second call updates them.
+Their definition is also written beside the sweep's report, as dashboard.json. With `--local` that is all; otherwise
+both are saved in W&B, and a second call updates them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from src.tracking.run_list import RunList
 from src.tracking.wandb_login import WandbTarget, logged_in
 from sweeps.analysis.results import Results, collect
 
-DEFINITION, PAGE = "dashboard.json", "dashboard.html"
+DEFINITION = "dashboard.json"
 
 
 def write(folder: SweepFolder) -> Any:
-    """Write the definition and the page of a sweep's dashboard, and return it.
+    """Write the definition of a sweep's dashboard, and return it.
 
     Raises ConfigError when no point of the sweep is done.
     """
     from sweeps.wandb.dashboard_definition import define
-    from sweeps.wandb.dashboard_page import page
 
     results = collect([folder])
     if not (results.points.state == "done").any():
@@ -40,7 +39,6 @@ def write(folder: SweepFolder) -> Any:
     figures = [path.stem for path in sorted(folder.figures.glob("*.png"))]
     dashboard = define(results.sweeps[0], results.points, _metrics(results), figures)
     atomic_write(folder.path / DEFINITION, json.dumps(dashboard.as_json(), indent=1) + "\n")
-    atomic_write(folder.path / PAGE, page(dashboard, results, folder))
     return dashboard
 
 
@@ -66,7 +64,7 @@ def save(folder: SweepFolder, dashboard: Any, project: str | None, entity: str |
     from sweeps.wandb import workspace
 
     if not logged_in():
-        raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY; --local only writes the files")
+        raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY; --local only writes the file")
     config, table = RunList(folder.path).tracking.wandb, folder.tables / "best.csv"
     best = pd.read_csv(table, dtype=str, keep_default_na=False) if table.exists() else pd.DataFrame()
     state = folder.output_dir / "tracking" / "wandb" / f"dashboard-{dashboard.name}.json"
@@ -85,14 +83,14 @@ def save(folder: SweepFolder, dashboard: Any, project: str | None, entity: str |
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.dashboard", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
-    parser.add_argument("--local", action="store_true", help="only write dashboard.json and dashboard.html")
+    parser.add_argument("--local", action="store_true", help="only write dashboard.json")
     parser.add_argument("--project", help="W&B project; the sweep's own when not given")
     parser.add_argument("--entity", help="W&B entity; the sweep's own, or your default, when not given")
     arguments = parser.parse_args()
     with report_errors():
         folder = SweepFolder.open(arguments.dir)
         dashboard = write(folder)
-        print(f"definition: {arguments.dir / DEFINITION}\npage: {arguments.dir / PAGE}")
+        print(f"definition: {arguments.dir / DEFINITION}")
         if not arguments.local:
             saved = save(folder, dashboard, arguments.project, arguments.entity)
             print(f"workspace: {saved['workspace']}\nreport: {saved['report']}")

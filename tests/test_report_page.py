@@ -5,9 +5,7 @@ from itertools import product
 
 import pytest
 
-from src.store.sweep_folder import SweepFolder
 from tests.support.commands import SMALL, train
-from tests.support.on_slurm import run_tool
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -115,14 +113,3 @@ def test_the_page_can_be_printed(open_page, tmp_path):
     page = open_page()
     page.pdf(path=tmp_path / "report.pdf", format="A4", print_background=True)
     assert (tmp_path / "report.pdf").stat().st_size > 20_000
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_local_dashboard_of_the_sweep_is_such_a_page_too(open_page, report, width):
-    assert run_tool("dashboard", SweepFolder(report.parent), "--local").returncode == 0
-    page = open_page(width, "dark", "dashboard.html")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.locator(".panel").count() >= 10 and page.locator(".panel svg").count() >= 9
-    assert page.locator("tbody tr").count() == 2
-    hover(page, page.locator(".mark[data-tip^='ASFT, beta 0.05']").first)
-    assert "lr 0.0" in page.locator("#tip").inner_text()

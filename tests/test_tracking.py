@@ -307,7 +307,6 @@ def test_the_dashboard_in_wandb_is_the_definition_in_the_file_and_created_once(u
         assert key in summaries
     for key in re.findall(r'"(train/[^"]+)"', panels):
         assert key in metrics
-    assert "<svg" in (folder / "dashboard.html").read_text()
 
 
 @pytest.mark.slow

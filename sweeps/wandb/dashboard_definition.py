@@ -1,6 +1,6 @@
 """The definition of a sweep's dashboard: sections of panels over the keys of its W&B runs.
 
-It is plain data, which `workspace` saves in W&B and `dashboard_page` draws from the store.
+It is plain data, which `workspace` saves in W&B.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trains the base checkpoint of mini TL;DR and its tokenizer: `python -m src.training.mini_base [--out FOLDER]`.
+"""Trains the base checkpoint of mini TL;DR and its tokenizer: `python -m benchmarks.mini_base [--out FOLDER]`.
 
 Takes two minutes on one core. The result is shipped in src/data/mini_tldr_base. A model trained from scratch on the
 noisy SFT mixture never learns to copy facts, so the base model learns it on near-clean summaries.
