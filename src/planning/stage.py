@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -64,6 +64,11 @@ class Stage:
         assert isinstance(self.inputs, AlignInputs)
         full_run = replace(self, inputs=replace(self.inputs, stop_fraction=1.0))
         return partial_run_id(full_run.identity, self.stop_fraction)
+
+    @property
+    def run_config(self) -> dict[str, Any]:
+        """The resolved config of a run that needs the stage, for provenance: nothing is read from it."""
+        return asdict(self.point)
 
     @property
     def stop_fraction(self) -> float:
