@@ -43,7 +43,7 @@ def test_the_page_adds_a_dataset_up_to_the_report(tmp_path):
     small = [option for option in SMALL if not option.startswith("dataset.")]
     more = {
         "src.train": [*small, "dataset.validation_size=3", "evaluation.num_prompts=2", f"output_dir={tmp_path}"],
-        "pytest": ["-k", "ultrafeedback_scored or every_key_of_every_config_says_what_it_is or choices_of_the_schema"],
+        "pytest": ["-k", "ultrafeedback_scored or every_key_of_every_config_has_a_comment or choices_of_the_schema"],
     }
     _, tests, plan, sweep = example.run_commands(more)
     assert "3 passed" in tests and "1 points: 0 done" in plan
