@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 
 from tests.support.commands import train
 from tests.support.slurm_cluster import Cluster, missing
+
+# A suite that a shell started in the background inherits an ignored SIGINT, and so would the commands it interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _on_cluster(nodeid: str) -> bool:
