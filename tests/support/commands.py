@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
@@ -82,8 +83,13 @@ def run_in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def dry_run(*arguments: str) -> tuple[list[str], str]:
-    """Return the labels of the points that a sweep would consist of, and everything it printed."""
-    done = run_in_process("-m", "dry_run=true", *arguments)
+    """Return the labels of the points that a sweep would consist of, and everything it printed.
+
+    The store is empty unless `arguments` name another: results of a checkout's own runs are not to be found.
+    """
+    with TemporaryDirectory() as empty:
+        has_store = any(argument.startswith("output_dir=") for argument in arguments)
+        done = run_in_process("-m", "dry_run=true", *arguments, *([] if has_store else [f"output_dir={empty}"]))
     assert done.returncode == 0, done.stderr
     return re.findall(r"^(?:to do|done) +\w+  \S+  (.+)$", done.stdout, re.M), done.stdout
 
