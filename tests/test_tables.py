@@ -10,6 +10,7 @@ import pytest
 
 from src.config.schema import CONF_DIR, Dataset, HubTable, Point
 from src.config.validation import build_point
+from src.data.sources import open_source
 from src.data.tables import Hub
 from src.errors import ConfigError
 from src.planning.resources import resources_of
@@ -145,6 +146,17 @@ def test_a_number_of_rows_other_than_the_expected_one_is_a_warning(tmp_path, cap
     with caplog.at_level(logging.WARNING, "src"):
         hub(table(tmp_path, ROWS), preference=HubTable("x/y", rows=rows, **filters), train_size=3).pairs("train")
     assert [r.getMessage() for r in caplog.records] == ([f"{tmp_path}/preference/train {warning}"] if warning else [])
+
+
+def test_a_source_that_the_preflight_check_opened_still_warns_in_the_stage(tmp_path, caplog):
+    point = hub_point(table(tmp_path, ROWS), preference=HubTable("x/y", rows={"train": 8}))
+    data = pair_data(point)
+    open_source(data).check()
+    with caplog.at_level(logging.WARNING, "src"):
+        open_source(data, resources_of(point, data).expected_rows).pairs("train")
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path}/preference/train has 7 rows; dataset.preference.rows expects 8"
+    ]
 
 
 def test_filters_change_identities_and_expected_sizes_do_not(tmp_path):

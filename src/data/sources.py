@@ -127,7 +127,7 @@ def sample_demonstrations(source: Source, data: DataInputs, track: ProgressFn = 
 
 def open_source(data: DataInputs, expected_rows: ExpectedRows = NO_EXPECTATION) -> Source:
     """Return the source of the rows, cached: the points that a worker computes have the same data one after another."""
-    key = repr(data)
+    key = repr((data, expected_rows))
     if key not in _last_opened:
         _last_opened.clear()
         source = SOURCES[data.source]

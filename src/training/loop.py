@@ -178,7 +178,7 @@ def _accumulate_step(
 def _reduce_metrics(metric_sums: Tensor, num_tokens: int) -> tuple[list[float], int, int]:
     """Return, over all ranks: the sums, the tokens of the step, and how many ranks were asked to stop.
 
-    This is the one device-to-host copy of a step, after all its kernels are enqueued.
+    Besides the gradient norm this is the only device-to-host copy of a step, after all its kernels are enqueued.
     """
     local = torch.tensor([num_tokens, preemption.stop_reason() is not None])
     packed = torch.cat([metric_sums, local.to(metric_sums.device, torch.float64)])
