@@ -149,7 +149,7 @@ def test_a_number_of_rows_other_than_the_expected_one_is_a_warning(tmp_path, cap
 
 
 def test_a_source_that_the_preflight_check_opened_still_warns_in_the_stage(tmp_path, caplog):
-    point = hub_point(table(tmp_path, ROWS), preference=HubTable("x/y", rows={"train": 8}))
+    point = hub_point(table(tmp_path, ROWS), preference=HubTable("x/y", validation_split="train", rows={"train": 8}))
     data = pair_data(point)
     open_source(data).check()
     with caplog.at_level(logging.WARNING, "src"):
