@@ -111,13 +111,13 @@ def main() -> None:
                 raise
             raise ConfigError(f"output_dir: cannot write {error.filename} ({error.strerror})") from error
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_add_hint(one_line(error), arguments)) from error
+            raise ConfigError(_add_hint(one_line(error), arguments)) from None  # causes are in the message
 
 
 def _add_hint(message: str, arguments: list[str]) -> str:
     keywords = [argument for argument in arguments if argument in GRID_KEYWORDS]
     if keywords and not {"-m", "--multirun"} & set(arguments):
-        return f"{keywords[0]} expands to several points: add -m to run a sweep."
+        return f"{keywords[0]} expands to several points: add -m to run a sweep"
     return message + rename_hint(message)
 
 
