@@ -220,11 +220,8 @@ def report(
     """Print what was injected and whether the results are equal; return the exit code."""
     expected, actual = results(expected_dir), results(injector.output_dir)
     differing = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
-    starts = [
-        submission.status(index).get("starts", 0)
-        for submission in submissions(injector.sweep)
-        for index in range(len(submission.tasks))
-    ]
+    tasks = [task for submission in submissions(injector.sweep) for task in submission.tasks]
+    starts = [task.status().get("starts", 0) for task in tasks]
     state = injector.sweep.read()["state"]
     print("\n| injected fault | times |\n|---|---:|")
     for name, times in sorted(injector.counts.items()):

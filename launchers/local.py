@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Sequence
 from multiprocessing.connection import wait
 from typing import Any
-
-from hydra.core.utils import JobReturn
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from launchers.job_order import Schedule
 from launchers.progress_table import LiveTable
@@ -23,13 +17,12 @@ from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.preflight import check_programs
 from src.store.retention import release_model
-from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 
 log = logging.getLogger(__name__)
 
 
-class LocalLauncher(Launcher, PlanLauncher):
+class LocalLauncher(PlanLauncher):
     """Hydra's plugin for conf/hydra/launcher/local.yaml."""
 
     runs_in_process = True
@@ -38,12 +31,6 @@ class LocalLauncher(Launcher, PlanLauncher):
         if workers is not None and workers < 1:
             raise ConfigError(f"hydra.launcher.workers={workers}: must be >= 1")
         self.workers = workers
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        pass  # a plan contains the resolved configs
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        raise ConfigError("hydra/launcher=local runs plans, which hydra/sweeper=grid makes; choose that sweeper")
 
     def check(self, plan: Plan) -> None:
         """Raise ConfigError for a plan that cannot run here, before anything is written."""
@@ -61,22 +48,27 @@ class LocalLauncher(Launcher, PlanLauncher):
         folder.logs.mkdir(parents=True, exist_ok=True)
         gpus = visible_gpus()
         num_workers = min(self.workers or len(gpus) or cores(), schedule.max_parallelism())
-        slots = [WorkerSlot(i, num_workers, gpus[i % len(gpus)] if gpus else None) for i in range(num_workers)]
+        slots = [
+            WorkerSlot(
+                num_workers, gpus[i % len(gpus)] if gpus else None, store.output_dir, folder.logs / f"worker-{i}.log"
+            )
+            for i in range(num_workers)
+        ]
         previous_handler = signal.signal(signal.SIGTERM, _interrupt)
         workers: list[Worker] = []
         try:
             with LiveTable(folder.name, schedule, store, workers) as table:
-                workers += [Worker(slot, store.output_dir, folder.logs / f"worker-{slot.number}.log") for slot in slots]
+                workers += map(Worker, slots)
                 while not schedule.finished():
                     for worker in workers:
                         if worker.stage is None and (stage := schedule.next()) is not None:
                             worker.submit(stage)
                     finished = _collect_finished(workers, schedule)
                     for stage, error in finished:
-                        if stage.kind == "evaluate" and error is None:
-                            _release_model(plan, store, stage)
-                    table.report_finished(finished)
-                    table.refresh()
+                        # With keep_checkpoints=none a model goes as soon as no other point of the plan needs it.
+                        if stage.kind == "evaluate" and error is None and stage.point.keep_checkpoints == "none":
+                            release_model(store, plan.stages_by_role, stage.upstream["align"].identity)
+                    table.update(finished)
         finally:
             for worker in workers:
                 worker.stop()
@@ -107,14 +99,8 @@ def _collect_finished(workers: list[Worker], schedule: Schedule) -> list[tuple[S
         if stage.identity not in schedule.waiting:
             finished.append((stage, error))
         if not worker.process.is_alive():
-            workers[number] = Worker(worker.slot, worker.output_dir, worker.log_file)
+            workers[number] = Worker(worker.slot)
     return finished
-
-
-def _release_model(plan: Plan, store: Store, evaluate: Stage) -> None:
-    """With keep_checkpoints=none, delete the evaluated model as soon as no other point of the plan needs it."""
-    if evaluate.point.keep_checkpoints == "none":
-        release_model(store, plan.stages_by_role, evaluate.upstream["align"].identity)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -43,8 +43,11 @@ class LiveTable:
         if self.live is not None:
             self.live.stop()
 
-    def report_finished(self, finished: list[tuple[Stage, str | None]]) -> None:
-        """Print a line for every stage that failed (why) or is done (None) and is shared or the last of its point."""
+    def update(self, finished: list[tuple[Stage, str | None]]) -> None:
+        """Print a line for every stage that failed (why) or is done (None) and is shared or the last of its point.
+
+        Then show what is running now.
+        """
         for stage, error in finished:
             if error is not None:
                 self._print(f"FAILED {stage.label}: {error}")
@@ -55,8 +58,6 @@ class LiveTable:
                 quality, kl = result["quality"], result["kl"]["per_sequence"]
                 metrics = f"{quality['metric']} {quality['value']:.3f}, KL {kl['value']:.2f}"
                 self._print(f"done   {stage.point.label}: {metrics}")
-
-    def refresh(self) -> None:
         if self.live is not None:
             self.live.update(self._table(), refresh=True)
         elif time.monotonic() - self._last_line > LINE_SECONDS:

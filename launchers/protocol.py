@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
-from src.errors import PointFailure
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+
+from src.errors import ConfigError, PointFailure
 from src.planning.plan import Plan
 from src.store.sweep_folder import SweepFolder
 
 
-@runtime_checkable
-class PlanLauncher(Protocol):
+class PlanLauncher(Launcher):
     """A launcher that runs plans, where Hydra's own launchers run lists of overrides."""
 
     runs_in_process: bool  # whether `launch_plan` computes the points itself, or only submits jobs that do
 
+    def setup(self, **context: Any) -> None:
+        pass  # a plan contains the resolved configs
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        raise ConfigError("this hydra/launcher runs plans, which hydra/sweeper=grid makes; choose that sweeper")
+
+    @abstractmethod
     def check(self, plan: Plan) -> None:
         """Raise ConfigError for a plan that cannot run here. Called before anything is written."""
 
+    @abstractmethod
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure] | None:
         """Compute what the plan needs and return the points without a result: identity of the result -> why.
 

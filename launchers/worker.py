@@ -24,26 +24,27 @@ WORKER_DIED = "worker process died"
 
 @dataclass(frozen=True)
 class WorkerSlot:
-    """The resources of this machine that one worker may use."""
+    """The resources of this machine that one worker may use, and where it writes."""
 
-    number: int
     num_workers: int  # that share the CPU cores
     gpu: str | None  # CUDA_VISIBLE_DEVICES of the worker; None leaves the variable as it is
+    output_dir: Path
+    log_file: Path
 
 
 class Worker:
     """A worker process and the stage it is computing, seen from the launcher."""
 
-    def __init__(self, slot: WorkerSlot, output_dir: Path, log_file: Path) -> None:
+    def __init__(self, slot: WorkerSlot) -> None:
         # A fork server imports everything once, which takes seconds of a core per worker otherwise. Not with GPUs:
         # libraries may query them on import, and a CUDA context does not survive a fork.
         context = multiprocessing.get_context("forkserver" if slot.gpu is None else "spawn")
         context.set_forkserver_preload([f"src.stages.{kind}" for kind in VERSIONS])
-        self.slot, self.output_dir, self.log_file = slot, output_dir, log_file
+        self.slot = slot
         self.stage: Stage | None = None
         self.pipe, worker_end = context.Pipe()
         self.process: BaseProcess = context.Process(  # type: ignore[attr-defined] # both contexts have it
-            target=worker_main, args=(worker_end, slot, output_dir, log_file), daemon=False
+            target=worker_main, args=(worker_end, slot), daemon=False
         )
         self.process.start()
         worker_end.close()
@@ -64,7 +65,7 @@ class Worker:
         self.process.join(5)
         code = self.process.exitcode
         cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return f"{WORKER_DIED} ({cause}); log: {self.log_file}"
+        return f"{WORKER_DIED} ({cause}); log: {self.slot.log_file}"
 
     def stop(self) -> None:
         """Terminate the process; its stage resumes from the last checkpoint when it is run again."""
@@ -76,16 +77,15 @@ class Worker:
         self.pipe.close()
 
 
-def worker_main(pipe: Connection, slot: WorkerSlot, output_dir: Path, log_file: Path) -> None:
+def worker_main(pipe: Connection, slot: WorkerSlot) -> None:
     """Compute stages until the pipe is closed or the launcher has died."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the launcher handles it
     signal.signal(signal.SIGTERM, _exit_on_signal)
     threading.Thread(target=_exit_with_launcher, daemon=True).start()
     if slot.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
-    logging.basicConfig(
-        filename=log_file, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
+    message = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    logging.basicConfig(filename=slot.log_file, level=logging.INFO, format=message, force=True)
     logging.captureWarnings(True)
     log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def worker_main(pipe: Connection, slot: WorkerSlot, output_dir: Path, log_file: 
     from src.stages.runner import compute_or_wait
     from src.store.store import Store
 
-    store = Store(output_dir)
+    store = Store(slot.output_dir)
     while True:
         try:
             stage: Stage = pipe.recv()

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from src.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 # Control messages between stages wait while rank 0 generates samples alone, which can take days.
 CONTROL_TIMEOUT = timedelta(days=7)
@@ -36,36 +36,26 @@ class DistributedContext:
 
     def broadcast_object(self, message: Any = None) -> Any:
         """Return rank 0's message on every rank."""
-        if self.size == 1:
-            return message
-        import torch.distributed as dist
-
         box = [message]
-        dist.broadcast_object_list(box, src=0, group=self.gloo_group)
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.gloo_group)
         return box[0]
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""
         if self.size > 1:
-            import torch.distributed as dist
-
             dist.barrier(group=self.gloo_group)
 
     def all_reduce_min(self, number: int) -> int:
         """Return the smallest of all ranks' numbers on every rank."""
-        if self.size == 1:
-            return number
-        import torch.distributed as dist
-
-        numbers: list[Any] = [None] * self.size
-        dist.all_gather_object(numbers, number, group=self.gloo_group)
-        return min(numbers)
+        smallest = torch.tensor(number)
+        if self.size > 1:
+            dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.gloo_group)
+        return int(smallest)
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""
         if self.size > 1:
-            import torch.distributed as dist
-
             dist.all_reduce(values)
         return values
 
@@ -90,9 +80,6 @@ def init_distributed(strategy: str) -> DistributedContext:
         return get_distributed()
     if strategy == "none":
         raise ConfigError(f"{size} processes were started, but engine.strategy=none uses one: choose engine=ddp")
-    import torch
-    import torch.distributed as dist
-
     cuda = torch.cuda.is_available()
     if cuda:
         # Depending on the site, a process sees all GPUs of the job or only one of them.
@@ -114,7 +101,5 @@ def destroy_distributed() -> None:
     """Leave the process group; ranks may exit in any order afterwards."""
     global _context
     if _context is not None:
-        import torch.distributed as dist
-
         dist.destroy_process_group()
         _context = None

@@ -67,9 +67,9 @@ class HeapTrimmer:
     def maybe_trim(self) -> None:
         """Trim once the process has grown by `growth`. Call it after each batch, when most memory is free."""
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        resident = _resident_bytes()
-        if malloc_trim is None or resident is None:
+        if malloc_trim is None:  # not glibc
             return
+        resident = _resident_bytes()
         if self.baseline is None:
             self.baseline = resident
         elif resident - self.baseline > self.growth:
@@ -77,8 +77,5 @@ class HeapTrimmer:
             self.baseline = None
 
 
-def _resident_bytes() -> int | None:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

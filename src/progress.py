@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
 LINE_SECONDS = 5.0  # between plain lines
 
@@ -25,40 +24,25 @@ class RunProgress:
 
     def __init__(self, line_seconds: float = LINE_SECONDS) -> None:
         self.line_seconds = line_seconds
-        self.console = Console()
-        self._bars: Progress | None = None
-        if self.console.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-        self._tasks: dict[str, object] = {}
-        self._start_times: dict[str, float] = {}
+        self._bars = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._tasks: dict[str, TaskID] = {}
         self._last_line = 0.0
 
     def __enter__(self) -> RunProgress:
-        if self._bars is not None:
-            self._bars.start()
+        self._bars.disable = not self._bars.console.is_terminal
+        self._bars.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        self._bars.stop()
 
     def __call__(self, label: str, step: int, total: int) -> None:
-        if self._bars is not None:
-            if label not in self._tasks:
-                self._tasks[label] = self._bars.add_task(label, total=total or None)
-            self._bars.update(self._tasks[label], completed=step, total=total or None)  # type: ignore[arg-type]
-            return
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total or None)
+        self._bars.update(self._tasks[label], completed=step, total=total or None)
         now = time.monotonic()
-        start = self._start_times.setdefault(label, now)
-        if now - self._last_line >= self.line_seconds or (step == total and total):
+        if self._bars.disable and (now - self._last_line >= self.line_seconds or (step == total and total)):
             self._last_line = now
-            remaining = f", {seconds_text((now - start) / step * (total - step))} left" if 0 < step < total else ""
+            elapsed = self._bars.tasks[self._tasks[label]].elapsed or 0.0
+            remaining = f", {seconds_text(elapsed / step * (total - step))} left" if 0 < step < total else ""
             print(f"{label}: {step}/{total}{remaining}", flush=True)

@@ -12,7 +12,7 @@ import pytest
 from launchers.slurm import cluster
 from launchers.slurm.cluster import QueuedJob
 from launchers.slurm.graph import split_parallelism
-from launchers.slurm.job_records import TaskRecord, new_submission, read_submission
+from launchers.slurm.job_records import new_submission, read_submission
 from launchers.slurm.submit import _in_flight
 from src import preflight
 from src.config.validation import build_point
@@ -65,19 +65,21 @@ def test_a_job_whose_upstream_job_failed_is_not_in_flight(monkeypatch, tmp_path)
     point = build_point(composed("method=orpo"))
     plan = make_plan([point], store)
     sft, align = (next(s for s in plan.stages.values() if s.kind == kind) for kind in ("sft", "align"))
-    tasks = [TaskRecord(stage.kind, [[stage.kind, stage.identity]], job) for stage, job in ((sft, "1"), (align, "2"))]
-    known = [new_submission(SweepFolder(tmp_path / "sweeps" / "x"), task.label, [task]) for task in tasks]
+    sweep = SweepFolder(tmp_path / "sweeps" / "x")
+    known = [new_submission(sweep, s.kind, [(s.kind, [[s.kind, s.identity]])]) for s in (sft, align)]
+    for submission, job in zip(known, ("1", "2"), strict=True):
+        submission.tasks[0].job = job
     cancelled: set[str] = set()
     monkeypatch.setattr("launchers.slurm.cluster.cancel", cancelled.update)
-    waiting = QueuedJob("2", "x-align", "PENDING", "Dependency")
-    running = QueuedJob("1", "x-sft", "RUNNING", "None")
+    waiting = QueuedJob("2", "PENDING", "Dependency", "x-align")
+    running = QueuedJob("1", "RUNNING", "None", "x-sft")
     assert _in_flight(plan, known, {"1": running, "2": waiting}) == {sft.identity: "1", align.identity: "2"}
     assert not cancelled
     assert _in_flight(plan, known, {"2": waiting}) == {} and cancelled == {"2"}
 
 
 def test_a_submission_of_another_version_is_refused_in_one_line(tmp_path):
-    submission = new_submission(SweepFolder(tmp_path / "sweeps" / "x"), "align", [TaskRecord("x", [])])
+    submission = new_submission(SweepFolder(tmp_path / "sweeps" / "x"), "align", [("x", [])])
     submission.write()
     assert read_submission(submission.folder) == submission
     record = submission.folder / "submission.json"

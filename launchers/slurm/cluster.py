@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmInfoWatcher
 
 from src.errors import ConfigError, StageError
@@ -30,30 +31,19 @@ class QueuedJob:
     """A line of squeue: a job, or one task of a job array, that has not ended."""
 
     id: str  # 123, or 123_4
-    name: str
     state: str  # PENDING, RUNNING, COMPLETING ...
     reason: str
-
-
-def check_commands() -> None:
-    """Raise ConfigError when SLURM's commands are not installed on this machine."""
-    for program in ("sbatch", "squeue", "scancel", "srun"):
-        if shutil.which(program) is None:
-            raise ConfigError(
-                f"hydra/launcher=slurm: {program} not found; run this on a submit host of the cluster"
-                " (to run on this machine: hydra/launcher=local)"
-            )
+    name: str
 
 
 def check_request(kind: str, options: dict[str, object]) -> None:
     """Ask SLURM whether a job with these options could run (`sbatch --test-only`); raise ConfigError if not."""
-    command = ["sbatch", "--test-only", *flags(options), "--wrap", "true"]
+    flags = [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
     with clean_environment(options):
-        process = _run(command)
+        process = _run(["sbatch", "--test-only", *flags, "--wrap", "true"])
     if process.returncode != 0:
         raise ConfigError(
-            f"hydra.launcher: SLURM rejects the {kind} job ({_one_line(process.stderr)}); requested: "
-            f"{' '.join(command[2:-2])}"
+            f"hydra.launcher: SLURM rejects the {kind} job ({_one_line(process.stderr)}); requested: {' '.join(flags)}"
         )
 
 
@@ -62,21 +52,14 @@ def clean_environment(options: dict[str, object]) -> Iterator[None]:
     """Drop SBATCH_*, SLURM_* and torchrun variables that would override our options or leak the surrounding job's."""
     reserved = {"TIMELIMIT", "SIGNAL", "REQUEUE", "NO_REQUEUE", "WAIT", "EXPORT", "JOB_NAME", "OPEN_MODE", "ARRAY_INX"}
     reserved |= {key.upper().replace("-", "_") for key in options}
-    torchrun = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
-    environment = dict(os.environ)
-    for name in environment:
-        is_job_variable = name.startswith("SLURM_") and name != "SLURM_CONF"
-        is_override = name.startswith("SBATCH_") and name.removeprefix("SBATCH_") in reserved
-        if is_job_variable or is_override or name in torchrun:
-            del os.environ[name]
-    try:
+    of_the_site = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or (name.startswith("SBATCH_") and name.removeprefix("SBATCH_") not in reserved)
+    }
+    with clean_env():
+        os.environ |= of_the_site
         yield
-    finally:
-        os.environ |= environment
-
-
-def flags(options: dict[str, object]) -> list[str]:
-    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
 
 
 def max_array_size() -> int:
@@ -88,8 +71,8 @@ def max_array_size() -> int:
 def queue() -> dict[str, QueuedJob]:
     """Return this user's pending and running jobs by id, one entry per array task. Raises SlurmUnavailable."""
     output = _run_with_retries(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%j"])
-    rows = [line.split("|", 3) for line in output.splitlines()]
-    return {row[0]: QueuedJob(row[0], row[3], row[1], row[2]) for row in rows if len(row) == 4}
+    jobs = [QueuedJob(*line.split("|", 3)) for line in output.splitlines()]
+    return {job.id: job for job in jobs}
 
 
 def sacct_states(jobs: Iterable[str]) -> dict[str, str]:
@@ -115,29 +98,21 @@ def cancel(jobs: Iterable[str]) -> None:
             raise StageError(f"scancel: {_one_line(process.stderr)}")
 
 
-def state_of(job: str) -> str | None:
-    """Return the state of a job or array task; None when it has left the queue. Raises SlurmUnavailable."""
-    output = _run_with_retries(["squeue", "--noheader", "--jobs", job, "--format=%T"], empty_error="Invalid job id")
-    return output.split()[0] if output.strip() else None
-
-
 def requeue(job: str) -> None:
     """Requeue a job. Raises SlurmUnavailable with SLURM's message when it still refuses after RETRY_SECONDS."""
     _run_with_retries(["scontrol", "requeue", job])
 
 
-def _run_with_retries(command: list[str], empty_error: str | None = None) -> str:
+def _run_with_retries(command: list[str]) -> str:
     """Return the output of a command, which a busy or restarting controller may not answer at first.
 
-    empty_error: an error message that means an empty result. Raises SlurmUnavailable after RETRY_SECONDS.
+    Raises SlurmUnavailable after RETRY_SECONDS.
     """
     deadline = time.monotonic() + RETRY_SECONDS
     while True:
         process = _run(command)
         if process.returncode == 0:
             return process.stdout
-        if empty_error is not None and empty_error in process.stderr:
-            return ""
         if time.monotonic() > deadline:
             message = _one_line(process.stdout + process.stderr)
             raise SlurmUnavailable(f"SLURM does not answer ({' '.join(command[:2])}: {message}); try again")
@@ -148,7 +123,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     except FileNotFoundError:
-        raise ConfigError(f"{command[0]} not found; run this on a submit host of the cluster") from None
+        raise ConfigError(
+            f"{command[0]} not found; run this on a submit host of the cluster"
+            " (to run on this machine: hydra/launcher=local)"
+        ) from None
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"no answer in {COMMAND_TIMEOUT_S:g} s")
 

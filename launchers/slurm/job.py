@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
-from launchers.slurm.job_records import Submission, read_submission
+from launchers.slurm.job_records import Task, read_submission
 from launchers.slurm.status import failed_points
 from src import preemption
 from src.errors import describe_failure
 from src.preemption import Interrupted
 from src.progress import RunProgress
-from src.store.store import Store
 from src.tracking.mirror_process import mirror_sweep
 
 if TYPE_CHECKING:
@@ -33,21 +32,24 @@ LINE_SECONDS = 60.0  # between lines of progress in a job's output
 UPLOAD_TIMEOUT = 1800.0  # seconds that the aggregation job waits for its trackers
 STARTUP_JITTER = 0.15  # seconds per job over which array tasks spread their first requests to a tracker
 
+NEAR_TIME_LIMIT = "the time limit is near"  # reason of a stop
+
 # Below the ports that Linux gives to outgoing connections.
 _PORTS = range(20_000, 32_000)
 
 log = logging.getLogger(__name__)
 
 
-def run_task(stages: Sequence[Stage], output_dir: str, folder: str, index: int, upload: str) -> None:
+def run_task(stages: Sequence[Stage], folder: Path, index: int, upload: str) -> None:
     """Compute the stages of task `index` of the submission in `folder`, in order; run by every process of the job.
 
     Stages resume from their checkpoints. An exception is written to the task's status and re-raised, so that the state
     in SLURM is FAILED. On USR2 (near the time limit) and TERM the running stage saves a checkpoint and the job exits
     with EXIT_REQUEUE.
     """
-    submission, store = read_submission(Path(folder)), Store(output_dir)
-    with report_status(submission, index):
+    submission = read_submission(folder)
+    task, store = submission.tasks[index], submission.sweep.store
+    with report_status(task):
         _init_distributed_from_slurm(stages[0].point.engine.strategy)
 
         # torch is imported in jobs, not in the command that submits them.
@@ -56,8 +58,8 @@ def run_task(stages: Sequence[Stage], output_dir: str, folder: str, index: int, 
         from src.stages.runner import compute_or_wait
 
         set_cpu_threads(stages[0].point.engine.cpu_threads)
-        targets = {identity for _, identity in submission.tasks[index].stages}
-        log_file, jitter = Path(folder) / f"tracking-{index}.log", STARTUP_JITTER * len(submission.tasks)
+        targets = {identity for _, identity in task.stages}
+        log_file, jitter = folder / f"tracking-{index}.log", STARTUP_JITTER * len(submission.tasks)
         mirror = mirror_sweep(submission.sweep, log_file, stages=targets, startup_jitter=jitter)
         with mirror, RunProgress(LINE_SECONDS) as report:
             if rank() == 0 and upload == "during":
@@ -100,7 +102,7 @@ def run_aggregation(folder: Path) -> None:
         return
     submission = read_submission(folder)
     sweep = submission.sweep
-    with report_status(submission, 0):
+    with report_status(submission.tasks[0]):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # only cancelled when another aggregation replaces it
         if [point["identity"] for point in sweep.read()["points"]] != submission.results:
             log.warning("the sweep has other points by now: nothing to aggregate")
@@ -112,53 +114,52 @@ def run_aggregation(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def report_status(submission: Submission, index: int) -> Iterator[None]:
+def report_status(task: Task) -> Iterator[None]:
     """Keep the status of a task up to date: running, then done, stopped or failed and why.
 
     Rank 0 writes it, and any process that fails first.
     """
-    _prepare_process()
-    is_main_process, previous = rank() == 0, submission.status(index)
-    status = {
+    # submitit's own handlers would requeue the job before a checkpoint is saved.
+    for signum in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(signum, _request_stop)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+    logging.getLogger("submitit").setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    _remove_partial_result()
+    is_main_process, previous = rank() == 0, task.status()
+    status: dict[str, Any] = {
+        **{key: previous[key] for key in ("stalled_runs", "progress_marker") if key in previous},
         "host": os.uname().nodename,
         "job": os.environ.get("SLURM_JOB_ID"),
         "node": os.environ.get("SLURMD_NODENAME"),
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "starts": previous.get("starts", 0) + 1,
         "started": time.time(),
-        "stalled_runs": previous.get("stalled_runs", 0),
-        "progress_marker": previous.get("progress_marker"),
     }
     if is_main_process:
-        submission.write_status(index, {**status, "state": "running"})
+        task.write_status({**status, "state": "running"})
     try:
         yield
     except Interrupted as error:
         log.warning("%s; to be requeued", error)
         # TERM also comes when another process of the job has failed, whose error stands then.
-        if is_main_process and submission.status(index).get("state") != "failed":
-            stop = {"state": "stopped", "reason": str(error), "near_time_limit": _near_time_limit}
-            submission.write_status(index, {**status, **stop})
+        if is_main_process and task.status().get("state") != "failed":
+            stop = {
+                "state": "stopped",
+                "reason": str(error),
+                "near_time_limit": preemption.stop_reason() == NEAR_TIME_LIMIT,
+            }
+            task.write_status({**status, **stop})
         # The bad exit of one process ends the others at once: only rank 0, which saves the checkpoint, may exit so.
         sys.exit(EXIT_REQUEUE if is_main_process else 0)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk must not hide the error
-            if submission.status(index).get("state") == "running":  # the first failure is the cause of the others
+            if task.status().get("state") == "running":  # the first failure is the cause of the others
                 prefix = "" if is_main_process else f"process {rank()}: "
-                submission.write_status(index, {**status, "state": "failed", "error": prefix + describe_failure(error)})
+                task.write_status({**status, "state": "failed", "error": prefix + describe_failure(error)})
         raise
     if is_main_process:
-        submission.write_status(index, {**status, "state": "done"})
-
-
-def _prepare_process() -> None:
-    # submitit's own handlers would requeue the job before a checkpoint is saved.
-    signal.signal(signal.SIGUSR2, _request_stop)
-    signal.signal(signal.SIGTERM, _request_stop)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    logging.getLogger("submitit").setLevel(logging.WARNING)
-    logging.captureWarnings(True)
-    _remove_partial_result()
+        task.write_status({**status, "state": "done"})
 
 
 def _remove_partial_result() -> None:
@@ -168,10 +169,5 @@ def _remove_partial_result() -> None:
         result.with_suffix(result.suffix + ".save_tmp").unlink(missing_ok=True)
 
 
-_near_time_limit = False  # whether the stop was requested because of the time limit
-
-
 def _request_stop(signum: int, frame: Any) -> None:
-    global _near_time_limit
-    _near_time_limit = signum == signal.SIGUSR2
-    preemption.request("the time limit is near" if _near_time_limit else "SLURM preempts or ends the job")
+    preemption.request(NEAR_TIME_LIMIT if signum == signal.SIGUSR2 else "SLURM preempts or ends the job")

@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.errors import ConfigError
-from src.store.files import read_json, write_json
+from src.store.files import read_json, read_versioned_json, write_json
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 
@@ -27,12 +26,29 @@ SCHEMA = 2  # of submission.json and the task files beside it
 
 
 @dataclass
-class TaskRecord:
+class Task:
     """One job, or one task of a job array."""
 
+    folder: Path  # of its submission
+    index: int  # in its submission
     label: str
     stages: list[list[str]]  # [kind, identity] of the stages it is submitted for, in order
     job: str | None = None  # SLURM's id, 123 or 123_4
+
+    @property
+    def log(self) -> Path:
+        """The file with the stderr of the first process."""
+        return self.folder / f"{self.job}_0_log.err"
+
+    def status(self) -> dict[str, Any]:
+        """Return the last status that the job wrote; empty before it has started."""
+        try:
+            return read_json(self.folder / f"task-{self.index}.json")
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        write_json(self.folder / f"task-{self.index}.json", status)
 
 
 @dataclass
@@ -41,7 +57,7 @@ class Submission:
 
     folder: Path
     kind: str  # sft, reference, baseline, align, aggregate
-    tasks: list[TaskRecord]
+    tasks: list[Task]
     results: list[str] = field(default_factory=list)  # of an aggregation: identities of the results it aggregates
     waits_for: list[str] = field(default_factory=list)  # of an aggregation: the jobs it depends on
     finalize: str = ""  # of an aggregation: "MODULE:FUNCTION" it calls with the sweep's folder and the failures
@@ -54,10 +70,6 @@ class Submission:
         return SweepFolder.of_job(self.folder)
 
     @property
-    def id(self) -> str:
-        return self.folder.name
-
-    @property
     def jobs(self) -> list[str]:
         return [task.job for task in self.tasks if task.job is not None]
 
@@ -65,65 +77,46 @@ class Submission:
         self.folder.mkdir(parents=True, exist_ok=True)
         values = {"schema": SCHEMA, **asdict(self)}
         del values["folder"]
+        for task in values["tasks"]:
+            del task["folder"], task["index"]
         write_json(self.folder / SUBMISSION_FILE, values)
 
-    def status(self, index: int) -> dict[str, Any]:
-        """Return the last status that a task's job wrote; empty before the job has started."""
-        try:
-            return read_json(self._status_file(index))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
 
-    def write_status(self, index: int, status: dict[str, Any]) -> None:
-        write_json(self._status_file(index), status)
-
-    def _status_file(self, index: int) -> Path:
-        return self.folder / f"task-{index}.json"
-
-    def log(self, index: int) -> Path:
-        """Return the file with the stderr of a task's first process."""
-        return self.folder / f"{self.tasks[index].job}_0_log.err"
-
-
-def new_submission(sweep: SweepFolder, kind: str, tasks: list[TaskRecord], **fields: Any) -> Submission:
-    """Return a submission of the sweep, not written yet."""
-    return Submission(sweep.jobs / uuid.uuid4().hex[:10], kind, tasks, **fields)
+def new_submission(
+    sweep: SweepFolder, kind: str, tasks: Iterable[tuple[str, list[list[str]]]], **fields: Any
+) -> Submission:
+    """Return a submission of the sweep, not written yet. tasks: label and stages of each."""
+    folder = sweep.jobs / uuid.uuid4().hex[:10]
+    return Submission(folder, kind, [Task(folder, index, *task) for index, task in enumerate(tasks)], **fields)
 
 
 def read_submission(folder: Path) -> Submission:
     """Read the submission in a folder. Raises ConfigError for another version's."""
-    values = read_json(folder / SUBMISSION_FILE)
-    if (schema := values.pop("schema", 1)) != SCHEMA:
-        raise ConfigError(
-            f"{folder / SUBMISSION_FILE} was written by another version (schema {schema}, this one reads {SCHEMA}): "
-            "use another output_dir, or the version that wrote it"
-        )
-    tasks = [TaskRecord(**task) for task in values.pop("tasks")]
-    return Submission(folder=folder, tasks=tasks, **values)
+    values = read_versioned_json(folder / SUBMISSION_FILE, SCHEMA)
+    del values["schema"]
+    tasks = [Task(folder, index, **task) for index, task in enumerate(values.pop("tasks"))]
+    return Submission(folder, tasks=tasks, **values)
 
 
-def submissions(sweep: SweepFolder) -> list[Submission]:
-    """Return the submissions of a sweep, oldest first."""
-    folders = (path.parent for path in sweep.jobs.glob(f"*/{SUBMISSION_FILE}"))
-    return sorted(map(read_submission, folders), key=lambda submission: submission.written)
+def submissions(*sweeps: SweepFolder) -> list[Submission]:
+    """Return the submissions of the sweeps, oldest first."""
+    records = (path for sweep in sweeps for path in sweep.jobs.glob(f"*/{SUBMISSION_FILE}"))
+    return sorted((read_submission(path.parent) for path in records), key=lambda submission: submission.written)
 
 
 def all_submissions(store: Store) -> list[Submission]:
     """Return the submissions of every sweep of the store, oldest first."""
-    sweeps = (SweepFolder(path) for path in store.sweeps.glob("*"))
-    return sorted((s for sweep in sweeps for s in submissions(sweep)), key=lambda submission: submission.written)
+    return submissions(*map(SweepFolder, store.sweeps.glob("*")))
 
 
-def orphaned_jobs(
-    sweep_submissions: Iterable[Submission], stages: Container[str], live: Container[str]
-) -> dict[str, str]:
+def orphaned_jobs(submissions: Iterable[Submission], stages: Container[str], live: Container[str]) -> dict[str, str]:
     """Return the live jobs of a sweep that compute none of its stages (any more): job -> label.
 
     stages: identities of the sweep's stages. live: ids of pending and running jobs.
     """
+    tasks = [task for submission in submissions for task in submission.tasks if task.stages]
     return {
         task.job: task.label
-        for submission in sweep_submissions
-        for task in submission.tasks
-        if task.job is not None and task.job in live and task.stages and not any(i in stages for _, i in task.stages)
+        for task in tasks
+        if task.job is not None and task.job in live and not any(identity in stages for _, identity in task.stages)
     }

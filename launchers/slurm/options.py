@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -39,69 +39,20 @@ _RESERVED_OPTIONS = {
 
 
 @dataclass
-class KindOptions:
-    """The options of one kind of job (None: as for every job), and of every job."""
-
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    nodes: int | None = None
-    gpus_per_node: Any = None
-    cpus_per_task: int | None = None
-    mem_gb: float | None = None
-    timeout_min: int | None = None
-    additional_parameters: dict[str, Any] = field(default_factory=dict)
-    setup: list[str] | None = None
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Kinds:
-    sft: KindOptions = field(default_factory=KindOptions)
-    reference: KindOptions = field(default_factory=KindOptions)
-    baseline: KindOptions = field(default_factory=KindOptions)
-    align: KindOptions = field(default_factory=KindOptions)
-    aggregate: KindOptions = field(default_factory=KindOptions)
-
-
-@dataclass
-class SlurmOptions(KindOptions):
-    """The schema of conf/hydra/launcher/slurm.yaml, which has the values and their meaning."""
-
-    _target_: str = "hydra_plugins.alignment_sweep.SlurmLauncher"
-    kinds: Kinds = field(default_factory=Kinds)
-    array_parallelism: int | None = MISSING
-    signal_delay_s: int = MISSING
-    retry_failed: bool = MISSING
-    upload: str = MISSING
-    wait: bool = MISSING
-
-
-def schema() -> DictConfig:
-    """Return SlurmOptions for Hydra; any key may be added to environment and additional_parameters."""
-    node = OmegaConf.structured(SlurmOptions)
-    for options in (node, *node.kinds.values()):
-        for name in ("additional_parameters", "environment"):
-            OmegaConf.set_struct(options[name], False)
-    return node
-
-
-@dataclass(frozen=True)
 class JobResources:
-    """The resources of one kind of job."""
+    """The resources of one kind of job. In `kinds`, a missing value means: as for every job."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    nodes: int = 1
-    gpus_per_node: int | str = 1  # 8, or with a type h100:8
-    cpus_per_task: int = 8
-    mem_gb: float | None = None
-    timeout_min: int = 1440
+    partition: str | None = MISSING
+    account: str | None = MISSING
+    qos: str | None = MISSING
+    constraint: str | None = MISSING
+    nodes: int = MISSING
+    gpus_per_node: Any = MISSING  # 8, or with a type h100:8
+    cpus_per_task: int = MISSING
+    mem_gb: float | None = MISSING
+    timeout_min: int = MISSING
     additional_parameters: dict[str, Any] = field(default_factory=dict)
-    setup: list[str] = field(default_factory=list)
+    setup: list[str] = MISSING
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -141,34 +92,72 @@ class JobResources:
         return [*exports, *self.setup]
 
 
-def job_resources(common: dict[str, Any], kinds: dict[str, dict[str, Any] | None]) -> dict[str, JobResources]:
-    """Return the resources of each kind of job. Raises ConfigError naming the key of the first bad value."""
-    default = _merge(JobResources(), common, "hydra.launcher")
-    return {kind: _merge(default, kinds.get(kind) or {}, f"hydra.launcher.kinds.{kind}") for kind in KINDS}
+@dataclass
+class SlurmOptions(JobResources):
+    """The schema of conf/hydra/launcher/slurm.yaml, which has the values and their meaning."""
+
+    _target_: str = "hydra_plugins.alignment_sweep.SlurmLauncher"
+    _recursive_: bool = False  # Hydra passes `kinds` as it is, with missing values
+    kinds: dict[str, JobResources] = field(default_factory=lambda: {kind: JobResources() for kind in KINDS})
+    array_parallelism: int | None = MISSING
+    signal_delay_s: int = MISSING
+    retry_failed: bool = MISSING
+    upload: str = MISSING
+    wait: bool = MISSING
 
 
-def _merge(base: JobResources, values: dict[str, Any], where: str) -> JobResources:
-    """Return `base` with `values`, checked. where: the config node of the values, for messages."""
-    values = {key: value for key, value in values.items() if value is not None}
-    for key in ("additional_parameters", "environment"):  # added to those of every job
-        values = {**values, key: {**getattr(base, key), **(values.get(key) or {})}}
-    resources = replace(base, **values)
-    for key, lowest in (("nodes", 1), ("cpus_per_task", 1), ("timeout_min", 1)):
-        value = getattr(resources, key)
-        if value < lowest:
-            raise ConfigError(f"{where}.{key}={value}: must be >= {lowest}")
+def schema() -> DictConfig:
+    """Return SlurmOptions for Hydra; any key may be added to environment and additional_parameters."""
+    node = OmegaConf.structured(SlurmOptions)
+    for resources in (node, *node.kinds.values()):
+        for name in ("additional_parameters", "environment"):
+            OmegaConf.set_struct(resources[name], False)
+    return node
+
+
+def complete_options(values: dict[str, Any]) -> SlurmOptions:
+    """Return the options with the values of every job filled in where a kind of job has none of its own.
+
+    Raises ConfigError naming the key of the first bad value.
+    """
+    node: Any = OmegaConf.merge(OmegaConf.structured(SlurmOptions), values)
+    for_every_job = {key.name: node[key.name] for key in fields(JobResources)}
+    for kind in KINDS:
+        node.kinds[kind] = OmegaConf.merge(OmegaConf.structured(JobResources), for_every_job, node.kinds[kind])
+    options = OmegaConf.to_object(node)
+    assert isinstance(options, SlurmOptions)
+    _check_resources(options, "hydra.launcher")
+    for kind, resources in options.kinds.items():
+        _check_resources(resources, f"hydra.launcher.kinds.{kind}")
+        # SLURM sends the signal up to 60 s early.
+        if resources.timeout_min * 60 <= options.signal_delay_s + 60:
+            raise ConfigError(
+                f"hydra.launcher: timeout_min={resources.timeout_min} is too short for {kind} jobs: the stop signal"
+                f" (signal_delay_s={options.signal_delay_s}) would arrive at job start"
+            )
+    if options.array_parallelism is not None and options.array_parallelism < 1:
+        raise ConfigError(f"hydra.launcher.array_parallelism={options.array_parallelism}: must be >= 1, or null")
+    if not 1 <= options.signal_delay_s <= 65535:
+        raise ConfigError(
+            f"hydra.launcher.signal_delay_s={options.signal_delay_s}: must be between 1 and 65535 seconds"
+        )
+    if options.upload not in UPLOAD:
+        raise ConfigError(f"hydra.launcher.upload={options.upload}: must be one of {', '.join(UPLOAD)}")
+    return options
+
+
+def _check_resources(resources: JobResources, where: str) -> None:
+    """Raise ConfigError for a bad value. where: the config node of the resources, for messages."""
+    for key in ("nodes", "cpus_per_task", "timeout_min"):
+        if getattr(resources, key) < 1:
+            raise ConfigError(f"{where}.{key}={getattr(resources, key)}: must be >= 1")
     if not re.fullmatch(r"([^:\s]+:)?\d+", str(resources.gpus_per_node)):
         raise ConfigError(f"{where}.gpus_per_node={resources.gpus_per_node}: must be a number, or TYPE:NUMBER")
     if resources.mem_gb is not None and resources.mem_gb <= 0:
         raise ConfigError(f"{where}.mem_gb={resources.mem_gb}: must be > 0, or null for the site's default")
     for key in resources.additional_parameters:
-        name = _option_name(key)
-        if name in _RESERVED_OPTIONS:
-            raise ConfigError(f"{where}.additional_parameters.{key}: set by {_RESERVED_OPTIONS[name]}")
-    for name in resources.environment:
-        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
-            raise ConfigError(f"{where}.environment.{name}: not a valid name of an environment variable")
-    return resources
+        if _option_name(key) in _RESERVED_OPTIONS:
+            raise ConfigError(f"{where}.additional_parameters.{key}: set by {_RESERVED_OPTIONS[_option_name(key)]}")
 
 
 def _option_name(key: object) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launchers.slurm.cluster import QueuedJob
 from launchers.slurm.graph import SHARED
-from launchers.slurm.job_records import Submission
+from launchers.slurm.job_records import Submission, Task
 from src.store.files import read_json
 from src.store.lease import in_use
 from src.store.store import RESULT_FILE, StageName, Store
@@ -46,30 +45,6 @@ class PointStatus:
     seconds_left: float | None = None
 
 
-@dataclass
-class _Job:
-    """The job (or task of a job array) that was submitted last for a stage."""
-
-    submission: Submission
-    index: int
-
-    @property
-    def id(self) -> str:
-        return self.submission.tasks[self.index].job or ""
-
-    @property
-    def status(self) -> dict[str, Any]:
-        return self.submission.status(self.index)
-
-    @property
-    def log(self) -> Path:
-        return self.submission.log(self.index)
-
-    @property
-    def label(self) -> str:
-        return self.submission.tasks[self.index].label
-
-
 class StatusReader:
     """Derives the statuses of a sweep's points from one snapshot of the queue."""
 
@@ -84,45 +59,39 @@ class StatusReader:
         """sweep_points: of sweep.json. slurm_error: why the queue is unknown."""
         self.store, self.sweep_points, self.queue, self.slurm_error = store, sweep_points, queue, slurm_error
         self.sacct_states: dict[str, str] = {}
-        self._jobs: dict[str, _Job] = {}  # by stage
-        for submission in submissions:
-            for index, task in enumerate(submission.tasks):
-                if task.job is not None:
-                    self._jobs |= {identity: _Job(submission, index) for _, identity in task.stages}
+        tasks = [task for submission in submissions for task in submission.tasks if task.job is not None]
+        self._tasks = {identity: task for task in tasks for _, identity in task.stages}  # the last one of each stage
+        self._shared: dict[str, tuple[str, Stages]] = {}  # identity -> label, and the stage after those it needs
+        for point in sweep_points:
+            stages = list(point["stages"].items())
+            for role, identity in stages:
+                if role in SHARED:
+                    upstream = [stage for stage in stages if stage[0] == "sft" != role]
+                    self._shared.setdefault(identity, (f"{point['setup']} {role}", [*upstream, (role, identity)]))
 
     def points(self) -> list[PointStatus]:
         return [self._status(point["label"], list(point["stages"].items()), point) for point in self.sweep_points]
 
     def shared_stages(self) -> list[PointStatus]:
         """Return the statuses of the shared stages that are not done."""
-        return [self._status(label, stages, {}) for label, stages in self._unfinished_shared_stages()]
+        return [self._status(*shared, {}) for shared in self._shared.values() if not self._is_done(shared[1][-1])]
 
     def unexplained_jobs(self) -> list[str]:
         """Return the jobs that ended with neither a result nor an error of their own, and whose end sacct lacks."""
-        jobs: dict[str, None] = {}
-        all_stages = [stages for _, stages in self._unfinished_shared_stages()]
-        for stages in [*all_stages, *(list(point["stages"].items()) for point in self.sweep_points)]:
-            job = self._jobs.get(stages[-1][1])
-            if job is None or job.id in self.queue or job.status.get("state") == "failed":
-                continue
-            if self.sacct_states.get(job.id, "") in _NOT_FINAL and not self._is_done(stages[-1]):
-                jobs[job.id] = None
-        return list(jobs)
+        last_stages = [stages[-1] for _, stages in self._shared.values()]
+        last_stages += [("evaluate", point["identity"]) for point in self.sweep_points]
+        tasks = [self._tasks[stage[1]] for stage in last_stages if stage[1] in self._tasks and not self._is_done(stage)]
+        return [
+            task.job
+            for task in tasks
+            if task.job is not None
+            and task.job not in self.queue
+            and task.status().get("state") != "failed"
+            and self.sacct_states.get(task.job, "") in _NOT_FINAL
+        ]
 
     def _is_done(self, stage: tuple[str, str]) -> bool:
         return self.store.is_done(_stage_name(stage))
-
-    def _unfinished_shared_stages(self) -> Iterator[tuple[str, Stages]]:
-        """Yield (label, the stage after those it needs) of every shared stage that is not done, each once."""
-        visited = set()
-        for point in self.sweep_points:
-            upstream: Stages = []
-            for role, identity in point["stages"].items():
-                if role in SHARED and identity not in visited and not self._is_done((role, identity)):
-                    visited.add(identity)
-                    yield f"{point['setup']} {role}", [*upstream, (role, identity)]
-                if role == "sft":
-                    upstream.append((role, identity))
 
     def _status(self, label: str, stages: Stages, recorded: dict[str, Any]) -> PointStatus:
         """Return the status of the point (or shared stage) whose final stage is stages[-1].
@@ -132,20 +101,20 @@ class StatusReader:
         identity = stages[-1][1]
         if self._is_done(stages[-1]):
             return PointStatus(label, identity, "done", self._metrics(stages[-1]))
-        job = self._jobs.get(identity)
-        if job is None:
+        task = self._tasks.get(identity)
+        if task is None:
             return self._without_job(PointStatus(label, identity, "to do"), stages, recorded)
-        status = PointStatus(label, identity, "failed", log=job.log, job=job.id)
-        queued = self.queue.get(job.id)
+        status = PointStatus(label, identity, "failed", log=task.log, job=task.job)
+        queued = self.queue.get(task.job or "")
         if queued is not None and queued.state in _PENDING:
-            status.state, status.detail = "queued", self._pending_reason(queued, stages, job)
+            status.state, status.detail = "queued", self._pending_reason(queued, stages, task)
         elif queued is not None:
             status.state = "running"
             self._add_progress(status, stages)
-        elif self.slurm_error is not None and job.status.get("state") != "failed":
+        elif self.slurm_error is not None and task.status().get("state") != "failed":
             status.state, status.detail = "queued", "SLURM does not answer"
         else:
-            self._add_cause(status, job, stages)
+            self._add_cause(status, task, stages)
         return status
 
     def _metrics(self, stage: tuple[str, str]) -> str:
@@ -170,12 +139,12 @@ class StatusReader:
             status.state, status.detail = recorded["state"], recorded["error"] or ""
         return status
 
-    def _pending_reason(self, queued: QueuedJob, stages: Stages, job: _Job) -> str:
+    def _pending_reason(self, queued: QueuedJob, stages: Stages, task: Task) -> str:
         if queued.reason == "Dependency":
             roles = [stage[0] for stage in stages[:-1] if stage[0] in SHARED and not self._is_done(stage)]
             return f"after {' and '.join(roles)}" if roles else "Dependency"
         reason = queued.reason if queued.reason != "None" else ""
-        num_starts = job.status.get("starts", 0)
+        num_starts = task.status().get("starts", 0)
         return reason + (f" (requeued after {num_starts} starts)" if num_starts else "")
 
     def _add_progress(self, status: PointStatus, stages: Stages) -> None:
@@ -189,32 +158,34 @@ class StatusReader:
                 seconds_per_step = (progress["now"] - progress["started"]) / num_steps
                 status.seconds_left = max(0.0, seconds_per_step * (progress["total"] - progress["step"]))
 
-    def _add_cause(self, status: PointStatus, job: _Job, stages: Stages) -> None:
+    def _add_cause(self, status: PointStatus, task: Task, stages: Stages) -> None:
         """Set why a job ended without a result: its own error, a failed upstream stage, or the state in sacct."""
-        sacct_state = self.sacct_states.get(job.id, "")
-        if job.status.get("state") == "failed":
-            status.detail = job.status["error"]
+        sacct_state = self.sacct_states.get(task.job or "", "")
+        if task.status().get("state") == "failed":
+            status.detail = task.status()["error"]
         elif cause := self._upstream_failure(status.identity, stages):
-            status.state, status.detail, status.log = "cancelled", *cause
+            status.state, status.detail, status.log = (
+                "cancelled",
+                f"{cause.label} {cause.state}: {cause.detail}",
+                cause.log,
+            )
         elif sacct_state == "CANCELLED":
             status.state, status.detail = "cancelled", "job was cancelled"
         else:
             reason = _END_REASONS.get(sacct_state)
             if reason is None:
                 reason = "no reason in sacct" if sacct_state in _NOT_FINAL else f"{sacct_state} in sacct"
-            line = last_line(job.log)
+            line = last_line(task.log)
             status.detail = f"job ended without a result ({reason})" + (f"; {line}" if line else "")
 
-    def _upstream_failure(self, identity: str, stages: Stages) -> tuple[str, Path | None] | None:
-        """Return the cause and the log of the first upstream stage that failed or was cancelled."""
-        for role, up in stages:
-            job = self._jobs.get(up)
-            if up == identity or role not in SHARED or job is None or self._is_done((role, up)):
-                continue
-            upstream = [stage for stage in stages if stage[0] == "sft" != role]
-            status = self._status(job.label, [*upstream, (role, up)], {})
-            if status.state in ("failed", "cancelled"):
-                return f"{job.label} {status.state}: {status.detail}", status.log
+    def _upstream_failure(self, identity: str, stages: Stages) -> PointStatus | None:
+        """Return the first upstream stage that failed or was cancelled."""
+        for stage in stages:
+            task = self._tasks.get(stage[1])
+            if task is not None and stage[1] != identity and stage[1] in self._shared and not self._is_done(stage):
+                status = self._status(task.label, self._shared[stage[1]][1], {})
+                if status.state in ("failed", "cancelled"):
+                    return status
         return None
 
 

@@ -7,14 +7,15 @@ stopped before its time limit, is requeued and resumes from its last checkpoint,
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from submitit import JobEnvironment
+
 from launchers.slurm import cluster
 from launchers.slurm.job import EXIT_REQUEUE
-from launchers.slurm.job_records import Submission, read_submission
+from launchers.slurm.job_records import Task, read_submission
 from src.errors import ConfigError, StageError
 from src.store.store import StageName, Store
 
@@ -24,42 +25,47 @@ MAX_STALLED_RUNS_AT_TIME_LIMIT = 2  # a third run would not get further in the s
 
 
 def main(arguments: list[str]) -> int:
-    submission, index, code = read_submission(Path(arguments[0])), int(arguments[1]), int(arguments[2])
-    status = submission.status(index)
+    submission, code = read_submission(Path(arguments[0])), int(arguments[2])
+    task = submission.tasks[int(arguments[1])]
+    status = task.status()
     if status.get("state") == "failed":
         return 0
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    job = JobEnvironment().job_id
     # The batch script does not know why its step ended. After a cancellation, a preemption or the time limit the job
     # is not RUNNING any more, and SLURM has decided what becomes of it. If SLURM does not answer, requeue all the same.
     with contextlib.suppress(cluster.SlurmUnavailable):
-        if cluster.state_of(job) != "RUNNING":
+        queued = cluster.queue().get(job)
+        if queued is None or queued.state != "RUNNING":
             return 0
-    if code != EXIT_REQUEUE and code <= 128:
-        _fail(submission, index, status, f"exit code {code}; log: {submission.log(index)}")
-        return 0
+    if error := _requeue(task, submission.sweep.store, status, job, code):
+        print(f"failed: {error}", file=sys.stderr)
+        task.write_status({**status, "state": "failed", "error": error})
+    return 0
 
-    at_time_limit = status.get("state") == "stopped" and bool(status.get("near_time_limit"))
-    if at_time_limit:
-        cause, advice = "stopped before its time limit", "raise hydra.launcher.timeout_min or lower trainer.save_steps"
+
+def _requeue(task: Task, store: Store, status: dict[str, Any], job: str, code: int) -> str | None:
+    """Requeue the job and return None, or return why it has failed."""
+    if code != EXIT_REQUEUE and code <= 128:
+        return f"exit code {code}; log: {task.log}"
+    max_stalled_runs, advice = MAX_STALLED_RUNS, "see its log"
+    if status.get("state") == "stopped" and status.get("near_time_limit"):
+        cause, max_stalled_runs = "stopped before its time limit", MAX_STALLED_RUNS_AT_TIME_LIMIT
+        advice = "raise hydra.launcher.timeout_min or lower trainer.save_steps"
     else:
         cause = "stopped by a signal" if code == EXIT_REQUEUE else f"killed (exit code {code})"
-        advice = "see its log"
-    stages = submission.tasks[index].stages
-    marker = progress_marker(submission.sweep.store, stages)
+    marker = progress_marker(store, task.stages)
     has_progressed = marker > (status.get("progress_marker") or [0, 0])
     stalled_runs = 0 if has_progressed else status.get("stalled_runs", 0) + 1
-    if stalled_runs >= (MAX_STALLED_RUNS_AT_TIME_LIMIT if at_time_limit else MAX_STALLED_RUNS):
-        where = f"{marker[0]} of {len(stages)} stages done, newest checkpoint at step {marker[1]}"
-        _fail(submission, index, status, f"{cause} {stalled_runs} times without progress ({where}): {advice}")
-        return 0
+    if stalled_runs >= max_stalled_runs:
+        where = f"{marker[0]} of {len(task.stages)} stages done, newest checkpoint at step {marker[1]}"
+        return f"{cause} {stalled_runs} times without progress ({where}): {advice}"
     progress = {"progress_marker": marker, "stalled_runs": stalled_runs}
-    submission.write_status(index, {**status, "state": "requeued", "reason": cause, **progress})
+    task.write_status({**status, "state": "requeued", "reason": cause, **progress})
     try:
         cluster.requeue(job)
     except (StageError, ConfigError) as error:
-        _fail(submission, index, status, f"{cause}, and the requeue failed ({error})")
-    return 0
+        return f"{cause}, and the requeue failed ({error})"
+    return None
 
 
 def progress_marker(store: Store, stages: list[list[str]]) -> list[int]:
@@ -70,11 +76,6 @@ def progress_marker(store: Store, stages: list[list[str]]) -> list[int]:
         return [num_done, 0]
     checkpoints = (store.work(names[num_done]) / "checkpoints").glob("*/step-*")
     return [num_done, max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)]
-
-
-def _fail(submission: Submission, index: int, status: dict[str, Any], error: str) -> None:
-    print(f"failed: {error}", file=sys.stderr)
-    submission.write_status(index, {**status, "state": "failed", "error": error})
 
 
 if __name__ == "__main__":

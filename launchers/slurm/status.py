@@ -95,8 +95,8 @@ def _aggregation_error(
     if record["finished"] or not aggregations or aggregations[-1].jobs[0] in queue:
         return None
     latest = aggregations[-1]
-    reason = latest.status(0).get("error") or last_line(latest.log(0)) or "it did not start"
+    reason = latest.tasks[0].status().get("error") or last_line(latest.tasks[0].log) or "it did not start"
     return (
-        f"the aggregation failed ({reason}; log: {latest.log(0)}); rerun the same command, or run "
+        f"the aggregation failed ({reason}; log: {latest.tasks[0].log}); rerun the same command, or run "
         f"python -m sweeps.aggregate {latest.sweep.path}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections import Counter
@@ -55,39 +56,25 @@ def watch(folder: SweepFolder, console: Console | None = None) -> SweepStatus:
     Ctrl-C leaves the jobs running.
     """
     console = console or Console()
+    live = Live(console=console, auto_refresh=False)
+    last_printed, last_line = 0.0, ""
     try:
-        if console.is_terminal:
-            _watch_table(folder, console)
-        else:
-            _watch_lines(folder)
+        with live if console.is_terminal else contextlib.nullcontext():
+            while True:
+                status = read_status(folder, sacct_timeout=0.0)
+                line = summary(status)
+                if console.is_terminal:
+                    live.update(render(status, folder), refresh=True)
+                elif line != last_line or time.monotonic() - last_printed > LINE_SECONDS:
+                    last_printed, last_line = time.monotonic(), line
+                    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+                if status.ended:
+                    return read_status(folder)
+                time.sleep(REFRESH_SECONDS)
     except KeyboardInterrupt:
         path = shlex.quote(str(folder.path))
         print(f"\nJobs keep running. Reattach with: python -m sweeps.status {path} --watch")
         raise
-    return read_status(folder)
-
-
-def _watch_table(folder: SweepFolder, console: Console) -> None:
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            status = read_status(folder, sacct_timeout=0.0)
-            live.update(render(status, folder), refresh=True)
-            if status.ended:
-                return
-            time.sleep(REFRESH_SECONDS)
-
-
-def _watch_lines(folder: SweepFolder) -> None:
-    last_printed, last_line = 0.0, ""
-    while True:
-        status = read_status(folder, sacct_timeout=0.0)
-        line = summary(status)
-        if line != last_line or time.monotonic() - last_printed > LINE_SECONDS:
-            last_printed, last_line = time.monotonic(), line
-            print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
-        if status.ended:
-            return
-        time.sleep(REFRESH_SECONDS)
 
 
 def summary(status: SweepStatus) -> str:
@@ -119,10 +106,7 @@ def render(status: SweepStatus, folder: SweepFolder, show_all: bool = False) -> 
         )
     if status.aggregation and not status.has_active_points:
         parts.append(Text("all points have ended; the aggregation is in progress"))
-    if status.aggregation_error:
-        parts.append(Text(status.aggregation_error, style="red"))
-    if status.slurm_error:
-        parts.append(Text(status.slurm_error, style="yellow"))
+    parts += [Text(error, style="red") for error in (status.aggregation_error, status.slurm_error) if error]
     return Group(*parts)
 
 

@@ -15,26 +15,14 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from launchers.slurm import cluster
 from launchers.slurm.cluster import QueuedJob
-from launchers.slurm.graph import JobArray, job_arrays, split_parallelism
+from launchers.slurm.graph import job_arrays, split_parallelism
 from launchers.slurm.job import run_aggregation, run_task
-from launchers.slurm.job_records import Submission, TaskRecord, all_submissions, new_submission, orphaned_jobs
-from launchers.slurm.options import JobResources
+from launchers.slurm.job_records import Submission, all_submissions, new_submission, orphaned_jobs
+from launchers.slurm.options import SlurmOptions
 from src.errors import ConfigError
 from src.planning.plan import Plan
 from src.store.code_snapshot import snapshot
 from src.store.sweep_folder import SweepFolder
-
-AGGREGATION_SIGNAL_DELAY_S = 60  # it saves nothing before its time limit
-
-
-@dataclass(frozen=True)
-class JobOptions:
-    """hydra.launcher, as far as jobs depend on it."""
-
-    resources: dict[str, JobResources]  # by kind of job
-    array_parallelism: int | None
-    signal_delay_s: int
-    upload: str  # during, after
 
 
 @dataclass
@@ -46,7 +34,7 @@ class Submitted:
     removed: dict[str, str] = field(default_factory=dict)  # job -> label: jobs of points that the sweep no longer has
 
 
-def submit(plan: Plan, folder: SweepFolder, finalize: str, options: JobOptions, skipped: set[str]) -> Submitted:
+def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions, skipped: set[str]) -> Submitted:
     """Submit the jobs of a plan, and an aggregation that calls `finalize` when all others have ended.
 
     The caller must hold the submission lease. skipped: results not to be computed though they are missing. Raises
@@ -67,14 +55,14 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: JobOptions, 
     code = snapshot(folder.code, output_dir=store.output_dir) if arrays else None
     jobs = dict(in_flight)  # stage -> the job that computes it
     for array in arrays:
-        assert code is not None
-        executor = _Sbatch(folder, array.kind, options.resources[array.kind], code, options.signal_delay_s)
-        upstream_jobs = [jobs[identity] for identity in array.upstream if identity in jobs]
-        submission = executor.submit_array(array, upstream_jobs, options.upload)
+        tasks = [(task.label, [[stage.kind, stage.identity] for stage in task.targets]) for task in array.tasks]
+        submission = new_submission(folder, array.kind, tasks, code=str(code))
+        arguments = [(task.stages, submission.folder, i, options.upload) for i, task in enumerate(array.tasks)]
+        dependency = _dependency("afterok", [jobs[identity] for identity in array.upstream if identity in jobs])
+        _sbatch(submission, options, run_task, arguments, dependency, array.parallelism)
         outcome.submissions.append(submission)
-        for task, record in zip(array.tasks, submission.tasks, strict=True):
-            assert record.job is not None
-            jobs |= {stage.identity: record.job for stage in task.targets}
+        for array_task, job in zip(array.tasks, submission.jobs, strict=True):
+            jobs |= {stage.identity: job for stage in array_task.targets}
 
     sweep_submissions = [s for s in known if s.sweep == folder]
     stages = {identity for stage_ids in plan.point_stages for identity in stage_ids}
@@ -86,8 +74,16 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: JobOptions, 
         if code is None:
             latest = sweep_submissions[-1:]
             code = Path(latest[0].code) if latest else snapshot(folder.code, output_dir=store.output_dir)
-        executor = _Sbatch(folder, "aggregate", options.resources["aggregate"], code, AGGREGATION_SIGNAL_DELAY_S)
-        aggregation = executor.submit_aggregation(plan.results, finalize, waits_for)
+        aggregation = new_submission(
+            folder,
+            "aggregate",
+            [("aggregation", [])],
+            results=plan.results,
+            waits_for=waits_for,
+            finalize=finalize,
+            code=str(code),
+        )
+        _sbatch(aggregation, options, run_aggregation, [(aggregation.folder,)], _dependency("afterany", waits_for))
         outcome.submissions.append(aggregation)
     cluster.cancel(job for s in queued if s not in valid for job in s.jobs)  # replaced by the new aggregation
     return outcome
@@ -97,29 +93,17 @@ def _in_flight(plan: Plan, known: list[Submission], queue: dict[str, QueuedJob])
     """Return the queued or running job of every stage that has one, and cancel jobs whose upstream has failed."""
     live: dict[str, str] = {}
     for submission in known:
-        for index, task in enumerate(submission.tasks):
+        for task in submission.tasks:
             job = queue.get(task.job or "")
             # A job that has failed can stay COMPLETING for long.
-            if job is not None and not (
-                job.state == "COMPLETING" and submission.status(index).get("state") == "failed"
-            ):
+            if job is not None and not (job.state == "COMPLETING" and task.status().get("state") == "failed"):
                 live |= {identity: job.id for _, identity in task.stages}
+    # SLURM cancels the dependents of a failed job when it next evaluates dependencies, which may be later than now.
     cancelled: set[str] = set()
-    while True:
-        # SLURM cancels the dependents of a failed job when it next evaluates dependencies, which may be later than now.
-        doomed = {
-            identity
-            for identity, job in live.items()
-            if identity in plan.stages
-            and queue[job].reason.startswith("Dependency")
-            and any(
-                up.identity not in plan.done and up.identity not in live
-                for up in plan.stages[identity].upstream.values()
-            )
-        }
-        if not doomed:
-            break
-        cancelled |= {live.pop(identity) for identity in doomed}
+    for identity, stage in plan.stages.items():  # upstream first
+        is_doomed = any(up.identity not in plan.done and up.identity not in live for up in stage.upstream.values())
+        if is_doomed and identity in live and queue[live[identity]].reason.startswith("Dependency"):
+            cancelled.add(live.pop(identity))
     cluster.cancel(cancelled)
     return live
 
@@ -128,85 +112,60 @@ def cancel_unrecorded(known: list[Submission], queue: dict[str, QueuedJob]) -> N
     """Cancel jobs left behind by a submitter that died before recording their ids; they have no pickle to run."""
     for submission in known:
         if submission.state == "preparing":
-            cluster.cancel({job.id for job in queue.values() if job.name.endswith(f"-{submission.id}")})
+            cluster.cancel({job.id for job in queue.values() if job.name.endswith(f"-{submission.folder.name}")})
             submission.state = "abandoned"
             submission.write()
 
 
-class _Sbatch:
-    """submitit's executor for one submission."""
-
-    def __init__(
-        self, folder: SweepFolder, kind: str, resources: JobResources, code: Path, signal_delay_s: int
-    ) -> None:
-        self.folder, self.kind, self.resources, self.code = folder, kind, resources, code
-        self.signal_delay_s = signal_delay_s
-
-    def submit_array(self, array: JobArray, upstream_jobs: list[str], upload: str) -> Submission:
-        records = [TaskRecord(task.label, [[s.kind, s.identity] for s in task.targets]) for task in array.tasks]
-        submission = new_submission(self.folder, self.kind, records, code=str(self.code))
-        arguments = [
-            (task.stages, str(self.folder.output_dir), str(submission.folder), index, upload)
-            for index, task in enumerate(array.tasks)
-        ]
-        return self._sbatch(submission, run_task, arguments, _dependency("afterok", upstream_jobs), array.parallelism)
-
-    def submit_aggregation(self, results: list[str], finalize: str, waits_for: list[str]) -> Submission:
-        fields = {"results": results, "waits_for": waits_for, "finalize": finalize}
-        record = TaskRecord("aggregation", [])
-        submission = new_submission(self.folder, self.kind, [record], code=str(self.code), **fields)
-        return self._sbatch(submission, run_aggregation, [(submission.folder,)], _dependency("afterany", waits_for))
-
-    def _sbatch(
-        self,
-        submission: Submission,
-        function: Callable[..., None],
-        arguments: Sequence[tuple[Any, ...]],
-        dependency: dict[str, Any],
-        parallelism: int | None = None,
-    ) -> Submission:
-        """Submit one task for each tuple of arguments and record the ids. Raises ConfigError when sbatch fails."""
-        submission.write()
-        executor = submitit.SlurmExecutor(submission.folder)
-        options = self.resources.sbatch()
-        native = {"nodes": options.pop("nodes"), "ntasks_per_node": options.pop("ntasks-per-node")}
-        executor.update_parameters(
-            **native,
-            time=options.pop("time"),
-            job_name=f"{self.folder.name}-{self.kind}-{submission.id}",
-            signal_delay_s=self.signal_delay_s,
-            array_parallelism=parallelism or len(submission.tasks),
-            wckey=None,  # a site may reject submitit's default
-            # Since 22.05 srun does not inherit cpus-per-task from sbatch.
-            srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={self.resources.cpus_per_task}"],
-            additional_parameters={"requeue": True, **dependency, **options},
-            setup=[
-                *self.resources.shell(),
-                # Imports come from the copied code only, while the working directory stays the user's: relative paths
-                # in overrides keep their meaning.
-                f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
-            ],
-            teardown=[
-                "code=$?",
-                f"[ $code -eq 0 ] || {shlex.quote(sys.executable)} -m launchers.slurm.requeue "
-                f'{shlex.quote(str(submission.folder))} "${{SLURM_ARRAY_TASK_ID:-0}}" $code',
-                "exit $code",
-            ],
-        )
-        try:
-            with cluster.clean_environment(options):
-                jobs = executor.map_array(function, *zip(*arguments, strict=True))
-        except (FailedSubmissionError, FailedJobError) as error:
-            # SLURM may have accepted the job although sbatch failed: without a recorded id it must not run.
-            cancel_unrecorded([submission], cluster.queue())
-            shutil.rmtree(submission.folder, ignore_errors=True)
-            message = " ".join(str(error.__cause__ or error).split())
-            raise ConfigError(f"hydra/launcher=slurm: sbatch rejected the {self.kind} job ({message})") from error
-        for task, job in zip(submission.tasks, jobs, strict=True):
-            task.job = job.job_id
-        submission.state = "submitted"
-        submission.write()
-        return submission
+def _sbatch(
+    submission: Submission,
+    options: SlurmOptions,
+    function: Callable[..., None],
+    arguments: Sequence[tuple[Any, ...]],
+    dependency: dict[str, Any],
+    parallelism: int | None = None,
+) -> None:
+    """Submit one task for each tuple of arguments and record the ids. Raises ConfigError when sbatch fails."""
+    submission.write()
+    resources = options.kinds[submission.kind]
+    flags = resources.sbatch()
+    native = {"nodes": flags.pop("nodes"), "ntasks_per_node": flags.pop("ntasks-per-node"), "time": flags.pop("time")}
+    executor = submitit.SlurmExecutor(submission.folder)
+    executor.update_parameters(
+        **native,
+        job_name=f"{submission.sweep.name}-{submission.kind}-{submission.folder.name}",
+        signal_delay_s=options.signal_delay_s,
+        array_parallelism=parallelism or len(submission.tasks),
+        wckey=None,  # a site may reject submitit's default
+        # Since 22.05 srun does not inherit cpus-per-task from sbatch.
+        srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={resources.cpus_per_task}"],
+        additional_parameters={"requeue": True, **dependency, **flags},
+        setup=[
+            *resources.shell(),
+            # Imports come from the copied code only, while the working directory stays the user's: relative paths in
+            # overrides keep their meaning.
+            f"export PYTHONPATH={shlex.quote(submission.code)}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+        ],
+        teardown=[
+            "code=$?",
+            f"[ $code -eq 0 ] || {shlex.quote(sys.executable)} -m launchers.slurm.requeue "
+            f'{shlex.quote(str(submission.folder))} "${{SLURM_ARRAY_TASK_ID:-0}}" $code',
+            "exit $code",
+        ],
+    )
+    try:
+        with cluster.clean_environment(flags):
+            jobs = executor.map_array(function, *zip(*arguments, strict=True))
+    except (FailedSubmissionError, FailedJobError) as error:
+        # SLURM may have accepted the job although sbatch failed: without a recorded id it must not run.
+        cancel_unrecorded([submission], cluster.queue())
+        shutil.rmtree(submission.folder, ignore_errors=True)
+        message = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(f"hydra/launcher=slurm: sbatch rejected the {submission.kind} job ({message})") from error
+    for task, job in zip(submission.tasks, jobs, strict=True):
+        task.job = job.job_id
+    submission.state = "submitted"
+    submission.write()
 
 
 def _dependency(condition: str, jobs: list[str]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ def read_json(path: Path) -> Any:
 def read_versioned_json(path: Path, schema: int) -> dict[str, Any]:
     """Read a JSON object with the key `schema`. Raises ConfigError when another version of the program wrote it."""
     content: dict[str, Any] = json.loads(path.read_bytes())
-    if content["schema"] != schema:
+    if (written := content.get("schema", 1)) != schema:  # version 0.1 wrote none
         raise ConfigError(
-            f"{path} was written by another version of this program (schema {content['schema']}, this one reads "
+            f"{path} was written by another version of this program (schema {written}, this one reads "
             f"{schema}): move the folder away and run again"
         )
     return content

@@ -65,13 +65,13 @@ def job_of(folder: SweepFolder, kind: str) -> str:
 
 def task_statuses(folder: SweepFolder) -> list[dict[str, Any]]:
     """Return what the jobs of a sweep wrote into their status files."""
-    statuses = [s.status(index) for s in submissions_of(folder) for index in range(len(s.tasks))]
+    statuses = [task.status() for s in submissions_of(folder) for task in s.tasks]
     return [status for status in statuses if status]
 
 
 def status_of(folder: SweepFolder, job: str) -> dict[str, Any]:
     """Return what one job wrote into its status file; empty before it has started."""
-    return next((s.status(s.jobs.index(job)) for s in submissions_of(folder) if job in s.jobs), {})
+    return next((task.status() for s in submissions_of(folder) for task in s.tasks if task.job == job), {})
 
 
 def is_finished(folder: SweepFolder) -> bool:
