@@ -14,13 +14,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from src.config.schema import Training
 from src.data import mini_tldr
 from src.data.rows import Demonstration, text_prompt
 from src.data.templates import Template
 from src.data.tokenization import tokenize_demonstrations
 from src.model.loading import save_checkpoint, set_cpu_threads
 from src.model.logprobs import patch_model_
-from src.planning.identity import ContentPath, DataInputs, ModelInputs, SftInputs, TrainerInputs
+from src.planning.identity import ContentPath, DataInputs, ModelInputs, SftInputs
 from src.planning.resources import Resources
 from src.progress import RunProgress
 from src.store.attempt import Attempt
@@ -35,7 +36,7 @@ VOCAB_SIZE = 800
 NUM_EXAMPLES = 64_000  # one epoch of 1000 steps
 QUALITY = 0.97  # of the summaries, in [0, 1]
 RESOURCES = Resources(cpu_threads=1, max_tokens_per_micro_batch=8192, save_steps=10**6)
-TRAINER = TrainerInputs(
+TRAINER = Training(
     lr=4e-3,
     epochs=1.0,
     max_steps=None,

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from benchmarks.pairs import make_pairs
+from src.config.schema import Training
 from src.data.examples import Example
 from src.model import attention, last_layer, lm_head
 from src.model.cpu import linear
 from src.model.loading import load_model, load_template, numerics_of, save_checkpoint, set_cpu_threads
 from src.model.logprobs import NumericsConfig, patch_model_
-from src.planning.identity import AlignInputs, ContentPath, DataInputs, ModelInputs, TrainerInputs
+from src.planning.identity import AlignInputs, ContentPath, DataInputs, ModelInputs
 from src.planning.resources import Resources
 from src.stages.align import make_loss_fn
 from src.store.attempt import Attempt
@@ -66,7 +67,7 @@ def convert_model() -> None:
 
 
 def align_inputs(job: dict[str, Any]) -> AlignInputs:
-    trainer = TrainerInputs(
+    trainer = Training(
         lr=1e-6,
         epochs=1.0,
         max_steps=None,

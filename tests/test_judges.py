@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from src.config.schema import JudgeEndpoint
 from src.data.rows import text_prompt
 from src.errors import StageError
 from src.judges import Comparison
@@ -15,7 +16,7 @@ from src.judges.answers import Answers
 from src.judges.judge_client import JudgeClient
 from src.judges.tldr import average_games, build_chats, parse_winner
 from src.planning.identity import ContentPath, DataInputs, EvaluateInputs, JudgeInputs, PromptInputs
-from src.planning.resources import JudgeEndpoint, Resources
+from src.planning.resources import Resources
 from tests.support.commands import ROOT, SMALL, run_in_process, start, train
 
 NUM_PROMPTS = 12  # two questions each

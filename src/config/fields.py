@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, field
 from typing import Any
 
 from omegaconf import MISSING
 
 from src.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The numbers from `low` (itself included or not) to `high`, without infinity and NaN."""
-
-    low: float
-    includes_low: bool
-    high: float
-
-    def __contains__(self, value: float) -> bool:
-        above_low = value >= self.low if self.includes_low else value > self.low
-        return above_low and value <= self.high and math.isfinite(value)
-
-    def __str__(self) -> str:
-        upper = f" and <= {self.high:g}" if math.isfinite(self.high) else ""
-        return f"{'>=' if self.includes_low else '>'} {self.low:g}{upper}"
 
 
 def choice(*values: str | None, default: Any = MISSING) -> Any:
@@ -35,8 +18,15 @@ def choice(*values: str | None, default: Any = MISSING) -> Any:
 
 def number(default: Any = MISSING, *, minimum: float = 0, above: float | None = None, maximum: float = math.inf) -> Any:
     """Return a dataclass field for a number >= minimum (or > above) and <= maximum; None if its type allows that."""
-    interval = Interval(minimum, True, maximum) if above is None else Interval(above, False, maximum)
-    return field(default=default, metadata={"interval": interval})
+    interval = f">= {minimum:g}" if above is None else f"> {above:g}"
+    if math.isfinite(maximum):
+        interval += f" and <= {maximum:g}"
+
+    def contains(value: float) -> bool:
+        above_low = value >= minimum if above is None else value > above
+        return above_low and value <= maximum and math.isfinite(value)
+
+    return field(default=default, metadata={"interval": interval, "contains": contains})
 
 
 def choices_of(schema: Any, name: str) -> tuple[str | None, ...]:
@@ -46,8 +36,9 @@ def choices_of(schema: Any, name: str) -> tuple[str | None, ...]:
 
 def check_value(key: str, field: Field[Any], value: Any) -> None:
     """Raise ConfigError when a value is not among its field's choices, or outside its interval."""
-    choices, interval = field.metadata.get("choices"), field.metadata.get("interval")
-    if choices is not None and value not in choices:
-        raise ConfigError(f"{key}={value}: must be one of {', '.join('null' if c is None else c for c in choices)}")
-    if interval is not None and value is not None and value not in interval:
-        raise ConfigError(f"{key}={value:g}: must be {interval}")
+    rule = field.metadata
+    if "choices" in rule and value not in rule["choices"]:
+        allowed = ", ".join("null" if choice is None else choice for choice in rule["choices"])
+        raise ConfigError(f"{key}={value}: must be one of {allowed}")
+    if "interval" in rule and value is not None and not rule["contains"](value):
+        raise ConfigError(f"{key}={value:g}: must be {rule['interval']}")

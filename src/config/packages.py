@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -17,13 +18,22 @@ EXTRAS = {
 }
 
 
+def package_folder(package: str) -> Path | None:
+    """Return the folder of an installed package; None when it is not installed, or has no folder."""
+    with contextlib.suppress(ModuleNotFoundError):  # the parent package is missing
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            return Path(next(iter(spec.submodule_search_locations)))
+    return None
+
+
 def require_package(package: str, setting: str) -> Path:
     """Return the folder of an installed package. Raises ConfigError, naming the setting that needs it, without it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(package)
+    if folder is None:
         extra = EXTRAS[package]
         command = "pip install --no-build-isolation" if extra in ("zero", "flash") else "pip install"
         raise ConfigError(
             f"{setting} needs the package {package}: {command} '.[{extra}]', in the environment that jobs use"
         )
-    return Path(spec.submodule_search_locations[0])
+    return folder

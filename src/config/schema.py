@@ -64,7 +64,9 @@ class Model:
 
 
 @dataclass
-class HubTable:
+class Table:
+    """Which rows of a table of the hub are used."""
+
     path: str = MISSING
     train_split: str = "train"
     validation_split: str = "validation"
@@ -72,6 +74,10 @@ class HubTable:
     adapter: str | None = choice(None, "hh", default=None)  # a key of src.data.adapters.ADAPTERS
     deduplicate: bool = False  # drop rows equal to an earlier one
     drop_if_rejected_elsewhere: bool = False  # drop rows whose chosen response another row of the prompt rejects
+
+
+@dataclass
+class HubTable(Table):
     rows: dict[str, int] = field(default_factory=dict)  # split -> expected number of rows
     tokens: float | None = None  # mean per row, for cost estimates
 
@@ -105,19 +111,21 @@ class Optimization:
 
 
 @dataclass
-class SftOptimization(Optimization):
-    lr: float = number(above=0)  # alignment has the point's lr instead
+class Training(Optimization):
+    """AdamW on `epochs` passes in batches of `batch_size` examples; lr is the peak learning rate."""
+
+    lr: float = number(above=0)
 
 
 @dataclass
-class AlignOptimization(Optimization):
+class AlignOptimization(Optimization):  # the point has its lr
     stop_fraction: float = number(1.0, above=0, maximum=1)  # fraction of the steps after which training stops
 
 
 @dataclass
 class Trainer:
     name: str = MISSING
-    sft: SftOptimization = field(default_factory=SftOptimization)
+    sft: Training = field(default_factory=Training)
     align: AlignOptimization = field(default_factory=AlignOptimization)
     max_tokens_per_micro_batch: int | None = number(None, minimum=1)
     save_steps: int = number(100, minimum=1)
@@ -166,15 +174,11 @@ class Evaluation:
 
 
 @dataclass
-class Judge:
-    name: str = choice("none", "gold", "tldr", "alpaca_eval", "arena_hard", "reward_model")
-    baseline: str | None = "sft"  # sft | chosen | a file of answers: what a response is compared with
-    model: str | None = None  # as the endpoint calls it; of alpaca_eval: an annotator; of reward_model: a model
-    prompt_file: str | None = None  # the question in Arena-Hard's judge_config.yaml format
+class JudgeEndpoint:
+    """How to reach a judge's endpoint and what may be spent on it."""
+
     base_url: str | None = None  # of an OpenAI-compatible endpoint; null: OpenAI's
     api_key_env: str = "OPENAI_API_KEY"  # the key itself is never written down
-    temperature: float = number(0.0)
-    max_tokens: int = number(256, minimum=1)  # of an answer
     concurrency: int = number(8, minimum=1)
     timeout: float = number(60.0, above=0)
     max_retries: int = number(8, minimum=0)
@@ -182,6 +186,16 @@ class Judge:
     max_cost: float | None = number(None)
     input_price: float | None = number(None)  # dollars per million tokens
     output_price: float | None = number(None)
+
+
+@dataclass
+class Judge(JudgeEndpoint):
+    name: str = choice("none", "gold", "tldr", "alpaca_eval", "arena_hard", "reward_model")
+    baseline: str | None = "sft"  # sft | chosen | a file of answers: what a response is compared with
+    model: str | None = None  # as the endpoint calls it; of alpaca_eval: an annotator; of reward_model: a model
+    prompt_file: str | None = None  # the question in Arena-Hard's judge_config.yaml format
+    temperature: float = number(0.0)
+    max_tokens: int = number(256, minimum=1)  # of an answer
 
 
 @dataclass

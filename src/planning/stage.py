@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, JUDGES
-from src.config.schema import Dataset, HubTable, Judge, Point, method_options
+from src.config.schema import Dataset, HubTable, Judge, Point, Table, Training, method_options
 from src.methods import METHODS
 from src.planning.identity import (
     VERSIONS,
@@ -18,14 +18,11 @@ from src.planning.identity import (
     GenerateInputs,
     GenerationInputs,
     JudgeInputs,
-    LoraInputs,
     ModelInputs,
     PromptInputs,
     ReferenceInputs,
     SftInputs,
     StageInputs,
-    TableInputs,
-    TrainerInputs,
     digest,
     hashable,
     select_fields,
@@ -107,12 +104,12 @@ def stages_of(point: Point) -> list[Stage]:
             stages.append(stage)
         return stage
 
-    model, lora, evaluation = model_inputs(point), _lora(point), point.evaluation
+    model = model_inputs(point)
+    lora = None if point.model.lora.rank is None else point.model.lora
 
     def sft(fraction: float) -> Stage:
         stage_point = replace(point, dataset=replace(point.dataset, sft_fraction=fraction))
-        trainer = select_fields(TrainerInputs, point.trainer.sft)
-        return add(SftInputs(model, lora, sft_data(stage_point), trainer, point.seed), stage_point)
+        return add(SftInputs(model, lora, sft_data(stage_point), point.trainer.sft, point.seed), stage_point)
 
     fraction = point.dataset.sft_fraction
     # The base model has no stage: it is part of the inputs of the stages that start from it.
@@ -133,7 +130,7 @@ def stages_of(point: Point) -> list[Stage]:
             beta=point.beta,
             sft_weight=point.init.sft_weight,
             align_weight=point.init.align_weight,
-            trainer=select_fields(TrainerInputs, point.trainer.align, lr=point.lr),
+            trainer=select_fields(Training, point.trainer.align, lr=point.lr),
             seed=point.seed,
             stop_fraction=point.trainer.align.stop_fraction,
         ),
@@ -143,7 +140,8 @@ def stages_of(point: Point) -> list[Stage]:
 
     judge = judge_inputs(point.judge)
     prompts = prompt_inputs(point)
-    generation = _generation(point)
+    server = None if point.server.name == "none" else (point.server.name, point.server.command or "")
+    generation = select_fields(GenerationInputs, point.evaluation.generation, server=server)
     baseline = None
     if judge is not None and judge.baseline == "sft":
         # The baseline is the SFT model's whatever the point starts from: all points are compared with the same one.
@@ -152,14 +150,13 @@ def stages_of(point: Point) -> list[Stage]:
     inputs = GenerateInputs("policy", model, init, prompts, generation, point.seed)
     samples = add(inputs, checkpoint=align, reference=initial)
     add(
-        EvaluateInputs(
+        select_fields(
+            EvaluateInputs,
+            point.evaluation,
             setup=point.setup.name,
             init=point.init.name,
             prompts=prompts,
             judge=judge,
-            metric=evaluation.metric,
-            selection_fraction=evaluation.selection_fraction,
-            split_seed=evaluation.split_seed,
         ),
         align=align,
         samples=samples,
@@ -175,19 +172,18 @@ def model_inputs(point: Point) -> ModelInputs:
 
 def sft_data(point: Point) -> DataInputs:
     """Return what SFT reads. JSON lines have no SFT table: SFT trains on the chosen responses of the training pairs."""
-    data = point.dataset
-    common = pair_data(point) if data.source == "jsonl" else _common_data(point)
-    table = _table(data, data.sft)
-    return replace(common, sft=table, sft_size=data.sft_size, sft_fraction=data.sft_fraction)
+    data, inputs = point.dataset, pair_data(point)
+    if data.source != "jsonl":
+        inputs = replace(inputs, preference=None, train_size=None, validation_size=None)
+    return replace(inputs, sft=_table(data, data.sft), sft_size=data.sft_size, sft_fraction=data.sft_fraction)
 
 
 def pair_data(point: Point) -> DataInputs:
     """Return what every stage that needs preference pairs or their prompts reads."""
     data = point.dataset
-    table = _table(data, data.preference)
-    return replace(
-        _common_data(point), preference=table, train_size=data.train_size, validation_size=data.validation_size
-    )
+    path = None if data.path is None else ContentPath.of(data.path, "dataset.path")
+    without_sft: dict[str, Any] = {"sft": None, "sft_size": None, "sft_fraction": 1.0}
+    return select_fields(DataInputs, data, path=path, preference=_table(data, data.preference), **without_sft)
 
 
 def prompt_inputs(point: Point) -> PromptInputs:
@@ -211,22 +207,5 @@ def judge_inputs(judge: Judge) -> JudgeInputs | None:
     return JudgeInputs(judge.name, baseline, **options)
 
 
-def _common_data(point: Point) -> DataInputs:
-    data = point.dataset
-    path = None if data.path is None else ContentPath.of(data.path, "dataset.path")
-    return DataInputs(data.source, data.seed, data.max_tokens, data.max_prompt_tokens, path)
-
-
-def _table(data: Dataset, table: HubTable | None) -> TableInputs | None:
-    return None if data.source != "hub" or table is None else select_fields(TableInputs, table)
-
-
-def _lora(point: Point) -> LoraInputs | None:
-    lora = point.model.lora
-    targets = None if lora.targets is None else tuple(lora.targets)
-    return None if lora.rank is None else LoraInputs(lora.rank, lora.alpha, targets)
-
-
-def _generation(point: Point) -> GenerationInputs:
-    server = None if point.server.name == "none" else (point.server.name, point.server.command or "")
-    return select_fields(GenerationInputs, point.evaluation.generation, server=server)
+def _table(data: Dataset, table: HubTable | None) -> Table | None:
+    return None if data.source != "hub" or table is None else select_fields(Table, table)

@@ -21,12 +21,12 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from src.config.packages import require_package
+from src.config.schema import Lora, Training
 from src.distributed import get_distributed, init_distributed
 from src.errors import ConfigError
 from src.model.loading import device_of
 from src.model.logprobs import patch_model_
 from src.model.lora import add_adapters, merge_adapters
-from src.planning.identity import LoraInputs, TrainerInputs
 from src.planning.resources import Resources
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ logging.getLogger("accelerate").setLevel(logging.ERROR)
 class TrainingEngine:
     """Wraps one model for training and returns the trained one; every rank of the run has one."""
 
-    def __init__(self, resources: Resources, trainer: TrainerInputs, lora: LoraInputs | None, seed: int) -> None:
+    def __init__(self, resources: Resources, trainer: Training, lora: Lora | None, seed: int) -> None:
         """Set up accelerate; `seed` is for the initial adapters. Raises ConfigError when DeepSpeed is missing."""
         self.resources, self.lora, self.seed = resources, lora, seed
         self.device = device_of(resources.device)
@@ -155,7 +155,7 @@ class TrainingEngine:
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
-def deepspeed_config(resources: Resources, trainer: TrainerInputs, device: torch.device) -> dict[str, Any]:
+def deepspeed_config(resources: Resources, trainer: Training, device: torch.device) -> dict[str, Any]:
     """Return DeepSpeed's configuration, with every value that the trainer also has taken from the trainer."""
     cuda = device.type == "cuda"
     zero: dict[str, Any] = {"stage": resources.zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}

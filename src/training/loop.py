@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from src import preemption
+from src.config.schema import Training
 from src.data.examples import Example
 from src.distributed import get_distributed
 from src.errors import ConfigError, StageError
@@ -18,7 +19,7 @@ from src.hardware import HeapTrimmer
 from src.model.loading import numerics_of
 from src.model.logprobs import SequenceLogps
 from src.model.packing import MicroBatch, PackedBatch, distribute_examples, pack
-from src.planning.identity import AlignInputs, SftInputs, TrainerInputs
+from src.planning.identity import AlignInputs, SftInputs
 from src.store.store import METRICS_FILE
 from src.training import checkpoints
 from src.training.engine import TrainingEngine
@@ -132,7 +133,7 @@ def train(
     attempt.step(end, end)
 
 
-def _make_optimizer(model: Any, trainer: TrainerInputs) -> torch.optim.Optimizer:
+def _make_optimizer(model: Any, trainer: Training) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     betas, weight_decay = trainer.adam_betas, trainer.weight_decay
     return torch.optim.AdamW(trained, lr=trainer.lr, betas=betas, weight_decay=weight_decay, fused=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from src.planning.identity import TrainerInputs
+from src.config.schema import Training
 
 
-def total_steps(num_examples: int, trainer: TrainerInputs) -> int:
+def total_steps(num_examples: int, trainer: Training) -> int:
     """Return the whole batches in `epochs` passes, at least one and at most max_steps."""
     steps = max(1, math.floor(num_examples * trainer.epochs / trainer.batch_size))
     return min(steps, trainer.max_steps or steps)
@@ -18,7 +18,7 @@ def stop_step(total: int, stop_fraction: float) -> int:
     return max(1, round(stop_fraction * total))
 
 
-def lr_multiplier(step: int, total: int, trainer: TrainerInputs) -> float:
+def lr_multiplier(step: int, total: int, trainer: Training) -> float:
     """Return the fraction of the peak rate at `step` of 0 .. total - 1.
 
     Linear warm-up over warmup_ratio of the steps, then `linear` or `cosine` decay to 0, or `constant`.
