@@ -24,7 +24,7 @@ def make_sweep(
 ) -> SweepFolder:
     """Write a synthetic sweep and its store, as runs leave them: all methods over betas, learning rates and seeds."""
     rng, points, store = random.Random(0), [], Store(output_dir)
-    folder = SweepFolder(store.sweep_dir("synthetic"))
+    folder = SweepFolder(store.sweeps / "synthetic")
     difficulty = [rng.random() for _ in range(NUM_PROMPTS)]
     selection = selection_prompts(list(range(NUM_PROMPTS)), 0.5, 0)
     for method, beta, lr, seed in product(METHODS, range(betas), range(lrs), range(seeds)):

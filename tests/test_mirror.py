@@ -95,7 +95,7 @@ def write_done_point(store, steps, suffix=""):
 
 
 def write_sweep(store, stages, **entries):
-    folder = SweepFolder(store.sweep_dir("toy"))
+    folder = SweepFolder(store.sweeps / "toy")
     point = {"setup": "toy", "label": "dpo beta=0.1", "identity": stages["evaluate"], "stages": stages, **entries}
     folder.write({"name": "toy", "points": [point], "finished": None, "tracking": {}, "command": "", "code": {}}
                  | {"select": "best", "search": None})  # fmt: skip

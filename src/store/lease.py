@@ -55,17 +55,14 @@ def _slurm_run() -> tuple[str | None, int]:
 
 
 def _process_start(pid: int) -> str | None:
-    """Return the start time of a process, which differs from that of a later one with the same id; None without one."""
+    """Return the start time of a process, which differs from that of a later one with the same id; None without one.
+
+    Where there is no /proc it is always None: then a dead holder is known by its heartbeat alone.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        if Path("/proc/self/stat").exists():
-            return None
-        try:  # no /proc: only the id can be checked
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        return ""
+        return None
     return None if stat[0] == "Z" else stat[19]
 
 
@@ -89,20 +86,16 @@ class Lease:
         since = time.monotonic()
         while True:
             number, holder = self._current()
-            if holder is None or holder.get("released") or self._dead(holder):
+            if holder is not None and (number, holder.get("beat")) != observed:
+                observed, since = (number, holder.get("beat")), time.monotonic()
+            is_stale = time.monotonic() - since > STALE_SECONDS
+            if holder is None or holder.get("released") or is_stale or self._dead(holder):
                 if self._create(number + 1):
                     break
-                continue
-            heartbeat = (number, holder.get("beat"))
-            if heartbeat != observed:
-                observed, since = heartbeat, time.monotonic()
-            elif time.monotonic() - since > STALE_SECONDS:
-                if self._create(number + 1):
-                    break
-                continue
-            if self.waiting(f"process {holder.get('pid')} on {str(holder.get('machine')).partition('/')[0]}"):
+            elif self.waiting(f"process {holder.get('pid')} on {str(holder.get('machine')).partition('/')[0]}"):
                 return self
-            time.sleep(0.5)
+            else:
+                time.sleep(0.5)
         self.held = True
         self._thread = threading.Thread(target=self._beat_forever, daemon=True)
         self._thread.start()
@@ -115,7 +108,7 @@ class Lease:
             # The folder may be deleted with the finished stage, or the disk full: then the lease goes stale.
             with contextlib.suppress(OSError):
                 if self._path(self.number).exists():
-                    self._write(released=True)
+                    atomic_write(self._path(self.number), self._text(released=True))
             self.held = False
 
     def check(self) -> None:
@@ -162,10 +155,8 @@ class Lease:
         try:
             draft.write_text(self._text())
             os.link(draft, self._path(number))
-        except (
-            FileExistsError,
-            FileNotFoundError,
-        ):  # another process was first, or has finished and removed the folder
+        # Another process was first, or has finished and removed the folder.
+        except (FileExistsError, FileNotFoundError):
             return False
         finally:
             draft.unlink(missing_ok=True)
@@ -184,9 +175,6 @@ class Lease:
         holder = {"pid": pid, "start": _process_start(pid), "machine": _machine(), "job": job, "run": run}
         return json.dumps({**holder, "token": self.token, "beat": self._beats, **more})
 
-    def _write(self, **more: object) -> None:
-        atomic_write(self._path(self.number), self._text(**more))
-
     def _is_current_holder(self) -> bool:
         number, holder = self._current()
         return number == self.number and holder is not None and holder.get("token") == self.token
@@ -198,7 +186,7 @@ class Lease:
                     self._lost = True
                     return
                 self._beats += 1
-                self._write()
+                atomic_write(self._path(self.number), self._text())
                 self._last_beat = time.monotonic()
             except OSError:
                 continue  # full disk or unreachable server: retry at the next beat, until the lease is stale

@@ -82,7 +82,7 @@ class Store:
 
     def __init__(self, output_dir: str | Path) -> None:
         self.output_dir = Path(output_dir).absolute()
-        self.root = self.output_dir / "store"
+        self.root, self.sweeps = self.output_dir / "store", self.output_dir / "sweeps"
 
     def dir(self, stage: StageKey) -> Path:
         return self.root / stage.kind / stage.identity
@@ -94,13 +94,6 @@ class Store:
         resumes where a shorter one stopped.
         """
         return self.root / stage.kind / ".work" / full_run_id(stage.identity)
-
-    @property
-    def sweeps(self) -> Path:
-        return self.output_dir / "sweeps"
-
-    def sweep_dir(self, name: str) -> Path:
-        return self.sweeps / name
 
     def answers(self, judge: str, model: str) -> Path:
         """Return the folder of a judge model's answers: append-only files that all sweeps share."""

@@ -31,7 +31,7 @@ class SweepRecord:
 
     @property
     def folder(self) -> SweepFolder:
-        return SweepFolder(self.store.sweep_dir(self.name))
+        return SweepFolder(self.store.sweeps / self.name)
 
     def start(self) -> None:
         """Write the points before anything runs. Results of a sweep with other points are archived first."""

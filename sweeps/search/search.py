@@ -60,12 +60,12 @@ class Search:
 
         Raises SweepFailed when points failed.
         """
-        folder = SweepFolder(self.store.sweep_dir(name))
+        folder = SweepFolder(self.store.sweeps / name)
         with mirror_sweep(folder) as mirror:
             self._run(launcher, name, command, mirror)
 
     def _run(self, launcher: PlanLauncher, name: str, command: str, mirror: MirrorProcess) -> None:
-        num_completed, failures = self._load_progress(SweepFolder(self.store.sweep_dir(name)))
+        num_completed, failures = self._load_progress(SweepFolder(self.store.sweeps / name))
         last = len(self.rungs) - 1
         for rung in range(len(self.rungs)):
             plan = self._plan(failures)

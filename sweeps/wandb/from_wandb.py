@@ -33,7 +33,7 @@ def fetch(address: str, output_dir: Path | None = None) -> Path:
     if not logged_in():
         raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY")
     store = Store(output_dir or Path("outputs") / "wandb" / entity / project)
-    folder = SweepFolder(store.sweep_dir(group))
+    folder = SweepFolder(store.sweeps / group)
 
     import requests
     import wandb
