@@ -212,7 +212,7 @@ def test_gold_score_counts_facts_and_charges_for_what_is_wrong():
     clean = "{who} {act} in {place} on {time} , lost {amount} dollars , {ask} ?".format(**facts)
     best = mini_tldr.gold_score(facts, clean)
     assert best == pytest.approx(sum(mini_tldr.WEIGHTS.values()))
-    other = next(p for p in mini_tldr.PLACES if p != facts["place"])
+    other = next(p for p in mini_tldr.WORDS["place"] if p != facts["place"])
     assert mini_tldr.gold_score(facts, clean.replace(facts["place"], other)) == pytest.approx(best - 1.4)
     assert mini_tldr.gold_score(facts, clean + " honestly") == pytest.approx(best - 0.5)
     assert mini_tldr.gold_score(facts, clean, finished=False) == pytest.approx(best - 1.0)
