@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from src.data.rows import Row
+from src.data.rows import Row, list_columns
 from src.errors import ConfigError
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -37,7 +37,7 @@ def adapt_row(row: Row, columns: dict[str, str], adapter: str | None, where: str
     """
     for name, column in columns.items():
         if column not in row:
-            raise ConfigError(f"{where}: no column {column!r} for {name}; it has {', '.join(map(repr, row))}")
+            raise ConfigError(f"{where}: no column {column!r} for {name}; it has {list_columns(row)}")
     row = {**row, **{name: row[column] for name, column in columns.items()}}
     if adapter is None:
         return row
@@ -46,7 +46,5 @@ def adapt_row(row: Row, columns: dict[str, str], adapter: str | None, where: str
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # a missing, null or unexpected field
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"{where}: adapter={adapter} cannot read it ({reason}); it has {', '.join(map(repr, row))}"
-        ) from error
+        reason = f"adapter={adapter} cannot read it ({type(error).__name__}: {error})"
+        raise ConfigError(f"{where}: {reason}; it has {list_columns(row)}") from error

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from src.data.rows import Prompt, read_rows, text_prompt
+from src.data.rows import NO_EXPECTATION, ExpectedRows, Prompt, list_columns, read_rows, text_prompt
 from src.data.sources import open_source
-from src.data.tables import NO_EXPECTATION, ExpectedRows
 from src.errors import ConfigError
 from src.planning.identity import PromptInputs
 
@@ -51,7 +51,8 @@ def read_answers(file: str, prompts: Sequence[EvaluationPrompt], key: str) -> li
     """
     answers = {}
     for where, row in read_rows(file, key):
-        answers[_key(row, where)] = {"response": _answer(row, where), "generator": _generator(row)}
+        generator = str(row.get("generator") or row.get("model_id") or "baseline")
+        answers[_key(row, where)] = {"response": _answer(row, where), "generator": generator}
     for prompt in prompts:
         if prompt.key not in answers:
             raise ConfigError(f"{key}={file}: no answer to {prompt.key[:60]!r}")
@@ -75,22 +76,15 @@ def _key(row: dict[str, Any], where: str) -> str:
     for name in ("question_id", "uid", "instruction", "prompt"):
         if isinstance(row.get(name), str | int):
             return str(row[name])
-    raise ConfigError(
-        f"{where}: needs question_id, instruction or prompt; it has {', '.join(map(repr, row)) or 'none'}"
-    )
+    raise ConfigError(f"{where}: needs question_id, instruction or prompt; it has {list_columns(row)}")
 
 
 def _answer(row: dict[str, Any], where: str) -> str:
     text: Any = next((row[name] for name in _RESPONSE_FIELDS if name in row), None)
     if "choices" in row:  # Arena-Hard's layout
-        try:
+        text = None
+        with suppress(IndexError, KeyError, TypeError):
             text = row["choices"][0]["turns"][0]["content"]
-        except (IndexError, KeyError, TypeError):
-            text = None
     if not isinstance(text, str):
         raise ConfigError(f"{where}: needs the text of an answer in one of choices, {', '.join(_RESPONSE_FIELDS)}")
     return text
-
-
-def _generator(row: dict[str, Any]) -> str:
-    return str(row.get("generator") or row.get("model_id") or "baseline")

@@ -1,18 +1,28 @@
-"""Rows of any public preference layout -> prompts and responses. Errors name the file and line of the row."""
+"""Rows of any public preference layout -> prompts and responses, and the interface of their sources.
+
+Errors name the file and line of the row.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from src.errors import ConfigError
+from src.planning.identity import DataInputs
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 Row = dict[str, Any]
+# Iterates over rows while reporting progress; the string describes the operation.
+ProgressFn = Callable[[Sequence[Any], str], Iterable[Any]]
+# table -> split -> number of rows that the config expects
+ExpectedRows = Mapping[str, Mapping[str, int]]
+NO_EXPECTATION: ExpectedRows = {}
+
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -38,6 +48,10 @@ class Demonstration:
     prompt: Prompt
     response: str
 
+    @property
+    def responses(self) -> tuple[str]:
+        return (self.response,)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -45,10 +59,49 @@ class Pair:
     chosen: str
     rejected: str
 
+    @property
+    def responses(self) -> tuple[str, str]:
+        return (self.chosen, self.rejected)
+
+
+def no_progress(rows: Sequence[Any], description: str) -> Sequence[Any]:
+    return rows
+
+
+class Source:
+    """Where the rows of a run come from.
+
+    track: iterates over rows and reports progress, since reading a large table takes minutes.
+    """
+
+    def __init__(self, data: DataInputs, expected_rows: ExpectedRows = NO_EXPECTATION) -> None:
+        self.data, self.expected_rows = data, expected_rows
+
+    def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
+        """Return what SFT learns."""
+        raise NotImplementedError
+
+    def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
+        """Return the preference pairs of `train` or `validation`."""
+        raise NotImplementedError
+
+    def prompts(self, num_prompts: int) -> list[Prompt]:
+        """Return the first held-out prompts to sample responses for, each once, always in the same order."""
+        by_key = {pair.prompt.key: pair.prompt for pair in self.pairs("validation")}
+        return list(by_key.values())[:num_prompts]
+
+    def check(self) -> None:
+        """Read local files, before anything runs. Raises ConfigError naming file and line."""
+
 
 def text_prompt(text: str, facts: dict[str, str] | None = None) -> Prompt:
     """Return the prompt of a single user message."""
     return Prompt(({"role": "user", "content": text},), facts or {})
+
+
+def list_columns(row: Row) -> str:
+    """Return the names of the row's columns for a message."""
+    return ", ".join(map(repr, row)) or "none"
 
 
 def parse_pair(row: Row, where: str) -> Pair:
@@ -58,10 +111,8 @@ def parse_pair(row: Row, where: str) -> Pair:
     """
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise ConfigError(f"{where}: missing field {key!r}; it has {', '.join(map(repr, row)) or 'none'}")
-    return Pair(
-        _prompt(row, where), _response(row["chosen"], where, "chosen"), _response(row["rejected"], where, "rejected")
-    )
+            raise ConfigError(f"{where}: missing field {key!r}; it has {list_columns(row)}")
+    return Pair(_prompt(row, where), *(_response(row[name], where, name) for name in ("chosen", "rejected")))
 
 
 def _prompt(row: Row, where: str) -> Prompt:
@@ -90,9 +141,7 @@ def parse_demonstration(row: Row, where: str) -> Demonstration:
         return Demonstration(Prompt(tuple(messages[:-1])), messages[-1]["content"])
     response = row.get("completion", row.get("response"))
     if "prompt" not in row or response is None:
-        raise ConfigError(
-            f"{where}: needs messages, or prompt and completion; it has {', '.join(map(repr, row)) or 'none'}"
-        )
+        raise ConfigError(f"{where}: needs messages, or prompt and completion; it has {list_columns(row)}")
     return Demonstration(_prompt(row, where), _response(response, where, "completion"))
 
 
@@ -121,14 +170,6 @@ def _response(value: Any, where: str, name: str) -> str:
     return value
 
 
-def distinct_prompts(pairs: Iterable[Pair], num_prompts: int) -> list[Prompt]:
-    """Return the first prompts in order of appearance, each once: a prompt may have several pairs."""
-    by_key: dict[tuple[str, ...], Prompt] = {}
-    for pair in pairs:
-        by_key.setdefault(pair.prompt.key, pair.prompt)
-    return list(by_key.values())[:num_prompts]
-
-
 def sample_indices(num_rows: int, num_samples: int | None, seed: int | str) -> list[int]:
     """Return a seeded sample of range(num_rows), ascending; num_samples=None: all.
 
@@ -152,21 +193,20 @@ def read_rows(path: str, key: str = "dataset.path") -> list[tuple[str, dict[str,
         line_number = Path(path).read_bytes()[: error.start].count(b"\n") + 1
         raise ConfigError(f"{path}, line {line_number}: not UTF-8 ({error.reason})") from None
     if text.lstrip().startswith("["):
-        try:
-            rows = [(f"{path}, entry {i}", row) for i, row in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+        rows = [(f"{path}, entry {i}", row) for i, row in enumerate(_parse_json(text, path))]
     else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append((f"{path}, line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ConfigError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        rows = [(f"{path}, line {number}", _parse_json(line, path, number)) for number, line in lines]
     if not rows:
         raise ConfigError(f"{key}={path}: the file has no rows")
     for where, row in rows:
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: a row is an object, not {type(row).__name__}")
     return rows
+
+
+def _parse_json(text: str, path: str, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {first_line + error.lineno - 1}: not JSON ({error.msg})") from None

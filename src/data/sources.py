@@ -4,45 +4,29 @@ from __future__ import annotations
 
 import random
 from functools import cached_property
-from typing import Protocol
 
 from src.data import mini_tldr
 from src.data.rows import (
+    NO_EXPECTATION,
     Demonstration,
+    ExpectedRows,
     Pair,
+    ProgressFn,
     Prompt,
-    distinct_prompts,
+    Source,
+    no_progress,
     parse_pair,
     read_rows,
     sample_indices,
     text_prompt,
 )
-from src.data.tables import NO_EXPECTATION, ExpectedRows, Hub, ProgressFn, no_progress
+from src.data.tables import Hub
 from src.errors import ConfigError
 from src.planning.identity import DataInputs
 
 
-class Source(Protocol):
-    """track: iterates over rows and reports progress, since reading a large table takes minutes."""
-
-    def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
-        """Return what SFT learns."""
-
-    def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
-        """Return the preference pairs of `train` or `validation`."""
-
-    def prompts(self, num_prompts: int) -> list[Prompt]:
-        """Return the first held-out prompts to sample responses for, always in the same order."""
-
-    def check(self) -> None:
-        """Read local files, before anything runs. Raises ConfigError naming file and line."""
-
-
-class MiniTldr:
+class MiniTldr(Source):
     """Generated rows. Every list has its own seed, so a change of one size leaves the others unchanged."""
-
-    def __init__(self, data: DataInputs) -> None:
-        self.data = data
 
     def _seed(self, offset: int) -> int:
         return self.data.seed * 1000 + offset
@@ -53,23 +37,15 @@ class MiniTldr:
 
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
         size, offset = (self.data.train_size or 2000, 2) if split == "train" else (self.data.validation_size or 256, 3)
-        return [
-            Pair(text_prompt(p.text), chosen, rejected)
-            for p, chosen, rejected in mini_tldr.preferences(size, self._seed(offset))
-        ]
+        rows = mini_tldr.preferences(size, self._seed(offset))
+        return [Pair(text_prompt(post.text), chosen, rejected) for post, chosen, rejected in rows]
 
     def prompts(self, num_prompts: int) -> list[Prompt]:
         return [text_prompt(post.text, post.facts) for post in mini_tldr.posts(num_prompts, self._seed(4))]
 
-    def check(self) -> None:
-        pass
 
-
-class JsonLines:
+class JsonLines(Source):
     """One file of pairs, split by a seeded shuffle; SFT learns the chosen responses of the training pairs."""
-
-    def __init__(self, data: DataInputs) -> None:
-        self.data = data
 
     @cached_property
     def _splits(self) -> dict[str, list[Pair]]:
@@ -82,8 +58,7 @@ class JsonLines:
         random.Random(data.seed).shuffle(prompts)
         position = {key: number for number, key in enumerate(prompts)}
         rows.sort(key=lambda row: position[row.prompt.key])
-        validation_size = data.validation_size or max(2, len(rows) // 10)
-        end = validation_size
+        end = validation_size = data.validation_size or max(2, len(rows) // 10)
         while 0 < end < len(rows) and rows[end].prompt == rows[end - 1].prompt:
             end += 1
         if end >= len(rows):
@@ -99,18 +74,11 @@ class JsonLines:
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
         return self._splits[split]
 
-    def prompts(self, num_prompts: int) -> list[Prompt]:
-        return distinct_prompts(self.pairs("validation"), num_prompts)
-
     def check(self) -> None:
         self.pairs("train")
 
 
-SOURCES: dict[str, type[MiniTldr] | type[JsonLines] | type[Hub]] = {
-    "mini_tldr": MiniTldr,
-    "jsonl": JsonLines,
-    "hub": Hub,
-}
+SOURCES: dict[str, type[Source]] = {"mini_tldr": MiniTldr, "jsonl": JsonLines, "hub": Hub}
 
 _last_opened: dict[str, Source] = {}
 
@@ -130,6 +98,5 @@ def open_source(data: DataInputs, expected_rows: ExpectedRows = NO_EXPECTATION) 
     key = repr((data, expected_rows))
     if key not in _last_opened:
         _last_opened.clear()
-        source = SOURCES[data.source]
-        _last_opened[key] = source(data, expected_rows) if source is Hub else source(data)
+        _last_opened[key] = SOURCES[data.source](data, expected_rows)
     return _last_opened[key]

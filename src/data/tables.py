@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,53 +14,45 @@ from src.data.adapters import adapt_row
 from src.data.rows import (
     Demonstration,
     Pair,
-    Prompt,
+    ProgressFn,
     Row,
-    distinct_prompts,
+    Source,
+    no_progress,
     parse_demonstration,
     parse_pair,
     sample_indices,
 )
 from src.errors import ConfigError
-from src.planning.identity import DataInputs
 
 if TYPE_CHECKING:
     import datasets
 
-T = TypeVar("T", Demonstration, Pair)
-# Iterates over rows while reporting progress; the string describes the operation.
-ProgressFn = Callable[[Sequence[Any], str], Iterable[Any]]
-
-# table -> split -> number of rows that the config expects
-ExpectedRows = Mapping[str, Mapping[str, int]]
-NO_EXPECTATION: ExpectedRows = {}
+T = TypeVar("T", bound=Demonstration | Pair)
 
 log = logging.getLogger(__name__)
 
 
-def no_progress(rows: Sequence[Any], description: str) -> Sequence[Any]:
-    return rows
-
-
-class Hub:
+class Hub(Source):
     """`dataset.sft` and `dataset.preference` on the hub, or PATH/sft and PATH/preference with dataset.path=PATH.
 
     A local copy is laid out as on the hub (parquet, arrow or JSON lines), or as `DatasetDict.save_to_disk` does.
     """
-
-    def __init__(self, data: DataInputs, expected_rows: ExpectedRows = NO_EXPECTATION) -> None:
-        self.data, self.expected_rows = data, expected_rows
-        self._validation_pairs = cache(self._pairs)  # every point of a sweep asks for them several times
 
     def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
         assert self.data.sft is not None
         return self._read("sft", self.data.sft.train_split, parse_demonstration, self.data.sft_size, track)
 
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
-        return self._validation_pairs(split) if split == "validation" else self._pairs(split, track)
+        if split == "validation":
+            return self._validation_pairs
+        assert self.data.preference is not None
+        return self._read("preference", self.data.preference.train_split, parse_pair, self.data.train_size, track)
 
-    def prompts(self, num_prompts: int) -> list[Prompt]:
-        return distinct_prompts(self.pairs("validation"), num_prompts)
+    @cached_property
+    def _validation_pairs(self) -> list[Pair]:  # every point of a sweep asks for them several times
+        data = self.data
+        assert data.preference is not None
+        return self._read("preference", data.preference.validation_split, parse_pair, data.validation_size, no_progress)
 
     def check(self) -> None:
         """Parse the first row of every split of a local copy. The hub is not asked: planning needs no network."""
@@ -79,14 +71,7 @@ class Hub:
         first: Any = next(iter(self._table(name, split, streaming=True)), None)
         if first is None:
             raise ConfigError(f"{self._location(name)}/{split}: the split has no rows")
-        self._parse_row(name, split, first, 0, parse)
-
-    def _pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
-        table = self.data.preference
-        assert table is not None
-        if split == "train":
-            return self._read("preference", table.train_split, parse_pair, self.data.train_size, track)
-        return self._read("preference", table.validation_split, parse_pair, self.data.validation_size, track)
+        self._parse(name, split, [(0, first)], parse)
 
     def _read(
         self, name: str, split: str, parse: Callable[[Row, str], T], size: int | None, track: ProgressFn
@@ -95,7 +80,7 @@ class Hub:
         remaining = self._filtered_indices(name, split, rows, parse, track)
         indices = [remaining[i] for i in sample_indices(len(remaining), size, self.data.seed)]
         selected = track(rows.select(indices), f"{split} rows")
-        return [self._parse_row(name, split, row, index, parse) for index, row in zip(indices, selected, strict=True)]
+        return self._parse(name, split, zip(indices, selected, strict=True), parse)
 
     def _filtered_indices(
         self, name: str, split: str, rows: Any, parse: Callable[[Row, str], T], track: ProgressFn
@@ -105,13 +90,13 @@ class Hub:
         indices: Sequence[int] = range(len(rows))
         if settings.drop_if_rejected_elsewhere:
             tracked = track(rows, f"{split} rows rejected elsewhere")
-            pairs = [self._parse_row(name, split, row, i, parse_pair) for i, row in enumerate(tracked)]
-            indices = _drop_rejected_elsewhere(pairs, indices)
+            pairs = self._parse(name, split, enumerate(tracked), parse_pair)
+            rejected = {(*pair.prompt.key, pair.rejected) for pair in pairs}
+            indices = [i for i in indices if (*pairs[i].prompt.key, pairs[i].chosen) not in rejected]
         if settings.deduplicate:
-            tracked = track(rows, f"{split} rows that repeat")
-            indices = _deduplicate(
-                [self._parse_row(name, split, row, i, parse) for i, row in enumerate(tracked)], indices
-            )
+            parsed = self._parse(name, split, enumerate(track(rows, f"{split} rows that repeat")), parse)
+            first_with = {(*parsed[i].prompt.key, *parsed[i].responses): i for i in reversed(indices)}
+            indices = sorted(first_with.values())
         expected = self.expected_rows.get(name, {}).get(split)
         if expected not in (None, len(indices)):
             total = f" of {len(rows)} after filtering" if len(indices) < len(rows) else ""
@@ -119,10 +104,15 @@ class Hub:
             log.warning("%s has %d rows%s; dataset.%s.rows expects %d", where, len(indices), total, name, expected)
         return indices
 
-    def _parse_row(self, name: str, split: str, row: Row, index: int, parse: Callable[[Row, str], T]) -> T:
+    def _parse(
+        self, name: str, split: str, numbered_rows: Iterable[tuple[int, Row]], parse: Callable[[Row, str], T]
+    ) -> list[T]:
         settings: Table = getattr(self.data, name)
-        where = f"{self._location(name)}/{split}, row {index}"
-        return parse(adapt_row(row, settings.columns, settings.adapter, where), where)
+        parsed = []
+        for number, row in numbered_rows:
+            where = f"{self._location(name)}/{split}, row {number}"
+            parsed.append(parse(adapt_row(row, settings.columns, settings.adapter, where), where))
+        return parsed
 
     def _location(self, name: str) -> str:
         return getattr(self.data, name).path if self.data.path is None else str(Path(self.data.path.location) / name)
@@ -146,19 +136,3 @@ class Hub:
             reason = str(error).split("\n")[0]
             hint = "" if self.data.path is not None else "; dataset.path=FOLDER names a local copy"
             raise ConfigError(f"{key}={location} (split {split}) cannot be loaded: {reason}{hint}") from error
-
-
-def _drop_rejected_elsewhere(pairs: Sequence[Pair], indices: Sequence[int]) -> list[int]:
-    """Keep the pairs whose chosen response no pair of the same prompt rejects."""
-    rejected = {(*pair.prompt.key, pair.rejected) for pair in pairs}
-    return [i for i in indices if (*pairs[i].prompt.key, pairs[i].chosen) not in rejected]
-
-
-def _deduplicate(rows: Sequence[Demonstration | Pair], indices: Sequence[int]) -> list[int]:
-    """Keep the first of equal rows."""
-    first: dict[tuple[str, ...], int] = {}
-    for i in indices:
-        row = rows[i]
-        responses = (row.response,) if isinstance(row, Demonstration) else (row.chosen, row.rejected)
-        first.setdefault((*row.prompt.key, *responses), i)
-    return list(first.values())

@@ -14,9 +14,8 @@ from typing import Any
 import datasets
 
 from src.data.examples import Example
-from src.data.rows import Demonstration, Pair
-from src.data.sources import Source, open_source, sample_demonstrations
-from src.data.tables import ExpectedRows, ProgressFn
+from src.data.rows import Demonstration, ExpectedRows, Pair, ProgressFn, Source
+from src.data.sources import open_source, sample_demonstrations
 from src.data.templates import Template
 from src.errors import ConfigError
 from src.planning.identity import DataInputs, ModelInputs, digest, hashable
@@ -135,7 +134,7 @@ def tokenize_pairs(
     def tokenize(row: Pair) -> Example:
         prompt = template.prompt_ids(row.prompt)[-max_prompt_tokens:]
         limit = max_tokens - len(prompt)
-        ids = [template.response_ids(text)[:limit] if text.strip() else [] for text in (row.chosen, row.rejected)]
+        ids = [template.response_ids(text)[:limit] if text.strip() else [] for text in row.responses]
         return Example(tuple(prompt), tuple(map(tuple, ids)))
 
     return TokenizedDataset.collect(map(tokenize, rows))
