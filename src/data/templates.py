@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from src.data.rows import Prompt
 from src.errors import ConfigError
 
-# The header format of Llama 3 (Meta's model card); base checkpoints come without a template.
-_LLAMA3 = (
-    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ m['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-# The instruct format of Mistral 7B v0.1 and v0.2: plain text except for the end token of each answer.
-_MISTRAL = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
-    "{% elif m['role'] == 'system' %}{{ '[INST] ' + m['content'] | trim + '\n\n' }}"
-    "{% else %}{{ ('' if loop.index0 and loop.previtem['role'] == 'system' else '[INST] ') + m['content'] | trim }}"
-    "{{ ' [/INST]' }}{% endif %}{% endfor %}"
-)
-_FORMATS = {"llama3": _LLAMA3, "mistral": _MISTRAL}
+_FOLDER = Path(__file__).parent / "chat_templates"
+_CHAT_TEMPLATES = {name: (_FOLDER / f"{name}.jinja").read_text() for name in ("llama3", "mistral")}
 _SPACE_BEFORE_RESPONSE = ("plain", "mistral")
 
 
@@ -53,10 +42,8 @@ class Template:
         """Return the text up to the start of the response."""
         if self.name == "plain":
             return prompt.text
-        chat = {"chat_template": _FORMATS[self.name]} if self.name in _FORMATS else {}
-        return self.tokenizer.apply_chat_template(
-            list(prompt.messages), tokenize=False, add_generation_prompt=True, **chat
-        )
+        options = {"chat_template": _CHAT_TEMPLATES.get(self.name), "tokenize": False, "add_generation_prompt": True}
+        return self.tokenizer.apply_chat_template(list(prompt.messages), **options)
 
     def turns(self, prompt: Prompt) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         """Split a conversation at its answers: (ids before the first answer, turns).
