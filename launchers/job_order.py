@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 
 from src.planning.plan import Plan
 from src.planning.stage import Stage
@@ -77,10 +77,6 @@ class Schedule:
     def finished(self) -> bool:
         return not self.waiting and not self.running
 
-    def failed_points(self) -> dict[str, str]:
-        """Return the failed points: identity of the result -> why."""
-        return {result: self.failures[result] for result in self.plan.results if result in self.failures}
-
     def point_counts(self) -> tuple[int, int, int, int]:
         """Return the numbers of points that are done, running, failed and waiting."""
         done = failed = running = 0
@@ -99,13 +95,13 @@ class Schedule:
 
         fractions: identity of a running stage -> the fraction of it that is done.
         """
-        seconds: dict[str, list[float]] = {}
-        for identity, duration in self.completed.items():
-            seconds.setdefault(self.plan.stages[identity].role, []).append(duration)
-        for identity, fraction in fractions.items():
-            if fraction > _MIN_FRACTION:
-                duration = (time.monotonic() - self._started[identity]) / fraction
-                seconds.setdefault(self.plan.stages[identity].role, []).append(duration)
+        now = time.monotonic()
+        expected = {
+            i: (now - self._started[i]) / fraction for i, fraction in fractions.items() if fraction > _MIN_FRACTION
+        }
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for identity, duration in (self.completed | expected).items():
+            seconds[self.plan.stages[identity].role].append(duration)
         mean = {role: sum(values) / len(values) for role, values in seconds.items()}
         if "align" not in mean:
             return None

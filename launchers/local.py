@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 from multiprocessing.connection import wait
-from typing import Any
 
 from launchers.job_order import Schedule
 from launchers.progress_table import LiveTable
@@ -48,17 +47,13 @@ class LocalLauncher(PlanLauncher):
         folder.logs.mkdir(parents=True, exist_ok=True)
         gpus = visible_gpus()
         num_workers = min(self.workers or len(gpus) or cores(), schedule.max_parallelism())
-        slots = [
-            WorkerSlot(
-                num_workers, gpus[i % len(gpus)] if gpus else None, store.output_dir, folder.logs / f"worker-{i}.log"
-            )
-            for i in range(num_workers)
-        ]
-        previous_handler = signal.signal(signal.SIGTERM, _interrupt)
+        previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         workers: list[Worker] = []
         try:
             with LiveTable(folder.name, schedule, store, workers) as table:
-                workers += map(Worker, slots)
+                for i in range(num_workers):
+                    gpu, log_file = gpus[i % len(gpus)] if gpus else None, folder.logs / f"worker-{i}.log"
+                    workers.append(Worker(WorkerSlot(num_workers, gpu, store.output_dir, log_file)))
                 while not schedule.finished():
                     for worker in workers:
                         if worker.stage is None and (stage := schedule.next()) is not None:
@@ -73,7 +68,8 @@ class LocalLauncher(PlanLauncher):
             for worker in workers:
                 worker.stop()
             signal.signal(signal.SIGTERM, previous_handler)
-        return {result: PointFailure("failed", reason) for result, reason in schedule.failed_points().items()}
+        failures = schedule.failures
+        return {result: PointFailure("failed", failures[result]) for result in plan.results if result in failures}
 
 
 def _collect_finished(workers: list[Worker], schedule: Schedule) -> list[tuple[Stage, str | None]]:
@@ -101,7 +97,3 @@ def _collect_finished(workers: list[Worker], schedule: Schedule) -> list[tuple[S
         if not worker.process.is_alive():
             workers[number] = Worker(worker.slot)
     return finished
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,28 +21,34 @@ from src.store.store import RESULT_FILE, Store
 LINE_SECONDS = 15.0  # between plain lines while nothing finishes
 
 
+def metrics_text(artifacts: Path) -> str:
+    """Return the quality and the KL of a finished `evaluate` stage, those that it has."""
+    result = read_json(artifacts / RESULT_FILE)
+    quality, kl = result["quality"], result["kl"]["per_sequence"]
+    metrics = {f"{quality['metric']} {{:.3f}}": quality["value"], "KL {:.2f}": kl["value"]}
+    return ", ".join(text.format(value) for text, value in metrics.items() if value is not None)
+
+
 class LiveTable:
     """Shows what the workers are computing, and a line for each shared stage, point or failure that finished."""
 
     def __init__(self, name: str, schedule: Schedule, store: Store, workers: list[Worker]) -> None:
         self.name, self.schedule, self.store, self.workers = name, schedule, store, workers
-        self.console = Console()
-        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.live = Live(console=Console(), auto_refresh=False, transient=True)
+        self.is_terminal = self.live.console.is_terminal
         self.started = self._last_line = time.monotonic()
 
     def __enter__(self) -> LiveTable:
-        if self.live is not None:
+        if self.is_terminal:
             self.live.start()
         else:
             counts, num_stages = self.schedule.point_counts(), len(self.schedule.waiting)
-            print(
-                f"{self.name}: {sum(counts)} points ({counts[0]} already done), {num_stages} stages to run", flush=True
-            )
+            text = f"{self.name}: {sum(counts)} points ({counts[0]} already done), {num_stages} stages to run"
+            print(text, flush=True)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.live is not None:
-            self.live.stop()
+        self.live.stop()
 
     def update(self, finished: list[tuple[Stage, str | None]]) -> None:
         """Print a line for every stage that failed (why) or is done (None) and is shared or the last of its point.
@@ -54,11 +61,8 @@ class LiveTable:
             elif stage.role in ("sft", "reference", "baseline"):
                 self._print(f"done   {stage.label} in {seconds_text(self.schedule.completed[stage.identity])}")
             elif stage.kind == "evaluate":
-                result = read_json(self.store.artifacts(stage) / RESULT_FILE)
-                quality, kl = result["quality"], result["kl"]["per_sequence"]
-                metrics = f"{quality['metric']} {quality['value']:.3f}, KL {kl['value']:.2f}"
-                self._print(f"done   {stage.point.label}: {metrics}")
-        if self.live is not None:
+                self._print(f"done   {stage.point.label}: {metrics_text(self.store.artifacts(stage))}")
+        if self.is_terminal:
             self.live.update(self._table(), refresh=True)
         elif time.monotonic() - self._last_line > LINE_SECONDS:
             running = [worker.stage for worker in self.workers if worker.stage is not None]
@@ -66,8 +70,8 @@ class LiveTable:
 
     def _print(self, text: str) -> None:
         self._last_line = time.monotonic()
-        if self.live is not None:
-            self.console.print(Text(text, style="red" if text.startswith("FAILED") else ""))
+        if self.is_terminal:
+            self.live.console.print(Text(text, style="red" if text.startswith("FAILED") else ""))
         else:
             print(f"[{self._summary()}] {text}", flush=True)
 

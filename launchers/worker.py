@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from src.planning.identity import VERSIONS
-
-if TYPE_CHECKING:
-    from src.planning.stage import Stage
+from src.planning.stage import Stage
 
 WORKER_DIED = "worker process died"
 

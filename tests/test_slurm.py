@@ -275,7 +275,7 @@ def test_ctrl_c_on_a_waiting_command_leaves_the_jobs_running(slurm, tmp_path):
         ("hydra.launcher.kinds.sft.constraint=nothing", "SLURM rejects the sft job"),
         ("hydra.launcher.additional_parameters.no-such=1", "unrecognized option '--no-such=1'"),
         ("hydra.launcher.additional_parameters.array=1", "set by hydra.launcher.array_parallelism"),
-        ("hydra.launcher.timeout_min=0", "hydra.launcher.timeout_min=0: must be >= 1"),
+        ("hydra.launcher.timeout_min=0", "hydra.launcher.timeout_min=0: must be > 0"),
         ("hydra.launcher.gpus_per_node=many", "must be a number, or TYPE:NUMBER"),
         ("hydra.launcher.timeout_min=2", "timeout_min=2 is too short"),
         ("hydra.launcher.upload=sometimes", "must be one of during, after"),

@@ -59,7 +59,7 @@ class Submission:
     kind: str  # sft, reference, baseline, align, aggregate
     tasks: list[Task]
     results: list[str] = field(default_factory=list)  # of an aggregation: identities of the results it aggregates
-    waits_for: list[str] = field(default_factory=list)  # of an aggregation: the jobs it depends on
+    waits_for: list[str] = field(default_factory=list)  # the jobs it depends on
     finalize: str = ""  # of an aggregation: "MODULE:FUNCTION" it calls with the sweep's folder and the failures
     code: str = ""
     written: float = field(default_factory=time.time)

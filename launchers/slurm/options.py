@@ -16,18 +16,13 @@ UPLOAD = ("during", "after")
 
 # sbatch options that the launcher relies on, and the key that decides each.
 _RESERVED_OPTIONS = {
+    **dict.fromkeys(("requeue", "no-requeue", "output", "error", "open-mode", "chdir"), "the launcher"),
     "array": "hydra.launcher.array_parallelism",
     "dependency": "the plan",
     "kill-on-invalid-dep": "the plan",
     "job-name": "the sweep's name (sweep.name=NAME)",
-    "requeue": "the launcher",
-    "no-requeue": "the launcher",
     "signal": "hydra.launcher.signal_delay_s",
-    "output": "the launcher",
-    "error": "the launcher",
-    "open-mode": "the launcher",
     "export": "hydra.launcher.environment",
-    "chdir": "the launcher",
     "ntasks": "hydra.launcher.nodes and gpus_per_node (one task per GPU)",
     "ntasks-per-node": "hydra.launcher.gpus_per_node (one task per GPU)",
     "nodes": "hydra.launcher.nodes",
@@ -72,11 +67,7 @@ class JobResources:
     def sbatch(self) -> dict[str, Any]:
         """Return options of sbatch by their long names; True for one without a value."""
         values: dict[str, Any] = {
-            "partition": self.partition,
-            "account": self.account,
-            "qos": self.qos,
-            "constraint": self.constraint,
-            "nodes": self.nodes,
+            **{name: getattr(self, name) for name in ("partition", "account", "qos", "constraint", "nodes")},
             "ntasks-per-node": self.tasks_per_node,
             "cpus-per-task": self.cpus_per_task,
             "mem": None if self.mem_gb is None else f"{round(self.mem_gb * 1024)}M",
@@ -148,13 +139,12 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
 
 def _check_resources(resources: JobResources, where: str) -> None:
     """Raise ConfigError for a bad value. where: the config node of the resources, for messages."""
-    for key in ("nodes", "cpus_per_task", "timeout_min"):
-        if getattr(resources, key) < 1:
-            raise ConfigError(f"{where}.{key}={getattr(resources, key)}: must be >= 1")
+    for key in ("nodes", "cpus_per_task", "timeout_min", "mem_gb"):
+        value = getattr(resources, key)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{where}.{key}={value}: must be > 0")
     if not re.fullmatch(r"([^:\s]+:)?\d+", str(resources.gpus_per_node)):
         raise ConfigError(f"{where}.gpus_per_node={resources.gpus_per_node}: must be a number, or TYPE:NUMBER")
-    if resources.mem_gb is not None and resources.mem_gb <= 0:
-        raise ConfigError(f"{where}.mem_gb={resources.mem_gb}: must be > 0, or null for the site's default")
     for key in resources.additional_parameters:
         if _option_name(key) in _RESERVED_OPTIONS:
             raise ConfigError(f"{where}.additional_parameters.{key}: set by {_RESERVED_OPTIONS[_option_name(key)]}")

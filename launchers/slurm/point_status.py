@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launchers.progress_table import metrics_text
 from launchers.slurm.cluster import QueuedJob
 from launchers.slurm.graph import SHARED
 from launchers.slurm.job_records import Submission, Task
-from src.store.files import read_json
 from src.store.lease import in_use
-from src.store.store import RESULT_FILE, StageName, Store
+from src.store.store import StageName, Store
 
 STATES = ("failed", "cancelled", "running", "queued", "to do", "done")  # in the order of the table
 
@@ -43,6 +43,7 @@ class PointStatus:
     step: int = 0
     total: int = 0
     seconds_left: float | None = None
+    is_unexplained: bool = False  # its job ended with neither a result nor an error of its own, and sacct lacks its end
 
 
 class StatusReader:
@@ -77,18 +78,8 @@ class StatusReader:
         return [self._status(*shared, {}) for shared in self._shared.values() if not self._is_done(shared[1][-1])]
 
     def unexplained_jobs(self) -> list[str]:
-        """Return the jobs that ended with neither a result nor an error of their own, and whose end sacct lacks."""
-        last_stages = [stages[-1] for _, stages in self._shared.values()]
-        last_stages += [("evaluate", point["identity"]) for point in self.sweep_points]
-        tasks = [self._tasks[stage[1]] for stage in last_stages if stage[1] in self._tasks and not self._is_done(stage)]
-        return [
-            task.job
-            for task in tasks
-            if task.job is not None
-            and task.job not in self.queue
-            and task.status().get("state") != "failed"
-            and self.sacct_states.get(task.job, "") in _NOT_FINAL
-        ]
+        """Return the jobs of points and shared stages that ended for a reason that sacct does not know (yet)."""
+        return [row.job for row in (*self.shared_stages(), *self.points()) if row.job and row.is_unexplained]
 
     def _is_done(self, stage: tuple[str, str]) -> bool:
         return self.store.is_done(_stage_name(stage))
@@ -100,7 +91,9 @@ class StatusReader:
         """
         identity = stages[-1][1]
         if self._is_done(stages[-1]):
-            return PointStatus(label, identity, "done", self._metrics(stages[-1]))
+            result = stages[-1][0] == "evaluate"
+            metrics = metrics_text(self.store.dir(_stage_name(stages[-1]))) if result else ""
+            return PointStatus(label, identity, "done", metrics)
         task = self._tasks.get(identity)
         if task is None:
             return self._without_job(PointStatus(label, identity, "to do"), stages, recorded)
@@ -116,18 +109,6 @@ class StatusReader:
         else:
             self._add_cause(status, task, stages)
         return status
-
-    def _metrics(self, stage: tuple[str, str]) -> str:
-        try:
-            result = read_json(self.store.dir(_stage_name(stage)) / RESULT_FILE)
-        except FileNotFoundError:  # a shared stage has none
-            return ""
-        quality, kl = result["quality"], result["kl"]["per_sequence"]
-        return ", ".join(
-            f"{name} {entry['value']:.{digits}f}"
-            for name, entry, digits in ((quality["metric"], quality, 3), ("KL", kl, 2))
-            if entry["value"] is not None
-        )
 
     def _without_job(self, status: PointStatus, stages: Stages, recorded: dict[str, Any]) -> PointStatus:
         """Complete the status of a point without a job: a local process may be computing it, or it failed earlier."""
@@ -164,18 +145,14 @@ class StatusReader:
         if task.status().get("state") == "failed":
             status.detail = task.status()["error"]
         elif cause := self._upstream_failure(status.identity, stages):
-            status.state, status.detail, status.log = (
-                "cancelled",
-                f"{cause.label} {cause.state}: {cause.detail}",
-                cause.log,
-            )
+            status.state, status.log = "cancelled", cause.log
+            status.detail = f"{cause.label} {cause.state}: {cause.detail}"
         elif sacct_state == "CANCELLED":
             status.state, status.detail = "cancelled", "job was cancelled"
         else:
-            reason = _END_REASONS.get(sacct_state)
-            if reason is None:
-                reason = "no reason in sacct" if sacct_state in _NOT_FINAL else f"{sacct_state} in sacct"
-            line = last_line(task.log)
+            status.is_unexplained = sacct_state in _NOT_FINAL
+            reason = "no reason" if status.is_unexplained else sacct_state
+            reason, line = _END_REASONS.get(sacct_state, f"{reason} in sacct"), last_line(task.log)
             status.detail = f"job ended without a result ({reason})" + (f"; {line}" if line else "")
 
     def _upstream_failure(self, identity: str, stages: Stages) -> PointStatus | None:

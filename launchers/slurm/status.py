@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ def read_status(folder: SweepFolder, sacct_timeout: float = SACCT_TIMEOUT_S) -> 
             slurm_error = str(error)
     reader = StatusReader(folder.store, record["points"], submissions, queue, slurm_error)
     deadline = time.monotonic() + sacct_timeout
-    while slurm_error is None and (unexplained := reader.unexplained_jobs()):
+    while unexplained := reader.unexplained_jobs():
         reader.sacct_states |= cluster.sacct_states(unexplained)
         if time.monotonic() >= deadline or not reader.unexplained_jobs():
             break
@@ -79,24 +80,21 @@ def read_status(folder: SweepFolder, sacct_timeout: float = SACCT_TIMEOUT_S) -> 
 def failed_points(folder: SweepFolder) -> dict[str, PointFailure]:
     """Return the points without a result of a sweep whose jobs have ended: identity of the result -> why."""
     points = read_status(folder, sacct_timeout=5 * SACCT_TIMEOUT_S).points
-    return {
-        point.identity: PointFailure(
-            "cancelled" if point.state == "cancelled" else "failed", point.detail or point.state
-        )
-        for point in points
-        if point.state != "done"
-    }
+    failures: dict[str, PointFailure] = {}
+    for point in points:
+        if point.state != "done":
+            state = "cancelled" if point.state == "cancelled" else "failed"
+            failures[point.identity] = PointFailure(state, point.detail or point.state)
+    return failures
 
 
-def _aggregation_error(
-    record: dict[str, Any], aggregations: list[Submission], queue: dict[str, QueuedJob]
-) -> str | None:
+def _aggregation_error(record: dict[str, Any], aggregations: list[Submission], queue: Container[str]) -> str | None:
     """Return why the last aggregation left an unfinished sweep.json; None when it is finished, queued or running."""
     if record["finished"] or not aggregations or aggregations[-1].jobs[0] in queue:
         return None
-    latest = aggregations[-1]
-    reason = latest.tasks[0].status().get("error") or last_line(latest.tasks[0].log) or "it did not start"
+    sweep, (task,) = aggregations[-1].sweep, aggregations[-1].tasks
+    reason = task.status().get("error") or last_line(task.log) or "it did not start"
     return (
-        f"the aggregation failed ({reason}; log: {latest.tasks[0].log}); rerun the same command, or run "
-        f"python -m sweeps.aggregate {latest.sweep.path}"
+        f"the aggregation failed ({reason}; log: {task.log}); rerun the same command, or run "
+        f"python -m sweeps.aggregate {sweep.path}"
     )

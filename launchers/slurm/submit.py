@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import submitit
@@ -52,14 +51,14 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
     parallelism = split_parallelism(options.array_parallelism, [len(array.tasks) for array in point_arrays])
     for array, count in zip(point_arrays, parallelism, strict=True):
         array.parallelism = count
-    code = snapshot(folder.code, output_dir=store.output_dir) if arrays else None
+    code = str(snapshot(folder.code, output_dir=store.output_dir))
     jobs = dict(in_flight)  # stage -> the job that computes it
     for array in arrays:
         tasks = [(task.label, [[stage.kind, stage.identity] for stage in task.targets]) for task in array.tasks]
-        submission = new_submission(folder, array.kind, tasks, code=str(code))
+        waits_for = list(dict.fromkeys(jobs[identity] for identity in array.upstream if identity in jobs))
+        submission = new_submission(folder, array.kind, tasks, waits_for=waits_for, code=code)
         arguments = [(task.stages, submission.folder, i, options.upload) for i, task in enumerate(array.tasks)]
-        dependency = _dependency("afterok", [jobs[identity] for identity in array.upstream if identity in jobs])
-        _sbatch(submission, options, run_task, arguments, dependency, array.parallelism)
+        _sbatch(submission, options, run_task, arguments, array.parallelism)
         outcome.submissions.append(submission)
         for array_task, job in zip(array.tasks, submission.jobs, strict=True):
             jobs |= {stage.identity: job for stage in array_task.targets}
@@ -71,19 +70,9 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
     queued = [s for s in sweep_submissions if s.kind == "aggregate" and any(job in queue for job in s.jobs)]
     valid = [s for s in queued if waits_for and s.results == plan.results and set(waits_for) <= set(s.waits_for)]
     if waits_for and not valid:
-        if code is None:
-            latest = sweep_submissions[-1:]
-            code = Path(latest[0].code) if latest else snapshot(folder.code, output_dir=store.output_dir)
-        aggregation = new_submission(
-            folder,
-            "aggregate",
-            [("aggregation", [])],
-            results=plan.results,
-            waits_for=waits_for,
-            finalize=finalize,
-            code=str(code),
-        )
-        _sbatch(aggregation, options, run_aggregation, [(aggregation.folder,)], _dependency("afterany", waits_for))
+        fields = {"results": plan.results, "waits_for": waits_for, "finalize": finalize, "code": code}
+        aggregation = new_submission(folder, "aggregate", [("aggregation", [])], **fields)
+        _sbatch(aggregation, options, run_aggregation, [(aggregation.folder,)])
         outcome.submissions.append(aggregation)
     cluster.cancel(job for s in queued if s not in valid for job in s.jobs)  # replaced by the new aggregation
     return outcome
@@ -122,7 +111,6 @@ def _sbatch(
     options: SlurmOptions,
     function: Callable[..., None],
     arguments: Sequence[tuple[Any, ...]],
-    dependency: dict[str, Any],
     parallelism: int | None = None,
 ) -> None:
     """Submit one task for each tuple of arguments and record the ids. Raises ConfigError when sbatch fails."""
@@ -130,6 +118,10 @@ def _sbatch(
     resources = options.kinds[submission.kind]
     flags = resources.sbatch()
     native = {"nodes": flags.pop("nodes"), "ntasks_per_node": flags.pop("ntasks-per-node"), "time": flags.pop("time")}
+    if submission.waits_for:
+        condition = "afterany" if submission.kind == "aggregate" else "afterok"
+        # A job whose dependency failed is cancelled.
+        flags |= {"dependency": ":".join([condition, *submission.waits_for]), "kill-on-invalid-dep": "yes"}
     executor = submitit.SlurmExecutor(submission.folder)
     executor.update_parameters(
         **native,
@@ -139,7 +131,7 @@ def _sbatch(
         wckey=None,  # a site may reject submitit's default
         # Since 22.05 srun does not inherit cpus-per-task from sbatch.
         srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={resources.cpus_per_task}"],
-        additional_parameters={"requeue": True, **dependency, **flags},
+        additional_parameters={"requeue": True, **flags},
         setup=[
             *resources.shell(),
             # Imports come from the copied code only, while the working directory stays the user's: relative paths in
@@ -166,10 +158,3 @@ def _sbatch(
         task.job = job.job_id
     submission.state = "submitted"
     submission.write()
-
-
-def _dependency(condition: str, jobs: list[str]) -> dict[str, Any]:
-    """Return sbatch's options for a job that waits for others; a job whose dependency failed is cancelled."""
-    if not jobs:
-        return {}
-    return {"dependency": ":".join([condition, *dict.fromkeys(jobs)]), "kill-on-invalid-dep": "yes"}
