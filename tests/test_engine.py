@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from functools import partialmethod
 
 import pytest
@@ -137,7 +138,7 @@ def gradients(model, examples):
 def configured(model, *overrides):
     """Return the model as the engine of a run with these overrides configures it for training."""
     stage = stage_of("align", *overrides)
-    with TrainingEngine(stage.resources, stage.inputs.trainer, stage.inputs.lora, seed=0) as engine:
+    with closing(TrainingEngine(stage.resources, stage.inputs.trainer, stage.inputs.lora, seed=0)) as engine:
         return engine.configure_model(model).train()
 
 

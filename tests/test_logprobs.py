@@ -25,9 +25,8 @@ from src.errors import ConfigError
 from src.model import attention, logprobs
 from src.model.cpu.linear import OneDNNLinear
 from src.model.cpu.patch import OneDNNHead
-from src.model.last_layer import SparseOutputLayer
 from src.model.lm_head import Head
-from src.model.logprobs import FLOAT32, NumericsConfig, iter_logps, patch_model_, sequence_logps
+from src.model.logprobs import FLOAT32, NumericsConfig, SparseOutputLayer, iter_logps, patch_model_, sequence_logps
 from src.model.packing import Layout, Segment, pack, pack_first_fit
 from tests.support.padded import padded_logps
 from tests.support.small_models import make_model, random_pairs, relative

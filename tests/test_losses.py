@@ -134,23 +134,19 @@ def test_only_pointwise_losses_respond_to_a_shift_of_both_scores():
 
 def pair(chosen_mean, rejected_mean, tokens=10, dtype=torch.float32):
     """Return sums over `tokens` response tokens with these mean log-probs, requiring gradients, and token counts."""
-    return (
-        torch.tensor([chosen_mean * tokens], dtype=dtype, requires_grad=True),
-        torch.tensor([rejected_mean * tokens], dtype=dtype, requires_grad=True),
-        torch.tensor([float(tokens)]),
-        torch.tensor([float(tokens)]),
-    )
+    logps = torch.tensor([[chosen_mean * tokens, rejected_mean * tokens]], dtype=dtype, requires_grad=True)
+    return logps, torch.full((1, 2), float(tokens))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mean", [-0.0019, -1e-4, -1e-7, 0.0])
 def test_bf16_inputs_near_certainty_have_finite_losses_and_gradients(method, mean):
-    chosen, rejected, n_w, n_l = pair(mean, mean / 2, dtype=torch.bfloat16)
-    references = (torch.zeros(1), torch.zeros(1)) if METHODS[method].needs_reference else ()
-    loss = preference_loss(method, 0.5, chosen, rejected, n_w, n_l, *references, options=OPTIONS[method]).loss
+    logps, tokens = pair(mean, mean / 2, dtype=torch.bfloat16)
+    references = torch.zeros(1, 2) if METHODS[method].needs_reference else None
+    loss = preference_loss(method, 0.5, logps, tokens, references, options=OPTIONS[method]).loss
     loss.sum().backward()
     assert loss.dtype == torch.float32
-    assert all(torch.isfinite(x).all() for x in (loss, chosen.grad, rejected.grad))
+    assert all(torch.isfinite(x).all() for x in (loss, logps.grad))
 
 
 def test_log1mexp_is_accurate_where_the_naive_form_in_bf16_is_infinite():
@@ -169,19 +165,19 @@ def test_log1mexp_has_the_exact_gradient_on_both_branches():
 
 
 def test_one_stage_orpo_and_asft_are_the_original_formulas():
-    w, lo, n_w, n_l = (t.detach() for t in pair(-0.4, -1.3))
+    logps, tokens = (t.detach() for t in pair(-0.4, -1.3))
     log_p_w, o_w, o_l = torch.tensor(-0.4), odds(torch.tensor(-0.4)), odds(torch.tensor(-1.3))
     weight = 0.2
-    orpo = preference_loss("orpo", 1.0, w, lo, n_w, n_l, sft_weight=1.0, align_weight=weight).loss
+    orpo = preference_loss("orpo", 1.0, logps, tokens, sft_weight=1.0, align_weight=weight).loss
     assert orpo.item() == pytest.approx((-log_p_w - weight * logsigmoid(o_w - o_l)).item(), rel=1e-5)
-    asft = preference_loss("asft", 1.0, w, lo, n_w, n_l, sft_weight=1.0, align_weight=weight).loss
+    asft = preference_loss("asft", 1.0, logps, tokens, sft_weight=1.0, align_weight=weight).loss
     expected = -log_p_w - weight * (logsigmoid(o_w) + logsigmoid(-o_l))
     assert asft.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_sft_weight_zero_is_the_two_stage_form():
-    w, lo, n_w, n_l = (t.detach() for t in pair(-0.4, -1.3))
-    two_stage = preference_loss("orpo", 0.3, w, lo, n_w, n_l).loss
+    logps, tokens = (t.detach() for t in pair(-0.4, -1.3))
+    two_stage = preference_loss("orpo", 0.3, logps, tokens).loss
     expected = LOSSES["orpo"](odds(torch.tensor([-0.4])), odds(torch.tensor([-1.3])), 0.3)
     torch.testing.assert_close(two_stage, expected)
 

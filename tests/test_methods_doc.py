@@ -223,8 +223,9 @@ def test_trls_losses_differ_as_the_page_says():
     reference_w, reference_l = torch.tensor(references).T
 
     def ours(method, beta=beta, **options):
-        references = (reference_w, reference_l) if METHODS[method].needs_reference else ()
-        return preference_loss(method, beta, w, lo, n_w, n_l, *references, options=options).loss.mean().item()
+        logps, tokens = torch.stack([w, lo], 1), torch.stack([n_w, n_l], 1)
+        references_of = torch.tensor(references) if METHODS[method].needs_reference else None
+        return preference_loss(method, beta, logps, tokens, references_of, options=options).loss.mean().item()
 
     def theirs(method, then=lambda trainer: None, **changes):
         job = {"method": method, "micro_batch": 2, "pairs": 2, "references": references}

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from src.data.examples import Example
 from src.errors import ConfigError
 from src.hardware import HeapTrimmer
 from src.model import attention
 from src.model.cpu.patch import patch_for_cpu_
-from src.model.last_layer import SparseOutputLayer, patch_last_layer_
 from src.model.lm_head import Head
 from src.model.packing import PackedBatch, pack, pack_first_fit
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,31 @@ FLOAT32 = NumericsConfig()
 
 SCORING_TOKEN_BUDGET = 16384  # without gradients only the activations of one layer are held
 
+# Decoders of transformers whose layers are as below; others keep their last layer: correct, only slower.
+_DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+
+
+class SparseOutputLayer(torch.nn.Module):
+    """A decoder layer that returns some positions only; the others matter to attention alone."""
+
+    input_layernorm: torch.nn.Module
+    self_attn: torch.nn.Module
+    post_attention_layernorm: torch.nn.Module
+    mlp: torch.nn.Module
+
+    def forward(self, hidden_states: Tensor, *, output_positions: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return (1, n, width); with output_positions (t,) int64: (1, t, width)."""
+        if output_positions is None:
+            return super().forward(hidden_states, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = (hidden_states + attended)[:, output_positions]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@cache
+def _sparse_output(layer: type) -> Any:
+    return type(f"SparseOutput{layer.__name__}", (SparseOutputLayer, layer), {})
+
 
 def patch_model_(model: Any) -> Any:
     """Patch a transformers causal LM in place, by changing `__class__`, and return it.
@@ -55,7 +78,9 @@ def patch_model_(model: Any) -> Any:
         head.__class__ = Head
     if not isinstance(head, Head):
         raise ConfigError(f"model {model.config.model_type}: its head is {type(head).__name__}, not one linear layer")
-    patch_last_layer_(model)
+    for module in model.modules():
+        if type(module).__name__ in _DECODERS and not isinstance(last := module.layers[-1], SparseOutputLayer):
+            last.__class__ = _sparse_output(type(last))  # type: ignore[arg-type]
     if head.weight.device.type == "cpu":
         patch_for_cpu_(model)
     return model
@@ -74,11 +99,7 @@ def sequence_logps(model: Any, batch: PackedBatch, numerics: NumericsConfig = FL
     options = {"output_positions": batch.predict_positions} if sparse_output else {}
     with numerics.autocast(batch.input_ids.device):
         hidden = model.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            layout=batch.layout,
-            **options,
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, layout=batch.layout, **options
         ).last_hidden_state[0]
         hidden = hidden if sparse_output else hidden[batch.predict_positions]
         logps = model.get_output_embeddings()(hidden, batch.targets)

@@ -6,14 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from src.data.examples import Example
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -107,9 +104,7 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
     for index in indices:
         example = examples[index]
         prompt_start, prompt_length = len(input_ids), len(example.prompt)
-        assert prompt_length and all(example.responses) and example.num_supervised_tokens, (
-            "an example needs a prompt and a supervised token"
-        )
+        assert prompt_length and all(example.responses) and example.num_supervised_tokens, "nothing to predict"
         assert not example.unsupervised_spans or len(example.responses) == 1, "spans are those of a single response"
         input_ids += example.prompt
         position_ids += range(prompt_length)
@@ -164,7 +159,7 @@ def distribute_examples(
     assert len(indices) >= num_ranks, "every rank needs an example"
     indices_of_rank: list[list[int]] = [[] for _ in range(num_ranks)]
     num_tokens = [0] * num_ranks
-    for index in _longest_first(lengths, indices):
+    for index in longest_first(lengths, indices):
         rank = num_tokens.index(min(num_tokens))
         indices_of_rank[rank].append(index)
         num_tokens[rank] += lengths[index]
@@ -189,7 +184,7 @@ def pack_first_fit(lengths: Sequence[int], indices: Iterable[int], token_budget:
     """
     batches: list[list[int]] = []
     room: list[int] = []
-    for index in _longest_first(lengths, indices):
+    for index in longest_first(lengths, indices):
         target = next((b for b, free in enumerate(room) if lengths[index] <= free), None)
         if target is None:
             target = len(batches)
@@ -200,5 +195,6 @@ def pack_first_fit(lengths: Sequence[int], indices: Iterable[int], token_budget:
     return batches
 
 
-def _longest_first(lengths: Sequence[int], indices: Iterable[int]) -> list[int]:
+def longest_first(lengths: Sequence[int], indices: Iterable[int]) -> list[int]:
+    """Return the indices by decreasing length; those of one length in increasing order."""
     return sorted(indices, key=lambda i: (-lengths[i], i))

@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from src.data.templates import Template
 from src.model.logprobs import FLOAT32, NumericsConfig
 from src.planning.identity import GenerationInputs
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class _InverseCDFSampler(LogitsProcessor):
@@ -34,14 +26,13 @@ class _InverseCDFSampler(LogitsProcessor):
     """
 
     def __init__(self, generation: GenerationInputs, uniforms: Tensor, prompt_length: int) -> None:
-        warpers: list[LogitsProcessor] = []
+        self.warpers = LogitsProcessorList()
         if generation.temperature not in (0.0, 1.0):
-            warpers.append(TemperatureLogitsWarper(generation.temperature))
+            self.warpers.append(transformers.TemperatureLogitsWarper(generation.temperature))
         if generation.top_k:
-            warpers.append(TopKLogitsWarper(generation.top_k))
+            self.warpers.append(transformers.TopKLogitsWarper(generation.top_k))
         if generation.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(generation.top_p))
-        self.warpers = LogitsProcessorList(warpers)
+            self.warpers.append(transformers.TopPLogitsWarper(generation.top_p))
         self.greedy = generation.temperature == 0.0
         self.uniforms, self.prompt_length = uniforms, prompt_length
 
@@ -61,11 +52,8 @@ def seed_from_str(seed: str) -> int:
 
 def _uniforms(seeds: Sequence[str], steps: int, device: torch.device) -> Tensor:
     """Return (prompts, steps) float64 in [0, 1), each row from its own seed."""
-    rows = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed_from_str(seed))
-        rows.append(torch.rand(steps, generator=generator, dtype=torch.float64))
-    return torch.stack(rows).to(device)
+    generators = (torch.Generator().manual_seed(seed_from_str(seed)) for seed in seeds)
+    return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generators]).to(device)
 
 
 @torch.no_grad()
@@ -89,15 +77,9 @@ def sample(
     # The checkpoint's generation_config would set what ours leaves open (a repetition penalty, for example).
     model.generation_config = GenerationConfig()
     device = next(model.parameters()).device
-    pad = template.end_id
-    config = GenerationConfig(
-        max_new_tokens=generation.max_new_tokens,
-        do_sample=False,
-        eos_token_id=template.end_id,
-        pad_token_id=pad,
-        bos_token_id=template.tokenizer.bos_token_id,
-        use_cache=True,
-    )
+    begin_id, end_id = template.tokenizer.bos_token_id, template.end_id
+    tokens = {"bos_token_id": begin_id, "eos_token_id": end_id, "pad_token_id": end_id}
+    config = GenerationConfig(max_new_tokens=generation.max_new_tokens, do_sample=False, **tokens)
     # Sorted by length, so that there is little padding; samples do not depend on the order.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for begin in range(0, len(order), batch_size):
@@ -105,7 +87,7 @@ def sample(
         if all(i in done for i in indices):
             continue
         prompt_length = max(len(prompts[i]) for i in indices)
-        ids = torch.full((len(indices), prompt_length), pad)
+        ids = torch.full((len(indices), prompt_length), end_id)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(indices):
             ids[row, prompt_length - len(prompts[i]) :] = torch.tensor(prompts[i])
@@ -120,5 +102,5 @@ def sample(
                 logits_processor=LogitsProcessorList([sampler]),
             )
         for i, response in zip(indices, output[:, prompt_length:].tolist(), strict=True):
-            finished = template.end_id in response
-            yield i, response[: response.index(template.end_id) + 1] if finished else response, finished
+            finished = end_id in response
+            yield i, response[: response.index(end_id) + 1] if finished else response, finished

@@ -2,63 +2,56 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from src.data.tokenization import TokenizedDataset, load_examples
 from src.losses import PairLoss, preference_loss
 from src.methods import METHODS
 from src.model.loading import load_model, load_template, numerics_of, save_checkpoint
 from src.model.logprobs import iter_logps
+from src.model.packing import PackedBatch
 from src.planning.identity import AlignInputs
 from src.planning.resources import Resources
 from src.stages import reference
 from src.store.attempt import Attempt
-from src.store.files import write_json
-from src.tracking.metrics_file import MetricsFile
-from src.training.engine import TrainingEngine
+from src.store.files import write_json, write_jsonl
 from src.training.loop import GlobalBatch, LossFn, train
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from src.model.packing import PackedBatch
 
 VALIDATION_FILE = "validation.jsonl"
 
 
-def pair_losses(inputs: AlignInputs, logps: Tensor, tokens: Tensor, reference_logps: Tensor | None) -> PairLoss:
-    """Return the loss of (chosen, rejected, chosen, rejected, ...) sequences; reference_logps: (pairs, 2)."""
-    chosen, rejected = logps.view(-1, 2).unbind(1)
-    chosen_tokens, rejected_tokens = tokens.view(-1, 2).unbind(1)
-    references = () if reference_logps is None else reference_logps.to(logps.device).unbind(1)
-    return preference_loss(
-        inputs.method,
-        inputs.beta,
-        chosen,
-        rejected,
-        chosen_tokens,
-        rejected_tokens,
-        *references,
-        sft_weight=inputs.sft_weight,
-        align_weight=inputs.align_weight,
-        options=inputs.options,
-    )
+def pair_losses(
+    inputs: AlignInputs, logps: Tensor, tokens: Tensor, references: Tensor | None, indices: Sequence[int]
+) -> PairLoss:
+    """Return the losses of the pairs `indices`, whose sequences are chosen, rejected, chosen, rejected, ...
+
+    references: (all pairs, 2) log-probs of chosen and rejected; None for a method without reference.
+    """
+    reference_logps = None if references is None else references[list(indices)].to(logps.device)
+    options: dict[str, Any] = {
+        "sft_weight": inputs.sft_weight,
+        "align_weight": inputs.align_weight,
+        "options": inputs.options,
+    }
+    pairs = logps.view(-1, 2), tokens.view(-1, 2), reference_logps
+    return preference_loss(inputs.method, inputs.beta, *pairs, **options)
 
 
 def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:
     """Return the mean of the method's loss over the pairs of a step, with TRL's metrics.
 
-    references: (all pairs, 2) log-probs of chosen and rejected; None for a method without reference. A reward is beta
-    times the score that the method compares, in nats: for methods with a reference TRL's beta * log-ratio.
+    A reward is beta times the score that the method compares, in nats: for methods with a reference TRL's
+    beta * log-ratio.
     """
 
     def loss_fn(
         packed: PackedBatch, logps: Tensor, token_counts: Tensor, batch: GlobalBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        reference_logps = None if references is None else references[list(packed.example_indices)]
-        pairs = pair_losses(inputs, logps, token_counts, reference_logps)
+        pairs = pair_losses(inputs, logps, token_counts, references, packed.example_indices)
         chosen_rewards = inputs.beta * pairs.chosen_score.detach()
         rejected_rewards = inputs.beta * pairs.rejected_score.detach()
         chosen_logps, rejected_logps = logps.detach().view(-1, 2).unbind(1)
@@ -82,13 +75,8 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     )
     references = reference.read(upstream["reference"]) if METHODS[inputs.method].needs_reference else {}
     loss_fn = make_loss_fn(inputs, references.get("train"))
-    with (
-        TrainingEngine(resources, inputs.trainer, inputs.lora, inputs.seed) as engine,
-        MetricsFile(attempt) as metrics,
-    ):
-        model = engine.configure_model(load_model(inputs.model, resources, upstream.get("init")))
-        train(engine, model, data.examples, loss_fn, inputs, attempt, metrics)
-        model = engine.gather_model(model)
+    model = load_model(inputs.model, resources, upstream.get("init"))
+    model = train(model, data.examples, loss_fn, inputs, resources, attempt)
     if not attempt.is_main_process:
         return
     _validate(inputs, resources, model, validation, references.get("validation"), attempt)
@@ -114,10 +102,9 @@ def _validate(
     lines: dict[int, dict[str, Any]] = {}
     numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
     for indices, logps, tokens in iter_logps(model, data.examples, budget, numerics):
-        pairs = pair_losses(inputs, logps, tokens, None if references is None else references[indices])
+        pairs = pair_losses(inputs, logps, tokens, references, indices)
         margins = inputs.beta * (pairs.chosen_score - pairs.rejected_score)
         for i, loss, margin in zip(indices, pairs.loss.tolist(), margins.tolist(), strict=True):
             lines[i] = {"prompt": prompts[i], "loss": loss, "margin": margin, "correct": float(margin > 0)}
         attempt.tokens += sum(data.examples[i].length for i in indices)
-    text = "".join(json.dumps(lines[i]) + "\n" for i in sorted(lines))
-    (attempt.out / VALIDATION_FILE).write_text(text)
+    write_jsonl(attempt.out / VALIDATION_FILE, (lines[i] for i in sorted(lines)))

@@ -16,7 +16,7 @@ from src.planning.identity import ContentPath, EvaluateInputs, JudgeInputs
 from src.planning.resources import Resources
 from src.stages import align, generate
 from src.store.attempt import Attempt
-from src.store.files import read_json, write_json
+from src.store.files import read_json, write_json, write_jsonl
 from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, STAGE_FILE
 
 
@@ -33,11 +33,11 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         comparisons = _comparisons(inputs, inputs.judge, resources, samples, upstream.get("baseline"))
         judged = judge_function(inputs.judge.name)(inputs, resources, comparisons, attempt)
         usage = {"name": inputs.judge.name, **judged.usage, "scores": judged.scores}
-        with (attempt.out / JUDGEMENTS_FILE).open("w") as handle:
-            for sample, compared, verdict in zip(samples, comparisons, judged.verdicts, strict=True):
-                row = {"index": sample["index"], "verdict": verdict.value, "reason": verdict.reason}
-                row["baseline"] = compared.baseline["response"]
-                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = (
+            {"index": s["index"], "verdict": v.value, "reason": v.reason, "baseline": c.baseline["response"]}
+            for s, c, v in zip(samples, comparisons, judged.verdicts, strict=True)
+        )
+        write_jsonl(attempt.out / JUDGEMENTS_FILE, rows)
         if inputs.metric == "win_rate":
             quality = {s["index"]: v.value for s, v in zip(samples, judged.verdicts, strict=True)}
 
@@ -121,16 +121,14 @@ def selection_prompts(items: list[int], fraction: float, seed: int) -> set[int]:
 
 def mean_and_error(values: list[float]) -> dict[str, float | None]:
     """Return the mean, its standard error (ddof 1; None for fewer than two values), and n."""
-    n = len(values)
-    if n == 0:
-        return {"value": None, "se": None, "n": 0}
-    mean = math.fsum(values) / n
-    variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else None
-    return {"value": mean, "se": None if variance is None else math.sqrt(variance / n), "n": n}
+    return ratio_and_error(values, [1] * len(values))
 
 
 def ratio_and_error(totals: list[float], counts: list[int]) -> dict[str, float | None]:
-    """Return the sum of totals over the sum of counts, with its standard error by the delta method over sequences."""
+    """Return the sum of totals over the sum of counts, with its standard error by the delta method over sequences.
+
+    Without a count the ratio is None, and for fewer than two sequences its error is.
+    """
     n, tokens = len(totals), sum(counts)
     if tokens == 0:
         return {"value": None, "se": None, "n": n}
@@ -143,15 +141,16 @@ def ratio_and_error(totals: list[float], counts: list[int]) -> dict[str, float |
 
 def _stages(upstream: dict[str, Path], attempt: Attempt) -> list[dict[str, Any]]:
     """Return identity, seconds and tokens of this stage and of all its upstream, as their artifacts record them."""
-    this_stage = {"stage": "evaluate", "identity": attempt.identity, "seconds": round(attempt.seconds, 3), "tokens": 0}
-    stages: dict[str, dict[str, Any]] = {attempt.identity: {**this_stage, "processes": 1}}
+    seconds = round(attempt.seconds, 3)
+    this_stage = {"stage": "evaluate", "identity": attempt.identity, "seconds": seconds, "tokens": 0, "processes": 1}
+    stages: dict[str, dict[str, Any]] = {attempt.identity: this_stage}
     folders = list(upstream.values())
     while folders:
         folder = folders.pop()
         done = read_json(folder / DONE)
         if done["identity"] in stages:
             continue
-        stages[done["identity"]] = {key: done[key] for key in ("stage", "identity", "seconds", "tokens", "processes")}
+        stages[done["identity"]] = {key: done[key] for key in this_stage}
         for identity in read_json(folder / STAGE_FILE)["upstream"].values():
             folders += folder.parents[1].glob(f"*/{identity}")
     return sorted(stages.values(), key=lambda stage: (stage["stage"], stage["identity"]))

@@ -6,10 +6,11 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from src.data.evaluation_prompts import read_prompts
 from src.data.examples import Example
+from src.data.templates import Template
 from src.hardware import release_accelerator
 from src.model.loading import load_model, load_template, numerics_of
 from src.model.logprobs import iter_logps
@@ -18,11 +19,8 @@ from src.planning.identity import GenerateInputs
 from src.planning.resources import Resources
 from src.serving.model_server import sample_through, served_folder, serving
 from src.store.attempt import Attempt
-from src.store.files import atomic_write
+from src.store.files import write_jsonl
 from src.store.store import SAMPLES_FILE
-
-if TYPE_CHECKING:
-    from src.data.templates import Template
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +55,7 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     model = load_model(inputs.model, resources, checkpoint) if inputs.generation.server is None else None
     responses = _sample(inputs, resources, model or checkpoint, template, prompt_ids, seed, attempt)
     model = model or load_model(inputs.model, resources, checkpoint)  # after the server has released the accelerator
-    examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i][0]),)) for i in range(count)]
+    examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i]["ids"]),)) for i in range(count)]
     logps = _logps(inputs, resources, model, examples)
     reference_logps = logps
     if inputs.role == "policy":
@@ -66,19 +64,19 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
         reference_logps = _logps(inputs, resources, reference_model, examples)
     attempt.step(2 * count, 2 * count)
 
-    with (attempt.out / SAMPLES_FILE).open("w") as handle:
-        for i, (number, _) in enumerate(rows):
-            ids, finished = responses[i]
-            row = {
-                "index": number,
-                "prompt": prompts[number].text,
-                "response": template.text(ids),
-                "finished": finished,
-                "tokens": len(ids),
-                "logp": logps[i],
-                "reference_logp": reference_logps[i],
-            }
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    samples = (
+        {
+            "index": number,
+            "prompt": prompts[number].text,
+            "response": template.text(responses[i]["ids"]),
+            "finished": responses[i]["finished"],
+            "tokens": len(responses[i]["ids"]),
+            "logp": logps[i],
+            "reference_logp": reference_logps[i],
+        }
+        for i, (number, _) in enumerate(rows)
+    )
+    write_jsonl(attempt.out / SAMPLES_FILE, samples)
 
 
 def _sample(
@@ -89,48 +87,36 @@ def _sample(
     prompt_ids: list[list[int]],
     seed: str,
     attempt: Attempt,
-) -> dict[int, tuple[list[int], bool]]:
-    """Return the response ids of every prompt and whether they finished.
+) -> dict[int, dict[str, Any]]:
+    """Return a row for every prompt: the `ids` of its response, and whether it `finished`.
 
     Each is written to disk at once, so that the next attempt resumes. model: a checkpoint's folder with a server.
     """
     file = attempt.checkpoints / RESPONSES_FILE
-    earlier = _read_responses(file)
-    if earlier:
-        log.info("%s: %d of %d prompts were sampled before", attempt.label, len(earlier), len(prompt_ids))
-        attempt.prior_seconds = max(row["seconds"] for row in earlier)
-        attempt.tokens = sum(len(row["ids"]) for row in earlier)
-    responses = {row["index"]: (row["ids"], row["finished"]) for row in earlier}
-    started, count = time.perf_counter(), 2 * len(prompt_ids)
-    num_sampled_tokens = 0
+    responses = {row["index"]: row for row in _read_responses(file)}
+    if responses:
+        log.info("%s: %d of %d prompts were sampled before", attempt.label, len(responses), len(prompt_ids))
+        attempt.prior_seconds = max(row["seconds"] for row in responses.values())
+        attempt.tokens = sum(len(row["ids"]) for row in responses.values())
+    started, tokens_before = time.perf_counter(), attempt.tokens
     generation, numerics = inputs.generation, numerics_of(inputs.model, resources)
     with file.open("a") as handle:
 
         def save_response(index: int, response: tuple[list[int], bool]) -> None:
-            nonlocal num_sampled_tokens
-            ids, finished = response
-            num_sampled_tokens += len(ids)
             if index not in responses:  # a batch may have some responses from an earlier attempt
+                ids, finished = response
                 row = {"index": index, "ids": ids, "finished": finished, "seconds": round(attempt.seconds, 3)}
                 handle.write(json.dumps(row) + "\n")
                 handle.flush()
                 attempt.tokens += len(ids)
-                responses[index] = response
+                responses[index] = row
 
         def report_progress() -> None:
-            attempt.step(len(responses), count)
+            attempt.step(len(responses), 2 * len(prompt_ids))
 
         if generation.server is None:
-            samples = sample(
-                model,
-                template,
-                prompt_ids,
-                seed,
-                generation,
-                numerics,
-                batch_size=resources.sampling_batch_size,
-                done=set(responses),
-            )
+            batch_size, done = resources.sampling_batch_size, set(responses)
+            samples = sample(model, template, prompt_ids, seed, generation, numerics, batch_size=batch_size, done=done)
             for index, ids, finished in samples:
                 save_response(index, (ids, finished))
                 report_progress()
@@ -144,8 +130,9 @@ def _sample(
                 sample_through(
                     url, concurrency, str(folder), template, todo, seed, generation, save_response, report_progress
                 )
-    if num_sampled_tokens:
-        log.info("%s: %.0f tokens/s", attempt.label, num_sampled_tokens / (time.perf_counter() - started))
+    if attempt.tokens > tokens_before:
+        tokens_per_second = (attempt.tokens - tokens_before) / (time.perf_counter() - started)
+        log.info("%s: %.0f tokens/s", attempt.label, tokens_per_second)
     return responses
 
 
@@ -157,7 +144,7 @@ def _read_responses(file: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    atomic_write(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(file, rows)
     return rows
 
 

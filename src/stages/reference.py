@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from src.data.tokenization import load_examples
 from src.model.loading import load_model, load_template, numerics_of
@@ -14,9 +14,6 @@ from src.model.logprobs import iter_logps
 from src.planning.identity import ReferenceInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FILE = "reference.safetensors"
 
@@ -37,12 +34,10 @@ def run(inputs: ReferenceInputs, resources: Resources, upstream: dict[str, Path]
     total, finished = sum(map(len, splits.values())), 0
     tensors: dict[str, Tensor] = {}
     for split, examples in splits.items():
-        logps = torch.empty(len(examples), 2)
-        num_tokens = torch.empty(len(examples), 2)
-        for indices, values, tokens in iter_logps(model, examples, budget, numerics):
-            logps[indices], num_tokens[indices] = values.view(-1, 2), tokens.view(-1, 2)
+        tensors[split] = torch.empty(len(examples), 2)
+        for indices, logps, _ in iter_logps(model, examples, budget, numerics):
+            tensors[split][indices] = logps.view(-1, 2)
             attempt.tokens += sum(examples[i].length for i in indices)
             finished += len(indices)
             attempt.step(finished, total)
-        tensors[split], tensors[f"{split}_tokens"] = logps, num_tokens
     save_file(tensors, attempt.out / FILE)

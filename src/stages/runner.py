@@ -20,11 +20,7 @@ log = logging.getLogger(__name__)
 DISTRIBUTED_STAGES = ("sft", "align")  # kinds that all ranks of a run compute together; rank 0 computes the others
 
 
-def _no_report(label: str, step: int, total: int) -> None:
-    pass
-
-
-def compute_or_wait(stage: Stage, store: Store, report: Report = _no_report) -> Path:
+def compute_or_wait(stage: Stage, store: Store, report: Report = lambda *_: None) -> Path:
     """Return the directory of the stage's artifacts: reused, computed by another process, or computed here.
 
     The stage's upstream must be done (a plan's stages are in that order). Several processes may call this for one
@@ -32,7 +28,10 @@ def compute_or_wait(stage: Stage, store: Store, report: Report = _no_report) -> 
     stage raises; nothing is published then.
     """
     if not get_distributed().is_main_process:
-        return _run_on_other_ranks(stage, store)
+        # Take part in every attempt that rank 0 starts, until the stage is done.
+        while (out := get_distributed().broadcast_object()) is not None:
+            _run(stage, store, store.join_attempt(stage, out))
+        return store.artifacts(stage)
     while not store.has_weights(stage):
         try:
             _compute(stage, store, report)
@@ -69,13 +68,6 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
             log.info("%s: done in %.1f s", stage.label, attempt.seconds)
         if lease.held:  # re-check: another rung of the same run may take over this work directory
             store.clean_up_work_dir(stage)
-
-
-def _run_on_other_ranks(stage: Stage, store: Store) -> Path:
-    """Take part in every attempt that rank 0 starts; otherwise wait until the stage is done."""
-    while (out := get_distributed().broadcast_object()) is not None:
-        _run(stage, store, store.join_attempt(stage, out))
-    return store.artifacts(stage)
 
 
 def _run(stage: Stage, store: Store, attempt: Attempt) -> None:

@@ -10,8 +10,6 @@ from src.planning.identity import SftInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
 from src.store.files import write_json
-from src.tracking.metrics_file import MetricsFile
-from src.training.engine import TrainingEngine
 from src.training.loop import sft_loss, train
 
 
@@ -21,14 +19,7 @@ def run(inputs: SftInputs, resources: Resources, upstream: dict[str, Path], atte
     if resources.pairs is not None:
         # Validate the preference pairs now rather than after hours of SFT.
         load_examples(resources.pairs, inputs.model, "validation", template, attempt, resources.expected_rows)
-    with (
-        TrainingEngine(resources, inputs.trainer, inputs.lora, inputs.seed) as engine,
-        MetricsFile(attempt) as metrics,
-    ):
-        model = engine.configure_model(load_model(inputs.model, resources))
-        train(engine, model, data.examples, sft_loss, inputs, attempt, metrics)
-        model = engine.gather_model(model)
-    if not attempt.is_main_process:
-        return
-    save_checkpoint(model, template, attempt.out)
-    write_json(attempt.out / "data.json", {"rows": len(data.examples), "dropped": data.dropped})
+    model = train(load_model(inputs.model, resources), data.examples, sft_loss, inputs, resources, attempt)
+    if attempt.is_main_process:
+        save_checkpoint(model, template, attempt.out)
+        write_json(attempt.out / "data.json", {"rows": len(data.examples), "dropped": data.dropped})

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from src.distributed import get_distributed
+from src.store.attempt import Attempt
 from src.store.files import fsync_tree, is_full, read_json, write_json
-
-if TYPE_CHECKING:
-    from src.training.engine import TrainingEngine
+from src.store.store import METRICS_FILE
+from src.training.engine import TrainingEngine
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +24,15 @@ _STATE_FILE = "trainer.json"
 KEEP = 2  # the newest and the one before it, in case the newest is damaged
 
 
-def save(
-    folder: Path, step: int, state: dict[str, Any], engine: TrainingEngine, metrics: Path, keep: int = KEEP
-) -> None:
-    """Save model, optimizer, RNG state and metrics under `folder/FORMAT/step-N`, published by one rename.
+def save(engine: TrainingEngine, attempt: Attempt, step: int, keep: int = KEEP) -> None:
+    """Save model, optimizer, RNG state and metrics as checkpoint `FORMAT/step-N`, published by one rename.
 
     Every rank writes its part, and returns once all parts are on disk. Deletes all but the last `keep` checkpoints.
+    Raises LeaseLost.
     """
-    ranks, parent = get_distributed(), folder / engine.checkpoint_format
+    if attempt.lease is not None:
+        attempt.lease.check()
+    ranks, parent = get_distributed(), attempt.checkpoints / engine.checkpoint_format
     final = parent / f"step-{step:08d}"
     draft = ranks.broadcast_object(
         parent / f".draft-{uuid.uuid4().hex[:8]}" if ranks.is_main_process and not final.exists() else None
@@ -43,14 +44,15 @@ def save(
         engine.save(draft)
         ranks.barrier()
         if ranks.is_main_process:
-            shutil.copy(metrics, draft / metrics.name)
+            shutil.copy(attempt.out / METRICS_FILE, draft)
             digests = {str(path.relative_to(draft)): _digest(path) for path in draft.rglob("*") if path.is_file()}
-            write_json(draft / _STATE_FILE, {"step": step, **state, "files": digests})
+            state = {"step": step, "seconds": attempt.seconds, "tokens": attempt.tokens, "files": digests}
+            write_json(draft / _STATE_FILE, state)
             fsync_tree(draft)
             os.rename(draft, final)
     except Exception as error:
         # Must precede the removal of the draft, which frees space. torch reports a full disk as a wrong file position.
-        if is_full(folder):
+        if is_full(attempt.checkpoints):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft)) from error
         raise
     finally:
@@ -63,30 +65,28 @@ def save(
     ranks.barrier()
 
 
-def resume(folder: Path, engine: TrainingEngine, metrics: Path, end: int) -> dict[str, Any] | None:
-    """Load the newest undamaged checkpoint of step `end` or before on every rank.
-
-    Returns the state that was saved with it, or None when there is no such checkpoint.
-    """
+def resume(engine: TrainingEngine, attempt: Attempt, end: int) -> int:
+    """Load the newest undamaged checkpoint of step `end` or before, on every rank; return the step to start at."""
     ranks = get_distributed()
     checkpoint = ranks.broadcast_object(
-        _newest_undamaged(folder / engine.checkpoint_format, end) if ranks.is_main_process else None
+        _newest_undamaged(attempt.checkpoints / engine.checkpoint_format, end) if ranks.is_main_process else None
     )
     if checkpoint is None:
-        others = sorted({path.parent.name for path in folder.glob("*/step-*")}) if ranks.is_main_process else []
-        if others:
+        others = sorted({path.parent.name for path in attempt.checkpoints.glob("*/step-*")})
+        if others and ranks.is_main_process:
             log.warning(
                 "ignoring existing checkpoints in format %s: this engine reads %s; starting from step 0",
                 others,
                 engine.checkpoint_format,
             )
-        return None
+        return 0
     engine.load(checkpoint)
     if ranks.is_main_process:
-        shutil.copy(checkpoint / metrics.name, metrics)
+        shutil.copy(checkpoint / METRICS_FILE, attempt.out)
     state = read_json(checkpoint / _STATE_FILE)
+    attempt.prior_seconds, attempt.tokens = state["seconds"], state["tokens"]
     log.info("resuming from step %d", state["step"])
-    return state
+    return state["step"]
 
 
 def _newest_undamaged(folder: Path, end: int) -> Path | None:
@@ -96,11 +96,11 @@ def _newest_undamaged(folder: Path, end: int) -> Path | None:
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
         if int(checkpoint.name[5:]) > end:
             continue
-        if damage := _damage(checkpoint):
-            log.warning("checkpoint %s is corrupted (%s); falling back to the previous one", checkpoint, damage)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            continue
-        return checkpoint
+        damage = _damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        log.warning("checkpoint %s is corrupted (%s); falling back to the previous one", checkpoint, damage)
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 
 
@@ -117,8 +117,5 @@ def _damage(checkpoint: Path) -> str | None:
 
 def _digest(path: Path) -> str:
     """Return a checksum against damage, not forgery: fast enough for the optimizer state of an 8B model."""
-    state = xxhash.xxh3_128()
     with path.open("rb") as handle:
-        while block := handle.read(2**24):
-            state.update(block)
-    return state.hexdigest()
+        return hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()

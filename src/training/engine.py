@@ -3,6 +3,10 @@
 Weights, gradients and optimizer state are float32 with every strategy, because an update by a learning rate of 3e-7 is
 below the resolution of bf16 weights; engine.precision is that of the computation. DeepSpeed's configuration is derived
 from the trainer's fields alone.
+
+With model.lora, low-rank adapters (peft) are trained instead of the weights and merged into them afterwards. Their
+reference is the adapters switched off, which is the checkpoint they start from: the same cached log-probs as for full
+training. There is no dropout: with it, results would depend on how examples are packed.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from src.config.packages import require_package
@@ -26,11 +31,7 @@ from src.distributed import get_distributed, init_distributed
 from src.errors import ConfigError
 from src.model.loading import device_of
 from src.model.logprobs import patch_model_
-from src.model.lora import add_adapters, merge_adapters
 from src.planning.resources import Resources
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # accelerate logs every file of every checkpoint, and warns about tied weights, which safetensors stores once.
 logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -45,16 +46,21 @@ class TrainingEngine:
         self.device = device_of(resources.device)
         self.zero = resources.zero_stage
         self.max_grad_norm = trainer.max_grad_norm
-        _quiet_deepspeed(self.device)
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
+        # Silence DeepSpeed, which accelerate imports wherever it is installed. torch's logger warns at every call.
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+        AcceleratorState._reset_state(reset_partial_state=True)
         plugin = None
         if self.zero:
             if self.device.type == "cpu" and torch.cuda.is_available():
                 raise ConfigError("engine.device=cpu: ZeRO uses any GPU it finds; hide GPUs with CUDA_VISIBLE_DEVICES=")
             require_package("deepspeed", f"engine.strategy={resources.strategy}")
             init_distributed(resources.strategy)
-            _load_deepspeed(self.device)
+            import deepspeed
+
+            if self.device.type == "cpu":  # do not compile its shared-memory all-reduce
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(resources, trainer, self.device))
         # Precision is applied in the log-prob path, so that everything that uses that path agrees.
         cpu = self.device.type == "cpu"
@@ -71,7 +77,7 @@ class TrainingEngine:
 
     def configure_model(self, model: Any) -> Any:
         """Add adapters, activation checkpointing and compilation to the model as configured, in place."""
-        self._adapted = self._adapt(model)
+        self._add_adapters(model)
         if self.resources.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.resources.compile:
@@ -79,8 +85,25 @@ class TrainingEngine:
                 layer.compile(dynamic=True)
         return model
 
-    def _adapt(self, model: Any) -> Any:
-        return None if self.lora is None else add_adapters(model, self.lora, self.seed)
+    def _add_adapters(self, model: Any) -> None:
+        """Add new adapters to `model`, in place, and freeze all else; nothing without model.lora.
+
+        Raises ConfigError when the model has no layers of these names.
+        """
+        if self.lora is None:
+            return
+        from peft import LoraConfig, get_peft_model
+
+        targets = list(self.lora.targets or ()) or "all-linear"  # of every decoder layer; never the head
+        rank, alpha = self.lora.rank, self.lora.alpha
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            try:
+                self._adapted = get_peft_model(model, config)
+            except ValueError as error:
+                raise ConfigError(f"model.lora.targets={targets}: {str(error).splitlines()[0]}") from None
+        patch_model_(model)
 
     def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         """Return the policy wrapped for the strategy; the engine keeps the optimizer."""
@@ -95,8 +118,7 @@ class TrainingEngine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch, inside its micro_step."""
         # DDP and ZeRO average gradients over ranks, while the ranks' losses are parts of one sum.
-        size = get_distributed().size
-        self.accelerator.backward(loss * size if size > 1 else loss)
+        self.accelerator.backward(loss * get_distributed().size)
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -126,24 +148,17 @@ class TrainingEngine:
 
     def gather_model(self, model: Any) -> Any:
         """Return the trained model unwrapped, with adapters merged. Under ZeRO-3 ranks other than 0 get None."""
-        if self.zero < 3:
-            return merge_adapters(self._adapted) if self._adapted else model
-        weights = self.accelerator.get_state_dict(self.policy)
-        self.close()
-        if not get_distributed().is_main_process:
-            return None
-        fresh = type(model)(model.config)
-        self._adapted = self._adapt(fresh)
-        fresh.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()}, assign=True)
-        fresh.tie_weights()
-        merged = merge_adapters(self._adapted) if self._adapted else fresh
+        if self.zero == 3:
+            weights = self.accelerator.get_state_dict(self.policy)
+            self.close()
+            if not get_distributed().is_main_process:
+                return None
+            model = type(model)(model.config)
+            self._add_adapters(model)
+            model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()}, assign=True)
+            model.tie_weights()
+        merged = model if self.lora is None else self._adapted.merge_and_unload()
         return patch_model_(merged.to(self.accelerator.device))
-
-    def __enter__(self) -> TrainingEngine:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Destroy the DeepSpeed engine and its global state, which would affect the next model of this process."""
@@ -160,9 +175,8 @@ def deepspeed_config(resources: Resources, trainer: Training, device: torch.devi
     cuda = device.type == "cuda"
     zero: dict[str, Any] = {"stage": resources.zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
     if resources.zero_stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = (
-            True  # "16bit" in name only: the weights keep their precision
-        )
+        # "16bit" in name only: the weights keep their precision.
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
     if resources.strategy.endswith("_offload"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
         zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
@@ -176,20 +190,3 @@ def deepspeed_config(resources: Resources, trainer: Training, device: torch.devi
         "zero_optimization": zero,
         "steps_per_print": 10**9,
     }
-
-
-def _quiet_deepspeed(device: torch.device) -> None:
-    """Silence DeepSpeed, which accelerate imports wherever it is installed."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
-    )  # it warns at every call
-
-
-def _load_deepspeed(device: torch.device) -> None:
-    """Import DeepSpeed without compiling its shared-memory all-reduce for CPUs."""
-    import deepspeed
-
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

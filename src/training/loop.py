@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from src import preemption
 from src.config.schema import Training
@@ -20,17 +23,12 @@ from src.model.loading import numerics_of
 from src.model.logprobs import SequenceLogps
 from src.model.packing import MicroBatch, PackedBatch, distribute_examples, pack
 from src.planning.identity import AlignInputs, SftInputs
+from src.planning.resources import Resources
+from src.store.attempt import Attempt
 from src.store.store import METRICS_FILE
 from src.training import checkpoints
 from src.training.engine import TrainingEngine
-from src.training.lr_schedule import lr_multiplier, stop_step, total_steps
 from src.training.token_budget import find_token_budget
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from src.store.attempt import Attempt
-    from src.tracking.metrics_file import MetricsFile
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class GlobalBatch:
 
 # (batch, logps, token counts, global batch) -> (the part of the step's loss that is this micro-batch's,
 # values to log: sums over the examples of the micro-batch, by metric)
-LossFn = Callable[[PackedBatch, "Tensor", "Tensor", GlobalBatch], tuple["Tensor", dict[str, "Tensor"]]]
+LossFn = Callable[[PackedBatch, Tensor, Tensor, GlobalBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def sft_loss(
@@ -53,52 +51,77 @@ def sft_loss(
     return -logps.sum() / batch.num_supervised_tokens, {"supervised_tokens": token_counts.sum()}
 
 
+def total_steps(num_examples: int, trainer: Training) -> int:
+    """Return the whole batches in `epochs` passes, at least one and at most max_steps."""
+    steps = max(1, math.floor(num_examples * trainer.epochs / trainer.batch_size))
+    return min(steps, trainer.max_steps or steps)
+
+
+def lr_multiplier(step: int, total: int, trainer: Training) -> float:
+    """Return the fraction of the peak rate at `step` of 0 .. total - 1.
+
+    Linear warm-up over warmup_ratio of the steps, then `linear` or `cosine` decay to 0, or `constant`.
+    """
+    warmup = math.ceil(trainer.warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    remaining = (total - step) / max(1, total - warmup)
+    if trainer.lr_scheduler_type == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * remaining))
+    return 1.0 if trainer.lr_scheduler_type == "constant" else remaining
+
+
 def batch_indices(step: int, num_examples: int, batch_size: int, seed: int) -> list[int]:
     """Return the examples of a step: consecutive slices of one seeded permutation per epoch, across epoch ends."""
     indices: list[int] = []
-    position = step * batch_size
     while len(indices) < batch_size:
-        epoch, offset = divmod(position, num_examples)
+        epoch, offset = divmod(step * batch_size + len(indices), num_examples)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(num_examples, generator=generator).tolist()
-        taken = order[offset : offset + batch_size - len(indices)]
-        indices += taken
-        position += len(taken)
+        indices += order[offset : offset + batch_size - len(indices)]
     return indices
 
 
 def train(
+    model: Any,
+    examples: Sequence[Example],
+    loss_fn: LossFn,
+    inputs: SftInputs | AlignInputs,
+    resources: Resources,
+    attempt: Attempt,
+) -> Any:
+    """Train `model` and return it, adapters merged; under ZeRO-3 ranks other than 0 get None.
+
+    Resumes from the attempt's newest checkpoint; every rank of the run calls this. A run that stops early
+    (`stop_fraction`) leaves a checkpoint for longer ones. Raises LeaseLost; Interrupted after saving a checkpoint;
+    ConfigError when there are more ranks than examples in a step; and StageError when a loss or gradient is not finite.
+    """
+    with contextlib.closing(TrainingEngine(resources, inputs.trainer, inputs.lora, inputs.seed)) as engine:
+        _take_steps(engine, engine.configure_model(model), examples, loss_fn, inputs, attempt)
+        return engine.gather_model(model)
+
+
+def _take_steps(
     engine: TrainingEngine,
     model: Any,
     examples: Sequence[Example],
     loss_fn: LossFn,
     inputs: SftInputs | AlignInputs,
     attempt: Attempt,
-    metrics: MetricsFile,
 ) -> None:
-    """Train `model` in place, resuming from the attempt's newest checkpoint; every rank of the run calls this.
-
-    A run that stops early (`stop_fraction`) leaves a checkpoint for longer ones. Raises LeaseLost; Interrupted after
-    saving a checkpoint; ConfigError when there are more ranks than examples in a step; and StageError when a loss or
-    gradient is not finite.
-    """
     trainer, ranks = inputs.trainer, get_distributed()
     if trainer.batch_size < ranks.size:
         raise ConfigError(
             f"trainer.{inputs.kind}.batch_size={trainer.batch_size}: below the number of processes, {ranks.size}"
         )
-    policy = SequenceLogps(model, numerics_of(inputs.model, engine.resources))
-    policy = engine.prepare(policy, _make_optimizer(model, trainer))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, trainer.lr, trainer.adam_betas, weight_decay=trainer.weight_decay, fused=True
+    )
+    policy = engine.prepare(SequenceLogps(model, numerics_of(inputs.model, engine.resources)), optimizer)
     total = total_steps(len(examples), trainer)
-    end = stop_step(total, inputs.stop_fraction) if isinstance(inputs, AlignInputs) else total
-    first = _resume(engine, attempt, end)
-
-    def save(step: int, keep: int = checkpoints.KEEP) -> None:
-        if attempt.lease is not None:
-            attempt.lease.check()
-        state = {"seconds": attempt.seconds, "tokens": attempt.tokens}
-        checkpoints.save(attempt.checkpoints, step, state, engine, attempt.out / METRICS_FILE, keep)
-
+    end = max(1, round(inputs.stop_fraction * total)) if isinstance(inputs, AlignInputs) else total
+    first = checkpoints.resume(engine, attempt, end)
     lengths = [example.length for example in examples]
     budget = find_token_budget(engine, policy, examples)
     model.train()
@@ -106,7 +129,7 @@ def train(
     num_stop_requests = 0  # ranks that were asked to stop; every rank has the same number
     for step in range(first, end):
         if num_stop_requests:
-            save(step)
+            checkpoints.save(engine, attempt, step)
             raise preemption.Interrupted(f"{attempt.label} stopped at {step}/{end}: {preemption.stop_reason()}")
         attempt.step(step, end, interruptible=False)
         started = time.perf_counter()
@@ -124,28 +147,14 @@ def train(
         attempt.tokens += num_tokens
         values = {"loss": loss, "grad_norm": float(grad_norm), "learning_rate": lr}
         values |= {name: total / batch.num_examples for name, total in zip(names, totals, strict=True)}
-        tokens_per_second = round(num_tokens / (time.perf_counter() - started), 1)
-        metrics.log(step, {**values, "tokens_per_second": tokens_per_second})
+        values["tokens_per_second"] = round(num_tokens / (time.perf_counter() - started), 1)
+        log_metrics(attempt, step, values)
         if (step + 1) % engine.resources.save_steps == 0 and step + 1 < end:
-            save(step + 1)
+            checkpoints.save(engine, attempt, step + 1)
     if end < total:
-        save(end, keep=1)  # may be the final checkpoint: this point may never be promoted to the next rung
+        # May be the final checkpoint: this point may never be promoted to the next rung.
+        checkpoints.save(engine, attempt, end, keep=1)
     attempt.step(end, end)
-
-
-def _make_optimizer(model: Any, trainer: Training) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    betas, weight_decay = trainer.adam_betas, trainer.weight_decay
-    return torch.optim.AdamW(trained, lr=trainer.lr, betas=betas, weight_decay=weight_decay, fused=True)
-
-
-def _resume(engine: TrainingEngine, attempt: Attempt, end: int) -> int:
-    """Load the newest checkpoint, if any; return the step to start at."""
-    state = checkpoints.resume(attempt.checkpoints, engine, attempt.out / METRICS_FILE, end)
-    if state is None:
-        return 0
-    attempt.prior_seconds, attempt.tokens = state["seconds"], state["tokens"]
-    return state["step"]
 
 
 def _accumulate_step(
@@ -185,3 +194,10 @@ def _reduce_metrics(metric_sums: Tensor, num_tokens: int) -> tuple[list[float], 
     packed = torch.cat([metric_sums, local.to(metric_sums.device, torch.float64)])
     *totals, all_tokens, num_stop_requests = get_distributed().all_reduce_sum(packed).tolist()
     return totals, int(all_tokens), int(num_stop_requests)
+
+
+def log_metrics(attempt: Attempt, step: int, values: dict[str, float]) -> None:
+    """Append a line to metrics.jsonl, from which trackers are fed; ranks other than 0 write nothing."""
+    if attempt.is_main_process:
+        with (attempt.out / METRICS_FILE).open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,10 +16,8 @@ from src.distributed import get_distributed
 from src.errors import ConfigError
 from src.hardware import release_accelerator
 from src.model import lm_head
-from src.model.packing import pack
-
-if TYPE_CHECKING:
-    from src.training.engine import TrainingEngine
+from src.model.packing import longest_first, pack
+from src.training.engine import TrainingEngine
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +58,12 @@ def measure_token_budget(engine: TrainingEngine, policy: Any, examples: Sequence
     # used: without this the second training stage of a process would find no memory.
     release_accelerator()
     lengths = [example.length for example in examples]
-    longest_first = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
+    order = longest_first(lengths, range(len(examples)))
 
     def measure(tokens: int) -> tuple[int, int]:
         indices: list[int] = []
-        while sum(lengths[i] for i in indices) < tokens and len(indices) < len(longest_first):
-            indices.append(longest_first[len(indices)])
+        while sum(lengths[i] for i in indices) < tokens and len(indices) < len(order):
+            indices.append(order[len(indices)])
         before = torch.cuda.memory_allocated(device)
         with engine.micro_step(last=False):
             logps = policy(pack(examples, indices).to(device))  # keeps its activations alive
@@ -73,11 +71,10 @@ def measure_token_budget(engine: TrainingEngine, policy: Any, examples: Sequence
         del logps
         return sum(lengths[i] for i in indices), taken
 
-    trained = [p for p in policy.parameters() if p.requires_grad]
     shards = get_distributed().size if engine.zero else 1
     vocab_size = next(m for m in policy.modules() if isinstance(m, lm_head.Head)).out_features
     # Gradients and the two moments of Adam are allocated in the first step.
-    reserved_bytes = sum(p.numel() for p in trained) * (4 + 8 // shards)
+    reserved_bytes = sum(p.numel() for p in policy.parameters() if p.requires_grad) * (4 + 8 // shards)
     reserved_bytes += 3 * 4 * lm_head.TOKEN_CHUNK * vocab_size
     free = torch.cuda.mem_get_info(device)[0] - reserved_bytes
     budget = get_distributed().all_reduce_min(max_token_budget(free, measure, max(lengths)))
