@@ -25,7 +25,7 @@ from src.store.attempt import Report
 from src.store.files import read_json
 from src.store.retention import apply_retention
 from src.store.store import RESULT_FILE, Store
-from src.tracking.mirror_process import mirror_run
+from src.tracking.sync_process import sync_run
 
 
 def run_stages(plan: Plan, store: Store, report: Report) -> bool:
@@ -66,9 +66,9 @@ def run(cfg: DictConfig) -> None:
         if plan.needed or "WORLD_SIZE" in os.environ:
             for check in (check_packages, check_key, check_programs):
                 check([point])
-            with mirror_run(plan, store) as mirror, RunProgress() as report:
+            with sync_run(plan, store) as sync, RunProgress() as report:
                 if int(os.environ.get("RANK", "0")) == 0:
-                    mirror.start()
+                    sync.start()
                 if not run_stages(plan, store, report):
                     return
         apply_retention(store, plan.stages_by_role, point.keep_checkpoints, set(plan.results))

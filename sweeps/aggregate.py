@@ -20,7 +20,7 @@ from src.config.schema import Sweep
 from src.errors import report_errors
 from src.store.files import atomic_write
 from src.store.sweep_folder import SweepFolder
-from src.tracking.mirror_process import mirror_sweep
+from src.tracking.sync_process import sync_sweep
 from sweeps.analysis import reporting_split
 from sweeps.analysis.results import collect
 from sweeps.analysis.selection import average_seeds, select_points
@@ -78,8 +78,8 @@ def aggregate(
 
 def update_trackers(folder: SweepFolder) -> None:
     """Bring the trackers that a sweep was started with up to the new results."""
-    with mirror_sweep(folder) as mirror:
-        mirror.start()
+    with sync_sweep(folder) as sync:
+        sync.start()
 
 
 def best_yaml(best: pd.DataFrame) -> str:

@@ -10,50 +10,80 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from string import Template
 from typing import Any
 
-import pandas as pd
+import yaml
 
 from src.config.packages import require_package
 from src.errors import ConfigError, StageError, report_errors
-from src.store.files import atomic_write, read_json, write_json
+from src.methods import METHODS
+from src.store.files import read_json, write_json
 from src.store.store import METRICS_FILE
 from src.store.sweep_folder import SweepFolder
-from src.tracking.run_list import RunList
+from src.tracking.runs import RunList
 from src.tracking.wandb_login import WandbTarget, logged_in
 from sweeps.analysis.results import Results, collect
+from sweeps.report.plot_style import COLORS, NAMES, metric_label
 
+TEMPLATE = Path(__file__).parent / "wandb" / "dashboard.yaml"
 DEFINITION = "dashboard.json"
+SCHEMA = 1  # of dashboard.json
+# In W&B methods differ by color alone, so no two of the first twelve share one.
+PALETTE = (*COLORS, "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#7F7F7F")
 
 
-def write(folder: SweepFolder) -> Any:
+def write(folder: SweepFolder) -> dict[str, Any]:
     """Write the definition of a sweep's dashboard, and return it.
 
     Raises ConfigError when no point of the sweep is done.
     """
-    from sweeps.wandb.dashboard_definition import define
-
     results = collect([folder])
     if not (results.points.state == "done").any():
         raise ConfigError(f"{folder.path}: no point is done yet, so there is nothing to show")
-    figures = [path.stem for path in sorted(folder.figures.glob("*.png"))]
-    dashboard = define(results.sweeps[0], results.points, _metrics(results), figures)
-    atomic_write(folder.path / DEFINITION, json.dumps(dashboard.as_json(), indent=1) + "\n")
+    dashboard = define(results, [f"figures/{path.stem}" for path in sorted(folder.figures.glob("*.png"))])
+    write_json(folder.path / DEFINITION, dashboard)
     return dashboard
 
 
-def _metrics(results: Results) -> list[str]:
-    """Return the keys of all training metrics that a point of the sweep logs."""
-    names: dict[str, None] = {}
-    for result in results.points.identity[results.points.state == "done"]:
-        folder = results.artifacts(result, "align")
+def define(results: Results, figures: list[str]) -> dict[str, Any]:
+    """Return the dashboard of a sweep with a finished point. figures: keys of what the aggregation run logged."""
+    sweep, points = results.sweeps[0], results.points
+    done = points[points.state == "done"]
+    metrics = _metrics(results, list(done.identity))
+    template = yaml.safe_load(Template(TEMPLATE.read_text()).substitute(metric=metric_label(done)))
+    sections = [
+        {**section, "panels": [p for p in section["panels"] if p["kind"] != "curves" or p["y"] in metrics]}
+        for section in template["sections"]
+    ]
+    if figures:
+        panel = {"kind": "images", "title": "Figures of the report", "keys": figures}
+        sections.append({"title": "Figures", "text": "The figures of report.html.", "panels": [panel]})
+    methods, setups = dict.fromkeys(points.method), ", ".join(dict.fromkeys(points.setup))
+    return {
+        "schema": SCHEMA,
+        "name": sweep["name"],  # group of the runs
+        "title": f"{sweep['name']}: {', '.join(NAMES[method] for method in methods)}",
+        "intro": f"{len(done)} of {len(points)} points done; {setups}. `{sweep['command']}`",
+        "colors": {method: PALETTE[list(METHODS).index(method) % len(PALETTE)] for method in methods},
+        "runs": dict(zip(points.identity, points.method, strict=True)),
+        "columns": template["columns"],
+        "sections": [section for section in sections if section["panels"]],
+    }
+
+
+def _metrics(results: Results, points: list[str]) -> set[str]:
+    """Return the keys of all training metrics that a point logs."""
+    names: set[str] = set()
+    for point in points:
+        folder = results.artifacts(point, "align")
         if folder is not None and (folder / METRICS_FILE).exists():
             with (folder / METRICS_FILE).open() as lines:
-                names |= dict.fromkeys(f"train/{name}" for name in json.loads(next(lines, "{}")))
-    return list(names)
+                names |= {f"train/{name}" for name in json.loads(next(lines, "{}"))}
+    return names
 
 
-def save(folder: SweepFolder, dashboard: Any, project: str | None, entity: str | None) -> dict[str, str]:
+def save(folder: SweepFolder, dashboard: dict[str, Any], project: str | None, entity: str | None) -> dict[str, str]:
     """Save the dashboard in W&B; a second call updates the view and report that the first one created.
 
     Raises ConfigError when nobody is logged in, StageError when W&B does not take it.
@@ -65,14 +95,13 @@ def save(folder: SweepFolder, dashboard: Any, project: str | None, entity: str |
 
     if not logged_in():
         raise ConfigError("not logged in to W&B: `wandb login`, or export WANDB_API_KEY; --local only writes the file")
-    config, table = RunList(folder.path).tracking.wandb, folder.tables / "best.csv"
-    best = pd.read_csv(table, dtype=str, keep_default_na=False) if table.exists() else pd.DataFrame()
-    state = folder.output_dir / "tracking" / "wandb" / f"dashboard-{dashboard.name}.json"
+    config, table = RunList(folder.path).tracking.wandb, folder.tables / "best.md"
+    state = folder.output_dir / "tracking" / "wandb" / f"dashboard-{dashboard['name']}.json"
     try:
         target = WandbTarget(project or config.project, entity or config.entity or wandb.Api().default_entity, "online")
         known = read_json(state) if state.exists() else {}
         known = known if known.get("target") == str(target) else {}
-        saved = workspace.save(dashboard, best, target, known)
+        saved = workspace.save(dashboard, table.read_text() if table.exists() else "", target, known)
     except (wandb.Error, ValueError) as error:
         raise StageError(f"W&B did not take the dashboard: {error}") from error
     state.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Upload to W&B what it does not have yet: `python -m sweeps.wandb_sync DIR`, for a sweep's folder or an output_dir.
 
 The store is the truth, so nothing is uploaded twice and a second call finds nothing to do. With `--watch` the runs of
-DIR are mirrored while they are computed, to the trackers they were started with: a run starts that beside itself.
+DIR are synced while they are computed, to the trackers they were started with: a run starts that beside itself.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from src.errors import ConfigError, StageError, report_errors
 from src.progress import RunProgress
-from src.tracking.run_list import RunList, run_lists_below
+from src.tracking.runs import RunList, run_lists_below
 from src.tracking.sink import Sink
 from src.tracking.wandb_login import logged_in
-from src.tracking.watch import SinkMirror, make_sinks, watch
+from src.tracking.watch import SinkSync, make_sinks, watch
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo, or an output_dir")
     parser.add_argument("--project", help="W&B project; default: the one the runs were started with")
     parser.add_argument("--entity", help="W&B entity; default: the one the runs were started with, or yours")
-    parser.add_argument("--watch", action="store_true", help="mirror until the runs end, or the pipe on stdin closes")
+    parser.add_argument("--watch", action="store_true", help="sync until the runs end, or the pipe on stdin closes")
     parser.add_argument("--stages", nargs="+", default=[], help="with --watch: only runs that have one of these stages")
     parser.add_argument("--startup-jitter", type=float, default=0.0, help="with --watch: wait up to this many seconds")
     arguments = parser.parse_args()
@@ -43,26 +43,26 @@ def main() -> int:
 
 def upload(run_lists: list[RunList], project: str | None, entity: str | None) -> None:
     """Upload what is finished. Raises StageError when a tracker does not take it."""
-    num_runs, num_synced, num_uploaded = 0, 0, 0
+    num_runs, num_synced, num_complete = 0, 0, 0
     with RunProgress() as report:
         for number, run_list in enumerate(run_lists):
             report("uploading", number, len(run_lists))
             for sink in _upload_sinks(run_list, project, entity):
-                mirror = SinkMirror(run_list, sink)
-                is_synced = [run.is_complete for run in mirror.mirrors()]
-                mirror.advance(live=False)
-                if mirror.failure is not None:
-                    raise StageError(f"{mirror.failure}; run the same command again to continue")
+                sync = SinkSync(run_list, sink)
+                is_synced = [run.is_complete for run in sync.listed()]
+                sync.advance(live=False)
+                if sync.failure is not None:
+                    raise StageError(f"{sync.failure}; run the same command again to continue")
                 num_runs += len(is_synced)
                 num_synced += sum(is_synced)
-                num_uploaded += sum(run.is_complete for run in mirror.mirrors()) - sum(is_synced)
-    print(f"{num_uploaded} of {num_runs} runs uploaded, {num_synced} were there")
-    if num_rest := num_runs - num_synced - num_uploaded:
-        print(f"{num_rest} runs are still in progress; rerun later to upload them")
+                num_complete += sum(run.is_complete for run in sync.listed())
+    print(f"{num_complete - num_synced} of {num_runs} runs uploaded, {num_synced} were there")
+    if num_complete < num_runs:
+        print(f"{num_runs - num_complete} runs are still in progress; rerun later to upload them")
 
 
 def watch_runs(run_list: RunList, stages: list[str], startup_jitter: float) -> int:
-    """Mirror runs until they end, or until the process that started this one does: it holds our stdin open."""
+    """Sync runs until they end, or until the process that started this one does: it holds our stdin open."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     ended = threading.Event()
     if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
@@ -71,10 +71,9 @@ def watch_runs(run_list: RunList, stages: list[str], startup_jitter: float) -> i
         threading.Thread(target=_wait_for_eof, args=[ended], daemon=True).start()
     os.nice(5)
     ended.wait(random.uniform(0, startup_jitter))
-    sinks = make_sinks(run_list.tracking, run_list.output_dir)
-    mirrors = [SinkMirror(run_list, sink, stages) for sink in sinks]
-    watch(mirrors, lambda seconds: run_list.is_finished or ended.wait(seconds))
-    failures = [mirror.failure for mirror in mirrors if mirror.failure is not None]
+    syncs = [SinkSync(run_list, sink, stages) for sink in make_sinks(run_list.tracking, run_list.output_dir)]
+    watch(syncs, lambda seconds: run_list.is_finished or ended.wait(seconds))
+    failures = [sync.failure for sync in syncs if sync.failure is not None]
     if not failures:
         return 0
     print("; ".join(failures), flush=True)

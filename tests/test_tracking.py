@@ -28,7 +28,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def uploaded_sweep(tmp_path_factory):
-    """Return a server, and the output_dir of a sweep that was mirrored to it while it ran."""
+    """Return a server, and the output_dir of a sweep that was synced to it while it ran."""
     out = tmp_path_factory.mktemp("uploaded")
     with wandb_server.serving() as server:
         done = run(server, *TWO_POINTS, f"output_dir={out}")

@@ -23,7 +23,7 @@ from src.errors import describe_failure
 from src.planning.stage import Stage
 from src.preemption import Interrupted
 from src.progress import RunProgress
-from src.tracking.mirror_process import mirror_sweep
+from src.tracking.sync_process import sync_sweep
 
 EXIT_REQUEUE = 75  # exit code of a stopped job that asks to be requeued (EX_TEMPFAIL of sysexits.h)
 LINE_SECONDS = 60.0  # between lines of progress in a job's output
@@ -57,10 +57,10 @@ def run_task(stages: Sequence[Stage], folder: Path, index: int, upload: str) -> 
         set_cpu_threads(stages[0].point.engine.cpu_threads)
         targets = {identity for _, identity in task.stages}
         log_file, jitter = folder / f"tracking-{index}.log", STARTUP_JITTER * len(submission.tasks)
-        mirror = mirror_sweep(submission.sweep, log_file, stages=targets, startup_jitter=jitter)
-        with mirror, RunProgress(LINE_SECONDS) as report:
+        sync = sync_sweep(submission.sweep, log_file, stages=targets, startup_jitter=jitter)
+        with sync, RunProgress(LINE_SECONDS) as report:
             if rank() == 0 and upload == "during":
-                mirror.start()
+                sync.start()
             for stage in stages:
                 compute_or_wait(stage, store, report)
         if rank() == 0 and stages[0].point.keep_checkpoints == "none":
@@ -104,8 +104,8 @@ def run_aggregation(folder: Path) -> None:
             log.warning("the sweep has other points by now: nothing to aggregate")
             return
         # Nobody waits for this job, so trackers get the time they need. With upload=after it uploads everything.
-        with mirror_sweep(sweep, folder / "tracking.log", timeout=UPLOAD_TIMEOUT) as mirror:
-            mirror.start()
+        with sync_sweep(sweep, folder / "tracking.log", timeout=UPLOAD_TIMEOUT) as sync:
+            sync.start()
             pkgutil.resolve_name(submission.finalize)(sweep.path, failed_points(sweep))
 
 

@@ -1,1 +1,1 @@
-"""Metrics files, and trackers (W&B, TensorBoard) that are mirrored from the store by a process beside the run."""
+"""Metrics files, and trackers (W&B, TensorBoard), which a process beside the run syncs with the store."""

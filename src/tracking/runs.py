@@ -1,17 +1,27 @@
-"""Which runs trackers show: one per point, and one per stage that points share (sft, reference, baseline)."""
+"""Which runs trackers show: one per point, and one per stage that points share (sft, reference, baseline).
+
+They are listed by sweep.json or, for a single run, by a file of the same form below OUTPUT_DIR/tracking.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.store.files import read_json
+from omegaconf import OmegaConf
+
+from src.config.schema import Tracking
+from src.errors import ConfigError
+from src.planning.plan import Plan
+from src.store.files import read_json, write_json
 from src.store.store import METRICS_FILE, RUN_CONFIG_FILE, STAGE_FILE, StageName, Store
+from src.store.sweep_folder import SweepFolder
 from src.tracking.sink import RunMetadata
 
 SHARED_ROLES = ("sft", "reference", "baseline")
+SINGLE_RUNS = Path("tracking", "runs")  # in an output_dir: RESULT.json of each run that no sweep started
 
 # Entries of a point that do not describe the run, or that other points decide.
 _NOT_CONFIG = ("beta_grid", "lr_grid", "best_from", "dry_run", "output_dir", "keep_checkpoints", "sweep", "tracking")
@@ -56,32 +66,86 @@ class TrackedRun:
 
     def metadata(self, folder: Path) -> RunMetadata:
         """Describe the run by run_config.json and stage.json in `folder`, of a finished stage or a running attempt."""
-        config, stage = read_json(folder / RUN_CONFIG_FILE), read_json(folder / STAGE_FILE)
-        setup, init = config["setup"]["name"], config["init"]["name"]
-        group = self.group or config["sweep"]["name"]
+        point = read_json(folder / RUN_CONFIG_FILE)
+        setup, init, method = (point[name]["name"] for name in ("setup", "init", "method"))
         if self.job_type in SHARED_ROLES:
-            config = {"setup": setup, **stage["inputs"]}
-            return RunMetadata(self.id, self.job_type, self.name, group, (setup, init), config)
-        shown = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
-        method, beta = config["method"]["name"], config["beta"]
-        # Training curves of several learning rates and seeds are grouped by their series.
-        shown |= {"setup": setup, "series": f"{method} beta={beta:g}", "upstream_runs": self.upstream_runs}
-        tags = (setup, method, init)
-        return RunMetadata(self.id, self.job_type, self.name, group, tags, shown, self.upstream_runs)
+            tags: tuple[str, ...] = (setup, init)
+            config = {"setup": setup, **read_json(folder / STAGE_FILE)["inputs"]}
+        else:
+            tags = (setup, method, init)
+            config = {key: value for key, value in point.items() if key not in _NOT_CONFIG}
+            # Training curves of several learning rates and seeds are grouped by their series.
+            series = f"{method} beta={point['beta']:g}"
+            config |= {"setup": setup, "series": series, "upstream_runs": self.upstream_runs}
+        return RunMetadata(self.id, self.job_type, self.name, self.group or point["sweep"]["name"], tags, config)
 
 
-def runs_of_points(points: Iterable[dict[str, Any]], group: str | None) -> list[TrackedRun]:
-    """Return the runs of points as sweep.json lists them, upstream runs before those that use them."""
-    runs: dict[str, TrackedRun] = {}
-    for point in points:
-        upstream = {role: point["stages"][role] for role in SHARED_ROLES if role in point["stages"]}
-        for role, identity in upstream.items():
-            kind = "generate" if role == "baseline" else role
-            runs.setdefault(identity, TrackedRun(identity, role, f"{point['setup']} {role}", group, {kind: identity}))
-        run = point.get("full_result", point["identity"])
-        # The label of a rung before the last ends with `to 50 %`; the run continues in the next rung.
-        name = point["label"] if run == point["identity"] else point["label"].rpartition(" to ")[0]
-        stages = {kind: identity for kind, identity in point["stages"].items() if kind not in SHARED_ROLES}
-        earlier = tuple(point.get("earlier", ()))
-        runs.setdefault(run, TrackedRun(run, "align", name, group, stages, upstream, earlier))
-    return list(runs.values())
+class RunList:
+    """Lists the runs of a sweep's folder, or of OUTPUT_DIR/tracking/runs/RESULT.json, which a single run writes.
+
+    Raises ConfigError for a folder without a sweep.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.sweep = SweepFolder.open(self.path) if self.path.is_dir() else None
+        self.output_dir = self.path.parents[1 if self.sweep else 2]
+        self.store = Store(self.output_dir)
+
+    @property
+    def tracking(self) -> Tracking:
+        """The trackers that the runs were started with."""
+        tracking = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Tracking), self._read()["tracking"]))
+        assert isinstance(tracking, Tracking)
+        return tracking
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is computed any more."""
+        if self.sweep:
+            return self.sweep.read()["finished"] is not None
+        return all(self.store.is_done(run.result) for run in self.runs())
+
+    def runs(self) -> list[TrackedRun]:
+        """Return the runs as listed now, upstream runs before those that use them.
+
+        A search by rungs replaces the stages of a run by those of its next rung.
+        """
+        record = self._read()
+        group = record["name"]
+        runs: dict[str, TrackedRun] = {}
+        for point in record["points"]:
+            upstream = {role: point["stages"][role] for role in SHARED_ROLES if role in point["stages"]}
+            for role, identity in upstream.items():
+                stages = {"generate" if role == "baseline" else role: identity}
+                runs.setdefault(identity, TrackedRun(identity, role, f"{point['setup']} {role}", group, stages))
+            run = point.get("full_result", point["identity"])
+            # The label of a rung before the last ends with `to 50 %`; the run continues in the next rung.
+            name = point["label"] if run == point["identity"] else point["label"].rpartition(" to ")[0]
+            stages = {kind: identity for kind, identity in point["stages"].items() if kind not in SHARED_ROLES}
+            earlier = tuple(point.get("earlier", ()))
+            runs.setdefault(run, TrackedRun(run, "align", name, group, stages, upstream, earlier))
+        return list(runs.values())
+
+    def _read(self) -> dict[str, Any]:
+        return self.sweep.read() if self.sweep else read_json(self.path)
+
+
+def write_run_list(plan: Plan, store: Store) -> Path:
+    """Write the list of a single run, in the form of sweep.json."""
+    (point,), (result,), (stages,) = plan.points, plan.results, plan.stages_by_role
+    path = store.output_dir / SINGLE_RUNS / f"{result}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {"setup": point.setup.name, "label": point.label, "identity": result, "stages": stages}
+    write_json(path, {"name": point.sweep.name, "tracking": asdict(point.tracking), "points": [row]})
+    return path
+
+
+def run_lists_below(path: Path) -> list[RunList]:
+    """Return the list of a sweep's folder, or all of an output_dir. Raises ConfigError when it is neither."""
+    if SweepFolder(path).exists() or path.is_file():
+        return [RunList(path)]
+    if not Store(path).root.is_dir():
+        raise ConfigError(f"{path}: neither a sweep's folder, such as outputs/sweeps/demo, nor an output_dir")
+    sweeps = [folder.path for folder in SweepFolder.all_in(path)]
+    return [RunList(file) for file in sweeps + sorted((path / SINGLE_RUNS).glob("*.json"))]

@@ -1,12 +1,12 @@
-"""The interface of a tracker. The mirror writes runs to it; W&B and TensorBoard implement it."""
+"""The interface of a tracker. Runs are synced to it; W&B and TensorBoard implement it."""
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 STEP = "train/step"  # the x axis of training metrics
 
@@ -17,7 +17,7 @@ class RunLocked(Exception):
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """What a tracker lists a run by. upstream_runs: role -> id of the runs whose models or samples this one uses."""
+    """What a tracker lists a run by; the names are those of wandb.init."""
 
     id: str
     job_type: str
@@ -25,7 +25,6 @@ class RunMetadata:
     group: str | None
     tags: tuple[str, ...]
     config: dict[str, Any]
-    upstream_runs: dict[str, str] = field(default_factory=dict)
 
 
 class RunWriter:
@@ -49,11 +48,8 @@ class RunWriter:
     def add_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         pass
 
-    def add_figure(self, name: str, png: Path) -> None:
-        pass
-
-    def add_page(self, name: str, html: Path) -> None:
-        pass
+    def add_media(self, name: str, file: Path) -> None:
+        """Show a figure (.png) or a page (.html)."""
 
     def add_files(self, files: Sequence[Path], root: Path) -> None:
         """Keep small files with the run, under their paths relative to `root`."""
@@ -65,16 +61,16 @@ class RunWriter:
         """Close the run once the tracker has everything; raises when it does not take it. complete: nothing follows."""
 
 
-class Sink(Protocol):
-    """A tracker that runs are mirrored to."""
+@dataclass
+class Sink:
+    """A tracker that runs are synced to."""
 
-    name: str  # names its folder of sync state
+    name: str  # of its folder below OUTPUT_DIR/tracking
     title: str  # in messages
     target: str  # server and project: what another target has is written again; empty: it is not
     resumable: bool  # whether a run can be opened while it is computed, and again later
-
-    def open(self, run: RunMetadata) -> RunWriter:
-        """Create the run, or resume it. Raises when the tracker does not answer."""
+    # Creates the run, or resumes it. Raises RunLocked, or when the tracker does not answer.
+    open: Callable[[RunMetadata], RunWriter]
 
 
 def lock_run(file: Path) -> IO[str]:

@@ -1,72 +1,55 @@
-"""W&B as a sink: one W&B run per mirrored run, resumed by its id."""
+"""W&B as a sink: one W&B run per synced run, resumed by its id."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from src.tracking.sink import STEP, RunMetadata, RunWriter, lock_run
+from src.tracking.sink import STEP, RunMetadata, RunWriter, Sink, lock_run
 from src.tracking.wandb_login import WandbTarget, base_url
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 60.0  # seconds for the server to answer
 
 
-class WandbSink:
+def wandb_sink(output_dir: Path, target: WandbTarget) -> Sink:
+    online = target.mode == "online"  # an offline run is written once
+    address = f"{base_url() or ''} {target}" if online else ""
+    return Sink("wandb", "W&B", address, online, partial(WandbRun, output_dir, target))
+
+
+class WandbRun(RunWriter):
     """Imports wandb when the first run is opened."""
 
-    name, title = "wandb", "W&B"
-
-    def __init__(self, output_dir: Path, target: WandbTarget) -> None:
-        self.output_dir, self.wandb = output_dir, target
-        self.resumable = target.mode == "online"  # an offline run is written once
-        self.target = f"{base_url() or ''} {target}" if self.resumable else ""
-
-    def open(self, run: RunMetadata) -> RunWriter:
-        return _WandbRun(self, run)
-
-
-class _WandbRun(RunWriter):
-    def __init__(self, sink: WandbSink, metadata: RunMetadata) -> None:
-        self._lock = lock_run(sink.output_dir / "tracking" / sink.name / f"{metadata.id}.lock")
+    def __init__(self, output_dir: Path, target: WandbTarget, metadata: RunMetadata) -> None:
+        self._lock = lock_run(output_dir / "tracking" / "wandb" / f"{metadata.id}.lock")
         os.environ.setdefault("WANDB_SILENT", "true")  # failures arrive as exceptions
         import wandb
 
-        self._wandb, self._metadata, self._target = wandb, metadata, sink.wandb
-        self._run = wandb.init(
-            project=sink.wandb.project,
-            entity=sink.wandb.entity,
-            mode=sink.wandb.mode,  # type: ignore[arg-type]
-            id=metadata.id,
-            resume="allow",
-            name=metadata.name,
-            group=metadata.group,
-            job_type=metadata.job_type,
-            tags=list(metadata.tags),
-            dir=str(sink.output_dir),
-            config=metadata.config,
-            reinit="create_new",
-            settings=wandb.Settings(
-                init_timeout=INIT_TIMEOUT,
-                finish_timeout=FINISH_TIMEOUT,
-                finish_timeout_raises=True,
-                console="off",
-                silent=True,
-                disable_code=True,
-                disable_git=True,
-                disable_job_creation=True,
-                x_disable_meta=True,  # it would describe the mirroring process
-                x_disable_stats=True,
-                x_save_requirements=False,
-            ),
+        self._wandb, self._target = wandb, target
+        settings = wandb.Settings(
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=FINISH_TIMEOUT,
+            finish_timeout_raises=True,
+            console="off",
+            silent=True,
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,  # it would describe the process that syncs
+            x_disable_stats=True,
+            x_save_requirements=False,
         )
+        options: dict[str, Any] = {**asdict(target), **asdict(metadata), "dir": str(output_dir), "settings": settings}
+        self._run = wandb.init(**options, resume="allow", reinit="create_new")
         # Steps are a metric of their own: wandb's internal step neither repeats nor skips after a resume.
         self._run.define_metric(STEP)
         self._run.define_metric("train/*", step_metric=STEP)
         self.last_step = int(self._run.summary.get(STEP, -1))
-        self.url = self._run.url
+        self._upstream_runs = metadata.config.get("upstream_runs", {})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log({STEP: step, **metrics})
@@ -76,22 +59,20 @@ class _WandbRun(RunWriter):
 
     def add_result(self, result: str, summary: dict[str, Any]) -> None:
         self._run.summary.update({**summary, "result": result})
-        if self.url and self._metadata.upstream_runs:
-            project = self.url.rpartition("/")[0]
-            links = (f"[{role}]({project}/{run})" for role, run in self._metadata.upstream_runs.items())
+        if self._run.url and self._upstream_runs:
+            project = self._run.url.rpartition("/")[0]
+            links = (f"[{role}]({project}/{run})" for role, run in self._upstream_runs.items())
             self._run.notes = "upstream runs: " + ", ".join(links)
 
     def add_config(self, config: dict[str, Any]) -> None:
         self._run.config.update(config, allow_val_change=True)
 
     def add_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+        self._run.log({name: self._wandb.Table(columns=list(columns), data=list(rows))})
 
-    def add_figure(self, name: str, png: Path) -> None:
-        self._run.log({name: self._wandb.Image(str(png))})
-
-    def add_page(self, name: str, html: Path) -> None:
-        self._run.log({name: self._wandb.Html(str(html), inject=False)})
+    def add_media(self, name: str, file: Path) -> None:
+        is_figure = file.suffix == ".png"
+        self._run.log({name: self._wandb.Image(str(file)) if is_figure else self._wandb.Html(str(file), inject=False)})
 
     def add_files(self, files: Sequence[Path], root: Path) -> None:
         for file in files:

@@ -15,7 +15,7 @@ from src.preflight import check_hub, check_key, check_packages
 from src.store.retention import apply_retention_after_rung, best_results_in_store
 from src.store.store import StageName, Store, read_result
 from src.store.sweep_folder import SweepFolder
-from src.tracking.mirror_process import MirrorProcess, mirror_sweep
+from src.tracking.sync_process import SyncProcess, sync_sweep
 from sweeps.search.record import SweepRecord
 from sweeps.search.successive_halving import RungState, dry_run_table, entry_rungs, promote, with_stop
 
@@ -61,17 +61,17 @@ class Search:
         Raises SweepFailed when points failed.
         """
         folder = SweepFolder(self.store.sweeps / name)
-        with mirror_sweep(folder) as mirror:
-            self._run(launcher, name, command, mirror)
+        with sync_sweep(folder) as sync:
+            self._run(launcher, name, command, sync)
 
-    def _run(self, launcher: PlanLauncher, name: str, command: str, mirror: MirrorProcess) -> None:
+    def _run(self, launcher: PlanLauncher, name: str, command: str, sync: SyncProcess) -> None:
         num_completed, failures = self._load_progress(SweepFolder(self.store.sweeps / name))
         last = len(self.rungs) - 1
         for rung in range(len(self.rungs)):
             plan = self._plan(failures)
             record = SweepRecord(self.store, plan, name, command, self._state(rung), dict(failures))
             if rung == last or (rung >= num_completed and plan.needed):
-                new_failures = self._run_rung(launcher, record, rung, mirror)
+                new_failures = self._run_rung(launcher, record, rung, sync)
                 if new_failures is None:
                     if rung < last:
                         print(f"when rung {rung + 1} is done, rerun the same command to start rung {rung + 2}")
@@ -81,11 +81,11 @@ class Search:
                 self._finish_rung(rung, plan)
         from sweeps.finalize import finalize  # pandas: only when there is something to aggregate
 
-        mirror.start()
+        sync.start()
         finalize(record.folder.path, failures)
 
     def _run_rung(
-        self, launcher: PlanLauncher, record: SweepRecord, rung: int, mirror: MirrorProcess
+        self, launcher: PlanLauncher, record: SweepRecord, rung: int, sync: SyncProcess
     ) -> dict[str, PointFailure] | None:
         """Return the failures of the rung; None when jobs compute it and finalize the sweep."""
         plan = record.plan
@@ -99,9 +99,9 @@ class Search:
             )
         record.start()
         if launcher.runs_in_process:
-            mirror.start()
+            sync.start()
         elif plan.needed:
-            mirror.announce()
+            sync.announce()
         failures = launcher.launch_plan(plan, record.folder, FINALIZE)
         if failures is None:
             record.submitted()

@@ -11,7 +11,7 @@ from src.errors import ConfigError, StageError
 from src.progress import RunProgress
 from src.store.store import DONE, Store
 from src.store.sweep_folder import SweepFolder
-from src.tracking.sweep_mirror import JOB_TYPE
+from src.tracking.sync import SWEEP_JOB_TYPE
 from src.tracking.wandb_login import logged_in
 
 SCHEME = "wandb://"
@@ -40,18 +40,19 @@ def fetch(address: str, output_dir: Path | None = None) -> Path:
 
     try:
         runs = list(wandb.Api(timeout=30).runs(f"{entity}/{project}", filters={"group": group}, include_sweeps=False))
-        sweep_runs = sorted((run for run in runs if run.job_type == JOB_TYPE), key=lambda run: str(run.created_at))
+        aggregations = [run for run in runs if run.job_type == SWEEP_JOB_TYPE]
         with RunProgress() as report:
-            for number, run in enumerate(runs if sweep_runs else []):
+            for number, run in enumerate(runs if aggregations else []):
                 report("from W&B", number, len(runs))
                 _download_stages(run, store)
-            if sweep_runs:
+            if aggregations:
                 folder.path.mkdir(parents=True, exist_ok=True)
-                sweep_runs[-1].file(folder.record.name).download(root=str(folder.path), replace=True)
+                newest = max(aggregations, key=lambda run: str(run.created_at))
+                newest.file(folder.record.name).download(root=str(folder.path), replace=True)
             report("from W&B", len(runs), len(runs))
     except (wandb.Error, requests.RequestException, ValueError) as error:
         raise StageError(f"{address}: W&B did not answer as expected ({error})") from error
-    if not sweep_runs:
+    if not aggregations:
         problem = "found runs but no sweep record" if runs else "no runs"
         raise ConfigError(
             f"{address}: {problem}; upload it with `python -m sweeps.wandb_sync DIR` on the machine that has the store"

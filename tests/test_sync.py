@@ -1,4 +1,4 @@
-"""The mirror brings any sink up to what the store has: each step and each result once, whatever happens in between."""
+"""A sync brings any sink up to what the store has: each step and each result once, whatever happens in between."""
 
 import json
 
@@ -6,9 +6,9 @@ import pytest
 
 from src.store.store import StageName, Store
 from src.store.sweep_folder import SweepFolder
-from src.tracking.run_list import RunList
+from src.tracking.runs import RunList
 from src.tracking.sink import RunLocked, RunWriter
-from src.tracking.watch import SinkMirror, watch
+from src.tracking.watch import SinkSync, watch
 
 CONFIG = {"setup": {"name": "toy"}, "init": {"name": "sft"}, "method": {"name": "dpo"}, "beta": 0.1, "tracking": {}}
 
@@ -104,42 +104,42 @@ def write_sweep(store, stages, **entries):
 
 def test_curves_are_live_and_a_second_pass_writes_nothing(store, sink):
     stages = {"align": "align", "generate": "generate", "evaluate": "evaluate"}
-    mirror = SinkMirror(write_sweep(store, stages), sink)
-    mirror.advance(live=True)
+    sync = SinkSync(write_sweep(store, stages), sink)
+    sync.advance(live=True)
     assert "evaluate" not in sink.runs, "nothing is computed yet"
     attempt = write_attempt(store, "align", steps=3)
-    mirror.advance(live=True)
+    sync.advance(live=True)
     assert sink.runs["evaluate"].steps == [0, 1, 2] and not sink.runs["evaluate"].finished
     with (attempt / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # a line that is being written
-    mirror.advance(live=True)
+    sync.advance(live=True)
     assert sink.runs["evaluate"].steps == [0, 1, 2, 3]
     write_done_point(store, steps=6)
     for _ in range(2):
-        mirror.advance(live=True)
+        sync.advance(live=True)
     run = sink.runs["evaluate"]
     assert run.steps == list(range(6)) and run.results == ["evaluate"] and run.finished == [True]
     assert run.summary == {"quality/value": 0.75}
     assert (run.metadata.group, run.metadata.name, run.metadata.tags) == ("toy", "dpo beta=0.1", ("toy", "dpo", "sft"))
 
 
-def test_a_mirror_that_died_is_resumed_by_the_next_without_a_step_twice(store, sink):
+def test_a_process_that_died_is_continued_by_the_next_without_a_step_twice(store, sink):
     runs = write_sweep(store, {"align": "align", "generate": "generate", "evaluate": "evaluate"})
     write_attempt(store, "align", steps=3)
-    SinkMirror(runs, sink).advance(live=True)
+    SinkSync(runs, sink).advance(live=True)
     write_done_point(store, steps=6)
     for _ in range(2):
-        SinkMirror(runs, sink).advance(live=False)
+        SinkSync(runs, sink).advance(live=False)
     assert sink.runs["evaluate"].steps == list(range(6)) and sink.runs["evaluate"].finished == [True]
 
 
 def test_a_run_that_another_process_has_open_is_left_to_it(store, sink):
-    mirror = SinkMirror(write_sweep(store, write_done_point(store, steps=3)), sink)
+    sync = SinkSync(write_sweep(store, write_done_point(store, steps=3)), sink)
     sink.locked.add("evaluate")
-    mirror.advance(live=True)
-    assert "evaluate" not in sink.runs and mirror.failure is None
+    sync.advance(live=True)
+    assert "evaluate" not in sink.runs and sync.failure is None
     sink.locked.clear()
-    mirror.advance(live=True)
+    sync.advance(live=True)
     assert sink.runs["evaluate"].steps == [0, 1, 2]
 
 
@@ -147,14 +147,14 @@ def test_the_next_rung_continues_the_run_of_the_one_before(store, sink):
     first = write_done_point(store, steps=3, suffix="@0.5")
     second = {"align": "align", "generate": "generate", "evaluate": "evaluate"}
     label = {"label": "dpo beta=0.1 to 50 %"}
-    SinkMirror(write_sweep(store, first, full_result="evaluate", **label), sink).advance(live=True)
+    SinkSync(write_sweep(store, first, full_result="evaluate", **label), sink).advance(live=True)
     assert sink.runs["evaluate"].finished == [True]
     runs = write_sweep(store, second, full_result="evaluate", earlier=["evaluate@0.5"])
-    mirror = SinkMirror(runs, sink)
-    mirror.advance(live=True)
+    sync = SinkSync(runs, sink)
+    sync.advance(live=True)
     assert sink.runs["evaluate"].finished == [True], "the second rung has not started"
     write_done_point(store, steps=6)
-    mirror.advance(live=True)
+    sync.advance(live=True)
     run = sink.runs["evaluate"]
     assert run.steps == list(range(6)) and run.results == ["evaluate@0.5", "evaluate"]
     assert run.finished == [True, True] and run.metadata.name == "dpo beta=0.1"
@@ -163,12 +163,12 @@ def test_the_next_rung_continues_the_run_of_the_one_before(store, sink):
 def test_a_sink_that_fails_does_not_stop_another(store, sink):
     runs, broken = write_sweep(store, write_done_point(store, steps=3)), RecordingSink()
     broken.name, broken.error = "broken", OSError("no server")
-    mirrors = [SinkMirror(runs, broken), SinkMirror(runs, sink)]
-    watch(mirrors, lambda seconds: True)
-    assert mirrors[0].failure == "Recording: OSError: no server" and mirrors[1].failure is None
+    syncs = [SinkSync(runs, broken), SinkSync(runs, sink)]
+    watch(syncs, lambda seconds: True)
+    assert syncs[0].failure == "Recording: OSError: no server" and syncs[1].failure is None
     assert sink.runs["evaluate"].finished == [True]
     broken.error = None
-    SinkMirror(runs, broken).advance(live=False)
+    SinkSync(runs, broken).advance(live=False)
     assert broken.runs["evaluate"].steps == [0, 1, 2] and broken.runs["evaluate"].finished == [True]
 
 
@@ -176,14 +176,14 @@ def test_another_server_gets_everything_and_offline_files_only_what_no_server_ha
     runs, other, offline = write_sweep(store, write_done_point(store, steps=3)), RecordingSink(), RecordingSink()
     other.target, offline.target = "elsewhere", ""
     for each in (sink, offline, other):
-        SinkMirror(runs, each).advance(live=True)
+        SinkSync(runs, each).advance(live=True)
     assert sink.runs["evaluate"].finished == other.runs["evaluate"].finished == [True]
     assert "evaluate" not in offline.runs
 
 
-def test_only_runs_of_the_given_stages_are_mirrored(store, sink):
+def test_only_runs_of_the_given_stages_are_synced(store, sink):
     runs = write_sweep(store, write_done_point(store, steps=3))
-    SinkMirror(runs, sink, stages=["another"]).advance(live=True)
+    SinkSync(runs, sink, stages=["another"]).advance(live=True)
     assert not sink.runs
-    SinkMirror(runs, sink, stages=["align"]).advance(live=True)
+    SinkSync(runs, sink, stages=["align"]).advance(live=True)
     assert list(sink.runs) == ["evaluate"], "and the sweep's own run is not"

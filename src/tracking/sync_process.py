@@ -1,10 +1,11 @@
-"""The process beside a run or sweep that mirrors it to trackers, as the run sees it."""
+"""The process beside a run or sweep that syncs it to trackers, as the run sees it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +13,29 @@ from src.planning.plan import Plan
 from src.preemption import Interrupted
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
-from src.tracking.run_list import RunList, write_run_list
+from src.tracking.runs import RunList, write_run_list
 from src.tracking.wandb_login import base_url, resolve_target
 
 FINISH_TIMEOUT = 60.0  # seconds that a run waits at its end for its trackers
 INTERRUPT_TIMEOUT = 8.0  # the same after Ctrl-C or when the job is preempted
 
 
-class MirrorProcess:
+@dataclass
+class SyncProcess:
     """Runs `python -m sweeps.wandb_sync --watch` from start() to the end of the `with` block.
 
     Nothing it does can fail the run: at the end it is given `timeout` seconds, and if a tracker is still incomplete,
     one warning names the command that uploads the rest. When this process is killed, its stdin closes and it ends too.
-
-    path: of the list of runs, which is read at the start. stages: identities; when given, only runs that one of these
-    stages belongs to are mirrored. startup_jitter: upper bound in seconds of a random delay before the first request,
-    so that many jobs do not contact a server together.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        log_file: Path,
-        stages: Collection[str] = (),
-        startup_jitter: float = 0.0,
-        timeout: float = FINISH_TIMEOUT,
-    ) -> None:
-        self.path, self.log_file, self.timeout = path, log_file, timeout
-        self._options = ["--startup-jitter", str(startup_jitter), *(["--stages", *stages] if stages else [])]
-        self._process: subprocess.Popen[bytes] | None = None
+    path: Path  # of the list of runs, which is read at the start
+    log_file: Path
+    stages: Collection[str] = ()  # identities; when given, only runs that one of these belongs to are synced
+    # Upper bound in seconds of a random delay before the first request, so that many jobs do not contact a server
+    # together.
+    startup_jitter: float = 0.0
+    timeout: float = FINISH_TIMEOUT
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def announce(self) -> bool:
         """Print where the runs are tracked. Returns whether they are."""
@@ -49,9 +44,8 @@ class MirrorProcess:
         if target is not None and target.mode == "online":
             lines.append(f"W&B: online, {target} ({base_url() or 'https://wandb.ai'})")
         elif target is not None:
-            lines.append(
-                f"W&B: offline, below {runs.output_dir}/wandb; after `wandb login`, `{self._upload}` uploads it"
-            )
+            upload = f"after `wandb login`, `{self._upload}` uploads it"
+            lines.append(f"W&B: offline, below {runs.output_dir}/wandb; {upload}")
         if runs.tracking.tensorboard.enabled:
             lines.append(f"TensorBoard: tensorboard --logdir {runs.output_dir}/tensorboard")
         for line in lines:
@@ -59,20 +53,21 @@ class MirrorProcess:
         return bool(lines)
 
     def start(self) -> None:
-        """Start mirroring, if a tracker is switched on and it is not started yet."""
+        """Start the process, if a tracker is switched on and it is not started yet."""
         if self._process is not None or not self.announce():
             return
+        options = ["--startup-jitter", str(self.startup_jitter), *(["--stages", *self.stages] if self.stages else [])]
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sweeps.wandb_sync", "--watch", str(self.path), *self._options],
+                [sys.executable, "-m", "sweeps.wandb_sync", "--watch", str(self.path), *options],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches the run, which then ends this process
             )
 
-    def __enter__(self) -> MirrorProcess:
+    def __enter__(self) -> SyncProcess:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -101,11 +96,11 @@ class MirrorProcess:
         return f"python -m sweeps.wandb_sync {self.path if self.path.is_dir() else RunList(self.path).output_dir}"
 
 
-def mirror_sweep(folder: SweepFolder, log_file: Path | None = None, **options: Any) -> MirrorProcess:
+def sync_sweep(folder: SweepFolder, log_file: Path | None = None, **options: Any) -> SyncProcess:
     """Return the process for the runs of a sweep, which sweep.json must list when it starts."""
-    return MirrorProcess(folder.path.absolute(), log_file or folder.logs / "tracking.log", **options)
+    return SyncProcess(folder.path.absolute(), log_file or folder.logs / "tracking.log", **options)
 
 
-def mirror_run(plan: Plan, store: Store) -> MirrorProcess:
+def sync_run(plan: Plan, store: Store) -> SyncProcess:
     """Return the process for the only point of a plan, which is listed for it below OUTPUT_DIR/tracking."""
-    return MirrorProcess(write_run_list(plan, store), store.output_dir / "tracking" / "mirror.log")
+    return SyncProcess(write_run_list(plan, store), store.output_dir / "tracking" / "sync.log")

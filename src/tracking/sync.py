@@ -1,0 +1,240 @@
+"""Brings a run of a tracker up to what the store has of it. Doing so again changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.planning.identity import digest
+from src.store.files import read_json, write_json
+from src.store.store import (
+    DONE,
+    JUDGEMENTS_FILE,
+    METRICS_FILE,
+    QUALITY_FILE,
+    RESULT_FILE,
+    RUN_CONFIG_FILE,
+    SAMPLES_FILE,
+    STAGE_FILE,
+    StageName,
+    Store,
+    full_run_id,
+)
+from src.store.sweep_folder import SweepFolder
+from src.tracking.runs import TrackedRun
+from src.tracking.sink import RunLocked, RunMetadata, RunWriter, Sink
+
+log = logging.getLogger(__name__)
+
+SWEEP_JOB_TYPE = "aggregate"
+COMPUTED = ("host", "slurm_job", "commit", "seconds", "tokens", "processes", "finished")  # entries of DONE shown
+SAMPLE_COLUMNS = ("index", "prompt", "response", "tokens", "finished", "baseline", "verdict", "reason")
+
+# The small files of a stage, which suffice to aggregate without the store.
+SMALL_FILES = (
+    *(DONE, STAGE_FILE, RUN_CONFIG_FILE, METRICS_FILE, SAMPLES_FILE),
+    *(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE),
+)
+
+
+class Sync(ABC):
+    """Keeps one run of one sink in sync with what was computed.
+
+    What the sink has confirmed is noted below OUTPUT_DIR/tracking.
+    """
+
+    def __init__(self, run_id: str, output_dir: Path, sink: Sink) -> None:
+        self.run_id, self.sink = run_id, sink
+        self._state_file = output_dir / "tracking" / sink.name / f"{run_id}.json"
+        self.last_step = self._state().get("last_step", -1)  # the last training step that the sink has; -1 for none
+        self._writer: RunWriter | None = None
+
+    @property
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether the sink has the run with its final result."""
+
+    @abstractmethod
+    def advance(self, live: bool) -> None:
+        """Write what is new. live: also of what is still being computed."""
+
+    def close(self) -> None:
+        """Close the run before it is complete; a later process resumes it."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.finish(complete=False)
+
+    def _open(self, metadata: RunMetadata) -> RunWriter | None:
+        """Create or resume the run; None while another process has it open."""
+        try:
+            self._writer = self.sink.open(metadata)
+        except RunLocked:
+            return None
+        self.last_step = max(self.last_step, self._writer.last_step)
+        return self._writer
+
+    def _complete(self, content: Any) -> None:
+        """Close the run and note that the sink has `content` of it."""
+        assert self._writer is not None
+        writer, self._writer = self._writer, None
+        writer.finish(complete=True)
+        log.info("%s: %s is complete", self.sink.title, self.run_id)
+        self._state_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._state_file, {"target": self.sink.target, "content": content, "last_step": self.last_step})
+
+    def _is_synced(self, content: Any) -> bool:
+        """Return whether the sink has exactly this content of the run."""
+        return self._state().get("content") == content
+
+    def _state(self) -> dict[str, Any]:
+        """Return what the sink has; nothing when that was noted for another target."""
+        state = read_json(self._state_file) if self._state_file.exists() else {}
+        return state if self.sink.target in ("", state.get("target")) else {}
+
+
+class RunSync(Sync):
+    """Syncs a point or a shared stage. The run is created on its first metrics."""
+
+    def __init__(self, run: TrackedRun, store: Store, sink: Sink) -> None:
+        super().__init__(run.id, store.output_dir, sink)
+        self.run, self.store = run, store
+
+    @property
+    def is_complete(self) -> bool:
+        return self.store.is_done(self.run.result) and self._is_synced(self.run.stages)
+
+    def advance(self, live: bool) -> None:
+        done = self.run.done_stages(self.store)
+        is_new = done is not None and not self._is_synced(done)
+        if not (live or is_new):
+            return
+        try:
+            file = next((file for file in self.run.metrics_files(self.store) if file.exists()), None)
+            rows = self._new_rows(file) if file else []
+            # The last finished stage, or else the running attempt, describes the run.
+            if done is not None and (rows or is_new):
+                folder = self.store.dir(StageName(*list(done.items())[-1]))
+            elif file is not None and rows:
+                folder = file.parent
+            else:
+                return
+            metadata = self.run.metadata(folder)
+        except FileNotFoundError:  # the attempt is being published
+            return
+        writer = self._writer or self._open(metadata)
+        if writer is None:
+            return
+        for row in rows:
+            if row["step"] > self.last_step:
+                self.last_step = row.pop("step")
+                writer.log(self.last_step, {f"train/{name}": value for name, value in row.items()})
+        if done is not None and is_new:
+            self._write_result(writer, done)
+            self._complete(done)
+
+    def _new_rows(self, metrics_file: Path) -> list[dict[str, Any]]:
+        """Return the complete lines of steps that are not in the sink yet; line n is of step n."""
+        text = metrics_file.read_bytes()
+        lines = text[: text.rfind(b"\n") + 1].splitlines()
+        return [json.loads(line) for line in lines[self.last_step + 1 :]]
+
+    def _write_result(self, writer: RunWriter, done: dict[str, str]) -> None:
+        folders = {kind: self.store.dir(StageName(kind, identity)) for kind, identity in done.items()}
+        result = done.get("evaluate")
+        if result is not None and not writer.has_result(result):
+            rows = _samples(folders["generate"] / SAMPLES_FILE, folders["evaluate"] / JUDGEMENTS_FILE)
+            writer.add_table("samples", SAMPLE_COLUMNS, rows)
+            summary = read_json(folders["evaluate"] / RESULT_FILE)
+            writer.add_result(result, _flatten({k: v for k, v in summary.items() if k not in ("stages", "schema")}))
+        records = {kind: read_json(folder / DONE) for kind, folder in folders.items()}
+        computed = {kind: {key: row[key] for key in COMPUTED if row.get(key)} for kind, row in records.items()}
+        writer.add_config({"stages": done, "computed": computed})
+        files = [folder / name for folder in folders.values() for name in SMALL_FILES]
+        writer.add_files([file for file in files if file.exists()], self.store.root)
+
+
+class SweepSync(Sync):
+    """Syncs the results of a sweep once it is aggregated: tables, figures and the best points."""
+
+    def __init__(self, folder: SweepFolder, sink: Sink) -> None:
+        sweep = folder.read()
+        # Of the points at full length, so that every search over them is the same run.
+        points = sorted(full_run_id(point["stages"]["align"]) for point in sweep["points"])
+        super().__init__(f"sweep-{digest([sweep['name'], points])[:16]}", folder.output_dir, sink)
+        self.folder = folder
+
+    @property
+    def is_complete(self) -> bool:
+        return self._is_aggregated() and self._is_synced(self._content())
+
+    def advance(self, live: bool) -> None:
+        content = self._content()
+        if not self._is_aggregated() or self._is_synced(content):
+            return
+        sweep = self.folder.read()
+        tags = tuple(dict.fromkeys(point["setup"] for point in sweep["points"]))
+        config = {name: sweep[name] for name in ("command", "code", "select", "search")}
+        config["points"] = len(sweep["points"])
+        writer = self._open(RunMetadata(self.run_id, SWEEP_JOB_TYPE, sweep["name"], sweep["name"], tags, config))
+        if writer is not None:
+            self._write_result(writer, content)
+            self._complete(content)
+
+    def _is_aggregated(self) -> bool:
+        return self.folder.read()["finished"] is not None and self.folder.report.exists()
+
+    def _write_result(self, writer: RunWriter, content: str) -> None:
+        for path in sorted(self.folder.figures.glob("*.png")):
+            writer.add_media(f"figures/{path.stem}", path)
+        with (self.folder.tables / "best.csv").open(newline="") as handle:
+            header, *rows = csv.reader(handle)
+        writer.add_table("tables/best", header, rows)  # the other tables are in the artifact
+        writer.add_media("report", self.folder.report)
+        writer.add_result(content, self._summary())
+        writer.add_artifact(re.sub(r"[^\w.-]+", "-", f"{self.folder.name}-results"), self.folder.results())
+        writer.add_files([self.folder.record], self.folder.path)
+
+    def _summary(self) -> dict[str, Any]:
+        states = [point["state"] for point in self.folder.read()["points"]]
+        summary: dict[str, Any] = {f"points/{state}": states.count(state) for state in sorted(set(states))}
+        for setup, methods in (yaml.safe_load(self.folder.best_yaml.read_text()) or {}).items():
+            for method, row in methods.items():
+                for name in ("beta", "lr", "quality_reporting", "quality_reporting_se"):
+                    summary[f"best/{setup}/{method}/{name}"] = row[name]
+        return summary
+
+    def _content(self) -> str:
+        """Return a digest of the results. The report is left out: it contains the time it was written."""
+        files = [file for file in (self.folder.best_yaml, self.folder.points_csv) if file.exists()]
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return numbers and strings by their path, as `quality/value`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float | str):
+            flat[prefix + name] = value
+    return flat
+
+
+def _samples(samples: Path, judgements: Path) -> list[list[Any]]:
+    """Return a row for every prompt: its response, and the judge's verdict on it if there is a judge."""
+    verdicts = {row["index"]: row for row in _json_lines(judgements)} if judgements.exists() else {}
+    rows = (verdicts.get(row["index"], {}) | row for row in _json_lines(samples))
+    return [[row.get(name) for name in SAMPLE_COLUMNS] for row in rows]
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    yield from map(json.loads, file.read_text().splitlines())
