@@ -7,7 +7,6 @@ both are saved in W&B, and a second call updates them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from string import Template
@@ -19,7 +18,6 @@ from src.config.packages import require_package
 from src.errors import ConfigError, StageError, report_errors
 from src.methods import METHODS
 from src.store.files import read_json, write_json
-from src.store.store import METRICS_FILE
 from src.store.sweep_folder import SweepFolder
 from src.tracking.runs import RunList
 from src.tracking.wandb_login import WandbTarget, logged_in
@@ -50,15 +48,10 @@ def define(results: Results, figures: list[str]) -> dict[str, Any]:
     """Return the dashboard of a sweep with a finished point. figures: keys of what the aggregation run logged."""
     sweep, points = results.sweeps[0], results.points
     done = points[points.state == "done"]
-    metrics = _metrics(results, list(done.identity))
     template = yaml.safe_load(Template(TEMPLATE.read_text()).substitute(metric=metric_label(done)))
-    sections = [
-        {**section, "panels": [p for p in section["panels"] if p["kind"] != "curves" or p["y"] in metrics]}
-        for section in template["sections"]
-    ]
     if figures:
         panel = {"kind": "images", "title": "Figures of the report", "keys": figures}
-        sections.append({"title": "Figures", "text": "The figures of report.html.", "panels": [panel]})
+        template["sections"].append({"title": "Figures", "text": "The figures of report.html.", "panels": [panel]})
     methods, setups = dict.fromkeys(points.method), ", ".join(dict.fromkeys(points.setup))
     return {
         "schema": SCHEMA,
@@ -67,20 +60,8 @@ def define(results: Results, figures: list[str]) -> dict[str, Any]:
         "intro": f"{len(done)} of {len(points)} points done; {setups}. `{sweep['command']}`",
         "colors": {method: PALETTE[list(METHODS).index(method) % len(PALETTE)] for method in methods},
         "runs": dict(zip(points.identity, points.method, strict=True)),
-        "columns": template["columns"],
-        "sections": [section for section in sections if section["panels"]],
+        **template,
     }
-
-
-def _metrics(results: Results, points: list[str]) -> set[str]:
-    """Return the keys of all training metrics that a point logs."""
-    names: set[str] = set()
-    for point in points:
-        folder = results.artifacts(point, "align")
-        if folder is not None and (folder / METRICS_FILE).exists():
-            with (folder / METRICS_FILE).open() as lines:
-                names |= {f"train/{name}" for name in json.loads(next(lines, "{}"))}
-    return names
 
 
 def save(folder: SweepFolder, dashboard: dict[str, Any], project: str | None, entity: str | None) -> dict[str, str]:

@@ -42,8 +42,9 @@ class RecordingWriter(RunWriter):
             raise self.sink.error
         self.steps.append(step)
 
-    def has_result(self, result):
-        return result in self.results
+    @property
+    def result(self):
+        return self.results[-1] if self.results else None
 
     def add_result(self, result, summary):
         self.results.append(result)

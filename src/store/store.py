@@ -27,8 +27,13 @@ QUALITY_FILE = "quality.json"  # beside it: quality per prompt, and which prompt
 JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, with a judge: verdict and reason for every prompt
 RUN_CONFIG_FILE = "run_config.json"  # beside stage.json: the resolved config of the run that computed the stage
 SAMPLES_FILE = "samples.jsonl"  # of a generate stage
-METRICS_FILE = "metrics.jsonl"  # of a stage that trains
+METRICS_FILE = "metrics.jsonl"  # of a stage that trains: one object per optimizer step; trackers are fed from it
 RESULT_SCHEMA = 2  # of result.json and quality.json
+# The small files of a stage, which suffice to aggregate without the store.
+SMALL_FILES = (
+    *(DONE, STAGE_FILE, RUN_CONFIG_FILE, METRICS_FILE, SAMPLES_FILE),
+    *(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE),
+)
 
 
 def read_result(folder: Path) -> dict[str, Any]:

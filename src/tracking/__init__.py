@@ -1,1 +1,1 @@
-"""Metrics files, and trackers (W&B, TensorBoard), which a process beside the run syncs with the store."""
+"""Trackers (W&B, TensorBoard), which a process beside the run syncs with the store."""

@@ -31,13 +31,10 @@ class RunWriter:
     """One open run of a tracker. A sink overrides the methods whose content its tracker can show."""
 
     last_step = -1  # the last step whose metrics the tracker has
+    result: str | None = None  # identity of the last result whose summary and samples it has
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Add the training metrics of one step; steps must increase."""
-
-    def has_result(self, result: str) -> bool:
-        """Return whether the summary and samples of this result were written before."""
-        return False
 
     def add_result(self, result: str, summary: dict[str, Any]) -> None:
         """Write the final values of a run. result: identity of what they belong to."""

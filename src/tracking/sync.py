@@ -16,19 +16,7 @@ import yaml
 
 from src.planning.identity import digest
 from src.store.files import read_json, write_json
-from src.store.store import (
-    DONE,
-    JUDGEMENTS_FILE,
-    METRICS_FILE,
-    QUALITY_FILE,
-    RESULT_FILE,
-    RUN_CONFIG_FILE,
-    SAMPLES_FILE,
-    STAGE_FILE,
-    StageName,
-    Store,
-    full_run_id,
-)
+from src.store.store import DONE, JUDGEMENTS_FILE, RESULT_FILE, SAMPLES_FILE, SMALL_FILES, StageName, Store, full_run_id
 from src.store.sweep_folder import SweepFolder
 from src.tracking.runs import TrackedRun
 from src.tracking.sink import RunLocked, RunMetadata, RunWriter, Sink
@@ -38,12 +26,6 @@ log = logging.getLogger(__name__)
 SWEEP_JOB_TYPE = "aggregate"
 COMPUTED = ("host", "slurm_job", "commit", "seconds", "tokens", "processes", "finished")  # entries of DONE shown
 SAMPLE_COLUMNS = ("index", "prompt", "response", "tokens", "finished", "baseline", "verdict", "reason")
-
-# The small files of a stage, which suffice to aggregate without the store.
-SMALL_FILES = (
-    *(DONE, STAGE_FILE, RUN_CONFIG_FILE, METRICS_FILE, SAMPLES_FILE),
-    *(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE),
-)
 
 
 class Sync(ABC):
@@ -150,7 +132,7 @@ class RunSync(Sync):
     def _write_result(self, writer: RunWriter, done: dict[str, str]) -> None:
         folders = {kind: self.store.dir(StageName(kind, identity)) for kind, identity in done.items()}
         result = done.get("evaluate")
-        if result is not None and not writer.has_result(result):
+        if result is not None and result != writer.result:
             rows = _samples(folders["generate"] / SAMPLES_FILE, folders["evaluate"] / JUDGEMENTS_FILE)
             writer.add_table("samples", SAMPLE_COLUMNS, rows)
             summary = read_json(folders["evaluate"] / RESULT_FILE)
@@ -174,11 +156,12 @@ class SweepSync(Sync):
 
     @property
     def is_complete(self) -> bool:
-        return self._is_aggregated() and self._is_synced(self._content())
+        content = self._content()
+        return content is not None and self._is_synced(content)
 
     def advance(self, live: bool) -> None:
         content = self._content()
-        if not self._is_aggregated() or self._is_synced(content):
+        if content is None or self._is_synced(content):
             return
         sweep = self.folder.read()
         tags = tuple(dict.fromkeys(point["setup"] for point in sweep["points"]))
@@ -188,9 +171,6 @@ class SweepSync(Sync):
         if writer is not None:
             self._write_result(writer, content)
             self._complete(content)
-
-    def _is_aggregated(self) -> bool:
-        return self.folder.read()["finished"] is not None and self.folder.report.exists()
 
     def _write_result(self, writer: RunWriter, content: str) -> None:
         for path in sorted(self.folder.figures.glob("*.png")):
@@ -212,9 +192,14 @@ class SweepSync(Sync):
                     summary[f"best/{setup}/{method}/{name}"] = row[name]
         return summary
 
-    def _content(self) -> str:
-        """Return a digest of the results. The report is left out: it contains the time it was written."""
-        files = [file for file in (self.folder.best_yaml, self.folder.points_csv) if file.exists()]
+    def _content(self) -> str | None:
+        """Return a digest of the results, None before the sweep is aggregated.
+
+        The report is left out: it contains the time it was written.
+        """
+        if self.folder.read()["finished"] is None or not self.folder.report.exists():
+            return None
+        files = (self.folder.best_yaml, self.folder.points_csv)
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

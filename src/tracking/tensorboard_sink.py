@@ -27,7 +27,8 @@ class EventFiles(RunWriter):
 
         name = re.sub(r"[^\w.=+-]+", "_", metadata.name)
         folder = output_dir / "tensorboard" / (metadata.group or "") / f"{name}-{metadata.id[-8:]}"
-        self._config, self._writer = metadata.config, SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)
+        self._config = metadata.config
+        self._writer: Any = SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)
         events = EventAccumulator(str(folder), {SCALARS: 1}).Reload()  # keeps the last event of every tag
         curves = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/")]
         self.last_step = max((events.Scalars(tag)[-1].step for tag in curves), default=-1)
@@ -46,12 +47,12 @@ class EventFiles(RunWriter):
         numbers = {name: float(value) for name, value in summary.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, max(self.last_step, 0))
-        config: dict[str, Any] = self._config
-        options = {name: config[name] for name in ("setup", "beta", "lr", "seed") if name in config}
-        options |= {name: config[name]["name"] for name in ("method", "init") if name in config}
+        names = ("setup", "method", "init", "beta", "lr", "seed")
+        values = {name: self._config[name] for name in names if name in self._config}
+        options = {name: value["name"] if isinstance(value, dict) else value for name, value in values.items()}
         if options:
             for event in hparams(options, numbers):  # add_hparams would write them into a folder of their own
-                self._writer.file_writer.add_summary(event)  # type: ignore[union-attr, unused-ignore]
+                self._writer.file_writer.add_summary(event)
 
     def add_media(self, name: str, file: Path) -> None:
         if file.suffix == ".png":

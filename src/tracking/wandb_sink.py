@@ -48,14 +48,11 @@ class WandbRun(RunWriter):
         # Steps are a metric of their own: wandb's internal step neither repeats nor skips after a resume.
         self._run.define_metric(STEP)
         self._run.define_metric("train/*", step_metric=STEP)
-        self.last_step = int(self._run.summary.get(STEP, -1))
+        self.last_step, self.result = int(self._run.summary.get(STEP, -1)), self._run.summary.get("result")
         self._upstream_runs = metadata.config.get("upstream_runs", {})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log({STEP: step, **metrics})
-
-    def has_result(self, result: str) -> bool:
-        return self._run.summary.get("result") == result
 
     def add_result(self, result: str, summary: dict[str, Any]) -> None:
         self._run.summary.update({**summary, "result": result})
