@@ -168,9 +168,11 @@ class WandbServer:
         return {"project": {**project, "runs": {"edges": edges, "pageInfo": page}}}
 
     def op_run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
-        files = self.runs[variables["name"]].files
+        files, names = self.runs[variables["name"]].files, variables.get("fileNames")
         edges = []
         for name, content in files.items():
+            if names and name not in names:
+                continue
             url = f"{self.url}/storage/runs/{variables['name']}/{quote(name)}"
             more = {"sizeBytes": len(content), "mimetype": "text/plain", "updatedAt": None, "md5": None}
             edges.append({"node": {"id": name, "name": name, "url": url, "directUrl": url, **more}, "cursor": name})
