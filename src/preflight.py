@@ -54,16 +54,13 @@ def check_packages(points: Iterable[Point]) -> None:
         if server.name != "none":
             require_package("openai", f"server={server.name}")
         if judge.name == "alpaca_eval":
-            _check_annotator(require_package("alpaca_eval", "judge=alpaca_eval"), judge.model or "")
-
-
-def _check_annotator(package: Path, name: str) -> None:
-    annotators = package / "evaluators_configs"
-    if not (annotators / name / "configs.yaml").is_file():  # joining an absolute path gives that path
-        raise ConfigError(
-            f"judge.model={name}: unknown annotator; use one of alpaca-eval's ({annotators}), "
-            "or the absolute path of a folder with a configs.yaml"
-        )
+            annotators = require_package("alpaca_eval", "judge=alpaca_eval") / "evaluators_configs"
+            # Joining the absolute path of an annotator's folder gives that path.
+            if not (annotators / str(judge.model) / "configs.yaml").is_file():
+                raise ConfigError(
+                    f"judge.model={judge.model}: unknown annotator; use one of alpaca-eval's ({annotators}), "
+                    "or the absolute path of a folder with a configs.yaml"
+                )
 
 
 def check_key(points: Iterable[Point]) -> None:
@@ -88,19 +85,15 @@ def check_hub(points: Iterable[Point]) -> list[str]:
 
     Returns a warning for names that could not be checked. Raises ConfigError for a name that does not exist.
     """
-    names = dict.fromkeys(name for point in points for name in _hub_names(point))
-    if not names:
-        return []
     from huggingface_hub import constants
 
+    names = dict.fromkeys(name for point in points for name in _hub_names(point))
     absent = [name for name in names if not _is_cached(name, Path(constants.HF_HUB_CACHE))]
-    if not absent:
-        return []
-    if constants.HF_HUB_OFFLINE:
-        return [_hub_warning(absent, "HF_HUB_OFFLINE is set")]
     for number, name in enumerate(absent):
-        if reason := _query_hub(name):
-            return [_hub_warning(absent[number:], reason)]
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _query_hub(name)
+        if reason is not None:
+            settings = ", ".join(f"{key}={repository}" for key, repository, _, _ in absent[number:])
+            return [f"could not verify {settings} on the Hub ({reason}); compute nodes need Hub access or a warm cache"]
     return []
 
 
@@ -128,25 +121,17 @@ def _query_hub(name: HubName) -> str | None:
 
     key, repository, kind, revision = name
     api = HfApi()
+    refusals = {
+        GatedRepoError: "gated on the hub: request access there and `hf auth login`, or give a local path",
+        RepositoryNotFoundError: "neither a local path nor on the hub (or private: `hf auth login`)",
+        RevisionNotFoundError: f"the hub has no revision {revision}",
+    }
     try:
         info = api.repo_info(repository, repo_type=kind, revision=revision, timeout=HUB_TIMEOUT)
         if getattr(info, "gated", False):
             api.auth_check(repository, repo_type=kind)
-    except GatedRepoError:
-        raise ConfigError(
-            f"{key}={repository}: gated on the hub: request access there and `hf auth login`, or give a local path"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ConfigError(
-            f"{key}={repository}: neither a local path nor on the hub (or private: `hf auth login`)"
-        ) from None
-    except RevisionNotFoundError:
-        raise ConfigError(f"{key}={repository}: the hub has no revision {revision}") from None
+    except tuple(refusals) as error:
+        raise ConfigError(f"{key}={repository}: {refusals[type(error)]}") from None
     except Exception as error:  # no network on this machine says nothing about the compute nodes
         return type(error).__name__
     return None
-
-
-def _hub_warning(names: list[HubName], reason: str) -> str:
-    settings = ", ".join(f"{key}={repository}" for key, repository, _, _ in names)
-    return f"could not verify {settings} on the Hub ({reason}); compute nodes need Hub access or a warm cache"

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from src.config.validation import build_point
-from src.planning.cost import Cost, disk_warning
+from src.planning.cost import Cost
 from src.planning.plan import make_plan
 from src.store.store import Store
 from tests.support.commands import ROOT, SMALL, dry_run, train
@@ -67,9 +67,3 @@ def test_the_config_of_the_mini_model_states_its_number_of_parameters():
     with safe_open(ROOT / "src" / "data" / "mini_tldr_base" / "model.safetensors", "pt") as file:
         num_parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     assert build_point(composed()).model.parameters == pytest.approx(num_parameters, rel=0.001)
-
-
-def test_a_sweep_larger_than_the_disk_gives_a_warning(tmp_path):
-    assert disk_warning(*planned(tmp_path, *SMALL)) is None
-    warning = disk_warning(*planned(tmp_path, "setup=llama31_8b_uf", "model.parameters=1e15"))
-    assert warning is not None and "this sweep will write 8e+03 TB of weights" in warning and str(tmp_path) in warning

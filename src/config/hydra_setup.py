@@ -42,14 +42,11 @@ def _best_value(key: str, *, _root_: DictConfig) -> float:
     if method not in table or table[method].get(key) is None:
         raise ConfigError(f"{where} has no best {key} for method={method}: set {key}=VALUE")
     entry = table[method]
-    init = entry.get("init")
-    if init is not None and init != _root_.init.name:
-        raise ConfigError(
-            f"{where}: its best {method} was tuned with init={init}; add init={init}, or set beta and lr explicitly"
-        )
-    for setting in (entry.get("variant") or "").split():
+    init = f"init={entry['init']} " if entry.get("init") else ""
+    for setting in (init + (entry.get("variant") or "")).split():
         name, _, value = setting.partition("=")
-        if str(OmegaConf.select(_root_, new_name(name) or name)) != value:
+        key_now = "init.name" if name == "init" else new_name(name) or name
+        if str(OmegaConf.select(_root_, key_now)) != value:
             raise ConfigError(
                 f"{where}: its best {method} was tuned with {setting}; add {setting}, or set beta and lr explicitly"
             )

@@ -29,19 +29,19 @@ CONTENT_HASHED_MODELS = ("alpaca_eval", "reward_model")
 
 def check_server(point: Point) -> None:
     """Raise ConfigError when `server` cannot be run as configured."""
-    command = point.server.command
+    command = point.server.command or ""
     if point.server.name == "none":
-        if command is not None:
+        if command:
             raise ConfigError("server.command: server=none has no such field; choose server=vllm or another")
         return
     try:
-        words = [word.format(checkpoint="", port="", dtype="") for word in shlex.split(command or "")]
+        shlex.split(command.format(checkpoint="", port="", dtype=""))
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(
             f"server.command={command}: unknown placeholder ({error!r}); only {{checkpoint}}, {{port}} and {{dtype}} "
             "are substituted"
         ) from None
-    if not words or "{checkpoint}" not in (command or "") or "{port}" not in (command or ""):
+    if "{checkpoint}" not in command or "{port}" not in command:
         raise ConfigError(f"server.command={command}: needs {{checkpoint}} and {{port}}")
 
 

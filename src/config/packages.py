@@ -8,13 +8,13 @@ from pathlib import Path
 
 from src.errors import ConfigError
 
-# package -> extra of pyproject.toml that installs it
-EXTRAS = {
-    "deepspeed": "zero",
-    "flash_attn": "flash",
-    "openai": "judges",
-    "alpaca_eval": "alpaca",
-    "wandb_workspaces": "dashboards",
+# package -> command that installs it
+INSTALL = {
+    "deepspeed": "pip install --no-build-isolation '.[zero]'",
+    "flash_attn": "pip install --no-build-isolation '.[flash]'",
+    "openai": "pip install '.[judges]'",
+    "alpaca_eval": "pip install '.[alpaca]'",
+    "wandb_workspaces": "pip install '.[dashboards]'",
 }
 
 
@@ -31,9 +31,7 @@ def require_package(package: str, setting: str) -> Path:
     """Return the folder of an installed package. Raises ConfigError, naming the setting that needs it, without it."""
     folder = package_folder(package)
     if folder is None:
-        extra = EXTRAS[package]
-        command = "pip install --no-build-isolation" if extra in ("zero", "flash") else "pip install"
         raise ConfigError(
-            f"{setting} needs the package {package}: {command} '.[{extra}]', in the environment that jobs use"
+            f"{setting} needs the package {package}: {INSTALL[package]}, in the environment that jobs use"
         )
     return folder

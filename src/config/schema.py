@@ -20,14 +20,20 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
 @dataclass
+class Option:
+    """What is chosen in a group of conf/, `model=NAME` say."""
+
+    name: str = MISSING
+
+
+@dataclass
 class Best:
     beta: float = MISSING
     lr: float = MISSING
 
 
 @dataclass
-class Setup:
-    name: str = MISSING
+class Setup(Option):
     best: dict[str, Best] = field(default_factory=dict)  # method -> published or measured best values
 
 
@@ -53,8 +59,7 @@ class Lora:
 
 
 @dataclass
-class Model:
-    name: str = MISSING
+class Model(Option):
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
     template: str = choice("plain", "tokenizer", "llama3", "mistral", default="plain")
     parameters: float | None = None
@@ -83,8 +88,7 @@ class HubTable(Table):
 
 
 @dataclass
-class Dataset:
-    name: str = MISSING
+class Dataset(Option):
     source: str = choice("mini_tldr", "jsonl", "hub")  # a key of src.data.sources.SOURCES
     path: str | None = None
     sft: HubTable | None = None
@@ -123,8 +127,7 @@ class AlignOptimization(Optimization):  # the point has its lr
 
 
 @dataclass
-class Trainer:
-    name: str = MISSING
+class Trainer(Option):
     sft: Training = field(default_factory=Training)
     align: AlignOptimization = field(default_factory=AlignOptimization)
     max_tokens_per_micro_batch: int | None = number(None, minimum=1)
@@ -132,8 +135,7 @@ class Trainer:
 
 
 @dataclass
-class Engine:
-    name: str = MISSING
+class Engine(Option):
     device: str = choice("auto", "cpu", "cuda", default="auto")
     precision: str = choice("fp32", "bf16", default="fp32")  # of the computation; weights are float32
     cpu_threads: int | None = number(None, minimum=1)
@@ -155,16 +157,14 @@ class Generation:
 
 
 @dataclass
-class Server:
-    name: str = MISSING  # none | vllm | transformers
+class Server(Option):  # none | vllm | transformers
     command: str | None = None  # with {checkpoint}, {port}, {dtype}
     timeout: float = number(600.0, above=0)
     concurrency: int = number(64, minimum=1)
 
 
 @dataclass
-class Evaluation:
-    name: str = MISSING
+class Evaluation(Option):
     metric: str = choice("win_rate", "reward_accuracy")
     prompts_file: str | None = None  # file of a benchmark's; null: held-out prompts
     num_prompts: int = number(500, minimum=2)
@@ -212,8 +212,7 @@ class TensorboardTracking:
 
 
 @dataclass
-class Tracking:
-    name: str = MISSING
+class Tracking(Option):
     wandb: WandbTracking = field(default_factory=WandbTracking)
     tensorboard: TensorboardTracking = field(default_factory=TensorboardTracking)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -104,11 +103,10 @@ def check_grid(name: str, grid: dict[str, list[float]]) -> None:
 
 def _check_method(point: Point) -> None:
     spec = METHODS[point.method.name]
-    for option in sorted(f.name for f in fields(point.method) if f.name != "name"):
-        is_set = getattr(point.method, option) is not None
-        if is_set and option not in spec.options:
+    for option, value in vars(point.method).items():
+        if value is not None and option not in (*spec.options, "name"):
             raise ConfigError(f"method.{option}: method={point.method.name} has no such field; remove the override")
-        if not is_set and option in spec.options:
+        if value is None and option in spec.options:
             raise ConfigError(f"method.{option}: method={point.method.name} needs a value")
 
 

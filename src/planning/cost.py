@@ -126,28 +126,12 @@ class Cost:
         partial = any(stage.stop_fraction < 1 for stage in self.stages)
         checkpoints = " and the checkpoints that partial runs resume from" if partial else ""
         checkpoint_bytes = _CHECKPOINT_BYTES * _num_parameters(self.models[0])
+        root = next(path for path in (self.store.root, *self.store.root.parents) if path.exists())
         return (
             f"disk: {_format(self.weights, 'B')} for the weights of {len(self.models)} models{checkpoints}"
             f"{until[self.models[0].point.keep_checkpoints]}, {_format(checkpoint_bytes, 'B')} for each that is being "
-            f"trained; {_format(free_bytes(self.store), 'B')} free"
+            f"trained; {_format(shutil.disk_usage(root).free, 'B')} free"
         )
-
-
-def disk_warning(plan: Plan, store: Store) -> str | None:
-    """Return a warning when the disk cannot hold what the plan writes, else None."""
-    weights, free = Cost(plan, store).weights, free_bytes(store)
-    if not weights >= free:  # nor when the weights are NaN
-        return None
-    return (
-        f"output_dir={store.output_dir}: this sweep will write {_format(weights, 'B')} of weights but only "
-        f"{_format(free, 'B')} is free (dry_run=true shows the estimate; keep_checkpoints=none keeps no aligned model)"
-    )
-
-
-def free_bytes(store: Store) -> int:
-    """Return the free space of the file system that the store is on, or will be."""
-    folder = next(path for path in (store.root, *store.root.parents) if path.exists())
-    return shutil.disk_usage(folder).free
 
 
 def _num_parameters(stage: Stage) -> float:
@@ -179,15 +163,14 @@ def _configured_tokens(stage: Stage) -> float:
     if isinstance(inputs, GenerateInputs):
         return float(inputs.prompts.num_prompts * inputs.generation.max_new_tokens)
     table, rows = (data.sft, data.sft_size) if isinstance(inputs, SftInputs) else (data.preference, data.train_size)
-    if table is not None:
-        rows = rows or table.rows.get(table.train_split)
-    if rows is None or table is None or table.tokens is None:
+    if table is None or table.tokens is None:
         return math.nan
+    num_rows = rows or table.rows.get(table.train_split) or math.nan
     if isinstance(inputs, ReferenceInputs):
-        return (rows + (data.validation_size or 0)) * table.tokens
+        return (num_rows + (data.validation_size or 0)) * table.tokens
     assert isinstance(inputs, SftInputs | AlignInputs)
     trainer = inputs.trainer
-    num_examples = rows * trainer.epochs * inputs.data.sft_fraction
+    num_examples = num_rows * trainer.epochs * inputs.data.sft_fraction
     if trainer.max_steps is not None:
         num_examples = min(num_examples, trainer.max_steps * trainer.batch_size)
     return stage.stop_fraction * table.tokens * num_examples

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -184,13 +184,11 @@ def select_fields(cls: type[T], source: Any, **values: Any) -> T:
 
 def hashable(value: Any) -> Any:
     """Return inputs as JSON values, every file by its content alone."""
-    if isinstance(value, ContentPath):
-        return value.fingerprint
-    if is_dataclass(value):
-        return {f.name: hashable(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, dict):
-        return {key: hashable(entry) for key, entry in value.items()}
-    return [hashable(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+    def content(inputs: Any) -> Any:
+        return inputs.fingerprint if isinstance(inputs, ContentPath) else vars(inputs)
+
+    return json.loads(json.dumps(value, default=content))
 
 
 def digest(value: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 from src.config.schema import Point
 from src.planning.stage import Stage, stages_of
@@ -51,15 +53,13 @@ class Plan:
         for point, result in zip(self.points, self.results, strict=True):
             state = "done" if result in self.done else "to do"
             lines.append(f"{state:6} {result}  {point.setup.name}  {point.label}")
-        counts: dict[str, list[int]] = {}
-        for identity, stage in self.stages.items():
-            row = counts.setdefault(stage.role, [0, 0])
-            row[0 if identity in self.needed else 1] += 1
+        roles = Counter(stage.role for stage in self.stages.values())
+        todo = Counter(self.stages[identity].role for identity in self.needed)
         finished = sum(result in self.done for result in self.results)
         lines.append("")
         lines.append(f"{len(self.points)} points: {finished} done, {len(self.points) - finished} to do")
         lines.append("stage      to do  done or not needed")
-        lines += [f"{role:9} {todo:6} {rest:6}" for role, (todo, rest) in counts.items()]
+        lines += [f"{role:9} {todo[role]:6} {total - todo[role]:6}" for role, total in roles.items()]
         return "\n".join(lines)
 
 
@@ -70,12 +70,9 @@ def make_plan(points: Iterable[Point], store: Store) -> Plan:
     """
     points = list(points)
     stages: dict[str, Stage] = {}
-    point_stages = []
-    for point in points:
-        of_point = stages_of(point)
-        for stage in of_point:
-            stages.setdefault(stage.identity, stage)
-        point_stages.append([stage.identity for stage in of_point])
-    plan = Plan(points, stages, point_stages)
+    point_stages = [stages_of(point) for point in points]
+    for stage in chain.from_iterable(point_stages):
+        stages.setdefault(stage.identity, stage)
+    plan = Plan(points, stages, [[stage.identity for stage in stage_list] for stage_list in point_stages])
     plan.refresh(store)
     return plan

@@ -104,7 +104,8 @@ def stages_of(point: Point) -> list[Stage]:
             stages.append(stage)
         return stage
 
-    model = model_inputs(point)
+    path = ContentPath.of(point.model.path, "model.path", point.model.revision)
+    model = ModelInputs(path, point.model.template, point.engine.precision)
     lora = None if point.model.lora.rank is None else point.model.lora
 
     def sft(fraction: float) -> Stage:
@@ -149,25 +150,11 @@ def stages_of(point: Point) -> list[Stage]:
         baseline = add(inputs, checkpoint=sft(1.0))
     inputs = GenerateInputs("policy", model, init, prompts, generation, point.seed)
     samples = add(inputs, checkpoint=align, reference=initial)
-    add(
-        select_fields(
-            EvaluateInputs,
-            point.evaluation,
-            setup=point.setup.name,
-            init=point.init.name,
-            prompts=prompts,
-            judge=judge,
-        ),
-        align=align,
-        samples=samples,
-        baseline=baseline,
+    evaluate = select_fields(
+        EvaluateInputs, point.evaluation, setup=point.setup.name, init=point.init.name, prompts=prompts, judge=judge
     )
+    add(evaluate, align=align, samples=samples, baseline=baseline)
     return stages
-
-
-def model_inputs(point: Point) -> ModelInputs:
-    path = ContentPath.of(point.model.path, "model.path", point.model.revision)
-    return ModelInputs(path, point.model.template, point.engine.precision)
 
 
 def sft_data(point: Point) -> DataInputs:

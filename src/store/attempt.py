@@ -66,19 +66,11 @@ class Attempt:
         self.lease.check()
         if interruptible and step < total and (reason := preemption.stop_reason()):
             raise preemption.Interrupted(f"{label} stopped at {step}/{total}: {reason}")
-        now = time.monotonic()
-        if now - self._last_report >= 0.5 or step >= total:
-            self._last_report = now
-            if self.lease.held:
-                progress = {
-                    "label": label,
-                    "step": step,
-                    "total": total,
-                    "first": first,  # the step this attempt resumed at
-                    "started": started,
-                    "now": time.time(),
-                }
-                write_json(self.lease.folder / PROGRESS_FILE, progress)
+        if time.monotonic() - self._last_report >= 0.5 or step >= total:
+            self._last_report = time.monotonic()
+            # first: the step this attempt resumed at
+            times = {"first": first, "started": started, "now": time.time()}
+            write_json(self.lease.folder / PROGRESS_FILE, {"label": label, "step": step, "total": total, **times})
             self.report(label, step, total)
 
     @property

@@ -18,12 +18,8 @@ def revision() -> dict[str, Any]:
     """Return the `commit` of the checkout and whether it is `dirty`; both None where there is no git."""
     if (ROOT / REVISION_FILE).exists():
         return dict(read_json(ROOT / REVISION_FILE))
-    commit = git("rev-parse", "HEAD")
-    status = git("status", "--porcelain")
-    return {
-        "commit": commit.strip() if commit else None,
-        "dirty": None if commit is None or status is None else bool(status.strip()),
-    }
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"commit": commit and commit.strip(), "dirty": None if changes is None else bool(changes)}
 
 
 def git(*arguments: str) -> str | None:

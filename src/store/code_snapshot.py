@@ -30,26 +30,20 @@ def snapshot(folder: Path, output_dir: Path) -> Path:
             f"code snapshot is {total / 2**20:.0f} MiB (largest: {largest.relative_to(ROOT)}); "
             "add data files to .gitignore"
         )
-    contents = [(file.relative_to(ROOT), file.read_bytes()) for file in files]
-    digest = hashlib.sha256()
-    for path, content in contents:
-        digest.update(f"{path}\0{len(content)}\0".encode() + content)
-    final = folder / digest.hexdigest()[:12]
-    if final.exists():
-        return final
-    draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
+    draft, digest = folder / f".draft-{uuid.uuid4().hex[:8]}", hashlib.sha256()
     try:
-        for path, content in contents:
-            copy = draft / path
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(content)
-            if os.access(ROOT / path, os.X_OK):
-                copy.chmod(0o755)
+        for file in files:
+            path = file.relative_to(ROOT)
+            (draft / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, draft / path)
+            content = (draft / path).read_bytes()
+            digest.update(f"{path}\0{len(content)}\0".encode() + content)
         write_json(draft / REVISION_FILE, revision())
+        final = folder / digest.hexdigest()[:12]
         try:
             os.rename(draft, final)
         except OSError:
-            if not final.exists():  # if it does, another process has just made the same copy
+            if not final.exists():  # if it does, the same copy was made earlier
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -135,12 +135,8 @@ class Store:
     def artifacts(self, stage: PlannedStage) -> Path:
         """Return the directory of a finished stage. Raises ConfigError when it was made from other inputs."""
         folder = self.dir(stage)
-        stored = read_json(folder / STAGE_FILE)
-        if stored != stage.description:
-            keys = ", ".join(_differences(stored, stage.description))
-            raise ConfigError(
-                f"{folder / STAGE_FILE} was written for other inputs ({keys}): move the folder away and run again"
-            )
+        if read_json(folder / STAGE_FILE) != stage.description:
+            raise ConfigError(f"{folder / STAGE_FILE} was written for other inputs: move the folder away and run again")
         return folder
 
     def progress(self, stage: StageKey) -> dict[str, Any] | None:
@@ -211,10 +207,3 @@ class Store:
     def discard_work_dir(self, stage: StageKey) -> None:
         """Delete the checkpoints that a stage, or a longer run of its training, would resume from."""
         shutil.rmtree(self.work(stage), ignore_errors=True)
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted(a.keys() | b.keys())
-        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)]
-    return [] if a == b else [prefix]

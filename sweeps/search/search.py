@@ -9,7 +9,7 @@ import sys
 
 from launchers.protocol import PlanLauncher
 from src.errors import PointFailure
-from src.planning.cost import Cost, disk_warning
+from src.planning.cost import Cost
 from src.planning.plan import Plan, make_plan
 from src.preflight import check_hub, check_key, check_packages
 from src.store.retention import apply_retention_after_rung, best_results_in_store
@@ -124,7 +124,7 @@ class Search:
             check_key(plan.points)
         if plan.needed and not self._warned:
             self._warned = True
-            for warning in filter(None, [*check_hub(plan.points), disk_warning(plan, self.store)]):
+            for warning in check_hub(plan.points):
                 print(f"warning: {warning}", file=sys.stderr)
         launcher.check(plan)
 
