@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from src.losses import LOSSES
-from src.toy.networks import _gradient, _sample_data_and_weights, _scores, _test, train
-from src.toy.settings import OBJECTIVES, Training
+from src.toy.networks import OBJECTIVES, Training, _gradient, _sample_data_and_weights, _scores, _test, train
 from tests.support.commands import ROOT, environment
 from tests.support.waiting import wait_until
 
@@ -122,7 +121,7 @@ def test_after_an_interruption_only_what_is_missing_is_trained_and_the_table_is_
         ("widths=[]", "widths: an empty list"),
         ("lrs=[0.1,0.1]", "has a value twice"),
         ("optimizer=adamw", "optimizer=adamw: must be one of adam, sgd"),
-        ("seeds=0", "seeds=0: at least 1"),
+        ("seeds=0", "seeds=0: must be >= 1"),
         ("train_fraction=1.0", "2000 prompts train and 0 test"),
         ("seed=3", "seed"),
     ],

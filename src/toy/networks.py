@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,35 @@ import numpy as np
 import torch
 
 from src.losses import LOSSES
-from src.toy.settings import Training
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+# On a scalar score DPO, SimPO (its margin aside) and ORPO are one objective; ASFT reads the score as log odds.
+OBJECTIVES = ("dpo", "ipo", "apo_zero", "nca", "cal_dpo", "asft")
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": partial(torch.optim.Adam, foreach=False, fused=True),
+    "sgd": torch.optim.SGD,
+}
+
 _CONSTANT = 1e-6  # a network whose outputs differ by less is dead: it ranks nothing
+
+
+@dataclass(frozen=True)
+class Training:
+    """The settings of one network; its results depend on these and its seed."""
+
+    objective: str
+    width: int
+    bias: float
+    lr: float
+    beta: float
+    prompts: int
+    train_fraction: float
+    epochs: int
+    batch_size: int
+    optimizer: str
 
 
 def train(training: Training, seeds: range) -> dict[str, NDArray[Any]]:
@@ -27,14 +50,16 @@ def train(training: Training, seeds: range) -> dict[str, NDArray[Any]]:
     """
     x, y, weights = _sample_data_and_weights(training, seeds)
     split = round(training.train_fraction * training.prompts)
-    step = _make_step(training, weights)
+    optimizer = OPTIMIZERS[training.optimizer]([weights], lr=training.lr)
     loss_fn: Any = LOSSES[training.objective]
-    loss = partial(loss_fn, beta=training.beta, **_options(training.objective))
+    options = {"calibration_weight": 1.0} if training.objective == "cal_dpo" else {}
+    loss = partial(loss_fn, beta=training.beta, **options)
     for epoch in range(training.epochs):
         # All seeds share the order: the rows of a seed are independent draws, so any order of them is random.
         order = torch.from_numpy(np.random.default_rng(epoch).permutation(split))
         for batch in order.split(training.batch_size):
-            step(_gradient(weights, x[batch], y[:, batch], loss))
+            weights.grad = _gradient(weights, x[batch], y[:, batch], loss)
+            optimizer.step()
     return _test(_scores(weights, x[split:], y[:, split:])[0])
 
 
@@ -54,10 +79,6 @@ def _sample_data_and_weights(training: Training, seeds: range) -> tuple[Tensor, 
         torch.from_numpy(np.stack(part, axis=-1).astype(np.float32)) for part in zip(*columns, strict=True)
     )
     return x, y, weights
-
-
-def _options(objective: str) -> dict[str, float]:
-    return {"calibration_weight": 1.0} if objective == "cal_dpo" else {}
 
 
 def _scores(weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,21 +107,6 @@ def _gradient(weights: Tensor, x: Tensor, y: Tensor, loss: Callable[[Tensor, Ten
     active = (hidden > 0) * score_grad
     inner = torch.stack([(active * inputs[0]).sum(1), (active * inputs[1]).sum(1), active.sum(1)]) * outer
     return torch.cat([inner.flatten(0, 1), (hidden * score_grad).sum(1), score_grad.sum(0, keepdim=True)])
-
-
-def _make_step(training: Training, weights: Tensor) -> Callable[[Tensor], None]:
-    """Return a function that updates the weights in place, given their gradient, by a step of torch's optimizer."""
-    optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adam": partial(torch.optim.Adam, foreach=False, fused=True),
-        "sgd": torch.optim.SGD,
-    }
-    optimizer = optimizers[training.optimizer]([weights], lr=training.lr)
-
-    def step(gradient: Tensor) -> None:
-        weights.grad = gradient
-        optimizer.step()
-
-    return step
 
 
 def _test(scores: Tensor) -> dict[str, NDArray[Any]]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
+from omegaconf import MISSING
 
+from src.config.fields import check_value, choice, number
+from src.errors import ConfigError
 from src.methods import METHODS
-from src.planning.identity import digest
+from src.planning.identity import digest, select_fields
 from src.store.files import atomic_write
-from src.toy.settings import Toy, Training
+from src.toy.networks import OBJECTIVES, OPTIMIZERS, Training, train
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,72 +31,103 @@ Z95 = 1.96  # standard errors to either end of a 95 % interval
 _SEEDS_PER_BATCH = 100  # trained together; their tensors stay in a core's cache
 
 
+@dataclass
+class Toy:
+    """The schema of conf/toy.yaml, which explains the keys."""
+
+    output_dir: str = MISSING
+    objectives: list[str] = MISSING
+    widths: list[int] = MISSING
+    biases: list[float] = MISSING
+    lrs: list[float] = MISSING
+    lr_seeds: int = number(minimum=1)
+    seeds: int = number(minimum=1)
+    beta: float = number(above=0)
+    prompts: int = MISSING
+    train_fraction: float = MISSING
+    epochs: int = number(minimum=1)
+    batch_size: int = number(minimum=1)
+    optimizer: str = choice(*OPTIMIZERS)
+    workers: int | None = number(minimum=1)
+
+
+def check(toy: Toy) -> None:
+    """Raise ConfigError for settings that cannot be trained."""
+    for spec in fields(toy):
+        value = getattr(toy, spec.name)
+        check_value(spec.name, spec, value)
+        if isinstance(value, list) and not value:
+            raise ConfigError(f"{spec.name}: an empty list; {spec.name}=[...] with at least one value")
+        if isinstance(value, list) and len(set(value)) < len(value):
+            raise ConfigError(f"{spec.name}={value}: has a value twice")
+        if spec.name in ("widths", "lrs") and min(value) <= 0:
+            raise ConfigError(f"{spec.name}={value}: all above 0")
+    for name in toy.objectives:
+        if name not in OBJECTIVES:
+            same = " (on a scalar score it is dpo)" if name in METHODS else ""
+            raise ConfigError(f"objectives: {name}{same} is not one of {', '.join(OBJECTIVES)}")
+    split = round(toy.train_fraction * toy.prompts)
+    if not 0 < split < toy.prompts - 1:
+        raise ConfigError(
+            f"prompts={toy.prompts}, train_fraction={toy.train_fraction}: {split} prompts train and "
+            f"{toy.prompts - split} test; at least 1 and 2 are needed"
+        )
+
+
 def run(toy: Toy, report: Callable[[str, int, int], None]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return a table with a row per setting, at its best learning rate, and one with a row per bias and width.
 
     The second averages the objectives of a kind. Networks trained before are read from OUTPUT_DIR/toy/networks.
     """
-    folder = Path(toy.output_dir) / "toy" / "networks"
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {item.name for item in fields(Training)} & set(asdict(toy))
-    common = {name: getattr(toy, name) for name in names}
     settings = [
-        Training(objective, width, bias, lr=0.0, **common)
+        select_fields(Training, toy, objective=objective, width=width, bias=bias, lr=0.0)
         for bias, width, objective in product(toy.biases, toy.widths, toy.objectives)
     ]
-    with _Pool(toy.workers, folder, report) as pool:
-        candidates = {replace(setting, lr=lr): range(toy.lr_seeds) for setting in settings for lr in toy.lrs}
-        results = pool.train("toy: learning rates", candidates)
-        best = [
-            max((replace(setting, lr=lr) for lr in toy.lrs), key=lambda training: _mean(results[training]["accuracy"]))
-            for setting in settings
-        ]
-        # Other seeds than those of the selection, or the luck of the selected learning rate would be reported too.
-        final = pool.train("toy: networks", dict.fromkeys(best, range(toy.lr_seeds, toy.lr_seeds + toy.seeds)))
-    kinds = [
-        _by_kind([(setting, final[setting]) for setting in best if (setting.bias, setting.width) == group])
-        for group in product(toy.biases, toy.widths)
+    candidates = {setting: [replace(setting, lr=lr) for lr in toy.lrs] for setting in settings}
+    everything = [training for trainings in candidates.values() for training in trainings]
+    selection = _train_all("toy: learning rates", everything, range(toy.lr_seeds), toy, report)
+    best = [
+        max(trainings, key=lambda training: _mean(selection[training]["accuracy"])) for trainings in candidates.values()
     ]
-    return pd.DataFrame([_row(setting, final[setting]) for setting in best]), pd.DataFrame(kinds)
+    # Other seeds than those of the selection, or the luck of the selected learning rate would be reported too.
+    final = _train_all("toy: networks", best, range(toy.lr_seeds, toy.lr_seeds + toy.seeds), toy, report)
+    kinds = [
+        {"bias": bias, "width": width}
+        | _by_kind({t.objective: final[t] for t in best if (t.bias, t.width) == (bias, width)})
+        for bias, width in product(toy.biases, toy.widths)
+    ]
+    return pd.DataFrame([_row(training, final[training]) for training in best]), pd.DataFrame(kinds)
 
 
-def _mean(values: NDArray[np.float32]) -> float:
-    return float(values.mean(dtype=np.float64))
-
-
-def _row(setting: Training, results: dict[str, NDArray[Any]]) -> dict[str, Any]:
+def _row(training: Training, results: dict[str, NDArray[Any]]) -> dict[str, Any]:
     alive = ~results["dead"]
-    row: dict[str, Any] = {
-        "bias": setting.bias,
-        "width": setting.width,
-        "objective": setting.objective,
-        "kind": METHODS[setting.objective].kind,
-        "lr": setting.lr,
+    return {
+        "bias": training.bias,
+        "width": training.width,
+        "objective": training.objective,
+        "kind": METHODS[training.objective].kind,
+        "lr": training.lr,
         "seeds": len(alive),
         "dead": int((~alive).sum()),
+        **_mean_and_se("accuracy", results["accuracy"]),
+        **_mean_and_se("accuracy_alive", results["accuracy"][alive]),
+        **_mean_and_se("icc1", results["icc"][alive]),
     }
-    row |= _mean_and_se("accuracy", results["accuracy"])
-    row |= _mean_and_se("accuracy_alive", results["accuracy"][alive])
-    row |= _mean_and_se("icc1", results["icc"][alive])
-    return row
 
 
-def _by_kind(group: list[tuple[Training, dict[str, NDArray[Any]]]]) -> dict[str, Any]:
+def _by_kind(group: dict[str, dict[str, NDArray[Any]]]) -> dict[str, Any]:
     """Return the means of pairwise and pointwise objectives, and their difference, paired by seed.
 
-    A seed has the same data and initial weights under every objective. icc1 is averaged over the seeds whose network is
-    alive under all of them.
+    group: objective -> results. A seed has the same data and initial weights under every objective. icc1 is averaged
+    over the seeds whose network is alive under all of them.
     """
-    row: dict[str, Any] = {"bias": group[0][0].bias, "width": group[0][0].width}
-    alive = ~np.any([results["dead"] for _, results in group], axis=0)
-    row |= {"seeds": len(alive), "alive": int(alive.sum())}
-    for name, key, mask in (("accuracy", "accuracy", slice(None)), ("icc1", "icc", alive)):
+    alive = ~np.any([results["dead"] for results in group.values()], axis=0)
+    row: dict[str, Any] = {"seeds": len(alive), "alive": int(alive.sum())}
+    for name, key, counted in (("accuracy", "accuracy", np.ones_like(alive)), ("icc1", "icc", alive)):
         means = {}
         for kind in ("pairwise", "pointwise"):
-            values = [
-                results[key][mask].astype(np.float64) for t, results in group if METHODS[t.objective].kind == kind
-            ]
-            means[kind] = np.mean(values, axis=0) if values else np.full(len(alive[mask]), np.nan)
+            values = [results[key][counted].astype(float) for o, results in group.items() if METHODS[o].kind == kind]
+            means[kind] = np.mean(values, axis=0) if values else np.full(counted.sum(), np.nan)
             row |= _mean_and_se(f"{name}_{kind}", means[kind])
         row |= _mean_and_se(f"{name}_difference", means["pairwise"] - means["pointwise"])
     return row
@@ -100,59 +135,52 @@ def _by_kind(group: list[tuple[Training, dict[str, NDArray[Any]]]]) -> dict[str,
 
 def _mean_and_se(name: str, values: NDArray[Any]) -> dict[str, float]:
     n = len(values)
-    mean = float(values.mean(dtype=np.float64)) if n else float("nan")
-    return {name: mean, f"{name}_se": float(values.std(ddof=1, dtype=np.float64)) / n**0.5 if n > 1 else float("nan")}
+    se = float(values.std(ddof=1, dtype=np.float64)) / n**0.5 if n > 1 else float("nan")
+    return {name: _mean(values) if n else float("nan"), f"{name}_se": se}
 
 
-class _Pool:
-    """Processes that train networks, one core each."""
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean(dtype=np.float64))
 
-    def __init__(self, workers: int | None, folder: Path, report: Callable[[str, int, int], None]) -> None:
-        self.folder, self.report = folder, report
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        self._pool = ProcessPoolExecutor(workers, mp_context=context)
 
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def train(self, label: str, seeds_of: dict[Training, range]) -> dict[Training, dict[str, NDArray[Any]]]:
-        """Return the results of every training, (seeds,) each, computing those that are not on disk."""
-        parts = {(t, part): self._path(t, part) for t, seeds in seeds_of.items() for part in _batches(seeds)}
-        missing = [key for key, path in parts.items() if not path.exists()]
-        futures: list[Future[None]] = [self._pool.submit(_train, *key, parts[key]) for key in missing]
-        self.report(label, 0, len(missing))
-        for done, future in enumerate(as_completed(futures), start=1):
+def _train_all(
+    label: str, trainings: list[Training], seeds: range, toy: Toy, report: Callable[[str, int, int], None]
+) -> dict[Training, dict[str, NDArray[Any]]]:
+    """Return the results of every training, (seeds,) each, computing those that are not on disk, one core each."""
+    folder = Path(toy.output_dir) / "toy" / "networks"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {(t, part): folder / _file_name(t, part) for t in trainings for part in _batches(seeds)}
+    missing = {key: file for key, file in files.items() if not file.exists()}
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    pool = ProcessPoolExecutor(toy.workers, context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        futures = [pool.submit(_train, *key, file) for key, file in missing.items()]
+        report(label, 0, len(missing))
+        for num_done, future in enumerate(as_completed(futures), start=1):
             future.result()
-            self.report(label, done, len(missing))
-        results: dict[Training, list[dict[str, NDArray[Any]]]] = {}
-        for (training, _), path in parts.items():
-            with np.load(path) as file:
-                results.setdefault(training, []).append(dict(file))
-        return {
-            training: {name: np.concatenate([part[name] for part in parts_read]) for name in parts_read[0]}
-            for training, parts_read in results.items()
-        }
-
-    def _path(self, training: Training, seeds: range) -> Path:
-        inputs = {**asdict(training), "seeds": [seeds.start, seeds.stop], "version": VERSION}
-        return self.folder / f"{digest(inputs)}.npz"
+            report(label, num_done, len(missing))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    results = {}
+    for training in trainings:
+        parts = []
+        for part in _batches(seeds):
+            with np.load(files[training, part]) as file:
+                parts.append(dict(file))
+        results[training] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return results
 
 
-def _batches(seeds: range) -> Iterator[range]:
-    for start in range(seeds.start, seeds.stop, _SEEDS_PER_BATCH):
-        yield range(start, min(start + _SEEDS_PER_BATCH, seeds.stop))
+def _file_name(training: Training, seeds: range) -> str:
+    return digest({**asdict(training), "seeds": [seeds.start, seeds.stop], "version": VERSION}) + ".npz"
 
 
-def _train(training: Training, seeds: range, path: Path) -> None:
+def _batches(seeds: range) -> list[range]:
+    return [seeds[start : start + _SEEDS_PER_BATCH] for start in range(0, len(seeds), _SEEDS_PER_BATCH)]
+
+
+def _train(training: Training, seeds: range, file: Path) -> None:
     """Train and test the networks of some seeds in a process of the pool, and write their results."""
-    import torch
-
-    from src.toy.networks import train
-
-    torch.set_num_threads(1)
     results, buffer = train(training, seeds), io.BytesIO()
     np.savez(buffer, accuracy=results["accuracy"], icc=results["icc"], dead=results["dead"])
-    atomic_write(path, buffer.getvalue())  # another study may train the same network
+    atomic_write(file, buffer.getvalue())  # another study may train the same network
