@@ -28,6 +28,11 @@ class Comparison(NamedTuple):
     response: dict[str, Any]
     baseline: dict[str, Any]
 
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """Prompt, response and baseline."""
+        return self.prompt.text, self.response["response"], self.baseline["response"]
+
 
 class Verdict(NamedTuple):
     """value: 1 if the response wins, 0 if the baseline does, 0.5 for a tie."""

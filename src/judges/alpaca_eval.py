@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from functools import cache, partial
@@ -24,7 +23,6 @@ from src.judges.judge_client import JudgeClient, Question, usage_of
 from src.planning.identity import ContentPath, EvaluateInputs, digest
 from src.planning.resources import Resources
 from src.store.files import write_json
-from src.store.store import Store
 
 if TYPE_CHECKING:
     import openai
@@ -72,15 +70,15 @@ def alpaca_eval(
         for row in rows
     ]
     write_json(attempt.out / OUTPUTS_FILE, outputs)
-    answers = Answers(Store(attempt.output_dir).answers("alpaca_eval", annotator))
-    fingerprint = judge.model.fingerprint
-    keys = [digest([fingerprint, row["instruction"], row["output_1"], row["output_2"]]) for row in rows]
-    client, annotate = JudgeClient(judge, resources.judge, answers), _Annotator(annotator)
-    texts = ("instruction", "output_1", "output_2")
-    questions = {
-        key: Question(partial(annotate, row), sum(len(row[name]) for name in texts))
-        for key, row in zip(keys, rows, strict=True)
-    }
+    answers = Answers.of_judge(judge, attempt.output_dir)
+    client = JudgeClient(judge, resources.judge, answers)
+    texts = [[row["instruction"], row["output_1"], row["output_2"]] for row in rows]
+    keys = [digest([judge.model.fingerprint, *texts_of_row]) for texts_of_row in texts]
+    requests = [
+        Question(partial(_annotate, annotator, row), sum(map(len, t))) for row, t in zip(rows, texts, strict=True)
+    ]
+    questions = dict(zip(keys, requests, strict=True))
+    _import_alpaca_eval()  # in the main thread: it changes the root logger while it is imported
     for _ in range(MAX_ATTEMPTS):
         client.ask_missing(questions, _parse_annotation, attempt)
     for key, row in zip(keys, rows, strict=True):
@@ -90,45 +88,35 @@ def alpaca_eval(
     missing = sum(row["preference"] is None for row in rows)
     if missing == len(rows):
         raise StageError(f"judge.model={annotator}: not one of {len(rows)} annotations has a preference")
-    usage = usage_of(resources.judge, [answers.known[key] for key in keys if key in answers.known], attempt, missing)
-    if missing:
-        level = logging.WARNING if 10 * missing > len(rows) else logging.INFO
-        log.log(level, "%s: %d of %d annotations have no preference", attempt.label, missing, len(rows))
-    verdicts = [
-        Verdict(0.5, "no preference")
-        if row["preference"] is None
-        else Verdict(row["preference"] - 1, f"preference {row['preference']:.3f}")
-        for row in rows
-    ]
-    return Judged(verdicts, usage | {"answers": len(rows)}, win_rates(rows))
+    usage = usage_of(resources.judge, [answers.known.get(key) for key in keys], attempt, missing)
+    return Judged([_verdict(row["preference"]) for row in rows], usage, win_rates(rows))
 
 
-class _Annotator:
-    """Annotates single rows with the package, from several threads.
+def _verdict(preference: float | None) -> Verdict:
+    return (
+        Verdict(0.5, "no preference") if preference is None else Verdict(preference - 1, f"preference {preference:.3f}")
+    )
 
-    The package itself would annotate many rows before it returns, and cache the answers in its own folder.
+
+def _annotate(annotator: str, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
+    """Return the row with its preference and, as its price, the number of tokens. Raises what the client does.
+
+    One row at a time: of many rows the package returns none before all are annotated. Its objects are not safe to share
+    between threads, and it would cache the answers in its own folder.
     """
-
-    def __init__(self, name: str) -> None:
-        self._name, self._thread = name, threading.local()
-        _import_alpaca_eval()  # in the main thread: it changes the root logger while it is imported
-
-    def __call__(self, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
-        """Return the row with its preference and, as its price, the number of tokens. Raises what the client does."""
-        if not hasattr(self._thread, "annotator"):
-            self._thread.annotator = _import_alpaca_eval().annotators.PairwiseAnnotator(
-                annotators_config=self._name, caching_path=None, is_avoid_reannotations=False
-            )
-        options = {"timeout": client.timeout, "max_retries": client.max_retries, "http_client": client._client}
-        (annotation,) = self._thread.annotator(
-            [row],
-            openai_api_keys=[client.api_key],
-            openai_api_base=str(client.base_url),
-            client_kwargs=options,
-            num_procs=1,
-            price_per_token=1.0,
-        )
-        return annotation
+    annotate = _import_alpaca_eval().annotators.PairwiseAnnotator(
+        annotators_config=annotator, caching_path=None, is_avoid_reannotations=False
+    )
+    options = {"timeout": client.timeout, "max_retries": client.max_retries, "http_client": client._client}
+    (annotation,) = annotate(
+        [row],
+        openai_api_keys=[client.api_key],
+        openai_api_base=str(client.base_url),
+        client_kwargs=options,
+        num_procs=1,
+        price_per_token=1.0,
+    )
+    return annotation
 
 
 def _parse_annotation(annotation: dict[str, Any]) -> dict[str, float] | None:
@@ -155,19 +143,15 @@ def win_rates(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     table = pd.DataFrame(rows)
     metrics = package.metrics.get_winrate(table)
     rates = {"win_rate": {"value": float(metrics["win_rate"]), "se": float(metrics["standard_error"])}}
+    warning = "no length-controlled win rate: %s"
     if len(rows) != NUM_INSTRUCTIONS:
-        log.warning(
-            "no length-controlled win rate: it is fitted to all %d instructions, there are %d",
-            NUM_INSTRUCTIONS,
-            len(rows),
-        )
+        log.warning(warning, f"it is fitted to all {NUM_INSTRUCTIONS} instructions, there are {len(rows)}")
         return rates
     try:
         metrics = package.metrics.get_length_controlled_winrate(table, save_weights_dir=None)
     except OSError as error:  # huggingface_hub's errors are among these
-        log.warning(
-            "no length-controlled win rate: the table of difficulties could not be loaded: %s", _first_line(error)
-        )
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning(warning, f"the table of difficulties could not be loaded: {reason}")
         return rates
     controlled = {"value": float(metrics["length_controlled_winrate"]), "se": float(metrics["lc_standard_error"])}
     return rates | {"length_controlled_win_rate": controlled}
@@ -199,23 +183,6 @@ def check_annotations(rows: Sequence[tuple[str, dict[str, Any]]], instructions: 
     return [row for _, row in rows]
 
 
-def _load_instructions(file: str | None) -> list[str]:
-    """Return the instructions of the evaluation set, from its file or from the hub."""
-    if file is not None:
-        rows = [row for _, row in read_rows(file, "--questions")]
-    else:
-        try:
-            rows = list(_import_alpaca_eval().constants.ALPACAEVAL_REFERENCE_OUTPUTS())
-        except Exception as error:  # datasets and huggingface_hub raise many kinds; all mean it cannot be loaded
-            raise ConfigError(
-                f"the evaluation set could not be loaded from the hub ({_first_line(error)}): give --questions FILE, "
-                "alpaca_eval_gpt4_baseline.json"
-            ) from error
-    if not all("instruction" in row for row in rows):
-        raise ConfigError(f"--questions {file}: an entry has no instruction")
-    return [row["instruction"] for row in rows]
-
-
 @cache
 def _import_alpaca_eval() -> Any:
     """Import alpaca_eval without its side effects on logging.
@@ -238,18 +205,18 @@ def _import_alpaca_eval() -> Any:
     return alpaca_eval
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print win rate and length-controlled win rate of annotations, after a check of their number and order."""
     parser = argparse.ArgumentParser(prog="python -m src.judges.alpaca_eval", description=main.__doc__)
     parser.add_argument("annotations", help="annotations.json of alpaca-eval, or of judge=alpaca_eval")
-    parser.add_argument("--questions", help="the evaluation set, alpaca_eval_gpt4_baseline.json; default: from the hub")
+    parser.add_argument("--questions", required=True, help="the evaluation set, alpaca_eval_gpt4_baseline.json")
     args = parser.parse_args(arguments)
     try:
-        rows = check_annotations(read_rows(args.annotations, "annotations"), _load_instructions(args.questions))
+        questions = [row for _, row in read_rows(args.questions, "--questions")]
+        if not all("instruction" in row for row in questions):
+            raise ConfigError(f"--questions {args.questions}: an entry has no instruction")
+        instructions = [row["instruction"] for row in questions]
+        rows = check_annotations(read_rows(args.annotations, "annotations"), instructions)
         num_preferences = sum(not math.isnan(_to_float(row["preference"])) for row in rows)
         print(f"{rows[0]['generator_2']} against {rows[0]['generator_1']}, {num_preferences} preferences")
         for name, score in win_rates(rows).items():

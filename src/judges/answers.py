@@ -9,7 +9,12 @@ import uuid
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from src.store.store import Store
+
+if TYPE_CHECKING:
+    from src.planning.identity import JudgeInputs
 
 
 class Answers:
@@ -25,6 +30,11 @@ class Answers:
         self._num_bytes_read: dict[Path, int] = {}
         self.known: dict[str, dict[str, Any]] = {}
         self.totals: Counter[str] = Counter()  # sum of every numeric field over the known answers
+
+    @classmethod
+    def of_judge(cls, judge: JudgeInputs, output_dir: Path) -> Answers:
+        """Return those of the judge's model."""
+        return cls(Store(output_dir).answers(judge.name, judge.model_name))
 
     def refresh(self) -> None:
         """Read what other processes have written since the last call."""

@@ -5,49 +5,26 @@ Labels, weights, score and interval are the benchmark's; so is the prompt, when 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from src.judges import Comparison, Judged, Verdict
-from src.judges.answers import Answers
-from src.judges.judge_client import JudgeClient, Messages, usage_of
+from src.judges.judge_client import Messages, complete_chats, usage_of
 from src.judges.prompt_file import load_judge_prompt
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
-from src.store.store import Store
 
 if TYPE_CHECKING:
     from src.store.attempt import Attempt
 
-log = logging.getLogger(__name__)
-
 NUM_BOOTSTRAP_ROUNDS = 100  # (v0.1)
 STRONG_WIN_WEIGHT = 3  # number of games that a label with >> counts as (v0.1)
 
-SYSTEM = """You judge two assistants' answers to one user. First write down how you would answer yourself. Then go
-through both answers, say where each is wrong or unclear, and weigh them: is it correct, does it help with what was
-asked, is it to the point and concise, and does it have what the question leaves unsaid but needs? Neither the order of
-the answers nor their style counts. End with one label:
-
-[[A>>B]] the answer of A is far better
-[[A>B]] it is somewhat better
-[[A=B]] they are about as good
-[[B>A]] the answer of B is somewhat better
-[[B>>A]] it is far better"""
-
-TEMPLATE = """Question of the user:
-{question_1}
-
-Answer of assistant A:
-{answer_1}
-
-Answer of assistant B:
-{answer_2}"""
-
+PROMPT_FILE = str(Path(__file__).with_suffix(".yaml"))  # without judge.prompt_file
 _LABEL = re.compile(r"\[\[([AB<>=]+)\]\]")
 
 # label -> points of A, and how many games it counts as
@@ -71,15 +48,12 @@ def arena_hard(
     """Play two games per comparison; its verdict is their weighted mean, a tie when neither has a label."""
     judge = inputs.judge
     assert judge is not None
-    prompt = load_judge_prompt(judge.prompt_file.location) if judge.prompt_file else (SYSTEM, TEMPLATE)
-    folder = Store(attempt.output_dir).answers("arena_hard", judge.model_name)
-    client = JudgeClient(judge, resources.judge, Answers(folder))
-    answers = client.complete([chat for comparison in comparisons for chat in _chats(comparison, *prompt)], attempt)
+    prompt = load_judge_prompt(judge.prompt_file.location if judge.prompt_file else PROMPT_FILE)
+    chats = [chat for comparison in comparisons for chat in _chats(comparison, *prompt)]
+    answers = complete_chats(judge, resources.judge, chats, attempt)
     texts = [answer["text"] for answer in answers]
     games = [parse_game(text, response_is="BA"[i % 2]) for i, text in enumerate(texts)]
     labeled = [game for game in games if game is not None]
-    if not labeled:
-        log.warning("%s: no answer of the judge has a label; its first: %r", attempt.label, texts[0][:200])
     verdicts = [_verdict(games[i : i + 2], texts[i : i + 2]) for i in range(0, len(games), 2)]
     usage = usage_of(resources.judge, answers, attempt, unparsable=len(games) - len(labeled))
     return Judged(verdicts, usage, {"arena_hard": win_rate(labeled)} if labeled else {})
@@ -116,11 +90,7 @@ def _verdict(games: Sequence[Game | None], texts: Sequence[str]) -> Verdict:
 
 def _chats(comparison: Comparison, system: str, template: str) -> list[Messages]:
     """Return two chats: with the response as assistant B, then as A, in the benchmark's order."""
-    question, response, baseline = (
-        comparison.prompt.text,
-        comparison.response["response"],
-        comparison.baseline["response"],
-    )
+    question, response, baseline = comparison.texts
     return [
         [
             {"role": "system", "content": system},

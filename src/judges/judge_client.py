@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import openai
 
     from src.store.attempt import Attempt
+
+log = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]  # of a chat, as in OpenAI's API
 
@@ -74,15 +77,14 @@ class JudgeClient:
             if answer is not None:
                 self._answers.add(key, answer | {"by": attempt.identity})
 
-        def on_progress() -> None:
-            attempt.step(sum(key in known for key in questions), len(questions))
+        def num_known() -> int:
+            return sum(key in known for key in questions)
 
         try:
-            self._client.map_concurrent(requests(), parse, on_result, on_progress)
+            self._client.map_concurrent(requests(), parse, on_result, lambda: attempt.step(num_known(), len(questions)))
         except StageError as error:
-            num_answers = sum(key in known for key in questions)
             raise StageError(
-                f"judge.model={self._judge.model_name}: {error}; {num_answers} of {len(questions)} answers were saved; "
+                f"judge.model={self._judge.model_name}: {error}; {num_known()} of {len(questions)} answers were saved; "
                 "rerun to request the remaining ones"
             ) from error
 
@@ -106,11 +108,9 @@ class JudgeClient:
             raise StageError(f"judge.max_calls={endpoint.max_calls} reached; raise the limit to continue")
         if endpoint.max_cost is not None:
             spent = cost(endpoint, self._answers.totals)
-            max_tokens = {
-                "prompt_tokens": num_chars / CHARS_PER_TOKEN,
-                "completion_tokens": self._judge.max_tokens or 0,
-            }
-            if spent + (in_flight + 1) * cost(endpoint, max_tokens) > endpoint.max_cost:
+            max_answer_tokens = self._judge.max_tokens or 0
+            limits = {"prompt_tokens": num_chars / CHARS_PER_TOKEN, "completion_tokens": max_answer_tokens}
+            if spent + (in_flight + 1) * cost(endpoint, limits) > endpoint.max_cost:
                 raise StageError(
                     f"judge.max_cost={endpoint.max_cost:g} reached ({spent:.3g} spent); raise the limit to continue"
                 )
@@ -125,11 +125,24 @@ def _parse_completion(completion: Any) -> dict[str, Any]:
     }
 
 
+def complete_chats(
+    judge: JudgeInputs, endpoint: JudgeEndpoint, chats: Sequence[Messages], attempt: Attempt
+) -> list[dict[str, Any]]:
+    """Return what `JudgeClient.complete` does, with the answers that the judge's model has in the output_dir."""
+    return JudgeClient(judge, endpoint, Answers.of_judge(judge, attempt.output_dir)).complete(chats, attempt)
+
+
 def usage_of(
-    endpoint: JudgeEndpoint, answers: Sequence[dict[str, Any]], attempt: Attempt, unparsable: int
+    endpoint: JudgeEndpoint, answers: Sequence[dict[str, Any] | None], attempt: Attempt, unparsable: int
 ) -> dict[str, float]:
-    """Return the number of answers, and the calls, tokens and dollars of those that this stage asked for."""
-    distinct = {id(answer): answer for answer in answers}.values()  # equal questions share one answer
+    """Return the number of answers, and the calls, tokens and dollars of those that this stage asked for.
+
+    Logs how many are unparsable, as a warning when they are more than a tenth.
+    """
+    if unparsable:
+        level = logging.WARNING if 10 * unparsable > len(answers) else logging.INFO
+        log.log(level, "%s: %d of %d answers of the judge have no verdict", attempt.label, unparsable, len(answers))
+    distinct = {id(answer): answer for answer in answers if answer is not None}.values()  # equal questions share one
     asked = [answer for answer in distinct if answer["by"] == attempt.identity]
     tokens = {name: sum(answer[name] for answer in asked) for name in ("prompt_tokens", "completion_tokens")}
     counts = {"answers": len(answers), "calls": len(asked), "unparsable": unparsable}

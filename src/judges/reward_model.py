@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from src.data.rows import Prompt
@@ -15,7 +16,6 @@ from src.judges.answers import Answers
 from src.model.loading import device_of
 from src.planning.identity import ContentPath, EvaluateInputs, digest, locate
 from src.planning.resources import Resources
-from src.store.store import Store
 
 if TYPE_CHECKING:
     from src.store.attempt import Attempt
@@ -32,7 +32,7 @@ def reward_model(
     """
     judge = inputs.judge
     assert judge is not None and isinstance(judge.model, ContentPath)
-    answers = Answers(Store(attempt.output_dir).answers("reward_model", judge.model_name))
+    answers = Answers.of_judge(judge, attempt.output_dir)
     texts = [(c.prompt, row["response"]) for c in comparisons for row in (c.response, c.baseline)]
     keys = [digest([judge.model.fingerprint, prompt.messages, response]) for prompt, response in texts]
     answers.refresh()
@@ -42,14 +42,14 @@ def reward_model(
             answers.add(key, {"reward": reward, "by": attempt.identity})
             attempt.step(sum(key in answers.known for key in keys), len(keys))
     rewards = [answers.known[key]["reward"] for key in keys]
-    verdicts = [
-        Verdict(
-            0.5 if response == baseline else float(response > baseline), f"reward {response:.4g} against {baseline:.4g}"
-        )
-        for response, baseline in zip(rewards[::2], rewards[1::2], strict=True)
-    ]
+    verdicts = [_compare(*both) for both in zip(rewards[::2], rewards[1::2], strict=True)]
     calls = sum(answers.known[key]["by"] == attempt.identity for key in set(keys))
     return Judged(verdicts, {"answers": len(keys), "calls": calls})
+
+
+def _compare(response: float, baseline: float) -> Verdict:
+    value = 0.5 if response == baseline else float(response > baseline)
+    return Verdict(value, f"reward {response:.4g} against {baseline:.4g}")
 
 
 def _rewards(name: str, texts: dict[str, tuple[Prompt, str]], device: str) -> Iterator[tuple[str, float]]:
@@ -90,9 +90,8 @@ def _batch_rewards(model: Any, tokenizer: Any, rows: list[list[int]]) -> list[fl
     if pad is None or pad in last_tokens:
         pad = next(i for i in range(len(last_tokens) + 1) if i not in last_tokens)
     model.config.pad_token_id = pad
-    input_ids = torch.full((len(rows), max(map(len, rows))), pad)
-    mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    tokens = [torch.tensor(row) for row in rows]
+    input_ids = pad_sequence(tokens, batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
     outputs = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device))
     return outputs.logits[:, 0].float().tolist()

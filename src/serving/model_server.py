@@ -126,12 +126,11 @@ def served_folder(checkpoint: Path, folder: Path, template: Template, generation
     for path in checkpoint.iterdir():
         if path.name != "generation_config.json":
             (target / path.name).symlink_to(path.absolute())
-    greedy = generation.temperature == 0.0
-    settings: dict[str, Any] = {"do_sample": not greedy, "max_new_tokens": generation.max_new_tokens}
-    if not greedy:
+    settings: dict[str, Any] = {"do_sample": generation.temperature > 0, "max_new_tokens": generation.max_new_tokens}
+    if generation.temperature > 0:
         settings |= {"temperature": generation.temperature, "top_k": generation.top_k, "top_p": generation.top_p}
     settings |= {"eos_token_id": template.end_id, "pad_token_id": template.end_id}
-    settings |= {"bos_token_id": template.tokenizer.bos_token_id}
+    settings["bos_token_id"] = template.tokenizer.bos_token_id
     (target / "generation_config.json").write_text(json.dumps(settings))
     return target
 

@@ -21,10 +21,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds before a malformed response is 
 RETRY_COUNT_HEADER = "x-stainless-retry-count"  # in the client's requests: attempts before this one
 
 
-class MalformedResponse(Exception):
-    """The endpoint answered 200, but not with a completion."""
-
-
 class _Cancelled(BaseException):
     """Ends the retries of a request whose batch was cancelled; like asyncio.CancelledError, it is not an Exception."""
 
@@ -85,8 +81,8 @@ class ConcurrentClient:
                     on_result(in_flight[future], future.result())
                     del in_flight[future]
                 on_progress()
-        except (openai.APIError, MalformedResponse) as error:
-            raise StageError(self._describe(error)) from error
+        except openai.APIError as error:  # one that the client did not retry, or not as often
+            raise self._failure(1 + int(error.request.headers.get(RETRY_COUNT_HEADER, 0)), error) from error
         finally:
             self._cancelled.set()
             with suppress(TimeoutError):
@@ -109,11 +105,9 @@ class ConcurrentClient:
                 return parse(request(self.client))
             except (ValueError, openai.APIResponseValidationError, AttributeError, IndexError, TypeError) as error:
                 malformed = error
-        raise MalformedResponse(f"the response is not a completion ({type(malformed).__name__})") from malformed
+        reason = f"the response is not a completion ({type(malformed).__name__})"
+        raise self._failure(1 + self.client.max_retries, reason) from malformed
 
-    def _describe(self, error: Exception) -> str:
-        attempts = 1 + self.client.max_retries
-        if isinstance(error, openai.APIError):  # one that the client did not retry, or not as often
-            attempts = 1 + int(error.request.headers.get(RETRY_COUNT_HEADER, 0))
-        plural = "s" if attempts > 1 else ""
-        return f"{self.url} failed after {attempts} attempt{plural}: {' '.join(str(error).split())[:300]}"
+    def _failure(self, num_attempts: int, reason: object) -> StageError:
+        attempts = "1 attempt" if num_attempts == 1 else f"{num_attempts} attempts"
+        return StageError(f"{self.url} failed after {attempts}: {' '.join(str(reason).split())[:300]}")
