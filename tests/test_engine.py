@@ -301,4 +301,4 @@ def test_a_batch_of_one_example_is_its_tokens_with_the_second_response_after_the
     assert batch.input_ids.tolist() == [[1, 2, 4]], "the last token of a response predicts nothing"
     assert batch.position_ids.tolist() == [[0, 1, 2]]
     assert batch.predict_positions.tolist() == [1, 1, 2] and batch.targets.tolist() == [3, 4, 5]
-    assert batch.sequence_ids.tolist() == [0, 1, 1] and batch.num_tokens == batch.layout.segments[-1].end == 3
+    assert batch.sequence_ids.tolist() == [0, 1, 1] and batch.input_ids.numel() == batch.layout.segments[-1].end == 3

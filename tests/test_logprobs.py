@@ -92,7 +92,7 @@ def test_on_other_devices_than_a_cpu_all_modules_but_head_and_last_layer_are_ups
 
 
 def without_restart(batch):
-    return dataclasses.replace(batch, position_ids=torch.arange(batch.num_tokens)[None])
+    return dataclasses.replace(batch, position_ids=torch.arange(batch.input_ids.numel())[None])
 
 
 def leaking(batch):
@@ -107,7 +107,7 @@ def leaking(batch):
 
 
 def across_examples(batch):
-    return dataclasses.replace(batch, layout=Layout.from_segments([Segment(0, batch.num_tokens)]))
+    return dataclasses.replace(batch, layout=Layout.from_segments([Segment(0, batch.input_ids.numel())]))
 
 
 @pytest.mark.parametrize("break_layout", [without_restart, leaking, across_examples])
@@ -200,7 +200,7 @@ def test_an_example_is_packed_as_its_prompt_once_and_responses_without_their_las
     assert batch.targets.tolist() == [8, 9, 4, 3, 2] and batch.predict_positions.tolist() == [2, 3, 2, 4, 5]
     assert batch.layout.segments == (Segment(0, 4), Segment(4, 6, 0, 3))
     for other in (example, Example((1,), ((2,),)), *random_pairs(5, 0)):
-        assert other.length == pack([other], [0]).num_tokens, "token budgets count what is packed"
+        assert other.length == pack([other], [0]).input_ids.numel(), "token budgets count what is packed"
 
 
 def test_first_fit_packing_has_every_example_once_within_the_budget():

@@ -38,6 +38,8 @@ class Layout:
     key_positions: Tensor  # (k,) int64 positions of keys and values, segment by segment
     cu_seqlens_q: Tensor  # (segments + 1,) int32
     cu_seqlens_k: Tensor  # (segments + 1,) int32
+    max_seqlen_q: int
+    max_seqlen_k: int
 
     @staticmethod
     def from_segments(segments: Sequence[Segment]) -> Layout:
@@ -47,6 +49,8 @@ class Layout:
             torch.tensor([position for positions in keys for position in positions]),
             torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32),
             torch.tensor([0, *accumulate(map(len, keys))], dtype=torch.int32),
+            max(s.end - s.start for s in segments),
+            max(map(len, keys)),
         )
 
     @cached_property
@@ -54,17 +58,9 @@ class Layout:
         """(segments, 4) int64 on the CPU: start, end, prefix_start, prefix_end."""
         return torch.tensor([[s.start, s.end, s.prefix_start, s.prefix_end] for s in self.segments])
 
-    @cached_property
-    def max_seqlen_q(self) -> int:
-        return max(s.end - s.start for s in self.segments)
-
-    @cached_property
-    def max_seqlen_k(self) -> int:
-        return max(s.end - s.start + s.prefix_end - s.prefix_start for s in self.segments)
-
     def to(self, device: torch.device) -> Layout:
-        tensors = (self.key_positions, self.cu_seqlens_q, self.cu_seqlens_k)
-        return Layout(self.segments, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+        names = ("key_positions", "cu_seqlens_q", "cu_seqlens_k")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,6 @@ class PackedBatch:
     sequence_ids: Tensor  # (t,) the sequence it belongs to, numbered in order of (example, response)
     num_sequences: int
     example_indices: tuple[int, ...]  # of the examples in the list that was packed
-
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> PackedBatch:
         if device.type == "cpu":

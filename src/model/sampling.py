@@ -27,18 +27,15 @@ class _InverseCDFSampler(LogitsProcessor):
 
     def __init__(self, generation: GenerationInputs, uniforms: Tensor, prompt_length: int) -> None:
         self.warpers = LogitsProcessorList()
-        if generation.temperature not in (0.0, 1.0):
+        if generation.temperature != 1.0:
             self.warpers.append(transformers.TemperatureLogitsWarper(generation.temperature))
         if generation.top_k:
             self.warpers.append(transformers.TopKLogitsWarper(generation.top_k))
         if generation.top_p < 1.0:
             self.warpers.append(transformers.TopPLogitsWarper(generation.top_p))
-        self.greedy = generation.temperature == 0.0
         self.uniforms, self.prompt_length = uniforms, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.greedy:
-            return scores
         step = input_ids.shape[1] - self.prompt_length
         cumulative = self.warpers(input_ids, scores.float()).softmax(-1).double().cumsum(-1)
         drawn = torch.searchsorted(cumulative, self.uniforms[:, step, None] * cumulative[:, -1:], right=True)
@@ -92,14 +89,13 @@ def sample(
         for row, i in enumerate(indices):
             ids[row, prompt_length - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, prompt_length - len(prompts[i]) :] = 1
-        uniforms = _uniforms([f"{seed}/{i}" for i in indices], generation.max_new_tokens, device)
-        sampler = _InverseCDFSampler(generation, uniforms, prompt_length)
+        processors = LogitsProcessorList()
+        if generation.temperature > 0.0:
+            uniforms = _uniforms([f"{seed}/{i}" for i in indices], generation.max_new_tokens, device)
+            processors.append(_InverseCDFSampler(generation, uniforms, prompt_length))
         with numerics.autocast(device):
             output = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([sampler]),
+                ids.to(device), attention_mask=mask.to(device), generation_config=config, logits_processor=processors
             )
         for i, response in zip(indices, output[:, prompt_length:].tolist(), strict=True):
             finished = end_id in response

@@ -32,13 +32,9 @@ def pair_losses(
     references: (all pairs, 2) log-probs of chosen and rejected; None for a method without reference.
     """
     reference_logps = None if references is None else references[list(indices)].to(logps.device)
-    options: dict[str, Any] = {
-        "sft_weight": inputs.sft_weight,
-        "align_weight": inputs.align_weight,
-        "options": inputs.options,
-    }
     pairs = logps.view(-1, 2), tokens.view(-1, 2), reference_logps
-    return preference_loss(inputs.method, inputs.beta, *pairs, **options)
+    weights: dict[str, Any] = {"sft_weight": inputs.sft_weight, "align_weight": inputs.align_weight}
+    return preference_loss(inputs.method, inputs.beta, *pairs, options=inputs.options, **weights)
 
 
 def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:

@@ -12,7 +12,7 @@ from src.data.evaluation_prompts import read_answers, read_prompts
 from src.data.sources import open_source
 from src.judges import Comparison, judge_function
 from src.methods import METHODS
-from src.planning.identity import ContentPath, EvaluateInputs, JudgeInputs
+from src.planning.identity import ContentPath, EvaluateInputs
 from src.planning.resources import Resources
 from src.stages import align, generate
 from src.store.attempt import Attempt
@@ -30,7 +30,7 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     quality = {prompt: math.fsum(values) / len(values) for prompt, values in by_prompt.items()}
     usage = None
     if inputs.judge is not None:
-        comparisons = _comparisons(inputs, inputs.judge, resources, samples, upstream.get("baseline"))
+        comparisons = _comparisons(inputs, resources, samples, upstream)
         judged = judge_function(inputs.judge.name)(inputs, resources, comparisons, attempt)
         usage = {"name": inputs.judge.name, **judged.usage, "scores": judged.scores}
         rows = (
@@ -77,22 +77,19 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
 
 
 def _comparisons(
-    inputs: EvaluateInputs,
-    judge: JudgeInputs,
-    resources: Resources,
-    samples: list[dict[str, Any]],
-    baseline_samples: Path | None,
+    inputs: EvaluateInputs, resources: Resources, samples: list[dict[str, Any]], upstream: dict[str, Path]
 ) -> list[Comparison]:
     """Pair each sample with the baseline's response to its prompt.
 
     That is a sample of the SFT model, the chosen response of the prompt's first held-out pair, or a row of a file.
     """
-    prompts = read_prompts(inputs.prompts, resources.expected_rows)
+    assert inputs.judge is not None
+    baseline, prompts = inputs.judge.baseline, read_prompts(inputs.prompts, resources.expected_rows)
     baselines: dict[int, dict[str, Any]]
-    if baseline_samples is not None:
-        baselines = {row["index"]: row for row in generate.read(baseline_samples)}
-    elif isinstance(judge.baseline, ContentPath):
-        baselines = dict(enumerate(read_answers(judge.baseline.location, prompts, "judge.baseline")))
+    if "baseline" in upstream:
+        baselines = {row["index"]: row for row in generate.read(upstream["baseline"])}
+    elif isinstance(baseline, ContentPath):
+        baselines = dict(enumerate(read_answers(baseline.location, prompts, "judge.baseline")))
     else:
         chosen_responses: dict[tuple[str, ...], str] = {}
         for pair in open_source(inputs.prompts.data, resources.expected_rows).pairs("validation"):

@@ -42,10 +42,9 @@ class TrainingEngine:
 
     def __init__(self, resources: Resources, trainer: Training, lora: Lora | None, seed: int) -> None:
         """Set up accelerate; `seed` is for the initial adapters. Raises ConfigError when DeepSpeed is missing."""
-        self.resources, self.lora, self.seed = resources, lora, seed
+        self.resources, self.trainer, self.lora, self.seed = resources, trainer, lora, seed
         self.device = device_of(resources.device)
         self.zero = resources.zero_stage
-        self.max_grad_norm = trainer.max_grad_norm
         # Silence DeepSpeed, which accelerate imports wherever it is installed. torch's logger warns at every call.
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -105,8 +104,12 @@ class TrainingEngine:
                 raise ConfigError(f"model.lora.targets={targets}: {str(error).splitlines()[0]}") from None
         patch_model_(model)
 
-    def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        """Return the policy wrapped for the strategy; the engine keeps the optimizer."""
+    def prepare(self, policy: torch.nn.Module) -> Any:
+        """Return the policy wrapped for the strategy; the engine keeps it and its optimizer."""
+        trained, trainer = [p for p in policy.parameters() if p.requires_grad], self.trainer
+        optimizer = torch.optim.AdamW(
+            trained, trainer.lr, trainer.adam_betas, weight_decay=trainer.weight_decay, fused=True
+        )
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         return self.policy
 
@@ -132,7 +135,7 @@ class TrainingEngine:
         if self.zero:  # DeepSpeed has applied them in the last backward pass
             norm = self.accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
         else:
-            norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.trainer.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return torch.as_tensor(norm)

@@ -96,65 +96,50 @@ def train(
     (`stop_fraction`) leaves a checkpoint for longer ones. Raises LeaseLost; Interrupted after saving a checkpoint;
     ConfigError when there are more ranks than examples in a step; and StageError when a loss or gradient is not finite.
     """
-    with contextlib.closing(TrainingEngine(resources, inputs.trainer, inputs.lora, inputs.seed)) as engine:
-        _take_steps(engine, engine.configure_model(model), examples, loss_fn, inputs, attempt)
-        return engine.gather_model(model)
-
-
-def _take_steps(
-    engine: TrainingEngine,
-    model: Any,
-    examples: Sequence[Example],
-    loss_fn: LossFn,
-    inputs: SftInputs | AlignInputs,
-    attempt: Attempt,
-) -> None:
     trainer, ranks = inputs.trainer, get_distributed()
     if trainer.batch_size < ranks.size:
         raise ConfigError(
             f"trainer.{inputs.kind}.batch_size={trainer.batch_size}: below the number of processes, {ranks.size}"
         )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, trainer.lr, trainer.adam_betas, weight_decay=trainer.weight_decay, fused=True
-    )
-    policy = engine.prepare(SequenceLogps(model, numerics_of(inputs.model, engine.resources)), optimizer)
-    total = total_steps(len(examples), trainer)
-    end = max(1, round(inputs.stop_fraction * total)) if isinstance(inputs, AlignInputs) else total
-    first = checkpoints.resume(engine, attempt, end)
-    lengths = [example.length for example in examples]
-    budget = find_token_budget(engine, policy, examples)
-    model.train()
-    heap = HeapTrimmer()
-    num_stop_requests = 0  # ranks that were asked to stop; every rank has the same number
-    for step in range(first, end):
-        if num_stop_requests:
-            checkpoints.save(engine, attempt, step)
-            raise preemption.Interrupted(f"{attempt.label} stopped at {step}/{end}: {preemption.stop_reason()}")
-        attempt.step(step, end, interruptible=False)
-        started = time.perf_counter()
-        indices = batch_indices(step, len(examples), trainer.batch_size, inputs.seed)
-        batch = GlobalBatch(len(indices), sum(examples[i].num_supervised_tokens for i in indices))
-        lr = engine.set_lr(trainer.lr * lr_multiplier(step, total, trainer))
-        micro_batches = distribute_examples(lengths, indices, budget, ranks.size)[ranks.rank]
-        names, metric_sums = _accumulate_step(engine, policy, examples, micro_batches, loss_fn, batch)
-        grad_norm = engine.step()
-        heap.maybe_trim()
-        num_local_tokens = sum(lengths[i] for m in micro_batches if not m.is_filler for i in m.indices)
-        (loss, *totals), num_tokens, num_stop_requests = _reduce_metrics(metric_sums, num_local_tokens)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise StageError(f"diverged at step {step}: loss {loss:g}, gradient norm {grad_norm:g}")
-        attempt.tokens += num_tokens
-        values = {"loss": loss, "grad_norm": float(grad_norm), "learning_rate": lr}
-        values |= {name: total / batch.num_examples for name, total in zip(names, totals, strict=True)}
-        values["tokens_per_second"] = round(num_tokens / (time.perf_counter() - started), 1)
-        log_metrics(attempt, step, values)
-        if (step + 1) % engine.resources.save_steps == 0 and step + 1 < end:
-            checkpoints.save(engine, attempt, step + 1)
-    if end < total:
-        # May be the final checkpoint: this point may never be promoted to the next rung.
-        checkpoints.save(engine, attempt, end, keep=1)
-    attempt.step(end, end)
+    with contextlib.closing(TrainingEngine(resources, trainer, inputs.lora, inputs.seed)) as engine:
+        policy = engine.prepare(SequenceLogps(engine.configure_model(model), numerics_of(inputs.model, resources)))
+        total = total_steps(len(examples), trainer)
+        end = max(1, round(inputs.stop_fraction * total)) if isinstance(inputs, AlignInputs) else total
+        first = checkpoints.resume(engine, attempt, end)
+        lengths = [example.length for example in examples]
+        budget = find_token_budget(engine, policy, examples)
+        model.train()
+        heap = HeapTrimmer()
+        num_stop_requests = 0  # ranks that were asked to stop; every rank has the same number
+        for step in range(first, end):
+            if num_stop_requests:
+                checkpoints.save(engine, attempt, step)
+                raise preemption.Interrupted(f"{attempt.label} stopped at {step}/{end}: {preemption.stop_reason()}")
+            attempt.step(step, end, interruptible=False)
+            started = time.perf_counter()
+            indices = batch_indices(step, len(examples), trainer.batch_size, inputs.seed)
+            batch = GlobalBatch(len(indices), sum(examples[i].num_supervised_tokens for i in indices))
+            lr = engine.set_lr(trainer.lr * lr_multiplier(step, total, trainer))
+            micro_batches = distribute_examples(lengths, indices, budget, ranks.size)[ranks.rank]
+            names, metric_sums = _accumulate_step(engine, policy, examples, micro_batches, loss_fn, batch)
+            grad_norm = engine.step()
+            heap.maybe_trim()
+            num_local_tokens = sum(lengths[i] for m in micro_batches if not m.is_filler for i in m.indices)
+            (loss, *totals), num_tokens, num_stop_requests = _reduce_metrics(metric_sums, num_local_tokens)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise StageError(f"diverged at step {step}: loss {loss:g}, gradient norm {grad_norm:g}")
+            attempt.tokens += num_tokens
+            values = {"loss": loss, "grad_norm": float(grad_norm), "learning_rate": lr}
+            values |= {name: total / batch.num_examples for name, total in zip(names, totals, strict=True)}
+            values["tokens_per_second"] = round(num_tokens / (time.perf_counter() - started), 1)
+            log_metrics(attempt, step, values)
+            if (step + 1) % resources.save_steps == 0 and step + 1 < end:
+                checkpoints.save(engine, attempt, step + 1)
+        if end < total:
+            # May be the final checkpoint: this point may never be promoted to the next rung.
+            checkpoints.save(engine, attempt, end, keep=1)
+        attempt.step(end, end)
+        return engine.gather_model(model)
 
 
 def _accumulate_step(
