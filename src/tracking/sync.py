@@ -124,7 +124,7 @@ class RunSync(Sync):
             self._complete(done)
 
     def _new_rows(self, metrics_file: Path) -> list[dict[str, Any]]:
-        """Return the complete lines of steps that are not in the sink yet; line n is of step n."""
+        """Return the complete lines of steps that are not in the sink yet; line n, from 0, is of step n."""
         text = metrics_file.read_bytes()
         lines = text[: text.rfind(b"\n") + 1].splitlines()
         return [json.loads(line) for line in lines[self.last_step + 1 :]]
@@ -199,7 +199,7 @@ class SweepSync(Sync):
         """
         if self.folder.read()["finished"] is None or not self.folder.report.exists():
             return None
-        files = (self.folder.best_yaml, self.folder.points_csv)
+        files = [file for file in (self.folder.best_yaml, self.folder.points_csv) if file.exists()]
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
