@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from src.config.schema import Point, leaves
+from src.config.schema import Point, typed_leaves
 from src.config.validation import build_point
 from src.planning.stage import stages_of
 from tests.support.configs import composed
@@ -174,4 +174,4 @@ def test_choices_that_are_hashed_under_another_name_change_identities(points):
 def test_every_key_of_a_composed_point_is_one_of_the_schema(points):
     schema = set(keys())
     for point in points:
-        assert {key for key, _ in leaves(point)} <= schema | {"setup.best", "dataset.sft", "dataset.preference"}
+        assert {key for key, *_ in typed_leaves(point)} <= schema | {"setup.best", "dataset.sft", "dataset.preference"}

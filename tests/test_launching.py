@@ -20,7 +20,7 @@ from src.errors import ConfigError
 from src.planning.plan import make_plan
 from src.store import code_snapshot
 from src.store.store import Store
-from src.store.sweep_folder import SweepFolder
+from src.store.sweep_folder import SweepFolder, result_folders
 from tests.support.commands import ROOT, SMALL, environment, train
 from tests.support.configs import composed
 
@@ -103,7 +103,7 @@ def test_environment_variables_do_not_override_the_options_of_a_submission(monke
 
 def test_the_code_snapshot_is_complete_wherever_output_dir_is(tmp_path):
     for output_dir in (ROOT / "outputs", tmp_path, ROOT.parent, ROOT):
-        code = code_snapshot.snapshot(tmp_path / "code", output_dir)
+        code = code_snapshot.snapshot(tmp_path / "code", result_folders(output_dir))
         assert (code / "src" / "train.py").exists() and (code / "sweeps" / "sweeper.py").exists()
     assert len(list((tmp_path / "code").iterdir())) == 1
 

@@ -21,7 +21,7 @@ from launchers.slurm.options import SlurmOptions
 from src.errors import ConfigError
 from src.planning.plan import Plan
 from src.store.code_snapshot import snapshot
-from src.store.sweep_folder import SweepFolder
+from src.store.sweep_folder import SweepFolder, result_folders
 
 
 @dataclass
@@ -51,7 +51,7 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
     parallelism = split_parallelism(options.array_parallelism, [len(array.tasks) for array in point_arrays])
     for array, count in zip(point_arrays, parallelism, strict=True):
         array.parallelism = count
-    code = str(snapshot(folder.code, output_dir=store.output_dir))
+    code = str(snapshot(folder.code, result_folders(store.output_dir)))
     jobs = dict(in_flight)  # stage -> the job that computes it
     for array in arrays:
         tasks = [(task.label, [[stage.kind, stage.identity] for stage in task.targets]) for task in array.tasks]

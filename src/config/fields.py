@@ -18,15 +18,14 @@ def choice(*values: str | None, default: Any = MISSING) -> Any:
 
 def number(default: Any = MISSING, *, minimum: float = 0, above: float | None = None, maximum: float = math.inf) -> Any:
     """Return a dataclass field for a number >= minimum (or > above) and <= maximum; None if its type allows that."""
-    interval = f">= {minimum:g}" if above is None else f"> {above:g}"
-    if math.isfinite(maximum):
-        interval += f" and <= {maximum:g}"
+    lower = f">= {minimum:g}" if above is None else f"> {above:g}"
+    upper = f" and <= {maximum:g}" if math.isfinite(maximum) else ""
 
     def contains(value: float) -> bool:
         above_low = value >= minimum if above is None else value > above
         return above_low and value <= maximum and math.isfinite(value)
 
-    return field(default=default, metadata={"interval": interval, "contains": contains})
+    return field(default=default, metadata={"interval": lower + upper, "contains": contains})
 
 
 def choices_of(schema: Any, name: str) -> tuple[str | None, ...]:

@@ -281,8 +281,3 @@ def typed_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any],
             yield from typed_leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, spec, value
-
-
-def leaves(node: Any) -> list[tuple[str, Any]]:
-    """Return (dotted key, value) of every leaf of a config. Raises ConfigError for a key not in the schema."""
-    return [(key, value) for key, _, value in typed_leaves(node)]

@@ -20,7 +20,7 @@ from src.data.templates import Template
 from src.errors import ConfigError
 from src.planning.identity import DataInputs, ModelInputs, digest, hashable
 from src.store.attempt import Attempt
-from src.store.files import fsync_tree, read_json, write_json
+from src.store.files import fsync_tree, publish_folder, read_json, write_json
 from src.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -116,11 +116,7 @@ class TokenizedDataset:
             self.dataset.save_to_disk(draft)
             write_json(draft / DROPPED_FILE, self.dropped)
             fsync_tree(draft)
-            try:
-                draft.rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
+            publish_folder(draft, folder)
 
 
 def tokenize_pairs(

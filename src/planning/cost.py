@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -88,14 +89,6 @@ class Cost:
         mfu = engine.mfu * (_DECODING_MFU if stage.kind == "generate" else 1)
         return _FLOPS[stage.kind] * _num_parameters(stage) / (mfu * (engine.tflops or math.nan) * 1e12), False
 
-    @cached_property
-    def weights(self) -> float:
-        """Bytes of the models that will be written and of the checkpoints of partial runs."""
-        return sum(
-            _num_parameters(stage) * (_WEIGHT_BYTES + (_CHECKPOINT_BYTES if stage.stop_fraction < 1 else 0))
-            for stage in self.models
-        )
-
     def text(self) -> str:
         """Return the estimate as a table; empty when nothing is to run."""
         if not self.stages:
@@ -117,18 +110,22 @@ class Cost:
             )
         if math.isnan(total):
             lines.append('"-" = no estimate yet (needs one finished run of this model and dataset in this output_dir)')
-        if self.models and not math.isnan(self.weights):
-            lines.append(self._disk())
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._disk()])
 
-    def _disk(self) -> str:
+    def _disk(self) -> Iterator[str]:
+        weights = sum(
+            _num_parameters(stage) * (_WEIGHT_BYTES + (_CHECKPOINT_BYTES if stage.stop_fraction < 1 else 0))
+            for stage in self.models
+        )
+        if not self.models or math.isnan(weights):
+            return
         until = {"all": "", "best": " until the sweep ends and keep_checkpoints=best takes effect", "none": " at most"}
         partial = any(stage.stop_fraction < 1 for stage in self.stages)
         checkpoints = " and the checkpoints that partial runs resume from" if partial else ""
         checkpoint_bytes = _CHECKPOINT_BYTES * _num_parameters(self.models[0])
         root = next(path for path in (self.store.root, *self.store.root.parents) if path.exists())
-        return (
-            f"disk: {_format(self.weights, 'B')} for the weights of {len(self.models)} models{checkpoints}"
+        yield (
+            f"disk: {_format(weights, 'B')} for the weights of {len(self.models)} models{checkpoints}"
             f"{until[self.models[0].point.keep_checkpoints]}, {_format(checkpoint_bytes, 'B')} for each that is being "
             f"trained; {_format(shutil.disk_usage(root).free, 'B')} free"
         )

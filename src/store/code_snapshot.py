@@ -1,29 +1,44 @@
-"""A copy of the code that jobs run, so that later edits of the checkout do not reach them."""
+"""Which code runs, and the copy of it that jobs run, so that later edits of the checkout do not reach them."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import os
 import shutil
+import subprocess
 import uuid
+from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 from src.errors import ConfigError
-from src.store.code_revision import REVISION_FILE, ROOT, git, revision
-from src.store.files import write_json
-from src.store.sweep_folder import SweepFolder
+from src.store.files import publish_folder, read_json, write_json
 
+ROOT = Path(__file__).resolve().parents[2]
+REVISION_FILE = "revision.json"  # in a snapshot: the revision of the checkout it is a copy of
 PACKAGES = ("conf", "src", "sweeps", "launchers", "hydra_plugins")
 MAX_BYTES = 200 * 2**20  # code is a few hundred kilobytes; more than this is data
 
 
-def snapshot(folder: Path, output_dir: Path) -> Path:
+@functools.cache
+def revision() -> dict[str, Any]:
+    """Return the `commit` of this checkout, or of the one a snapshot was taken from, and whether it is `dirty`.
+
+    Both are None where there is no git.
+    """
+    if (ROOT / REVISION_FILE).exists():
+        return dict(read_json(ROOT / REVISION_FILE))
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    return {"commit": commit and commit.strip(), "dirty": None if changes is None else bool(changes)}
+
+
+def snapshot(folder: Path, exclude: Set[Path]) -> Path:
     """Copy the code into a subfolder of `folder` named by its content, unless it is there; return the subfolder.
 
-    Copies the files that git tracks or does not ignore (without git, this project's packages), except results below
-    `output_dir`. Raises ConfigError when they are too large to be code.
+    Copies the files that git tracks or does not ignore (without git, this project's packages), except those below the
+    excluded folders. Raises ConfigError when they are too large to be code.
     """
-    files = _code_files(_result_folders(output_dir.resolve()))
+    files = _code_files(exclude)
     if (total := sum(f.stat().st_size for f in files)) > MAX_BYTES:
         largest = max(files, key=lambda f: f.stat().st_size)
         raise ConfigError(
@@ -40,28 +55,26 @@ def snapshot(folder: Path, output_dir: Path) -> Path:
             digest.update(f"{path}\0{len(content)}\0".encode() + content)
         write_json(draft / REVISION_FILE, revision())
         final = folder / digest.hexdigest()[:12]
-        try:
-            os.rename(draft, final)
-        except OSError:
-            if not final.exists():  # if it does, the same copy was made earlier
-                raise
+        publish_folder(draft, final)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return final
 
 
-def _result_folders(output_dir: Path) -> set[Path]:
-    """Return the folders of results: output_dir itself where it is inside the checkout, else its known subfolders."""
-    if ROOT in output_dir.parents:
-        return {output_dir}
-    sweeps = {sweep.path for sweep in SweepFolder.all_in(output_dir)}
-    return {*(output_dir / name for name in ("store", "runs", "tracking", "wandb", "tensorboard")), *sweeps}
-
-
-def _code_files(exclude: set[Path]) -> list[Path]:
-    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+def _code_files(exclude: Set[Path]) -> list[Path]:
+    listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listed is not None:
         paths = {ROOT / name for name in listed.split("\0") if name}
     else:
         paths = {p for package in PACKAGES for p in (ROOT / package).rglob("*") if "__pycache__" not in p.parts}
     return sorted(p for p in paths if p.is_file() and exclude.isdisjoint(p.resolve().parents))
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what a git command prints for this checkout; None when there is no git, or it fails."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    # A checkout unpacked inside another repository is not that repository.
+    return done.stdout if done.returncode == 0 and (ROOT / ".git").exists() else None

@@ -61,3 +61,12 @@ def fsync_tree(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
+
+
+def publish_folder(draft: Path, final: Path) -> None:
+    """Rename a finished folder into place, unless another process has just published an equal one."""
+    try:
+        os.rename(draft, final)
+    except OSError:
+        if not final.exists():
+            raise

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from src.errors import ConfigError
 from src.store.attempt import PROGRESS_FILE, Attempt, Report
-from src.store.code_revision import revision
-from src.store.files import fsync_tree, read_json, read_versioned_json, write_json
+from src.store.code_snapshot import revision
+from src.store.files import fsync_tree, publish_folder, read_json, read_versioned_json, write_json
 from src.store.lease import Lease
 
 DONE = "DONE"
@@ -188,12 +188,7 @@ class Store:
             old = attempt.out.with_name("without-weights")
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
-        try:
-            os.rename(attempt.out, final)
-        except OSError:
-            if not (final / DONE).exists():
-                raise
-            # Another process published the same identity meanwhile; its artifacts are equal by construction.
+        publish_folder(attempt.out, final)  # artifacts of one identity are equal, whoever computes them
 
     def clean_up_work_dir(self, stage: StageKey) -> None:
         """Delete the work directory of a finished stage.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import ConfigError
+from src.store.code_snapshot import ROOT
 from src.store.files import read_versioned_json, write_json
 from src.store.store import Store
 
@@ -73,3 +74,12 @@ class SweepFolder:
         """Return the files that describe the points and their results; not jobs, code or logs."""
         files = (self.record, self.points_csv, self.best_yaml, self.report, self.tables, self.figures)
         return [path for path in files if path.exists()]
+
+
+def result_folders(output_dir: Path) -> set[Path]:
+    """Return the folders of results: output_dir itself where it is inside the checkout, else its known subfolders."""
+    output_dir = output_dir.resolve()
+    if ROOT in output_dir.parents:
+        return {output_dir}
+    sweeps = {sweep.path for sweep in SweepFolder.all_in(output_dir)}
+    return {*(output_dir / name for name in ("store", "runs", "tracking", "wandb", "tensorboard")), *sweeps}

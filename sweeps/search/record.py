@@ -10,7 +10,7 @@ from typing import Any
 from launchers.slurm.job_records import all_submissions
 from src.errors import PointFailure
 from src.planning.plan import Plan
-from src.store.code_revision import revision
+from src.store.code_snapshot import revision
 from src.store.store import StageName, Store
 from src.store.sweep_folder import SweepFolder
 from sweeps.search.successive_halving import RungState, with_stop

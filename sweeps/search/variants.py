@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from src.config.judge_rules import JUDGES
-from src.config.schema import Judge, Point, leaves
+from src.config.schema import Judge, Point, typed_leaves
 
 Study = tuple[str, str, str]  # setup, method, init
 
@@ -30,7 +30,7 @@ _SWEEP_WIDE = (
 
 def inconsistent_settings(points: list[Point]) -> list[str]:
     """Return the keys that must be equal for all points of a sweep but are not."""
-    tables = [dict(leaves(point)) for point in points]
+    tables = [{key: value for key, _, value in typed_leaves(point)} for point in points]
     return [key for key in _SWEEP_WIDE if len({repr(table[key]) for table in tables}) > 1]
 
 
@@ -90,7 +90,7 @@ def _studies(points: list[Point]) -> dict[Study, list[Point]]:
 def _settings(point: Point) -> dict[str, Any]:
     return {
         key: value
-        for key, value in leaves(point)
+        for key, _, value in typed_leaves(point)
         if key == "engine.precision" or not {key, key.partition(".")[0]} & _NOT_VARIANTS
     }
 
