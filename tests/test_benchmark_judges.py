@@ -250,11 +250,11 @@ def test_a_win_rate_by_length_alone_vanishes_when_length_is_controlled(hub, tmp_
 def test_annotations_in_another_order_or_number_are_refused(hub, tmp_path):
     rows = annotations(gain=1.0)
     done, _ = win_rates_of(tmp_path, [rows[1], rows[0], *rows[2:]], hub)
-    assert done.returncode == 1 and "entry 0: expected the instruction 'question 0'" in done.stderr, done.stderr
+    assert done.returncode == 2 and "entry 0: expected the instruction 'question 0'" in done.stderr, done.stderr
     done, _ = win_rates_of(tmp_path, rows[:-1], hub)
-    assert done.returncode == 1 and "ends after 804 annotations of 805 instructions" in done.stderr, done.stderr
+    assert done.returncode == 2 and "ends after 804 annotations of 805 instructions" in done.stderr, done.stderr
     done, _ = win_rates_of(tmp_path, [*rows[:-1], rows[-1] | {"generator_2": "another"}], hub)
-    assert done.returncode == 1 and "'another' and 'mine'; must be one" in done.stderr, done.stderr
+    assert done.returncode == 2 and "'another' and 'mine'; must be one" in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -32,7 +32,7 @@ class Attempt:
 def client(proxy, served, folder, **options):
     judge = JudgeInputs("tldr", "sft", str(served.model), temperature=0.0, max_tokens=2)
     options = {"timeout": 15 if "slow" in proxy.faults else 60, "concurrency": 2, **options}
-    return JudgeClient(judge, JudgeEndpoint(proxy.url, **options), Answers(folder))
+    return JudgeClient(judge, JudgeEndpoint(proxy.url, **options), folder)
 
 
 def chats(count):
@@ -121,7 +121,7 @@ def test_a_spent_budget_stops_questions_and_keeps_answers(proxy, served, tmp_pat
 
 
 def _saved(folder):
-    return [json.loads(line)["answer"] for file in folder.glob("*.jsonl") for line in file.open()]
+    return [json.loads(line)["answer"] for file in folder.rglob("*.jsonl") for line in file.open()]
 
 
 def test_answers_of_other_processes_are_read_and_half_lines_are_not(tmp_path):

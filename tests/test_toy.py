@@ -122,7 +122,7 @@ def test_after_an_interruption_only_what_is_missing_is_trained_and_the_table_is_
         ("lrs=[0.1,0.1]", "has a value twice"),
         ("optimizer=adamw", "optimizer=adamw: must be one of adam, sgd"),
         ("seeds=0", "seeds=0: must be >= 1"),
-        ("train_fraction=1.0", "2000 prompts train and 0 test"),
+        ("train_fraction=1.0", "train_fraction=1: must be >= 0.1 and <= 0.9"),
         ("seed=3", "seed"),
     ],
 )

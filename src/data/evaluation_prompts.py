@@ -60,13 +60,14 @@ def read_answers(file: str, prompts: Sequence[EvaluationPrompt], key: str) -> li
 
 
 def _prompt(row: dict[str, Any], where: str) -> EvaluationPrompt:
-    turns, text = row.get("turns"), None
-    if turns is None:
-        text = _key(row, where)
-    elif isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], dict):
-        text = turns[0].get("content")
+    if row.get("turns") is None:
+        text: Any = _key(row, where)
     else:
-        raise ConfigError(f"{where}: turns must be one user message, with its content")
+        try:
+            (turn,) = row["turns"]
+            text = turn["content"]
+        except (LookupError, TypeError, ValueError):
+            raise ConfigError(f"{where}: turns must be one user message, with its content") from None
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{where}: a prompt needs text")
     return EvaluationPrompt(_key(row, where), text_prompt(text))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from src.config.schema import Table
 from src.data.adapters import adapt_row
@@ -23,9 +23,6 @@ from src.data.rows import (
     sample_indices,
 )
 from src.errors import ConfigError
-
-if TYPE_CHECKING:
-    import datasets
 
 T = TypeVar("T", bound=Demonstration | Pair)
 
@@ -117,15 +114,15 @@ class Hub(Source):
     def _location(self, name: str) -> str:
         return getattr(self.data, name).path if self.data.path is None else str(Path(self.data.path.location) / name)
 
-    def _table(self, name: str, split: str, streaming: bool = False) -> datasets.Dataset:
-        """Load one split of a table. Raises ConfigError when that fails."""
+    def _table(self, name: str, split: str, streaming: bool = False) -> Any:
+        """Load one split of a table, a datasets.Dataset. Raises ConfigError when that fails."""
         import datasets
 
         location = self._location(name)
         key = f"dataset.{name}.path" if self.data.path is None else "dataset.path"
         try:
             if self.data.path is not None and (Path(location) / "dataset_dict.json").is_file():
-                saved: Any = datasets.load_from_disk(location)
+                saved = datasets.load_from_disk(location)
                 if split not in saved:
                     raise ValueError(f"available splits: {', '.join(saved)}")
                 return saved[split]

@@ -8,14 +8,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from src.data.rows import Prompt
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
-
-if TYPE_CHECKING:
-    from src.store.attempt import Attempt
+from src.store.attempt import Attempt
 
 
 class Comparison(NamedTuple):

@@ -9,25 +9,21 @@ import argparse
 import logging
 import math
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import openai
 
 from src.data.rows import read_rows
-from src.errors import USER_FACING_ERRORS, ConfigError, StageError, describe_failure
+from src.errors import ConfigError, StageError, report_errors
 from src.judges import Comparison, Judged, Verdict
-from src.judges.answers import Answers
 from src.judges.judge_client import JudgeClient, Question, usage_of
 from src.planning.identity import ContentPath, EvaluateInputs, digest
 from src.planning.resources import Resources
+from src.store.attempt import Attempt
 from src.store.files import write_json
-
-if TYPE_CHECKING:
-    import openai
-
-    from src.store.attempt import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -70,32 +66,30 @@ def alpaca_eval(
         for row in rows
     ]
     write_json(attempt.out / OUTPUTS_FILE, outputs)
-    answers = Answers.of_judge(judge, attempt.output_dir)
-    client = JudgeClient(judge, resources.judge, answers)
-    texts = [[row["instruction"], row["output_1"], row["output_2"]] for row in rows]
-    keys = [digest([judge.model.fingerprint, *texts_of_row]) for texts_of_row in texts]
-    requests = [
-        Question(partial(_annotate, annotator, row), sum(map(len, t))) for row, t in zip(rows, texts, strict=True)
-    ]
-    questions = dict(zip(keys, requests, strict=True))
+    client = JudgeClient(judge, resources.judge, attempt.output_dir)
+    keys, questions = [], {}
+    for row in rows:
+        texts = row["instruction"], row["output_1"], row["output_2"]
+        keys.append(digest([judge.model.fingerprint, *texts]))
+        questions[keys[-1]] = Question(partial(_annotate, annotator, row), sum(map(len, texts)))
     _import_alpaca_eval()  # in the main thread: it changes the root logger while it is imported
     for _ in range(MAX_ATTEMPTS):
         client.ask_missing(questions, _parse_annotation, attempt)
     for key, row in zip(keys, rows, strict=True):
-        row |= {"preference": answers.known.get(key, {}).get("preference"), "annotator": annotator}
+        row |= {"preference": client.answers.known.get(key, {}).get("preference"), "annotator": annotator}
     write_json(attempt.out / ANNOTATIONS_FILE, rows)
 
     missing = sum(row["preference"] is None for row in rows)
     if missing == len(rows):
         raise StageError(f"judge.model={annotator}: not one of {len(rows)} annotations has a preference")
-    usage = usage_of(resources.judge, [answers.known.get(key) for key in keys], attempt, missing)
+    usage = usage_of(resources.judge, [client.answers.known.get(key) for key in keys], attempt, missing)
     return Judged([_verdict(row["preference"]) for row in rows], usage, win_rates(rows))
 
 
 def _verdict(preference: float | None) -> Verdict:
-    return (
-        Verdict(0.5, "no preference") if preference is None else Verdict(preference - 1, f"preference {preference:.3f}")
-    )
+    if preference is None:
+        return Verdict(0.5, "no preference")
+    return Verdict(preference - 1, f"preference {preference:.3f}")
 
 
 def _annotate(annotator: str, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
@@ -196,7 +190,6 @@ def _import_alpaca_eval() -> Any:
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
         import alpaca_eval
         import alpaca_eval.annotators
-        import alpaca_eval.constants
         import alpaca_eval.metrics
 
     root.setLevel(level)
@@ -211,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("annotations", help="annotations.json of alpaca-eval, or of judge=alpaca_eval")
     parser.add_argument("--questions", required=True, help="the evaluation set, alpaca_eval_gpt4_baseline.json")
     args = parser.parse_args(arguments)
-    try:
+    with report_errors():
         questions = [row for _, row in read_rows(args.questions, "--questions")]
         if not all("instruction" in row for row in questions):
             raise ConfigError(f"--questions {args.questions}: an entry has no instruction")
@@ -221,8 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{rows[0]['generator_2']} against {rows[0]['generator_1']}, {num_preferences} preferences")
         for name, score in win_rates(rows).items():
             print(f"{name:26} {score['value']:.2f} ± {score['se']:.2f}")
-    except USER_FACING_ERRORS as error:
-        sys.exit(f"error: {describe_failure(error)}")
 
 
 if __name__ == "__main__":

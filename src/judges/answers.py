@@ -9,12 +9,10 @@ import uuid
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from src.planning.identity import JudgeInputs
 from src.store.store import Store
-
-if TYPE_CHECKING:
-    from src.planning.identity import JudgeInputs
 
 
 class Answers:

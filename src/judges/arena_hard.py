@@ -8,18 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from src.judges import Comparison, Judged, Verdict
-from src.judges.judge_client import Messages, complete_chats, usage_of
+from src.judges.judge_client import JudgeClient, Messages, usage_of
 from src.judges.prompt_file import load_judge_prompt
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
-
-if TYPE_CHECKING:
-    from src.store.attempt import Attempt
+from src.store.attempt import Attempt
 
 NUM_BOOTSTRAP_ROUNDS = 100  # (v0.1)
 STRONG_WIN_WEIGHT = 3  # number of games that a label with >> counts as (v0.1)
@@ -50,7 +48,7 @@ def arena_hard(
     assert judge is not None
     prompt = load_judge_prompt(judge.prompt_file.location if judge.prompt_file else PROMPT_FILE)
     chats = [chat for comparison in comparisons for chat in _chats(comparison, *prompt)]
-    answers = complete_chats(judge, resources.judge, chats, attempt)
+    answers = JudgeClient(judge, resources.judge, attempt.output_dir).complete(chats, attempt)
     texts = [answer["text"] for answer in answers]
     games = [parse_game(text, response_is="BA"[i % 2]) for i, text in enumerate(texts)]
     labeled = [game for game in games if game is not None]
@@ -91,10 +89,9 @@ def _verdict(games: Sequence[Game | None], texts: Sequence[str]) -> Verdict:
 def _chats(comparison: Comparison, system: str, template: str) -> list[Messages]:
     """Return two chats: with the response as assistant B, then as A, in the benchmark's order."""
     question, response, baseline = comparison.texts
-    return [
-        [
-            {"role": "system", "content": system},
-            {"role": "user", "content": template.format(question_1=question, answer_1=a, answer_2=b)},
-        ]
-        for a, b in ((baseline, response), (response, baseline))
-    ]
+
+    def chat(a: str, b: str) -> Messages:
+        content = template.format(question_1=question, answer_1=a, answer_2=b)
+        return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+    return [chat(baseline, response), chat(response, baseline)]

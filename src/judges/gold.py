@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from src.data.mini_tldr import gold_score
 from src.judges import Comparison, Judged, Verdict
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
-
-if TYPE_CHECKING:
-    from src.store.attempt import Attempt
+from src.store.attempt import Attempt
 
 
 def gold(inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:

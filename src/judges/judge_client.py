@@ -6,18 +6,17 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import openai
 
 from src.config.schema import JudgeEndpoint
 from src.errors import StageError
 from src.judges.answers import Answers
 from src.planning.identity import JudgeInputs, digest
 from src.serving.openai_client import ConcurrentClient
-
-if TYPE_CHECKING:
-    import openai
-
-    from src.store.attempt import Attempt
+from src.store.attempt import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +31,12 @@ class Question(NamedTuple):
 
 
 class JudgeClient:
-    def __init__(self, judge: JudgeInputs, endpoint: JudgeEndpoint, answers: Answers) -> None:
-        self._judge, self._endpoint, self._answers = judge, endpoint, answers
-        self._client = ConcurrentClient(
-            endpoint.base_url,
-            os.environ.get(endpoint.api_key_env),
-            endpoint.timeout,
-            endpoint.max_retries,
-            endpoint.concurrency,
-            grace=endpoint.timeout,
-        )
+    def __init__(self, judge: JudgeInputs, endpoint: JudgeEndpoint, output_dir: Path) -> None:
+        self._judge, self._endpoint = judge, endpoint
+        self.answers = Answers.of_judge(judge, output_dir)
+        key = os.environ.get(endpoint.api_key_env)
+        limits = endpoint.timeout, endpoint.max_retries, endpoint.concurrency
+        self._client = ConcurrentClient(endpoint.base_url, key, *limits, grace=endpoint.timeout)
 
     def complete(self, chats: Sequence[Messages], attempt: Attempt) -> list[dict[str, Any]]:
         """Return one answer per chat: text, prompt_tokens, completion_tokens, and `by`, the stage that asked.
@@ -54,7 +49,7 @@ class JudgeClient:
             for key, chat in zip(keys, chats, strict=True)
         }
         self.ask_missing(questions, _parse_completion, attempt)
-        return [self._answers.known[key] for key in keys]
+        return [self.answers.known[key] for key in keys]
 
     def ask_missing(
         self, questions: Mapping[str, Question], parse: Callable[[Any], dict[str, Any] | None], attempt: Attempt
@@ -64,18 +59,18 @@ class JudgeClient:
         Raises StageError when the endpoint refuses, keeps failing or the budget is spent, and whatever attempt.step
         raises. Answers that arrive until then are kept, also those of requests in flight: they are paid for.
         """
-        known = self._answers.known
+        known = self.answers.known
 
         def requests() -> Iterator[tuple[str, Callable[[openai.OpenAI], Any]]]:
             for key, question in questions.items():
-                self._answers.refresh()  # another process may have asked meanwhile
+                self.answers.refresh()  # another process may have asked meanwhile
                 if key not in known:
                     self._check_budget(question.num_chars)
                     yield key, question.request
 
         def on_result(key: str, answer: dict[str, Any] | None) -> None:
             if answer is not None:
-                self._answers.add(key, answer | {"by": attempt.identity})
+                self.answers.add(key, answer | {"by": attempt.identity})
 
         def num_known() -> int:
             return sum(key in known for key in questions)
@@ -103,11 +98,11 @@ class JudgeClient:
 
         Requests that other processes have in flight are not known here.
         """
-        endpoint, in_flight, num_calls = self._endpoint, self._client.num_in_flight, len(self._answers.known)
+        endpoint, in_flight, num_calls = self._endpoint, self._client.num_in_flight, len(self.answers.known)
         if endpoint.max_calls is not None and num_calls + in_flight >= endpoint.max_calls:
             raise StageError(f"judge.max_calls={endpoint.max_calls} reached; raise the limit to continue")
         if endpoint.max_cost is not None:
-            spent = cost(endpoint, self._answers.totals)
+            spent = cost(endpoint, self.answers.totals)
             max_answer_tokens = self._judge.max_tokens or 0
             limits = {"prompt_tokens": num_chars / CHARS_PER_TOKEN, "completion_tokens": max_answer_tokens}
             if spent + (in_flight + 1) * cost(endpoint, limits) > endpoint.max_cost:
@@ -123,13 +118,6 @@ def _parse_completion(completion: Any) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens if usage else 0,
         "completion_tokens": usage.completion_tokens if usage else 0,
     }
-
-
-def complete_chats(
-    judge: JudgeInputs, endpoint: JudgeEndpoint, chats: Sequence[Messages], attempt: Attempt
-) -> list[dict[str, Any]]:
-    """Return what `JudgeClient.complete` does, with the answers that the judge's model has in the output_dir."""
-    return JudgeClient(judge, endpoint, Answers.of_judge(judge, attempt.output_dir)).complete(chats, attempt)
 
 
 def usage_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -16,9 +16,7 @@ from src.judges.answers import Answers
 from src.model.loading import device_of
 from src.planning.identity import ContentPath, EvaluateInputs, digest, locate
 from src.planning.resources import Resources
-
-if TYPE_CHECKING:
-    from src.store.attempt import Attempt
+from src.store.attempt import Attempt
 
 BATCH_SIZE = 16  # texts
 

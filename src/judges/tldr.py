@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from src.judges import Comparison, Judged, Verdict
-from src.judges.judge_client import Messages, complete_chats, usage_of
+from src.judges.judge_client import JudgeClient, Messages, usage_of
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
-
-if TYPE_CHECKING:
-    from src.store.attempt import Attempt
+from src.store.attempt import Attempt
 
 # The paper's criteria; it does not print its prompt.
 INSTRUCTIONS = Path(__file__).with_suffix(".txt").read_text().strip()
@@ -30,7 +27,7 @@ def tldr(inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Com
     """
     assert inputs.judge is not None
     chats = [chat for comparison in comparisons for chat in build_chats(comparison)]
-    answers = complete_chats(inputs.judge, resources.judge, chats, attempt)
+    answers = JudgeClient(inputs.judge, resources.judge, attempt.output_dir).complete(chats, attempt)
     verdicts = [
         average_games(as_a["text"], as_b["text"]) for as_a, as_b in zip(answers[::2], answers[1::2], strict=True)
     ]

@@ -122,10 +122,8 @@ def served_folder(checkpoint: Path, folder: Path, template: Template, generation
     """
     target = folder / "served"
     shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt
-    target.mkdir()
-    for path in checkpoint.iterdir():
-        if path.name != "generation_config.json":
-            (target / path.name).symlink_to(path.absolute())
+    ignored = shutil.ignore_patterns("generation_config.json")
+    shutil.copytree(checkpoint.absolute(), target, copy_function=os.symlink, ignore=ignored)
     settings: dict[str, Any] = {"do_sample": generation.temperature > 0, "max_new_tokens": generation.max_new_tokens}
     if generation.temperature > 0:
         settings |= {"temperature": generation.temperature, "top_k": generation.top_k, "top_p": generation.top_p}

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from src.losses import LOSSES
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
 
 # On a scalar score DPO, SimPO (its margin aside) and ORPO are one objective; ASFT reads the score as log odds.
 OBJECTIVES = ("dpo", "ipo", "apo_zero", "nca", "cal_dpo", "asft")

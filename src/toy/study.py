@@ -9,11 +9,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from omegaconf import MISSING
 
 from src.config.fields import check_value, choice, number
@@ -22,9 +23,6 @@ from src.methods import METHODS
 from src.planning.identity import digest, select_fields
 from src.store.files import atomic_write
 from src.toy.networks import OBJECTIVES, OPTIMIZERS, Training, train
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 VERSION = 1  # raise it when training or testing changes: results of the old version are then not reused
 Z95 = 1.96  # standard errors to either end of a 95 % interval
@@ -43,8 +41,8 @@ class Toy:
     lr_seeds: int = number(minimum=1)
     seeds: int = number(minimum=1)
     beta: float = number(above=0)
-    prompts: int = MISSING
-    train_fraction: float = MISSING
+    prompts: int = number(minimum=20)
+    train_fraction: float = number(minimum=0.1, maximum=0.9)  # with 20 prompts at least 2 to train and 2 to test
     epochs: int = number(minimum=1)
     batch_size: int = number(minimum=1)
     optimizer: str = choice(*OPTIMIZERS)
@@ -66,12 +64,6 @@ def check(toy: Toy) -> None:
         if name not in OBJECTIVES:
             same = " (on a scalar score it is dpo)" if name in METHODS else ""
             raise ConfigError(f"objectives: {name}{same} is not one of {', '.join(OBJECTIVES)}")
-    split = round(toy.train_fraction * toy.prompts)
-    if not 0 < split < toy.prompts - 1:
-        raise ConfigError(
-            f"prompts={toy.prompts}, train_fraction={toy.train_fraction}: {split} prompts train and "
-            f"{toy.prompts - split} test; at least 1 and 2 are needed"
-        )
 
 
 def run(toy: Toy, report: Callable[[str, int, int], None]) -> tuple[pd.DataFrame, pd.DataFrame]:
