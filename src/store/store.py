@@ -11,13 +11,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from src.errors import ConfigError
 from src.store.attempt import PROGRESS_FILE, Attempt, Report
 from src.store.code_snapshot import revision
 from src.store.files import fsync_tree, publish_folder, read_json, read_versioned_json, write_json
 from src.store.lease import Lease
+
+if TYPE_CHECKING:
+    from src.planning.stage import Stage
 
 DONE = "DONE"
 STAGE_FILE = "stage.json"
@@ -51,35 +54,12 @@ def full_run_id(identity: str) -> str:
     return identity.partition("@")[0]
 
 
-class StageKey(Protocol):
-    """What names the directory of a stage in a store."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def identity(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class StageName:
-    """The plainest StageKey."""
+    """What names the directory of a stage in a store."""
 
     kind: str
     identity: str
-
-
-class PlannedStage(StageKey, Protocol):
-    """What a store writes down about a stage that is computed."""
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def description(self) -> dict[str, Any]: ...
-
-    @property
-    def run_config(self) -> dict[str, Any]: ...
 
 
 class Store:
@@ -89,10 +69,10 @@ class Store:
         self.output_dir = Path(output_dir).absolute()
         self.root, self.sweeps = self.output_dir / "store", self.output_dir / "sweeps"
 
-    def dir(self, stage: StageKey) -> Path:
+    def dir(self, stage: Stage | StageName) -> Path:
         return self.root / stage.kind / stage.identity
 
-    def work(self, stage: StageKey) -> Path:
+    def work(self, stage: Stage | StageName) -> Path:
         """Return where the stage is computed.
 
         Partial runs of one training share it, with lease and checkpoints: one of them is computed at a time, and
@@ -108,14 +88,14 @@ class Store:
         """Return where the tokens of one split are cached for every stage that reads it."""
         return self.root / "tokenized" / key
 
-    def is_done(self, stage: StageKey) -> bool:
+    def is_done(self, stage: Stage | StageName) -> bool:
         return (self.dir(stage) / DONE).exists()
 
-    def has_weights(self, stage: StageKey) -> bool:
+    def has_weights(self, stage: Stage | StageName) -> bool:
         """Return whether the stage is done and its model was not removed since."""
         return self.is_done(stage) and not (self.dir(stage) / WEIGHTS_REMOVED).exists()
 
-    def remove_weights(self, stage: StageKey) -> None:
+    def remove_weights(self, stage: Stage | StageName) -> None:
         """Delete the model of a finished stage, not its measurements; a stage that needs the model recomputes it."""
         folder = self.dir(stage)
         if self.has_weights(stage):
@@ -132,21 +112,21 @@ class Store:
         for _, done in sorted(by_time, reverse=True)[:newest]:
             yield read_json(done.with_name(STAGE_FILE)), read_json(done)
 
-    def artifacts(self, stage: PlannedStage) -> Path:
+    def artifacts(self, stage: Stage) -> Path:
         """Return the directory of a finished stage. Raises ConfigError when it was made from other inputs."""
         folder = self.dir(stage)
         if read_json(folder / STAGE_FILE) != stage.description:
             raise ConfigError(f"{folder / STAGE_FILE} was written for other inputs: move the folder away and run again")
         return folder
 
-    def progress(self, stage: StageKey) -> dict[str, Any] | None:
+    def progress(self, stage: Stage | StageName) -> dict[str, Any] | None:
         """Return the last reported progress of a running stage; None when there is none."""
         try:
             return read_json(self.work(stage) / PROGRESS_FILE)
         except (FileNotFoundError, json.JSONDecodeError):
             return None
 
-    def begin(self, stage: PlannedStage, lease: Lease, report: Report) -> Attempt:
+    def begin(self, stage: Stage, lease: Lease, report: Report) -> Attempt:
         """Start an attempt in a fresh private directory under the stage's lease; unfinished ones are deleted."""
         work = self.work(stage)
         for entry in work.iterdir():
@@ -161,12 +141,12 @@ class Store:
         checkpoints.mkdir(exist_ok=True)
         return Attempt(out, checkpoints, lease, report, stage.label, stage.identity, self.output_dir)
 
-    def join_attempt(self, stage: PlannedStage, out: Path) -> Attempt:
+    def join_attempt(self, stage: Stage, out: Path) -> Attempt:
         """Return rank 0's attempt as the other ranks see it."""
         checkpoints = self.work(stage) / "checkpoints"
         return Attempt(out, checkpoints, None, lambda *_: None, stage.label, stage.identity, self.output_dir)
 
-    def publish(self, stage: PlannedStage, attempt: Attempt) -> None:
+    def publish(self, stage: Stage, attempt: Attempt) -> None:
         """Make the artifacts visible: flush everything to disk, write DONE last, then rename once."""
         assert attempt.lease is not None
         attempt.lease.check()
@@ -190,7 +170,7 @@ class Store:
             os.rename(final, old)
         publish_folder(attempt.out, final)  # artifacts of one identity are equal, whoever computes them
 
-    def clean_up_work_dir(self, stage: StageKey) -> None:
+    def clean_up_work_dir(self, stage: Stage | StageName) -> None:
         """Delete the work directory of a finished stage.
 
         A partial run leaves its checkpoint to longer runs, unless the full run is done already.
@@ -199,6 +179,6 @@ class Store:
         if self.is_done(full_run):
             self.discard_work_dir(full_run)
 
-    def discard_work_dir(self, stage: StageKey) -> None:
+    def discard_work_dir(self, stage: Stage | StageName) -> None:
         """Delete the checkpoints that a stage, or a longer run of its training, would resume from."""
         shutil.rmtree(self.work(stage), ignore_errors=True)
