@@ -18,7 +18,7 @@ from src.config.schema import Training
 from src.data import mini_tldr
 from src.data.rows import Demonstration, text_prompt
 from src.data.templates import Template
-from src.data.tokenization import tokenize_demonstrations
+from src.data.tokenization import tokenize
 from src.model.loading import save_checkpoint, set_cpu_threads
 from src.model.logprobs import patch_model_
 from src.planning.identity import ContentPath, DataInputs, ModelInputs, SftInputs
@@ -92,7 +92,7 @@ def main() -> None:
     model = patch_model_(make_model(len(template.tokenizer)))
     rows = mini_tldr.demonstrations(NUM_EXAMPLES, seed=98, quality=QUALITY)
     demonstrations = [Demonstration(text_prompt(post.text), summary) for post, summary in rows]
-    data = tokenize_demonstrations(demonstrations, template, 160, 112)
+    data = tokenize(demonstrations, template, 160, 112)
     base = ModelInputs(ContentPath("mini-base", "mini-base"), "plain", "fp32")
     inputs = SftInputs(base, None, DataInputs("mini_tldr", 98, 160, 112), TRAINER, seed=0)
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:

@@ -12,7 +12,7 @@ from src.data import mini_tldr, tokenization
 from src.data.rows import Demonstration, Pair, Prompt, parse_demonstration, parse_pair, text_prompt
 from src.data.sources import Hub, JsonLines, MiniTldr, open_source, sample_demonstrations
 from src.data.templates import Template
-from src.data.tokenization import TokenizedDataset, load_examples, tokenize_demonstrations, tokenize_pairs
+from src.data.tokenization import TokenizedDataset, load_examples, tokenize
 from src.errors import ConfigError
 from src.model.loading import load_template
 from src.model.packing import pack
@@ -43,7 +43,7 @@ def pairs_of(dataset: Dataset):
 
 
 def pairs(rows: list[tuple[str, str, str]], template: Template, *limits: int) -> TokenizedDataset:
-    return tokenize_pairs([Pair(text_prompt(p), w, lo) for p, w, lo in rows], template, *(limits or (160, 112)))
+    return tokenize([Pair(text_prompt(p), w, lo) for p, w, lo in rows], template, *(limits or (160, 112)))
 
 
 def test_prompt_and_response_are_tokenized_apart_and_the_end_is_supervised(mini):
@@ -243,7 +243,7 @@ def supervised_texts(examples, template: Template) -> list[str]:
 @pytest.mark.parametrize("name", ["llama3", "mistral", "tokenizer"])
 def test_every_answer_of_a_conversation_carries_loss_and_no_user_turn_does(name):
     template = chat(name)
-    examples = tokenize_demonstrations([conversation()], template, 1000, 500).examples
+    examples = tokenize([conversation()], template, 1000, 500).examples
     assert [text.strip() for text in supervised_texts(examples, template)] == [*TURNS[1::2], ""]
     (example,) = examples
     # The model sees the whole conversation, also what carries no loss.
@@ -251,7 +251,7 @@ def test_every_answer_of_a_conversation_carries_loss_and_no_user_turn_does(name)
     assert [*example.prompt, *example.responses[0]] == [*template.prompt_ids(last), *template.response_ids("See you")]
     assert example.num_supervised_tokens == sum(len(template.response_ids(answer)) for answer in TURNS[1::2])
     # One answer is one response.
-    (single,) = tokenize_demonstrations([conversation(TURNS[:2])], template, 1000, 500).examples
+    (single,) = tokenize([conversation(TURNS[:2])], template, 1000, 500).examples
     assert single.unsupervised_spans == () and single.prompt == example.prompt
     assert list(single.responses[0]) == template.response_ids(TURNS[1])
 
@@ -259,11 +259,11 @@ def test_every_answer_of_a_conversation_carries_loss_and_no_user_turn_does(name)
 @pytest.mark.parametrize("name", ["llama3", "tokenizer"])
 def test_a_conversation_that_is_too_long_ends_with_an_answer(name):
     template = chat(name)
-    (full,) = tokenize_demonstrations([conversation()], template, 1000, 500).examples
+    (full,) = tokenize([conversation()], template, 1000, 500).examples
     every = pack([full], [0]).targets.tolist()
     num_spans = set()
     for limit in range(len(full.prompt) + 1, full.length + 2):
-        (cut,) = tokenize_demonstrations([conversation()], template, limit, 500).examples
+        (cut,) = tokenize([conversation()], template, limit, 500).examples
         ids = pack([cut], [0]).targets.tolist()
         assert ids == every[: len(ids)] and len(ids) == cut.num_supervised_tokens > 0
         assert cut.responses[0][-1] == ids[-1]  # not with a user turn
@@ -279,8 +279,8 @@ def test_a_template_that_renders_earlier_answers_differently_is_refused():
     answer = "{{ m.content if loop.last else m.content[:1] }}{{ eos_token }}"
     template.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] " + answer + "{% endfor %}"
     with pytest.raises(ConfigError, match="renders an assistant turn differently"):
-        tokenize_demonstrations([conversation()], template, 1000, 500)
-    assert len(tokenize_demonstrations([conversation(TURNS[:2])], template, 1000, 500).examples) == 1
+        tokenize([conversation()], template, 1000, 500)
+    assert len(tokenize([conversation(TURNS[:2])], template, 1000, 500).examples) == 1
 
 
 def attempt_in(folder: Path) -> Attempt:

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 
 from src.data.examples import Example
-from src.data.rows import Demonstration, ExpectedRows, Pair, ProgressFn, Source
+from src.data.rows import Demonstration, ExpectedRows, Pair
 from src.data.sources import open_source, sample_demonstrations
 from src.data.templates import Template
 from src.errors import ConfigError
@@ -119,47 +119,40 @@ class TokenizedDataset:
             publish_folder(draft, folder)
 
 
-def tokenize_pairs(
-    rows: Iterable[Pair], template: Template, max_tokens: int, max_prompt_tokens: int
+def tokenize(
+    rows: Iterable[Pair | Demonstration], template: Template, max_tokens: int, max_prompt_tokens: int
 ) -> TokenizedDataset:
-    """Return an example of two responses for each pair.
+    """Return an example of two responses for each pair, of one response for each demonstration.
 
     A prompt over its limit keeps its end; a response over its limit is cut on the right and loses its end token.
     """
 
-    def tokenize(row: Pair) -> Example:
+    def example(row: Pair | Demonstration) -> Example:
+        if isinstance(row, Demonstration):
+            return _tokenize_conversation(row, template, max_tokens, max_prompt_tokens)
         prompt = template.prompt_ids(row.prompt)[-max_prompt_tokens:]
         limit = max_tokens - len(prompt)
         ids = [template.response_ids(text)[:limit] if text.strip() else [] for text in row.responses]
         return Example(tuple(prompt), tuple(map(tuple, ids)))
 
-    return TokenizedDataset.collect(map(tokenize, rows))
+    return TokenizedDataset.collect(map(example, rows))
 
 
-def tokenize_demonstrations(
-    rows: Iterable[Demonstration], template: Template, max_tokens: int, max_prompt_tokens: int
-) -> TokenizedDataset:
-    """Return an example of one response for each demonstration, with the limits of `tokenize_pairs`.
-
-    The response of a conversation starts with its first answer; every answer carries loss, each with its end token.
-    """
-
-    def tokenize(row: Demonstration) -> Example:
-        first_prompt, turns = template.turns(row.prompt)
-        prompt = first_prompt[-max_prompt_tokens:]
-        response: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for answer, next_prompt in turns:
-            response += answer
-            spans.append((len(response), len(response) + len(next_prompt)))
-            response += next_prompt
-        response = response + template.response_ids(row.response) if row.response.strip() else []
-        response = response[: max_tokens - len(prompt)]
-        while spans and spans[-1][1] >= len(response):  # cut inside a user turn: end with the answer before it
-            response = response[: spans.pop()[0]]
-        return Example(tuple(prompt), (tuple(response),), tuple(spans))
-
-    return TokenizedDataset.collect(map(tokenize, rows))
+def _tokenize_conversation(row: Demonstration, template: Template, max_tokens: int, max_prompt_tokens: int) -> Example:
+    """Return an example whose response starts with the first answer; every answer carries loss, with its end token."""
+    first_prompt, turns = template.turns(row.prompt)
+    prompt = first_prompt[-max_prompt_tokens:]
+    response: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for answer, next_prompt in turns:
+        response += answer
+        spans.append((len(response), len(response) + len(next_prompt)))
+        response += next_prompt
+    response = response + template.response_ids(row.response) if row.response.strip() else []
+    response = response[: max_tokens - len(prompt)]
+    while spans and spans[-1][1] >= len(response):  # cut inside a user turn: end with the answer before it
+        response = response[: spans.pop()[0]]
+    return Example(tuple(prompt), (tuple(response),), tuple(spans))
 
 
 _cache: dict[str, TokenizedDataset] = {}
@@ -180,7 +173,12 @@ def load_examples(
         folder = Store(attempt.output_dir).tokenized(key)
         tokenized = TokenizedDataset.load(folder)
         if tokenized is None:
-            tokenized = _tokenize(open_source(data, expected_rows), data, split, template, attempt.track)
+            source, track = open_source(data, expected_rows), attempt.track
+            rows: Sequence[Pair | Demonstration] = (
+                sample_demonstrations(source, data, track) if split == "sft" else source.pairs(split, track)
+            )
+            tracked = track(rows, f"tokens of {split} rows")
+            tokenized = tokenize(tracked, template, data.max_tokens, data.max_prompt_tokens)
             tokenized.save(folder)
         num_rows = len(tokenized.examples) + sum(tokenized.dropped.values())
         for reason, count in tokenized.dropped.items():
@@ -189,12 +187,3 @@ def load_examples(
             raise ConfigError(f"dataset: no {split} row remains after tokenization ({tokenized.dropped})")
         _cache[key] = tokenized
     return _cache[key]
-
-
-def _tokenize(source: Source, data: DataInputs, split: str, template: Template, track: ProgressFn) -> TokenizedDataset:
-    limits = data.max_tokens, data.max_prompt_tokens
-    if split == "sft":
-        rows = sample_demonstrations(source, data, track)
-        return tokenize_demonstrations(track(rows, "tokens of demonstrations"), template, *limits)
-    pairs = source.pairs(split, track)
-    return tokenize_pairs(track(pairs, f"tokens of {split} pairs"), template, *limits)
