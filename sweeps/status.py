@@ -29,7 +29,8 @@ def main() -> int:
         else:
             status = read_status(folder)
             console.print(render(status, folder, arguments.all))
-    return 1 if status.count("failed") or status.count("cancelled") or status.aggregation_error else 0
+    has_failed = any(point.state in ("failed", "cancelled") for point in status.points)
+    return 1 if has_failed or status.aggregation_error else 0
 
 
 if __name__ == "__main__":

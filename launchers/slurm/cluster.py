@@ -52,13 +52,13 @@ def clean_environment(options: dict[str, object]) -> Iterator[None]:
     """Drop SBATCH_*, SLURM_* and torchrun variables that would override our options or leak the surrounding job's."""
     reserved = {"TIMELIMIT", "SIGNAL", "REQUEUE", "NO_REQUEUE", "WAIT", "EXPORT", "JOB_NAME", "OPEN_MODE", "ARRAY_INX"}
     reserved |= {key.upper().replace("-", "_") for key in options}
-    of_the_site = {
+    site_variables = {
         name: value
         for name, value in os.environ.items()
         if name == "SLURM_CONF" or (name.startswith("SBATCH_") and name.removeprefix("SBATCH_") not in reserved)
     }
     with clean_env():
-        os.environ |= of_the_site
+        os.environ |= site_variables
         yield
 
 

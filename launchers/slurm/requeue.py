@@ -7,6 +7,7 @@ stopped before its time limit, is requeued and resumes from its last checkpoint,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,11 @@ def _requeue(task: Task, store: Store, status: dict[str, Any], job: str, code: i
 
 def progress_marker(store: Store, stages: list[list[str]]) -> list[int]:
     """Return [number of finished stages, step of the newest checkpoint of the next stage]; it grows with progress."""
-    names = [StageName(*stage) for stage in stages]
-    num_done = next((n for n, stage in enumerate(names) if not store.is_done(stage)), len(names))
-    if num_done == len(names):
-        return [num_done, 0]
-    checkpoints = (store.work(names[num_done]) / "checkpoints").glob("*/step-*")
-    return [num_done, max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)]
+    todo = list(itertools.dropwhile(store.is_done, (StageName(*stage) for stage in stages)))
+    if not todo:
+        return [len(stages), 0]
+    checkpoints = (store.work(todo[0]) / "checkpoints").glob("*/step-*")
+    return [len(stages) - len(todo), max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)]
 
 
 if __name__ == "__main__":

@@ -29,9 +29,6 @@ class SweepStatus:
     aggregation_error: str | None  # why the aggregation ended without writing the results
     slurm_error: str | None = None  # why SLURM could not be asked
 
-    def count(self, state: str) -> int:
-        return sum(point.state == state for point in self.points)
-
     @property
     def has_active_points(self) -> bool:
         return any(point.state in ("running", "queued") for point in self.points)
