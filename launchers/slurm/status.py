@@ -60,7 +60,7 @@ def read_status(folder: SweepFolder, sacct_timeout: float = SACCT_TIMEOUT_S) -> 
         if time.monotonic() >= deadline or not reader.unexplained_jobs():
             break
         time.sleep(0.5)
-    sweep_submissions = [s for s in submissions if s.sweep == folder]
+    sweep_submissions = [s for s in submissions if s.sweep.path == folder.path]
     aggregations = [s for s in sweep_submissions if s.kind == "aggregate"]
     stages = {identity for point in record["points"] for identity in point["stages"].values()}
     return SweepStatus(

@@ -63,7 +63,7 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
         for array_task, job in zip(array.tasks, submission.jobs, strict=True):
             jobs |= {stage.identity: job for stage in array_task.targets}
 
-    sweep_submissions = [s for s in known if s.sweep == folder]
+    sweep_submissions = [s for s in known if s.sweep.path == folder.path]
     stages = {identity for stage_ids in plan.point_stages for identity in stage_ids}
     outcome.removed = orphaned_jobs(sweep_submissions, stages, queue)
     waits_for = sorted({jobs[identity] for identity in stages if identity in jobs})
