@@ -7,7 +7,14 @@ import pandas as pd
 from src.methods import METHODS
 from sweeps.analysis.per_prompt import PromptQuality
 from sweeps.analysis.selection import GROUP, STUDY, best_lr_per_beta
-from sweeps.analysis.significance import bootstrap_means, interval, on_pareto_front, paired_differences, paired_p
+from sweeps.analysis.significance import (
+    COMPARISON,
+    bootstrap_means,
+    compare,
+    interval,
+    on_pareto_front,
+    paired_differences,
+)
 
 NUM_TOP = 3  # points whose mean quality stands beside the selected one's
 
@@ -37,7 +44,7 @@ def differences(best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
     for _, group in best.groupby(GROUP, sort=False, dropna=False):
         table = paired_differences(list(group.method), prompts.reporting(list(group.identities)))
         tables.append(table.assign(**{name: group[name].iloc[0] for name in GROUP}))
-    columns = [*GROUP, "method", "other", "difference", "low", "high", "p", "p_holm"]
+    columns = [*GROUP, "method", "other", *COMPARISON, "p_holm"]
     return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
 
 
@@ -53,16 +60,9 @@ def gains(averages: pd.DataFrame, best: pd.DataFrame, prompts: PromptQuality) ->
         for against, beta in (("beta = 1", 1.0), ("TRL's default", METHODS[row["method"]].trl_beta)):
             for other in untuned[untuned.beta == beta].to_dict("records"):
                 values = prompts.reporting([row["identities"], other["identities"]])
-                means = bootstrap_means(values)
-                low, high = interval(means[:, 0] - means[:, 1])
-                gain = {
-                    "difference": (values[0] - values[1]).mean(),
-                    "low": low,
-                    "high": high,
-                    "p": paired_p(values[0], values[1]),
-                }
+                gain = compare(values, bootstrap_means(values), 0, 1)
                 rows.append({**study, "against": against, "beta": beta, "lr": other["lr"], **gain})
-    return pd.DataFrame(rows, columns=[*STUDY, "against", "beta", "lr", "difference", "low", "high", "p"])
+    return pd.DataFrame(rows, columns=[*STUDY, "against", "beta", "lr", *COMPARISON])
 
 
 def pareto_fronts(averages: pd.DataFrame) -> pd.DataFrame:

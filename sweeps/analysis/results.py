@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,14 +63,10 @@ class Results:
         store, stages = self._stages_of[result]
         return store / ("generate" if role == "baseline" else role) / stages[role] if role in stages else None
 
-    def uses(self) -> dict[str, int]:
-        """Return for each stage the number of finished points that use it."""
-        count: dict[str, int] = dict.fromkeys(self.stages, 0)
-        for result in self.points.identity[self.points.state == "done"]:
-            for identity in set(self._stages_of[result][1].values()):
-                if identity in count:
-                    count[identity] += 1
-        return count
+    def uses(self) -> Counter[str]:
+        """Count for each stage the finished points that use it."""
+        done = self.points.identity[self.points.state == "done"]
+        return Counter(identity for result in done for identity in set(self._stages_of[result][1].values()))
 
     def add_point(self, store: Path, sweep: dict[str, Any], point: dict[str, Any], settings: str) -> dict[str, Any]:
         """Add the costs of a point of sweep.json and return its row; settings: to be added to its variant."""
@@ -80,27 +77,20 @@ class Results:
         row["kind"] = METHODS[point["method"]].kind
         row["candidate"] = successive_halving.is_candidate(sweep, point)
         row["checkpoint"] = str(store / "align" / point["stages"]["align"])
-        with suppress(FileNotFoundError):
-            result = read_result(store / "evaluate" / point["identity"])
-            row |= {"state": "done", "error": None} | _measurements(result, point["stages"])
-            self._add_cost(result)
-            self.scores[point["identity"]] = (result.get("judge") or {}).get("scores", {})
-        self._add_earlier_rungs(store, point.get("earlier", []), was_promoted=row["state"] == "done")
-        return row
-
-    def _add_cost(self, result: dict[str, Any], exclude: tuple[str, ...] = ()) -> None:
-        """Add the stages of a result.json, without those of some kinds, and its judge."""
-        self.stages.update((stage["identity"], stage) for stage in result["stages"] if stage["stage"] not in exclude)
-        if result.get("judge"):
-            self.judges.append(result["judge"])
-
-    def _add_earlier_rungs(self, store: Path, results: Sequence[str], was_promoted: bool) -> None:
-        """Add the costs of a point's earlier rungs. Training counts once: a resumed run reports its total seconds."""
-        for identity in results:
-            is_last = identity == results[-1] and not was_promoted
+        results = {}  # of the point, in the rungs that it has finished
+        for identity in (*point.get("earlier", []), point["identity"]):
             with suppress(FileNotFoundError):
-                result = read_result(store / "evaluate" / identity)
-                self._add_cost(result, exclude=() if is_last else ("align",))
+                results[identity] = read_result(store / "evaluate" / identity)
+        for number, result in enumerate(results.values(), 1):
+            # Training counts once: a resumed run reports its total seconds.
+            exclude = () if number == len(results) else ("align",)
+            self.stages.update((s["identity"], s) for s in result["stages"] if s["stage"] not in exclude)
+            if result.get("judge"):
+                self.judges.append(result["judge"])
+        if (final := results.get(point["identity"])) is not None:
+            row |= {"state": "done", "error": None} | _measurements(final, point["stages"])
+            self.scores[point["identity"]] = (final.get("judge") or {}).get("scores", {})
+        return row
 
 
 def collect(folders: Sequence[SweepFolder]) -> Results:
@@ -110,7 +100,9 @@ def collect(folders: Sequence[SweepFolder]) -> Results:
     different results.
     """
     sweeps = [folder.read() for folder in folders]
-    stores = [_store_of(folder, sweep) for folder, sweep in zip(folders, sweeps, strict=True)]
+    # A sweep's folder may have moved: the store next to it, else the recorded one.
+    beside = [folder.store.root for folder in folders]
+    stores = [s if s.is_dir() else Path(sweep["store"]) for s, sweep in zip(beside, sweeps, strict=True)]
     additions = disambiguating_settings([sweep["studies"] for sweep in sweeps])
     results = Results(sweeps, list(dict.fromkeys(stores)))
     rows: dict[str, dict[str, Any]] = {}
@@ -137,30 +129,20 @@ def _check_conflicts(points: pd.DataFrame) -> None:
         )
 
 
-def _store_of(folder: SweepFolder, sweep: dict[str, Any]) -> Path:
-    """Return the store of a sweep: the one next to its folder, which may have moved, else the recorded one."""
-    store = folder.store.root
-    return store if store.is_dir() else Path(sweep["store"])
-
-
 def _measurements(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
     """Return the columns of points.csv that come from a result.json."""
-    selection, reporting, kl = result["splits"]["selection"], result["splits"]["reporting"], result["kl"]
+    with_errors = {
+        "quality": result["quality"],
+        "quality_selection": result["splits"]["selection"],
+        "quality_reporting": result["splits"]["reporting"],
+        "kl_sequence": result["kl"]["per_sequence"],
+        "kl_token": result["kl"]["per_token"],
+    }
     unshared = {stages[kind] for kind in ("align", "generate")}  # stages that no other point uses
     return {
         "metric": result["quality"]["metric"],
-        "quality": result["quality"]["value"],
-        "quality_se": result["quality"]["se"],
-        "quality_selection": selection["value"],
-        "quality_selection_se": selection["se"],
-        "quality_reporting": reporting["value"],
-        "quality_reporting_se": reporting["se"],
-        "kl_sequence": kl["per_sequence"]["value"],
-        "kl_sequence_se": kl["per_sequence"]["se"],
-        "kl_token": kl["per_token"]["value"],
-        "kl_token_se": kl["per_token"]["se"],
-        "reward_accuracy": result["reward_accuracy"]["value"],
-        "reward_margin": result["reward_margin"]["value"],
-        "response_tokens": result["response_tokens"]["value"],
+        **{name: measured["value"] for name, measured in with_errors.items()},
+        **{f"{name}_se": measured["se"] for name, measured in with_errors.items()},
+        **{name: result[name]["value"] for name in ("reward_accuracy", "reward_margin", "response_tokens")},
         "seconds": round(sum(s["seconds"] for s in result["stages"] if s["identity"] in unshared), 3),
     }

@@ -29,19 +29,16 @@ def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
     done = points[(points.state == "done") & points.quality_selection.notna()]
     keys = [*STUDY, "beta", "lr"]
     groups = done.groupby(keys, sort=False, dropna=False)
-    first = ~done.duplicated(keys)
     count = groups.identity.transform("size")
-    rows = done.assign(seeds=count)
-    several = count > 1
+    rows, several = done.assign(seeds=count, seconds=groups.seconds.transform("sum")), count > 1
     for name in MEANS:
         seed_error = groups[name].transform("std") / count**0.5
         variance = (done[f"{name}_se"] ** 2).groupby([done[key] for key in keys], dropna=False).transform("mean")
         rows.loc[several, name] = groups[name].transform("mean")[several]
         rows.loc[several, f"{name}_se"] = np.fmax(seed_error, (variance / count) ** 0.5)[several]
-    for name in ("reward_accuracy", "reward_margin", "response_tokens"):
-        rows[name] = groups[name].transform("mean")
-    rows["seconds"] = groups.seconds.transform("sum")
-    return rows[first].assign(identities=groups.identity.agg(list).to_numpy())
+    plain = ["reward_accuracy", "reward_margin", "response_tokens"]  # have no standard errors
+    rows[plain] = groups[plain].transform("mean")
+    return rows.drop_duplicates(keys).assign(identities=groups.identity.agg(list).to_numpy())
 
 
 def best_lr_per_beta(averages: pd.DataFrame) -> pd.DataFrame:
@@ -84,10 +81,10 @@ def _sorted(best: pd.DataFrame) -> pd.DataFrame:
     return best.sort_values(order, ascending=[True, False, False], kind="stable").reset_index(drop=True)
 
 
-def shortlist(study: pd.DataFrame, best: list[str], prompts: PromptQuality, level: float = 0.95) -> pd.DataFrame:
+def shortlist(study: pd.DataFrame, best: list[str], prompts: PromptQuality) -> pd.DataFrame:
     """Return the rows of a study that are not significantly different from its best one, which is among them.
 
-    The test is a two-sided paired t-test over the selection prompts. best: identities of the best row's results.
+    The test is a two-sided paired t-test at 5 % over the selection prompts. best: identities of the best row's results.
     """
     from scipy.stats import t
 
@@ -96,5 +93,5 @@ def shortlist(study: pd.DataFrame, best: list[str], prompts: PromptQuality, leve
     n = difference.shape[1]
     if n < 2:
         return study
-    critical = t.ppf((1 + level) / 2, n - 1) / math.sqrt(n)
+    critical = t.ppf(0.975, n - 1) / math.sqrt(n)
     return study[difference.mean(1) <= critical * difference.std(1, ddof=1) + 1e-12]

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from sweeps.analysis.selection import GROUP
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+COMPARISON = ["difference", "low", "high", "p"]  # of two points: the columns of `compare`
 NUM_RESAMPLES = 10_000  # of a bootstrap: 250 of them lie beyond either end of a 95 % interval
 BLOCK = 500  # resamples drawn at once, which bounds memory
 
@@ -26,12 +29,9 @@ def mean_difference_and_p(high: Sequence[float], low: Sequence[float]) -> tuple[
     """
     from scipy.stats import permutation_test
 
-    def difference(a: NDArray[np.float64], b: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        return a.mean(axis) - b.mean(axis)
-
     result = permutation_test(
-        (np.asarray(high, float), np.asarray(low, float)),
-        difference,
+        (high, low),
+        lambda a, b, axis: a.mean(axis) - b.mean(axis),
         permutation_type="independent",
         alternative="greater",
         n_resamples=np.inf,
@@ -46,15 +46,13 @@ def pairwise_against_pointwise(best: pd.DataFrame) -> pd.DataFrame:
     Return one row per setup, init and variant with at least two methods of each kind. best: of select_points.
     """
     rows = []
-    for key, group in best.groupby(["setup", "init", "variant"], sort=False, dropna=False):
+    for key, group in best.groupby(GROUP, sort=False, dropna=False):
         kinds = {kind: group.quality_reporting[group.kind == kind].tolist() for kind in ("pairwise", "pointwise")}
         if min(map(len, kinds.values())) > 1:
             difference, p = mean_difference_and_p(kinds["pairwise"], kinds["pointwise"])
             splits = math.comb(len(group), len(kinds["pairwise"]))
             rows.append([*key, *map(len, kinds.values()), difference, p, splits])
-    return pd.DataFrame(
-        rows, columns=["setup", "init", "variant", "pairwise", "pointwise", "difference", "p", "splits"]
-    )
+    return pd.DataFrame(rows, columns=[*GROUP, "pairwise", "pointwise", "difference", "p", "splits"])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -84,10 +82,10 @@ def bootstrap_means(
     return np.concatenate(means)
 
 
-def interval(means: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval of (num_resamples,) bootstrap means."""
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def interval(means: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the 95 % percentile interval of (num_resamples,) bootstrap means."""
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
+    return low, high
 
 
 def paired_p(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
@@ -98,17 +96,21 @@ def paired_p(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(ttest_rel(a, b).pvalue) if difference.std() > 0 else float(not difference.any())
 
 
-def paired_differences(names: Sequence[str], values: NDArray[np.float64]) -> pd.DataFrame:
-    """Compare every two rows on the same prompts: mean difference, bootstrap interval, p of the paired t-test.
+def compare(values: NDArray[np.float64], means: NDArray[np.float64], i: int, j: int) -> dict[str, float]:
+    """Compare rows i and j on the same prompts: mean difference, bootstrap interval, p of the paired t-test.
 
-    `p_holm` is p adjusted by Holm over all pairs. values: (rows, prompts).
+    values: (rows, prompts). means: of bootstrap_means(values).
     """
-    means, rows = bootstrap_means(values), []
-    for i, j in combinations(range(len(names)), 2):
-        low, high = interval(means[:, i] - means[:, j])
-        difference, p = (values[i] - values[j]).mean(), paired_p(values[i], values[j])
-        rows.append({"method": names[i], "other": names[j], "difference": difference, "low": low, "high": high, "p": p})
-    table = pd.DataFrame(rows, columns=["method", "other", "difference", "low", "high", "p"])
+    low, high = interval(means[:, i] - means[:, j])
+    difference = (values[i] - values[j]).mean()
+    return {"difference": difference, "low": low, "high": high, "p": paired_p(values[i], values[j])}
+
+
+def paired_differences(names: Sequence[str], values: NDArray[np.float64]) -> pd.DataFrame:
+    """Compare every two rows; `p_holm` is p adjusted by Holm over all pairs. values: (rows, prompts)."""
+    means, pairs = bootstrap_means(values), combinations(range(len(names)), 2)
+    rows = [{"method": names[i], "other": names[j], **compare(values, means, i, j)} for i, j in pairs]
+    table = pd.DataFrame(rows, columns=["method", "other", *COMPARISON])
     return table.assign(p_holm=holm(table.p.tolist()))
 
 

@@ -100,18 +100,15 @@ def _differing_keys(tables: Sequence[dict[str, Any]]) -> list[str]:
 
     Keys that the name of their group determines (model.name determines model.path) are left out.
     """
+    texts = [{key: repr(value) for key, value in table.items()} for table in tables]
     keys = dict.fromkeys(key for table in tables for key in table)
-    differing = [key for key in keys if len({_value(table, key) for table in tables}) > 1]
+    differing = [key for key in keys if len({text.get(key) for text in texts}) > 1]
 
     def is_implied(key: str) -> bool:
         name = f"{key.partition('.')[0]}.name"
         if name not in differing or key == name:
             return False
-        pairs = {(_value(table, name), _value(table, key)) for table in tables}
+        pairs = {(text.get(name), text.get(key)) for text in texts}
         return len(pairs) == len({name_value for name_value, _ in pairs})
 
     return [key for key in differing if not is_implied(key)]
-
-
-def _value(table: dict[str, Any], key: str) -> str | None:
-    return repr(table[key]) if key in table else None
