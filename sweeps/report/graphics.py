@@ -6,8 +6,6 @@ import html
 import logging
 import re
 import textwrap
-from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,14 @@ _GID = "tooltip-"
 _CHARS_PER_INCH = 11  # of a title
 
 
-@dataclass
 class Drawing:
-    """A figure with its title and tooltips; name: stem of its files."""
+    """A figure with a title and tooltips; name: stem of its files."""
 
-    name: str
-    title: str
-    figure: Figure
-    tooltips: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.figure.suptitle(textwrap.fill(self.title, round(_CHARS_PER_INCH * self.figure.get_figwidth())))
+    def __init__(self, name: str, title: str, width: float, height: float) -> None:
+        """Create an empty figure; width, height: in inches."""
+        self.name, self.title, self.tooltips = name, title, list[str]()
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.figure.suptitle(textwrap.fill(title, round(_CHARS_PER_INCH * width)))
 
     def plot_mark(self, ax: Axes, x: float, y: float, tooltip: str, **style: Any) -> None:
         """Plot one marker with a tooltip."""
@@ -42,16 +37,6 @@ class Drawing:
 
     def save(self, folder: Path) -> str:
         """Write NAME.png and NAME.svg, and return the SVG for a page."""
-        svg = self._svg()
-        (folder / f"{self.name}.svg").write_text(svg)
-        self.figure.savefig(folder / f"{self.name}.png", dpi=150)
-        return self._inline(svg)
-
-    def inline(self) -> str:
-        """Return the SVG for a page without writing a file."""
-        return self._inline(self._svg())
-
-    def _svg(self) -> str:
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # matplotlib logs that it builds its font cache
         layout = self.figure.get_layout_engine()
         if layout is not None:
@@ -59,9 +44,9 @@ class Drawing:
             self.figure.set_layout_engine("none")  # not again for each format
         # Text stays text: small and searchable. With a fixed salt and no date the same results give the same bytes.
         with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
-            text = StringIO()
-            self.figure.savefig(text, format="svg", metadata={"Date": None})
-        return text.getvalue()
+            self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
+        self.figure.savefig(folder / f"{self.name}.png", dpi=150)
+        return self._inline((folder / f"{self.name}.svg").read_text())
 
     def _inline(self, svg: str) -> str:
         svg = svg[svg.index("<svg") :]

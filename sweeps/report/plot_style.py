@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from src.methods import METHODS
 
 KINDS = ("pairwise", "pointwise")
+METHODS_OF_KIND = {kind: [method for method in METHODS if METHODS[method].kind == kind] for kind in KINDS}
 NAMES = {method: spec.name for method, spec in METHODS.items()}
 # A method has the same color and marker in every figure; the Okabe-Ito palette is safe for color-blind readers. With
 # one more marker than colors, no combination repeats within a kind before the 43rd method.
@@ -18,10 +19,18 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = {
     method: (COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)])
-    for kind in KINDS
-    for index, method in enumerate(m for m in METHODS if METHODS[m].kind == kind)
+    for methods in METHODS_OF_KIND.values()
+    for index, method in enumerate(methods)
 }
 Z95 = 1.96  # a 95 % interval is the mean +- Z95 standard errors
+
+
+def shared_panel_style(method: str) -> dict[str, Any]:
+    """Return the style of a line in a panel with both kinds, which share colors: pointwise is dashed and hollow."""
+    color, marker = STYLES[method]
+    is_pairwise = METHODS[method].kind == "pairwise"
+    hollow = {} if is_pairwise else {"markerfacecolor": "#ffffff"}
+    return {"color": color, "marker": marker, "linestyle": "-" if is_pairwise else "--", **hollow}
 
 
 def metric_label(rows: pd.DataFrame) -> str:

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from src.methods import METHODS
 from sweeps.report.graphics import Drawing
-from sweeps.report.plot_style import NAMES, STYLES, metric_label, style_axes, tooltip
+from sweeps.report.plot_style import NAMES, metric_label, shared_panel_style, style_axes, tooltip
 
 
 def side_by_side(setup: str, best: pd.DataFrame) -> Drawing:
@@ -25,42 +24,27 @@ def side_by_side(setup: str, best: pd.DataFrame) -> Drawing:
     labels = [v.rpartition("=")[2] if one_setting else ", ".join([i, *map(_short, v.split())]) for i, v in groups]
     name = settings.pop() if one_setting else "init and variant"
     title = f"{setup}: {metric_label(best)} of the selected points by {name} (95 % intervals)"
-    width = max(7.5, 1.1 * len(groups) + 3)
-    fig = Figure(figsize=(width, 4.4 if one_setting else 4.4 + 0.06 * max(map(len, labels))), layout="constrained")
-    drawing, ax = Drawing(f"{setup}_side_by_side", title, fig), fig.subplots()
+    height = 4.4 if one_setting else 4.4 + 0.06 * max(map(len, labels))
+    drawing = Drawing(f"{setup}_side_by_side", title, max(7.5, 1.1 * len(groups) + 3), height)
+    ax = drawing.figure.subplots()
     methods = [m for m in METHODS if m in set(best.method)]
     for number, method in enumerate(methods):
-        color, marker = STYLES[method]
-        # Both kinds use the same colors and markers, so in this shared panel pointwise markers are hollow.
-        style: dict[str, Any] = {"color": color, "marker": marker}
-        style |= {} if METHODS[method].kind == "pairwise" else {"markerfacecolor": "#ffffff"}
+        style = shared_panel_style(method)
+        linestyle = style.pop("linestyle")
+        line = {"color": style["color"], "linestyle": linestyle if one_setting else "none"}
         rows = best[best.method == method]
         # Methods are shifted horizontally, because overlapping intervals could not be told apart.
         positions = [groups.index(key) for key in zip(rows.init, rows.variant, strict=True)]
         x = np.array(positions) + 0.5 * ((number + 0.5) / len(methods) - 0.5)
         order = np.argsort(x)
         quality, low, high = (rows[f"quality_reporting{end}"].to_numpy()[order] for end in ("", "_low", "_high"))
-        linestyle = ("-" if METHODS[method].kind == "pairwise" else "--") if one_setting else "none"
-        ax.errorbar(
-            x[order],
-            quality,
-            yerr=[quality - low, high - quality],
-            color=color,
-            linestyle=linestyle,
-            linewidth=1.2,
-            capsize=2,
-        )
+        ax.errorbar(x[order], quality, [quality - low, high - quality], linewidth=1.2, capsize=2, **line)
         for position, row in zip(x, rows.to_dict("records"), strict=True):
             text = f"{', '.join(filter(None, (row['init'], row['variant'])))}\n{tooltip(row, 'quality_reporting')}"
             drawing.plot_mark(ax, position, row["quality_reporting"], text, **style, markersize=6)
-        ax.plot([], [], **style, linestyle=linestyle, label=NAMES[method])
-    ax.set_xticks(
-        range(len(groups)),
-        labels,
-        rotation=0 if one_setting else 30,
-        ha="center" if one_setting else "right",
-        fontsize=8,
-    )
+        ax.plot([], [], **(style | line), label=NAMES[method])
+    rotated: dict[str, Any] = {} if one_setting else {"rotation": 30, "ha": "right"}
+    ax.set_xticks(range(len(groups)), labels, fontsize=8, **rotated)
     ax.set(xlabel=name, ylabel=metric_label(best))
     style_axes(ax)
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="hollow: pointwise")
