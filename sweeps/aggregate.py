@@ -17,8 +17,10 @@ import yaml
 
 from src.config.fields import choices_of
 from src.config.schema import Sweep
-from src.errors import report_errors
+from src.errors import PointFailure, SweepFailed, report_errors
 from src.store.files import atomic_write
+from src.store.retention import apply_retention, best_results_in_store
+from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import sync_sweep
 from sweeps.analysis import reporting_split
@@ -28,6 +30,7 @@ from sweeps.analysis.significance import pairwise_against_pointwise
 from sweeps.report import figures
 from sweeps.report.report import Analysis, write_report
 from sweeps.report.tables import benchmark_table, best_table, print_best, write_tables
+from sweeps.search.record import write_states
 from sweeps.wandb.from_wandb import SCHEME, fetch
 
 BEST_YAML_KEYS = (
@@ -76,10 +79,38 @@ def aggregate(
     return best
 
 
-def update_trackers(folder: SweepFolder) -> None:
-    """Bring the trackers that a sweep was started with up to the new results."""
-    with sync_sweep(folder) as sync:
-        sync.start()
+def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
+    """Write the final state of every point, select the best, and remove the models that need not be kept.
+
+    Between rungs of a search only the states are written. path: the sweep's folder. failures: identity of a point's
+    result -> why it is missing. Raises SweepFailed when there are any.
+    """
+    folder = SweepFolder(path)
+    record, store = folder.read(), folder.store
+    search, points = record["search"], record["points"]
+    recorded = {p["identity"]: PointFailure(p["state"], p["error"]) for p in points if p["error"] is not None}
+    failures = {
+        result: failure
+        for result, failure in (recorded | failures).items()
+        if not store.is_done(StageName("evaluate", result))
+    }
+    state, failed = "failed" if failures else "done", f"{len(failures)} of {len(points)} points failed"
+    if search is not None and (rung := search["rung"]) < len(search["rungs"]):
+        write_states(folder, record, state, failures)
+        print(f"{folder.name}: rung {rung} is done; rerun the same command to start rung {rung + 1}", flush=True)
+        if failures:
+            raise SweepFailed(
+                f"{failed}; rerun the same command to retry them first, or with hydra.launcher.retry_failed=false to "
+                "continue without them"
+            )
+        return
+    write_states(folder, record, "aggregating", failures)
+    best = aggregate([folder])
+    selected = best_results_in_store(store) | {i for seeds in best.identities for i in seeds}
+    apply_retention(store, [point["stages"] for point in points], record["keep_checkpoints"], selected)
+    write_states(folder, record, state, failures)  # the final state last, so that waiters find complete results
+    if failures:
+        raise SweepFailed(f"{failed}; rerun the same command to retry only those")
 
 
 def best_yaml(best: pd.DataFrame) -> str:
@@ -87,17 +118,11 @@ def best_yaml(best: pd.DataFrame) -> str:
     table: dict[str, dict[str, dict[str, Any]]] = {}
     # One entry per method: of several inits and variants the one that is best on the selection split.
     for row in best.sort_values("quality_selection", ascending=False, kind="stable").to_dict("records"):
-        entry = {name: _to_yaml(row[name]) for name in BEST_YAML_KEYS}
+        entry = {name: None if row[name] != row[name] else row[name] for name in BEST_YAML_KEYS}  # null for NaN
         table.setdefault(row["setup"], {}).setdefault(row["method"], entry)
     header = "# Best hyper-parameters, selected on the selection split; quality on the reporting split.\n"
     header += "# python -m src.train method=NAME best_from=THIS_FILE\n"
     return header + yaml.safe_dump(table, sort_keys=False)
-
-
-def _to_yaml(value: Any) -> Any:
-    """Convert numpy scalars to Python's and NaN to None."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if value is None or value != value else value
 
 
 def main() -> int:
@@ -114,7 +139,8 @@ def main() -> int:
         out = arguments.out or folders[0].path.with_name("+".join(folder.name for folder in folders))
         aggregate(folders, out, select=arguments.select)
         if out == folders[0].path and not arguments.dir[0].startswith(SCHEME):
-            update_trackers(folders[0])
+            with sync_sweep(folders[0]) as sync:  # the trackers that the sweep was started with
+                sync.start()
     return 0
 
 

@@ -59,7 +59,8 @@ class GridSweeper(Sweeper):
             kind = type(self.launcher).__name__
             raise ConfigError(f"hydra/launcher: {kind} cannot run planned stages; use hydra/launcher=local or slurm")
         overrides = self._merged(arguments)
-        points = self._points(overrides)
+        expanded = (point for part in overrides for point in expand(part, self.config, self.loader))
+        points = list({repr(point): point for point in expanded}.values())
         if inconsistent := inconsistent_settings(points):
             raise ConfigError(f"{inconsistent[0]}: must be one value for a whole sweep")
         store = Store(points[0].output_dir)
@@ -87,10 +88,6 @@ class GridSweeper(Sweeper):
             + arguments
             for part in self.parts
         ]
-
-    def _points(self, overrides: list[list[str]]) -> list[Point]:
-        points = {repr(point): point for part in overrides for point in expand(part, self.config, self.loader)}
-        return list(points.values())
 
 
 def _digest_of(overrides: list[list[str]]) -> str:
@@ -150,11 +147,9 @@ def _strings(override: Override) -> list[str]:
     key = override.get_key_element()
     if override.is_delete():
         return [override.input_line or key]
-    if not override.is_sweep_override():
-        values = [str(override.get_value_element_as_str())]
-    else:
-        values = [str(v) for v in override.sweep_string_iterator()]
-    strings = list(dict.fromkeys(f"{key}={v}" for v in values))
+    is_sweep = override.is_sweep_override()
+    values = override.sweep_string_iterator() if is_sweep else [override.get_value_element_as_str()]
+    strings = list(dict.fromkeys(f"{key}={value}" for value in values))
     if not strings:
         raise ConfigError(f"{override.input_line}: expands to no values")
     return strings

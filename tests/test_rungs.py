@@ -63,8 +63,9 @@ def test_a_finished_full_run_enters_at_the_last_rung_unless_the_first_rung_is_fi
     assert entry_rungs(points, [True] * 4, [False] * 4, 2) == [2] * 4
     assert entry_rungs(points, [True, True, True, False], [False] * 4, 2) == [2, 2, 0, 0], "seeds stay together"
     assert entry_rungs(points, [True] * 4, [True, False, False, False], 2) == [0, 0, 2, 2]
-    state = RungState((0.25, 0.5, 1.0), 0.5, rung=0, entry=(2, 0, 0, 0), rung_of=(2, 0, 0, 0), results=())
-    assert expected_counts(grid(), state) == [3, 1, 2]
+    entry = 2, 0, 0, 0
+    state = RungState(tuple(grid()), (0.25, 0.5, 1.0), 0.5, rung=0, entry=entry, rung_of=entry, results=())
+    assert expected_counts(state) == [3, 1, 2]
 
 
 RUNGS = "must be an increasing list of step fractions ending in 1.0"

@@ -16,8 +16,7 @@ from src.planning.plan import Plan, make_plan
 from src.stages.runner import compute_or_wait
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
-from sweeps.aggregate import aggregate
-from sweeps.finalize import finalize
+from sweeps.aggregate import aggregate, finalize
 from sweeps.search.search import Search
 from tests.support.commands import kill_when, run_in_process, train
 from tests.support.configs import TINY, point

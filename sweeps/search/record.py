@@ -11,27 +11,22 @@ from launchers.slurm.job_records import all_submissions
 from src.errors import PointFailure
 from src.planning.plan import Plan
 from src.store.code_snapshot import revision
-from src.store.store import StageName, Store
+from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
-from sweeps.search.successive_halving import RungState, with_stop
+from sweeps.search.successive_halving import RungState
 from sweeps.search.variants import studies
 
 
 @dataclass
 class SweepRecord:
-    """sweep.json while a plan is launched; `sweeps.finalize` completes it."""
+    """sweep.json while a plan is launched; `sweeps.aggregate.finalize` completes it."""
 
-    store: Store
+    folder: SweepFolder
     plan: Plan
-    name: str
     command: str
-    rungs: RungState | None = None  # of a search by rungs
-    failures: dict[str, PointFailure] = field(default_factory=dict)  # of earlier rungs: result identity -> failure
+    rungs: RungState
+    failures: dict[str, PointFailure]  # of earlier rungs: result identity -> failure
     code: dict[str, Any] = field(default_factory=revision)
-
-    @property
-    def folder(self) -> SweepFolder:
-        return SweepFolder(self.store.sweeps / self.name)
 
     def start(self) -> None:
         """Write the points before anything runs. Results of a sweep with other points are archived first."""
@@ -45,8 +40,7 @@ class SweepRecord:
     def _archive_previous(self) -> None:
         if not self.folder.exists():
             return
-        rungs = (self.plan.results,) if self.rungs is None else self.rungs.results
-        identities = {identity for results in rungs for identity in results}
+        identities = set().union(*self.rungs.results)
         other = sum(point["identity"] not in identities for point in self.folder.read()["points"])
         if other:
             path = self.folder.path
@@ -61,19 +55,17 @@ class SweepRecord:
             )
 
     def _write(self, state: str) -> None:
-        first, full_runs = self.plan.points[0], self.plan.points
-        if self.rungs is not None:
-            full_runs = [with_stop(point, 1.0) for point in full_runs]
+        first = self.plan.points[0]
         record = {
-            "name": self.name,
+            "name": self.folder.name,
             "command": self.command,
             "code": self.code,
             "select": first.sweep.select,
             "keep_checkpoints": first.keep_checkpoints,
-            "store": str(self.store.root),
+            "store": str(self.folder.store.root),
             "tracking": asdict(first.tracking),
-            "search": None if self.rungs is None else self.rungs.description,
-            "studies": studies(full_runs),
+            "search": self.rungs.description,
+            "studies": studies(self.rungs.points),
             "points": self._points(),
         }
         write_states(self.folder, record, state, self.failures)
@@ -92,7 +84,7 @@ class SweepRecord:
                 "label": point.label,
                 "identity": stages["evaluate"],
                 "stages": stages,
-                **({} if self.rungs is None else self.rungs.describe_point(index)),
+                **self.rungs.describe_point(index),
             }
             for index, (point, stages) in enumerate(zip(self.plan.points, self.plan.stages_by_role, strict=True))
         ]

@@ -6,6 +6,7 @@ The progress is read from the store at every call, so the same command resumes w
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from launchers.protocol import PlanLauncher
 from src.errors import PointFailure
@@ -19,7 +20,7 @@ from src.tracking.sync_process import SyncProcess, sync_sweep
 from sweeps.search.record import SweepRecord
 from sweeps.search.successive_halving import RungState, dry_run_table, entry_rungs, promote, with_stop
 
-FINALIZE = "sweeps.finalize:finalize"  # called by the last job of a sweep, or here when no jobs are submitted
+FINALIZE = "sweeps.aggregate:finalize"  # called by the last job of a sweep, or here when no jobs are submitted
 
 
 class Search:
@@ -27,32 +28,26 @@ class Search:
 
     def __init__(self, plan: Plan, store: Store) -> None:
         """Read from the store where each point enters. plan: of all points, each trained to its end."""
-        self.full_plan, self.store, self.points = plan, store, plan.points
-        options = plan.points[0].sweep
-        self.is_halving, self.keep_fraction = options.search == "successive_halving", options.keep_fraction
-        self.rungs = options.rungs if self.is_halving else [1.0]
-        partial_plans = [make_plan([with_stop(p, stop) for p in plan.points], store) for stop in self.rungs[:-1]]
-        self.results = [rung_plan.results for rung_plan in (*partial_plans, plan)]  # rung -> point -> identity
-        self.entry_rung = [0] * len(plan.points)
-        if self.is_halving:
-            full, first = ([self._quality(i) is not None for i in self.results[rung]] for rung in (-1, 0))
-            self.entry_rung = entry_rungs(plan.points, full, first, len(self.rungs) - 1)
-        self.rung_of = list(self.entry_rung)
+        self.full_plan, self.store, points = plan, store, plan.points
+        options = points[0].sweep
+        rungs = tuple(options.rungs) if options.search == "successive_halving" else (1.0,)
+        plans = [*(make_plan([with_stop(p, stop) for p in points], store) for stop in rungs[:-1]), plan]
+        first, full = ([result in p.done for result in p.results] for p in (plans[0], plan))
+        entry = tuple(entry_rungs(points, full, first, len(rungs) - 1))
+        results = tuple(tuple(p.results) for p in plans)
+        self.state = RungState(tuple(points), rungs, options.keep_fraction, 0, entry, entry, results)
         self._warned = False
 
     def text(self) -> str:
         """Return what would run, for `dry_run=true`: the plan of the next rung, and the expected size of the others."""
-        for rung in range(len(self.rungs)):
-            plan = self._plan({})
-            if plan.needed or rung == len(self.rungs) - 1:
-                break
-            self._promote(rung)
+        while not (plan := self._plan({})).needed and not self.state.is_last:
+            self._promote()
         parts = [plan.text(), Cost(plan, self.store).text()]
-        if (state := self._state(rung)) is not None:
+        if self.state.is_halving:
             if plan.needed:
-                anew = ", as if its points were trained from the start" if rung else ""
-                parts.append(f"\nabove: rung {rung + 1} of {len(self.rungs)}{anew}")
-            parts.append(dry_run_table(self.points, state))
+                anew = ", as if its points were trained from the start" if self.state.rung else ""
+                parts.append(f"\nabove: rung {self.state.rung + 1} of {len(self.state.rungs)}{anew}")
+            parts.append(dry_run_table(self.state))
         return "\n".join(parts)
 
     def run(self, launcher: PlanLauncher, name: str, command: str) -> None:
@@ -62,39 +57,35 @@ class Search:
         """
         folder = SweepFolder(self.store.sweeps / name)
         with sync_sweep(folder) as sync:
-            self._run(launcher, name, command, sync)
+            num_completed, failures = self._load_progress(folder)
+            while True:
+                plan, rung = self._plan(failures), self.state.rung
+                if self.state.is_last or (rung >= num_completed and plan.needed):
+                    record = SweepRecord(folder, plan, command, self.state, dict(failures))
+                    new_failures = self._run_rung(launcher, record, sync)
+                    if new_failures is None:
+                        if not self.state.is_last:
+                            print(f"when rung {rung + 1} is done, rerun the same command to start rung {rung + 2}")
+                        return
+                    failures |= new_failures
+                if self.state.is_last:
+                    break
+                self._finish_rung(plan)
+            from sweeps.aggregate import finalize  # pandas: only when there is something to aggregate
 
-    def _run(self, launcher: PlanLauncher, name: str, command: str, sync: SyncProcess) -> None:
-        num_completed, failures = self._load_progress(SweepFolder(self.store.sweeps / name))
-        last = len(self.rungs) - 1
-        for rung in range(len(self.rungs)):
-            plan = self._plan(failures)
-            record = SweepRecord(self.store, plan, name, command, self._state(rung), dict(failures))
-            if rung == last or (rung >= num_completed and plan.needed):
-                new_failures = self._run_rung(launcher, record, rung, sync)
-                if new_failures is None:
-                    if rung < last:
-                        print(f"when rung {rung + 1} is done, rerun the same command to start rung {rung + 2}")
-                    return
-                failures |= new_failures
-            if rung < last:
-                self._finish_rung(rung, plan)
-        from sweeps.finalize import finalize  # pandas: only when there is something to aggregate
-
-        sync.start()
-        finalize(record.folder.path, failures)
+            sync.start()
+            finalize(folder.path, failures)
 
     def _run_rung(
-        self, launcher: PlanLauncher, record: SweepRecord, rung: int, sync: SyncProcess
+        self, launcher: PlanLauncher, record: SweepRecord, sync: SyncProcess
     ) -> dict[str, PointFailure] | None:
         """Return the failures of the rung; None when jobs compute it and finalize the sweep."""
-        plan = record.plan
+        plan, state = record.plan, self.state
         self._check(plan, launcher)
-        if self.is_halving and plan.needed:
-            count, stop = self.rung_of.count(rung), self.rungs[rung]
+        if state.is_halving and plan.needed:
             print(
-                f"{record.name}: rung {rung + 1} of {len(self.rungs)}: {count} points to {100 * stop:g} % of "
-                "their steps",
+                f"{record.folder.name}: rung {state.rung + 1} of {len(state.rungs)}: {state.rung_of.count(state.rung)} "
+                f"points to {100 * state.rungs[state.rung]:g} % of their steps",
                 flush=True,
             )
         record.start()
@@ -109,10 +100,10 @@ class Search:
 
     def _plan(self, failures: dict[str, PointFailure]) -> Plan:
         """Return the plan of the current rung: each point truncated to its rung, without those that failed before."""
-        if not self.is_halving:
+        if not self.state.is_halving:
             return self.full_plan
-        stops = [self.rungs[reached] for reached in self.rung_of]
-        plan = make_plan([with_stop(p, stop) for p, stop in zip(self.points, stops, strict=True)], self.store)
+        reached = zip(self.state.points, self.state.rung_of, strict=True)
+        plan = make_plan([with_stop(point, self.state.rungs[rung]) for point, rung in reached], self.store)
         plan.abandoned = set(failures)
         plan.refresh(self.store)
         return plan
@@ -128,15 +119,19 @@ class Search:
                 print(f"warning: {warning}", file=sys.stderr)
         launcher.check(plan)
 
-    def _promote(self, rung: int) -> None:
-        quality = [self._quality(identity) for identity in self.results[rung]]
-        self.rung_of = promote(self.points, self.rung_of, quality, rung, self.keep_fraction)
+    def _promote(self) -> None:
+        """Make the next rung the current one, with the better points in it."""
+        state = self.state
+        quality = [self._quality(identity) for identity in state.results[state.rung]]
+        rung_of = promote(state.points, state.rung_of, quality, state.rung, state.keep_fraction)
+        self.state = replace(state, rung=state.rung + 1, rung_of=tuple(rung_of))
 
-    def _finish_rung(self, rung: int, plan: Plan) -> None:
+    def _finish_rung(self, plan: Plan) -> None:
         """Promote the better points, and delete what only the promotion of the others would have needed."""
-        at_rung = [i for i, reached in enumerate(self.rung_of) if reached == rung]
-        self._promote(rung)
-        rejected = {self.results[rung][i] for i in at_rung if self.rung_of[i] == rung}
+        before = self.state
+        self._promote()
+        moves = zip(before.results[before.rung], before.rung_of, self.state.rung_of, strict=True)
+        rejected = {result for result, old, new in moves if old == new == before.rung}
         keep, best = plan.points[0].keep_checkpoints, best_results_in_store(self.store)
         apply_retention_after_rung(self.store, plan.stages_by_role, keep, rejected, best)
 
@@ -149,14 +144,6 @@ class Search:
         value = result["splits"]["selection"]["value"]
         return None if value != value else value
 
-    def _state(self, rung: int) -> RungState | None:
-        if not self.is_halving:
-            return None
-        results = tuple(map(tuple, self.results))
-        return RungState(
-            tuple(self.rungs), self.keep_fraction, rung, tuple(self.entry_rung), tuple(self.rung_of), results
-        )
-
     def _load_progress(self, folder: SweepFolder) -> tuple[int, dict[str, PointFailure]]:
         """Return the number of rungs already completed by an earlier invocation, and the points that failed in them.
 
@@ -164,13 +151,12 @@ class Search:
         """
         sweep = folder.read() if folder.exists() else {}
         points, search = sweep.get("points", []), sweep.get("search")
-        known = {identity for results in self.results for identity in results}
-        same_points = len(points) == len(self.points) and all(point["identity"] in known for point in points)
-        if search is None or not same_points:
+        rungs, known = list(self.state.rungs), set().union(*self.state.results)
+        same_points = len(points) == len(self.state.points) and all(point["identity"] in known for point in points)
+        settings = rungs, self.state.keep_fraction
+        if search is None or not same_points or (search["rungs"], search["keep_fraction"]) != settings:
             return 0, {}
-        same_search = search["rungs"] == self.rungs and search["keep_fraction"] == self.keep_fraction
-        finished = search["rung"] == len(self.rungs) and sweep["finished"]
-        if finished or not same_search:
+        if search["rung"] == len(rungs) and sweep["finished"]:
             return 0, {}
         failures = {
             point["identity"]: PointFailure(point["state"], point["error"] or "not run")

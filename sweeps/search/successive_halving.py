@@ -52,20 +52,17 @@ def promote(
     for group in _seed_groups(points, [i for i, reached in enumerate(rung_of) if reached == rung]):
         studies[_study(points[group[0]])].append(group)
     for groups in studies.values():
+        num_promoted = max(1, floor(keep_fraction * len(groups) + 1e-9))  # 0.29 * 100 is 28.999999999999996
         ranked: list[tuple[float, float, float, list[int]]] = []
         for group in groups:
-            known = [(i, value) for i in group if (value := quality[i]) is not None]
+            known = {i: value for i in group if (value := quality[i]) is not None}
             if known:
-                point, mean = points[group[0]], fmean(value for _, value in known)
-                ranked.append((-mean, -point.beta, point.lr, [i for i, _ in known]))
-        for *_, members in sorted(ranked)[: _num_promoted(len(groups), keep_fraction)]:
+                point = points[group[0]]
+                ranked.append((-fmean(known.values()), -point.beta, point.lr, list(known)))
+        for *_, members in sorted(ranked)[:num_promoted]:
             for i in members:
                 promoted[i] = rung + 1
     return promoted
-
-
-def _num_promoted(num_groups: int, keep_fraction: float) -> int:
-    return max(1, floor(keep_fraction * num_groups + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
 
 def _seed_groups(points: Sequence[Point], indices: Sequence[int]) -> Iterator[list[int]]:
@@ -83,8 +80,9 @@ def _study(point: Point) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class RungState:
-    """The progress of a search, as sweep.json records it."""
+    """The progress of a search; a full grid has one rung."""
 
+    points: tuple[Point, ...]  # each trained to its end
     rungs: tuple[float, ...]  # fractions of the alignment steps
     keep_fraction: float
     rung: int  # the current one, from 0
@@ -93,8 +91,18 @@ class RungState:
     results: tuple[tuple[str, ...], ...]  # rung -> point -> identity of its result there
 
     @property
-    def description(self) -> dict[str, Any]:
-        """The key `search` of sweep.json. Rungs count from 1 there."""
+    def is_halving(self) -> bool:
+        return len(self.rungs) > 1
+
+    @property
+    def is_last(self) -> bool:
+        return self.rung == len(self.rungs) - 1
+
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """The key `search` of sweep.json, None for a full grid. Rungs count from 1 there."""
+        if not self.is_halving:
+            return None
         return {
             "kind": "successive_halving",
             "rungs": list(self.rungs),
@@ -103,10 +111,12 @@ class RungState:
         }
 
     def describe_point(self, index: int) -> dict[str, Any]:
-        """Return the keys of one point in sweep.json.
+        """Return the keys of one point in sweep.json; none for a full grid.
 
         earlier: its results in the rungs before the one it reached; full_result: its result in the last rung.
         """
+        if not self.is_halving:
+            return {}
         reached = self.rung_of[index]
         return {
             "rung": reached + 1,
@@ -115,11 +125,11 @@ class RungState:
         }
 
 
-def expected_counts(points: Sequence[Point], state: RungState) -> list[int]:
+def expected_counts(state: RungState) -> list[int]:
     """Return the number of points in each rung when the current one is the next to finish and no point fails."""
     final, num_rungs = list(state.rung_of), len(state.rungs)
     for rung in range(state.rung, num_rungs - 1):
-        final = promote(points, final, [0.0] * len(points), rung, state.keep_fraction)
+        final = promote(state.points, final, [0.0] * len(final), rung, state.keep_fraction)
     return [sum(low <= r <= high for low, high in zip(state.entry, final, strict=True)) for r in range(num_rungs)]
 
 
@@ -154,9 +164,9 @@ def summary(sweep: dict[str, Any]) -> str | None:
     return f"{text}; rung {search['rung']} of {len(search['rungs'])}, no point is selected before the last"
 
 
-def dry_run_table(points: Sequence[Point], state: RungState) -> str:
+def dry_run_table(state: RungState) -> str:
     """Return the rungs of a search and their cost, for `dry_run=true`."""
-    counts, num_points = expected_counts(points, state), len(points)
+    counts, num_points = expected_counts(state), len(state.points)
     reused = sum(first > 0 for first in state.entry)  # results of full runs: nothing is computed for them
     computed = [*counts[:-1], counts[-1] - reused]
     fractions = [stop - start for start, stop in zip([0.0, *state.rungs], state.rungs, strict=False)]

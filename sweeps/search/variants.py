@@ -44,7 +44,7 @@ def name_variants(points: list[Point]) -> None:
             point.sweep.variant = " ".join(sorted(f"{key}={table[key]}" for key in differing))
 
 
-def studies(points: list[Point]) -> list[dict[str, Any]]:
+def studies(points: Sequence[Point]) -> list[dict[str, Any]]:
     """Return setup, method, init and the settings that all their points share, for disambiguating_settings."""
     rows = []
     for (setup, method, init), group in _studies(points).items():
@@ -80,7 +80,7 @@ def _without_method(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if not key.startswith("method.")}
 
 
-def _studies(points: list[Point]) -> dict[Study, list[Point]]:
+def _studies(points: Sequence[Point]) -> dict[Study, list[Point]]:
     groups: dict[Study, list[Point]] = defaultdict(list)
     for point in points:
         groups[point.setup.name, point.method.name, point.init.name].append(point)
