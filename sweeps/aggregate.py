@@ -75,7 +75,7 @@ def aggregate(
     graphics = [drawing.save(target.figures) for drawing in figures.draw(averages, best)]
     write_report(target.report, Analysis(results, rule, best, groups, differences, gains), graphics)
     if not quiet:
-        print_best(results.name, target.path, points, table, groups, results.searches)
+        print_best(results, target.path, table, groups)
     return best
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,11 @@ class Results:
     @property
     def name(self) -> str:
         return " + ".join(sweep["name"] for sweep in self.sweeps)
+
+    @property
+    def failed(self) -> list[dict[Hashable, Any]]:
+        """The rows of the points without a result, and why."""
+        return self.points[self.points.state != "done"].fillna({"error": "not run"}).to_dict("records")
 
     @property
     def searches(self) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,14 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader
 
-from src.store.files import atomic_write
+from src.store.files import atomic_write, read_json
+from src.store.store import JUDGEMENTS_FILE, QUALITY_FILE, SAMPLES_FILE
 from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
-from sweeps.report.examples import examples
 from sweeps.report.plot_style import NAMES
 from sweeps.report.tables import (
-    BEST,
-    NOT_SIGNIFICANT,
     benchmark_table,
     best_table,
-    gap_to_best,
     group_lines,
     quality_column,
     with_error,
@@ -30,6 +29,9 @@ from sweeps.search.successive_halving import points_per_rung
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_ROWS = 2000  # of the table of all points; points.csv is complete
+
+NUM_PROMPTS = 6  # with their responses
+MAX_CHARS = 4000  # of a prompt or response on a page
 
 
 @dataclass
@@ -50,23 +52,20 @@ def write_report(path: Path, analysis: Analysis, graphics: Sequence[str]) -> Non
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["with_error"] = with_error
     html = environment.get_template("report.html.jinja").render(
-        name=results.name,
-        sweeps=results.sweeps,
-        num_points=len(results.points),
+        results=results,
         counts=results.points.state.value_counts().to_dict(),
         rule=analysis.rule,
         searches=results.searches,
-        rungs=_rungs(results),
+        points_per_rung=points_per_rung,
         headlines=_headlines(analysis),
         seeds=int(best.seeds.max()) if len(best) else 0,
         gains=_gains(analysis.gains),
         benchmark=benchmark_table(best, results.scores).to_dict("split"),
         graphics=graphics,
-        examples=[(", ".join(filter(None, key)), rows) for key, rows in examples(results, best).items()],
+        examples=examples(results, best),
         cost=cost_table(results),
         judge=judge_usage(results),
         published=_published(best),
-        failed=results.points[results.points.state != "done"].to_dict("records"),
         all_points=results.points.head(MAX_ROWS).to_dict("records"),
         selected={identity for seeds in best.identities for identity in seeds},
         names=NAMES,
@@ -76,52 +75,38 @@ def write_report(path: Path, analysis: Analysis, graphics: Sequence[str]) -> Non
 
 def _headlines(analysis: Analysis) -> list[dict[str, Any]]:
     """Return one table per setup, init and variant; `bar`: low, mean, high of each row on a common scale, percent."""
-    best, tables = analysis.best, []
-    for key, group in best.groupby(GROUP, sort=False, dropna=False):
+    tables = []
+    for key, group in analysis.best.groupby(GROUP, sort=False, dropna=False):
         table, quality = best_table(group, analysis.differences), quality_column(group)
-        names = [c for c in table.columns if c not in ("Setup", "Init", "Variant", "Kind")]
         low, high = group.quality_reporting_low.min(), group.quality_reporting_high.max()
         start, width = low - 0.04 * (high - low), 1.08 * (high - low) or 1.0
         ends = group[["quality_reporting_low", "quality_reporting", "quality_reporting_high"]]
         bars = (100 * (ends - start) / width).to_numpy().round(2).tolist()
-        gaps = gap_to_best(group, analysis.differences)
-        rows = [
-            {"cells": dict(zip(names, cells, strict=True)), "kind": kind, "bar": bar, "gap": gap}
-            for kind, cells, bar, gap in zip(group.kind, table[names].to_numpy(), bars, gaps, strict=True)
-        ]
         of_group = (analysis.groups[GROUP] == list(key)).all(axis=1)
         tables.append(
             {
                 "name": ", ".join(map(str, filter(None, key))),
-                "columns": [c for c in names if c not in ("Method", quality)],
+                "columns": [column for column in table.columns if column not in ("Method", "Kind", quality)],
                 "quality": quality,
-                "rows": rows,
-                "best": rows[gaps.index(BEST)]["cells"] if BEST in gaps else None,
-                "not_significant": gaps.count(NOT_SIGNIFICANT),
+                "points": table.assign(bar=bars).to_dict("records"),
                 "groups": group_lines(analysis.groups[of_group]),
             }
         )
     return tables
 
 
-def cost_table(results: Results) -> list[dict[str, Any]]:
+def cost_table(results: Results) -> list[dict[Hashable, Any]]:
     """Return one row per kind of stage: how many were computed, their hours and tokens, and what sharing saved."""
-    uses, rows = results.uses(), []
-    for kind in ("sft", "reference", "align", "generate", "evaluate"):
-        stages = {identity: stage for identity, stage in results.stages.items() if stage["stage"] == kind}
-        hours = {i: stage["seconds"] * stage.get("processes", 1) / 3600 for i, stage in stages.items()}
-        if stages:
-            rows.append(
-                {
-                    "stage": kind,
-                    "computed": len(stages),
-                    "hours": sum(hours.values()),
-                    "tokens": sum(stage["tokens"] for stage in stages.values()),
-                    "uses": sum(uses[identity] for identity in stages),
-                    "hours_saved": sum(hours[identity] * max(0, uses[identity] - 1) for identity in stages),
-                }
-            )
-    return rows
+    if not results.stages:
+        return []
+    stages = pd.DataFrame({"processes": 1, **stage} for stage in results.stages.values())
+    stages["hours"] = stages.seconds * stages.processes / 3600
+    stages["uses"] = stages.identity.map(results.uses()).fillna(0).astype(int)
+    stages["hours_saved"] = stages.hours * (stages.uses - 1).clip(lower=0)
+    kinds = stages.groupby("stage")
+    table = kinds[["hours", "tokens", "uses", "hours_saved"]].sum().assign(computed=kinds.size())
+    order = [kind for kind in ("sft", "reference", "align", "generate", "evaluate") if kind in table.index]
+    return table.loc[order].reset_index().to_dict("records")
 
 
 def judge_usage(results: Results) -> dict[str, Any] | None:
@@ -134,21 +119,10 @@ def judge_usage(results: Results) -> dict[str, Any] | None:
     return {"names": sorted({usage["name"] for usage in usages}), **total}
 
 
-def _rungs(results: Results) -> list[dict[str, Any]]:
-    """Return for each sweep that was a search by rungs the number of points of each method in each rung."""
-    return [
-        {"name": sweep["name"], "search": sweep["search"], "rows": points_per_rung(sweep).items()}
-        for sweep in results.sweeps
-        if sweep.get("search") is not None
-    ]
-
-
-def _gains(gains: pd.DataFrame) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for row in gains.to_dict("records"):
-        group = ", ".join(str(row[k]) for k in GROUP if gains[k].nunique() > 1 and row[k])
-        rows.append({**{str(k): v for k, v in row.items()}, "group": group, "name": NAMES[row["method"]]})
-    return rows
+def _gains(gains: pd.DataFrame) -> list[dict[Hashable, Any]]:
+    varying = [column for column in GROUP if gains[column].nunique() > 1]
+    groups = [", ".join(filter(None, row)) for row in gains[varying].astype(str).to_numpy()]
+    return gains.assign(group=groups).to_dict("records")
 
 
 def _published(best: pd.DataFrame) -> list[dict[str, Any]]:
@@ -162,3 +136,51 @@ def _published(best: pd.DataFrame) -> list[dict[str, Any]]:
             cells = [(names[m], *values, ours.get(m, "-")) for m, values in published[setup]["rows"].items()]
             tables.append({"setup": setup, **published[setup], "rows": cells, "ours": quality_column(rows)})
     return tables
+
+
+def examples(results: Results, best: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """Return setup, init and variant -> the first prompts for which all its selected points have samples.
+
+    `responses` of a prompt: (method, text, verdict or None, reason), the baseline's first if there is one. Where points
+    were selected by win rate, these are reporting prompts.
+    """
+    table = {}
+    for key, group in best.groupby(GROUP, sort=False, dropna=False):
+        samples = [_samples(results, row["identities"][0], row["metric"]) for row in group.to_dict("records")]
+        common = [index for index in samples[0] if all(index in other for other in samples)][:NUM_PROMPTS]
+        methods = group.method.tolist()
+        name = ", ".join(map(str, filter(None, key)))
+        table[name] = [_example(methods, [rows[index] for rows in samples]) for index in common]
+    return table
+
+
+def _example(methods: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    baseline = rows[0].get("baseline")
+    responses = [] if baseline is None else [("baseline", _truncate(baseline), None, "")]
+    for method, row in zip(methods, rows, strict=True):
+        responses.append((method, _truncate(row["response"]), row.get("verdict"), row.get("reason", "")))
+    return {"prompt": _truncate(rows[0]["prompt"]), "responses": responses}
+
+
+def _samples(results: Results, result: str, metric: str) -> dict[int, dict[str, Any]]:
+    """Return index of the prompt -> the point's sample with its verdict and reason, for the first prompts in order."""
+    folder, samples = results.artifacts(result, "evaluate"), results.artifacts(result, "generate")
+    assert folder is not None and samples is not None
+    judged = {row["index"]: row for row in _rows(folder / JUDGEMENTS_FILE, None)}
+    selection: set[int] = set()
+    if metric == "win_rate":
+        quality = read_json(folder / QUALITY_FILE)
+        selection = {i for i, selects in zip(quality["prompts"], quality["selection"], strict=True) if selects}
+    rows = _rows(samples / SAMPLES_FILE, 6 * NUM_PROMPTS)
+    return {row["index"]: row | judged.get(row["index"], {}) for row in rows if row["index"] not in selection}
+
+
+def _rows(file: Path, count: int | None) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    with file.open() as handle:
+        return [json.loads(line) for line in islice(handle, count)]
+
+
+def _truncate(text: str) -> str:
+    return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]} […]"

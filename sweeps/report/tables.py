@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
 from sweeps.report.plot_style import NAMES
 
@@ -23,17 +24,17 @@ n.s.: not significantly different from the best method (paired t-test, Holm, 5 %
 
 def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
     """Return the selected point of every method as text. differences: of reporting_split.differences."""
-    varying = [key for key in ("setup", "init", "variant", "seeds") if best[key].nunique() > 1]
-    rows = []
+    quality, rows = quality_column(best), []
     for row, gap in zip(best.to_dict("records"), gap_to_best(best, differences), strict=True):
+        low, high = row["quality_reporting_low"], row["quality_reporting_high"]
         rows.append(
-            {key.capitalize(): str(row[key]) for key in varying}
+            _varying(best, row, "setup", "init", "variant", "seeds")
             | {
                 "Method": NAMES[row["method"]],
                 "Kind": row["kind"],
                 "beta": f"{row['beta']:g}",
                 "lr": f"{row['lr']:g}",
-                quality_column(best): with_interval(row),
+                quality: f"{row['quality_reporting']:.3f} [{low:.3f}, {high:.3f}]",
                 "Gap to best": gap,
                 "Top 3": with_error(row["top3_reporting"], None, 3),
                 "Shortlist": str(row["shortlist"]),
@@ -46,6 +47,11 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _varying(best: pd.DataFrame, row: dict[Hashable, Any], *keys: str) -> dict[str, str]:
+    """Return those of the keys in which the rows of the table differ, as columns of one row."""
+    return {key.capitalize(): str(row[key]) for key in keys if best[key].nunique() > 1}
+
+
 def benchmark_table(best: pd.DataFrame, scores: dict[str, dict[str, dict[str, float]]]) -> pd.DataFrame:
     """Return the scores of the selected points by each benchmark's own rules, over all questions; empty without any.
 
@@ -54,17 +60,14 @@ def benchmark_table(best: pd.DataFrame, scores: dict[str, dict[str, dict[str, fl
     rows = []
     for row in best.to_dict("records"):
         by_seed = [scores.get(identity, {}) for identity in row["identities"]]
-        point = {key.capitalize(): str(row[key]) for key in GROUP if best[key].nunique() > 1}
-        point |= {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
-        names = dict.fromkeys(name for seed in by_seed for name in seed)
-        means = {name: pd.DataFrame([seed[name] for seed in by_seed if name in seed]).mean() for name in names}
-        if means:
-            rows.append(point | {_score_name(name): _score(value) for name, value in means.items()})
+        columns = {}
+        for name in dict.fromkeys(name for seed in by_seed for name in seed):
+            mean = pd.DataFrame([seed[name] for seed in by_seed if name in seed]).mean()
+            columns[f"{name.replace('_', ' ').capitalize()} %"] = _score(mean)
+        if columns:
+            point = {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
+            rows.append(_varying(best, row, *GROUP) | point | columns)
     return pd.DataFrame(rows).fillna("-")
-
-
-def _score_name(name: str) -> str:
-    return name.replace("_", " ").capitalize() + " %"
 
 
 def _score(score: pd.Series[float]) -> str:
@@ -81,17 +84,15 @@ def gap_to_best(best: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
     """
     highest = best.groupby(GROUP, sort=False, dropna=False).quality_reporting.transform("max")
     best_methods = {_group(row): row["method"] for row in best[best.quality_reporting == highest].to_dict("records")}
-    tests = {(*_group(row), frozenset((row["method"], row["other"]))): row for row in differences.to_dict("records")}
+    significant = {
+        (*_group(row), frozenset((row["method"], row["other"]))): f"-{abs(row['difference']):.3f}"
+        for row in differences[differences.p_holm < LEVEL].to_dict("records")
+    }
     gaps = []
     for row in best.to_dict("records"):
         best_method = best_methods.get(_group(row))
-        test = tests.get((*_group(row), frozenset((row["method"], best_method))))
-        if row["method"] == best_method:
-            gaps.append(BEST)
-        elif test is not None and test["p_holm"] < LEVEL:
-            gaps.append(f"-{abs(test['difference']):.3f}")
-        else:
-            gaps.append(NOT_SIGNIFICANT)
+        gap = significant.get((*_group(row), frozenset((row["method"], best_method))), NOT_SIGNIFICANT)
+        gaps.append(BEST if row["method"] == best_method else gap)
     return gaps
 
 
@@ -111,18 +112,13 @@ def with_error(value: float | None, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + ("" if error is None or pd.isna(error) else f" ± {error:.{digits}f}")
 
 
-def with_interval(row: dict[Hashable, Any]) -> str:
-    low, high = row["quality_reporting_low"], row["quality_reporting_high"]
-    return f"{row['quality_reporting']:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def group_lines(groups: pd.DataFrame) -> list[str]:
     """Return one sentence per setup, init and variant about the permutation test."""
     lines = []
     for row in groups.to_dict("records"):
-        group = ", ".join(str(row[k]) for k in GROUP if len(groups) > 1 and row[k])
+        group = ", ".join(filter(None, _group(row))) + ": " if len(groups) > 1 else ""
         lines.append(
-            f"{group + ': ' if group else ''}{row['pairwise']} pairwise vs. {row['pointwise']} pointwise methods: "
+            f"{group}{row['pairwise']} pairwise vs. {row['pointwise']} pointwise methods: "
             f"{row['difference']:+.3f}, p = {row['p']:.3f} (permutation test, one-sided, {row['splits']} splits)"
         )
     return lines
@@ -133,23 +129,16 @@ def write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     folder.mkdir(exist_ok=True)
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
-        text = as_text(table)
-        lines = ["| " + " | ".join(text.columns) + " |", "|" + "---|" * len(text.columns)]
-        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in text.to_numpy()]
-        (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+        text = table.astype(object).map(_cell)
+        rows = [text.columns, ["---"] * len(text.columns), *text.map(lambda cell: cell.replace("|", r"\|")).to_numpy()]
+        (folder / f"{name}.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
         tex = text.to_latex(index=False, escape=True, column_format="l" * len(text.columns))
         (folder / f"{name}.tex").write_text(tex.replace("±", r"$\pm$"))
 
 
-def as_text(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with every cell as text: numbers with four digits, missing values as a dash."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, float):
-            return "-" if pd.isna(value) else f"{value:.4g}"
-        return "-" if value is None else str(value)
-
-    return pd.DataFrame([[text(v) for v in row] for row in table.itertuples(index=False)], columns=table.columns)
+def _cell(value: Any) -> str:
+    """Return a number with four digits, a missing value as a dash."""
+    return "-" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _terminal_table(name: str, table: pd.DataFrame) -> Table:
@@ -163,32 +152,23 @@ def _terminal_table(name: str, table: pd.DataFrame) -> Table:
     return terminal_table
 
 
-def print_best(
-    name: str, folder: Path, points: pd.DataFrame, table: pd.DataFrame, groups: pd.DataFrame, searches: Sequence[str]
-) -> None:
-    """Print the selected points, the points without a result, and where the files are.
-
-    table: of best_table; searches: one line for each sweep that was not a full grid.
-    """
-    console = Console()
+def print_best(results: Results, folder: Path, table: pd.DataFrame, groups: pd.DataFrame) -> None:
+    """Print the selected points, the points without a result, and where the files are. table: of best_table."""
+    console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 200  # the width at which a log is read is unknown
     if len(table):
         table = table.drop(columns=["Kind", "Top 3", "KL / token", "Reward accuracy", "Length"])
-        terminal_table = _terminal_table(name, table)
+        terminal_table = _terminal_table(results.name, table)
         for column in OPTIONAL_COLUMNS:
             if console.measure(terminal_table).minimum > console.width:
                 table = table.drop(columns=column)
-                terminal_table = _terminal_table(name, table)
-        console.print(terminal_table)
-        for line in group_lines(groups):
-            console.print(line, highlight=False, soft_wrap=True)
-    for line in searches:
-        console.print(line, highlight=False, soft_wrap=True)
-    for point in points[points.state != "done"].to_dict("records"):
+                terminal_table = _terminal_table(results.name, table)
+        console.print(terminal_table, soft_wrap=False)
+    for line in (*group_lines(groups), *results.searches):
+        console.print(line)
+    for point in results.failed:
         label = f"{point['method']} beta={point['beta']:g} lr={point['lr']:g} {point['variant']}".rstrip()
-        console.print(
-            f"{point['state']}: {label}: {point['error'] or 'not run'}", style="red", highlight=False, markup=False
-        )
+        console.print(f"{point['state']}: {label}: {point['error']}", style="red", markup=False)
     for file in ("points.csv", "best.yaml", "figures", "report.html"):
-        console.print(f"{file:11} {folder / file}", highlight=False, soft_wrap=True)
+        console.print(f"{file:11} {folder / file}")
