@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from sweeps.analysis.per_prompt import PromptQuality
 from sweeps.analysis.reporting_split import gains
-from sweeps.analysis.results import COLUMNS, NUMBERS
+from sweeps.analysis.results import COLUMNS, NUMBERS, PromptQuality
 from sweeps.analysis.selection import average_seeds, best_points
 
 if TYPE_CHECKING:

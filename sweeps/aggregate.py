@@ -28,7 +28,7 @@ from sweeps.analysis.results import collect
 from sweeps.analysis.selection import average_seeds, select_points
 from sweeps.analysis.significance import pairwise_against_pointwise
 from sweeps.report import figures
-from sweeps.report.report import Analysis, write_report
+from sweeps.report.report import write_report
 from sweeps.report.tables import benchmark_table, best_table, print_best, write_tables
 from sweeps.search.record import write_states
 from sweeps.wandb.from_wandb import SCHEME, fetch
@@ -53,29 +53,25 @@ def aggregate(
     averages = average_seeds(points[points.candidate])
     rule = select or results.sweeps[0]["select"]
     best = reporting_split.with_intervals(select_points(averages, rule, prompts), averages, prompts)
-    groups = pairwise_against_pointwise(best)
     differences = reporting_split.differences(best, prompts)
-    gains = reporting_split.gains(averages, best, prompts)
-    table = best_table(best, differences)
+    tables = {
+        "best": best_table(best, differences),
+        "pairwise_pointwise": pairwise_against_pointwise(best),
+        "differences": differences,
+        "gains": reporting_split.gains(averages, best, prompts),
+        "pareto": reporting_split.pareto_fronts(averages),
+        "benchmark": benchmark_table(best, results.scores),
+    }
 
     target = SweepFolder(out or folders[0].path)
     target.figures.mkdir(parents=True, exist_ok=True)
     points.to_csv(target.points_csv, index=False)
     atomic_write(target.best_yaml, best_yaml(best))
-    tables = {
-        "best": table,
-        "pairwise_pointwise": groups,
-        "differences": differences,
-        "gains": gains,
-        "pareto": reporting_split.pareto_fronts(averages),
-    }
-    if len(benchmark := benchmark_table(best, results.scores)):
-        tables["benchmark"] = benchmark
     write_tables(target.tables, tables)
     graphics = [drawing.save(target.figures) for drawing in figures.draw(averages, best)]
-    write_report(target.report, Analysis(results, rule, best, groups, differences, gains), graphics)
+    write_report(target.report, results, rule, best, tables, graphics)
     if not quiet:
-        print_best(results, target.path, table, groups)
+        print_best(results, target.path, tables)
     return best
 
 

@@ -25,7 +25,7 @@ from src.planning.plan import make_plan
 from src.preflight import check_input_files
 from src.store.store import Store
 from sweeps.search.search import Search
-from sweeps.search.variants import inconsistent_settings, name_variants
+from sweeps.search.variants import check_sweep_wide_settings, name_variants
 
 GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
 ALL_METHODS = "method=all"  # every method that the chosen beta_grid lists
@@ -61,8 +61,7 @@ class GridSweeper(Sweeper):
         overrides = self._merged(arguments)
         expanded = (point for part in overrides for point in expand(part, self.config, self.loader))
         points = list({repr(point): point for point in expanded}.values())
-        if inconsistent := inconsistent_settings(points):
-            raise ConfigError(f"{inconsistent[0]}: must be one value for a whole sweep")
+        check_sweep_wide_settings(points)
         store = Store(points[0].output_dir)
         check_input_files(points)
         plan = make_plan(points, store)

@@ -10,7 +10,7 @@ from benchmarks.selection import coverage, simulate
 from src.errors import ConfigError
 from src.store.store import QUALITY_FILE
 from sweeps.analysis import reporting_split
-from sweeps.analysis.per_prompt import PromptQuality
+from sweeps.analysis.results import PromptQuality
 from sweeps.analysis.selection import average_seeds, select_points
 from tests.support.tables import points
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from src.methods import METHODS
-from sweeps.analysis.per_prompt import PromptQuality
+from sweeps.analysis.results import PromptQuality
 from sweeps.analysis.selection import GROUP, STUDY, best_lr_per_beta
 from sweeps.analysis.significance import (
     COMPARISON,

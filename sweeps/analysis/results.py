@@ -1,4 +1,4 @@
-"""The results of sweeps: their points as points.csv has them, where the artifacts are, and what they cost."""
+"""The results of sweeps: their points as points.csv has them, quality per prompt, artifacts, and costs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import orjson
 import pandas as pd
 
 from src.errors import ConfigError
 from src.methods import METHODS
-from src.store.store import read_result
+from src.store.store import QUALITY_FILE, read_result
 from src.store.sweep_folder import SweepFolder
-from sweeps.analysis.per_prompt import PromptQuality
 from sweeps.search import successive_halving
 from sweeps.search.variants import disambiguating_settings
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 COLUMNS = [
     *("setup", "method", "kind", "init", "variant", "beta", "lr", "seed", "stop_fraction"),
@@ -28,6 +33,45 @@ COLUMNS = [
     *("response_tokens", "seconds", "identity", "checkpoint", "error"),
 ]
 NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
+
+
+class PromptQuality:
+    """Quality of each prompt in the results of some stores; files are read on demand."""
+
+    def __init__(self, *stores: Path) -> None:
+        self.stores = stores
+
+    def selection(self, groups: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+        """Return (groups, prompts): quality on the selection prompts that all results have, averaged over each group.
+
+        groups: identities of results, one group per row (the seeds of a point). All rows have the same prompt order.
+        """
+        return self._quality(groups, selection=True)
+
+    def reporting(self, groups: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+        """Return the same for the reporting prompts."""
+        return self._quality(groups, selection=False)
+
+    def _quality(self, groups: Sequence[Sequence[str]], selection: bool) -> NDArray[np.float64]:
+        tables = [[self._read(identity, selection) for identity in group] for group in groups]
+        if not tables:
+            return np.empty((0, 0))
+        first = tables[0][0][0]
+        if all(prompts == first for table in tables for prompts, _ in table):  # the usual case: no prompt was dropped
+            return np.array([np.mean([values for _, values in table], axis=0) for table in tables])
+        by_prompt = [[dict(zip(prompts, values, strict=True)) for prompts, values in table] for table in tables]
+        common = sorted(set.intersection(*(set(values) for table in by_prompt for values in table)))
+        return np.array([np.mean([[values[i] for i in common] for values in table], axis=0) for table in by_prompt])
+
+    def _read(self, identity: str, selection: bool) -> tuple[list[int], list[float]]:
+        """Return the prompts of one split and the quality of each."""
+        for store in self.stores:
+            path = store / "evaluate" / identity / QUALITY_FILE
+            with suppress(FileNotFoundError):
+                quality = orjson.loads(path.read_bytes())  # fast: a sweep may have ten thousand of these files
+                mask = quality["selection"] if selection else [not selects for selects in quality["selection"]]
+                return list(compress(quality["prompts"], mask)), list(compress(quality["values"], mask))
+        raise ConfigError(f"{path} not found: the result was written by an older version; rerun the sweep")
 
 
 @dataclass

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from sweeps.analysis.per_prompt import PromptQuality
+    from sweeps.analysis.results import PromptQuality
 
 # One beta and lr are selected per study: points that differ in these columns are not compared when selecting.
 STUDY = ["setup", "method", "init", "variant"]
@@ -30,14 +30,13 @@ def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
     keys = [*STUDY, "beta", "lr"]
     groups = done.groupby(keys, sort=False, dropna=False)
     count = groups.identity.transform("size")
-    rows, several = done.assign(seeds=count, seconds=groups.seconds.transform("sum")), count > 1
+    rows = done.assign(seeds=count, seconds=groups.seconds.transform("sum"))
+    averaged = [*MEANS, "reward_accuracy", "reward_margin", "response_tokens"]
+    rows[averaged] = groups[averaged].transform("mean")
     for name in MEANS:
-        seed_error = groups[name].transform("std") / count**0.5
+        seed_error = groups[name].transform("std") / count**0.5  # NaN with one seed
         variance = (done[f"{name}_se"] ** 2).groupby([done[key] for key in keys], dropna=False).transform("mean")
-        rows.loc[several, name] = groups[name].transform("mean")[several]
-        rows.loc[several, f"{name}_se"] = np.fmax(seed_error, (variance / count) ** 0.5)[several]
-    plain = ["reward_accuracy", "reward_margin", "response_tokens"]  # have no standard errors
-    rows[plain] = groups[plain].transform("mean")
+        rows[f"{name}_se"] = np.fmax(seed_error, (variance / count) ** 0.5)
     return rows.drop_duplicates(keys).assign(identities=groups.identity.agg(list).to_numpy())
 
 

@@ -1,4 +1,4 @@
-"""The figures of a sweep: quality over beta, quality over KL with its Pareto fronts, lr x beta, training curves."""
+"""The figures of a sweep: quality over beta and over KL, lr x beta, training curves, inits and variants."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from src.methods import METHODS
 from src.planning.identity import digest
 from src.store.store import METRICS_FILE
 from sweeps.analysis.selection import GROUP, best_lr_per_beta
@@ -33,7 +34,6 @@ from sweeps.report.plot_style import (
     style_axes,
     tooltip,
 )
-from sweeps.report.side_by_side import side_by_side
 
 MAX_TICKS = 12  # on either axis of a heat map; with more values only some are labeled
 MAX_NUMBERS = 60  # cells of a heat map that show their value; more would not fit
@@ -153,6 +153,44 @@ def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
     return drawing
 
 
+def side_by_side(setup: str, best: pd.DataFrame) -> Drawing:
+    """Plot the selected points of each init and variant, ordered by the numbers in their names.
+
+    Points are connected when the variants differ in a single setting. best: of with_intervals, one setup.
+    """
+    groups = sorted({(row["init"], row["variant"]) for row in best.to_dict("records")}, key=_numeric_key)
+    settings = {variant.rpartition("=")[0] for _, variant in groups}
+    one_setting = len(settings) == 1 and len({init for init, _ in groups}) == 1 and " " not in "".join(settings)
+    labels = [v.rpartition("=")[2] if one_setting else ", ".join([i, *map(_short, v.split())]) for i, v in groups]
+    name = settings.pop() if one_setting else "init and variant"
+    title = f"{setup}: {metric_label(best)} of the selected points by {name} (95 % intervals)"
+    height = 4.4 if one_setting else 4.4 + 0.06 * max(map(len, labels))
+    drawing = Drawing(f"{setup}_side_by_side", title, max(7.5, 1.1 * len(groups) + 3), height)
+    ax = drawing.figure.subplots()
+    methods = [m for m in METHODS if m in set(best.method)]
+    for number, method in enumerate(methods):
+        style = shared_panel_style(method)
+        linestyle = style.pop("linestyle")
+        line = {"color": style["color"], "linestyle": linestyle if one_setting else "none"}
+        rows = best[best.method == method]
+        # Methods are shifted horizontally, because overlapping intervals could not be told apart.
+        positions = [groups.index(key) for key in zip(rows.init, rows.variant, strict=True)]
+        x = np.array(positions) + 0.5 * ((number + 0.5) / len(methods) - 0.5)
+        order = np.argsort(x)
+        quality, low, high = (rows[f"quality_reporting{end}"].to_numpy()[order] for end in ("", "_low", "_high"))
+        ax.errorbar(x[order], quality, [quality - low, high - quality], linewidth=1.2, capsize=2, **line)
+        for position, row in zip(x, rows.to_dict("records"), strict=True):
+            text = f"{', '.join(filter(None, (row['init'], row['variant'])))}\n{tooltip(row, 'quality_reporting')}"
+            drawing.plot_mark(ax, position, row["quality_reporting"], text, **style, markersize=6)
+        ax.plot([], [], **(style | line), label=NAMES[method])
+    rotated: dict[str, Any] = {} if one_setting else {"rotation": 30, "ha": "right"}
+    ax.set_xticks(range(len(groups)), labels, fontsize=8, **rotated)
+    ax.set(xlabel=name, ylabel=metric_label(best))
+    style_axes(ax)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="hollow: pointwise")
+    return drawing
+
+
 def _training_curves(best: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return method -> smoothed alignment metrics of its selected point, of the first seed."""
     curves: dict[str, pd.DataFrame] = {}
@@ -216,3 +254,15 @@ def _plot_line(drawing: Drawing, ax: Axes, line: pd.DataFrame, best: pd.DataFram
     ax.plot([], [], color=color, marker=marker, label=NAMES[method])
     selected = best[(best.method == method) & (best[x] > 0)]
     ax.plot(selected[x], selected.quality_reporting, "o", markersize=13, markerfacecolor="none", markeredgecolor=color)
+
+
+def _short(setting: str) -> str:
+    """Return `align_weight=1.0` for `init.align_weight=1.0`; the table has the full key."""
+    key, _, value = setting.partition("=")
+    return f"{key.rpartition('.')[2]}={value}"
+
+
+def _numeric_key(group: tuple[str, str]) -> list[tuple[bool, float, str]]:
+    """Return a sort key by which 0.3 precedes 1 and 1 precedes 10 wherever the number stands."""
+    parts = re.split(r"(?<==)([\d.e+-]+)(?= |$)", " ".join(group))
+    return [(i % 2 == 0, float(part) if i % 2 else 0.0, "" if i % 2 else part) for i, part in enumerate(parts)]

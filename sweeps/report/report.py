@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,49 +17,35 @@ from src.store.store import JUDGEMENTS_FILE, QUALITY_FILE, SAMPLES_FILE
 from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
 from sweeps.report.plot_style import NAMES
-from sweeps.report.tables import (
-    benchmark_table,
-    best_table,
-    group_lines,
-    quality_column,
-    with_error,
-)
+from sweeps.report.tables import best_table, group_lines, quality_column, with_error
 from sweeps.search.successive_halving import points_per_rung
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_ROWS = 2000  # of the table of all points; points.csv is complete
-
 NUM_PROMPTS = 6  # with their responses
 MAX_CHARS = 4000  # of a prompt or response on a page
 
 
-@dataclass
-class Analysis:
-    """Everything the aggregation computed."""
+def write_report(
+    path: Path, results: Results, rule: str, best: pd.DataFrame, tables: dict[str, pd.DataFrame], graphics: list[str]
+) -> None:
+    """Write the report.
 
-    results: Results
-    rule: str  # sweep.select: how one point of each method was selected
-    best: pd.DataFrame  # of select_points, with intervals
-    groups: pd.DataFrame  # of pairwise_against_pointwise
-    differences: pd.DataFrame
-    gains: pd.DataFrame
-
-
-def write_report(path: Path, analysis: Analysis, graphics: Sequence[str]) -> None:
-    """Write the report; graphics: SVGs of Drawing.save."""
-    results, best = analysis.results, analysis.best
+    rule: sweep.select, how one point of each method was selected. best: of with_intervals. tables: as aggregate writes
+    them. graphics: SVGs of Drawing.save.
+    """
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["with_error"] = with_error
     html = environment.get_template("report.html.jinja").render(
         results=results,
         counts=results.points.state.value_counts().to_dict(),
-        rule=analysis.rule,
+        rule=rule,
         searches=results.searches,
         points_per_rung=points_per_rung,
-        headlines=_headlines(analysis),
+        headlines=_headlines(best, tables),
         seeds=int(best.seeds.max()) if len(best) else 0,
-        gains=_gains(analysis.gains),
-        benchmark=benchmark_table(best, results.scores).to_dict("split"),
+        gains=_gains(tables["gains"]),
+        benchmark=tables["benchmark"].to_dict("split"),
         graphics=graphics,
         examples=examples(results, best),
         cost=cost_table(results),
@@ -73,23 +58,22 @@ def write_report(path: Path, analysis: Analysis, graphics: Sequence[str]) -> Non
     atomic_write(path, html)
 
 
-def _headlines(analysis: Analysis) -> list[dict[str, Any]]:
+def _headlines(best: pd.DataFrame, all_tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
     """Return one table per setup, init and variant; `bar`: low, mean, high of each row on a common scale, percent."""
-    tables = []
-    for key, group in analysis.best.groupby(GROUP, sort=False, dropna=False):
-        table, quality = best_table(group, analysis.differences), quality_column(group)
+    tables, tests = [], all_tables["pairwise_pointwise"]
+    for key, group in best.groupby(GROUP, sort=False, dropna=False):
+        table, quality = best_table(group, all_tables["differences"]), quality_column(group)
         low, high = group.quality_reporting_low.min(), group.quality_reporting_high.max()
         start, width = low - 0.04 * (high - low), 1.08 * (high - low) or 1.0
         ends = group[["quality_reporting_low", "quality_reporting", "quality_reporting_high"]]
         bars = (100 * (ends - start) / width).to_numpy().round(2).tolist()
-        of_group = (analysis.groups[GROUP] == list(key)).all(axis=1)
         tables.append(
             {
                 "name": ", ".join(map(str, filter(None, key))),
                 "columns": [column for column in table.columns if column not in ("Method", "Kind", quality)],
                 "quality": quality,
                 "points": table.assign(bar=bars).to_dict("records"),
-                "groups": group_lines(analysis.groups[of_group]),
+                "groups": group_lines(tests[(tests[GROUP] == list(key)).all(axis=1)]),
             }
         )
     return tables
@@ -109,11 +93,9 @@ def cost_table(results: Results) -> list[dict[Hashable, Any]]:
     return table.loc[order].reset_index().to_dict("records")
 
 
-def judge_usage(results: Results) -> dict[str, Any] | None:
-    """Return the total usage of all judges; None when no judge model was asked."""
+def judge_usage(results: Results) -> dict[str, Any]:
+    """Return the total usage of all judges that asked a model."""
     usages = [usage for usage in results.judges if usage.get("answers")]
-    if not usages:
-        return None
     names = ("answers", "calls", "unparsable", "prompt_tokens", "completion_tokens", "cost")
     total: dict[str, Any] = {name: sum(usage.get(name, 0) for usage in usages) for name in names}
     return {"names": sorted({usage["name"] for usage in usages}), **total}

@@ -125,9 +125,14 @@ def group_lines(groups: pd.DataFrame) -> list[str]:
 
 
 def write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """Write NAME.csv, .md and .tex (booktabs): numbers in full precision in CSV, with four digits in the others."""
+    """Write NAME.csv, .md and .tex (booktabs): numbers in full precision in CSV, with four digits in the others.
+
+    A table without columns is left out: no benchmark was run.
+    """
     folder.mkdir(exist_ok=True)
     for name, table in tables.items():
+        if table.columns.empty:
+            continue
         table.to_csv(folder / f"{name}.csv", index=False)
         text = table.astype(object).map(_cell)
         rows = [text.columns, ["---"] * len(text.columns), *text.map(lambda cell: cell.replace("|", r"\|")).to_numpy()]
@@ -152,20 +157,20 @@ def _terminal_table(name: str, table: pd.DataFrame) -> Table:
     return terminal_table
 
 
-def print_best(results: Results, folder: Path, table: pd.DataFrame, groups: pd.DataFrame) -> None:
-    """Print the selected points, the points without a result, and where the files are. table: of best_table."""
+def print_best(results: Results, folder: Path, tables: dict[str, pd.DataFrame]) -> None:
+    """Print the selected points, the points without a result, and where the files are. tables: of write_tables."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 200  # the width at which a log is read is unknown
-    if len(table):
-        table = table.drop(columns=["Kind", "Top 3", "KL / token", "Reward accuracy", "Length"])
+    if len(tables["best"]):
+        table = tables["best"].drop(columns=["Kind", "Top 3", "KL / token", "Reward accuracy", "Length"])
         terminal_table = _terminal_table(results.name, table)
         for column in OPTIONAL_COLUMNS:
             if console.measure(terminal_table).minimum > console.width:
                 table = table.drop(columns=column)
                 terminal_table = _terminal_table(results.name, table)
         console.print(terminal_table, soft_wrap=False)
-    for line in (*group_lines(groups), *results.searches):
+    for line in (*group_lines(tables["pairwise_pointwise"]), *results.searches):
         console.print(line)
     for point in results.failed:
         label = f"{point['method']} beta={point['beta']:g} lr={point['lr']:g} {point['variant']}".rstrip()

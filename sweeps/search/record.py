@@ -31,11 +31,7 @@ class SweepRecord:
     def start(self) -> None:
         """Write the points before anything runs. Results of a sweep with other points are archived first."""
         self._archive_previous()
-        self._write("running")
-
-    def submitted(self) -> None:
-        """Write the ids of the submitted jobs."""
-        self._write("submitted")
+        self.write("running")
 
     def _archive_previous(self) -> None:
         if not self.folder.exists():
@@ -54,7 +50,8 @@ class SweepRecord:
                 f"{archive.name}"
             )
 
-    def _write(self, state: str) -> None:
+    def write(self, state: str) -> None:
+        """Write the points, with the ids of the jobs that were submitted for them. state: of the sweep."""
         first = self.plan.points[0]
         record = {
             "name": self.folder.name,

@@ -95,7 +95,7 @@ class Search:
             sync.announce()
         failures = launcher.launch_plan(plan, record.folder, FINALIZE)
         if failures is None:
-            record.submitted()
+            record.write("submitted")
         return failures
 
     def _plan(self, failures: dict[str, PointFailure]) -> Plan:

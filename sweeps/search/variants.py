@@ -9,6 +9,7 @@ from typing import Any
 
 from src.config.judge_rules import JUDGES
 from src.config.schema import Judge, Point, typed_leaves
+from src.errors import ConfigError
 
 Study = tuple[str, str, str]  # setup, method, init
 
@@ -28,10 +29,12 @@ _SWEEP_WIDE = (
 )
 
 
-def inconsistent_settings(points: list[Point]) -> list[str]:
-    """Return the keys that must be equal for all points of a sweep but are not."""
+def check_sweep_wide_settings(points: list[Point]) -> None:
+    """Raise ConfigError for a setting that must be equal for all points of a sweep but is not."""
     tables = [{key: value for key, _, value in typed_leaves(point)} for point in points]
-    return [key for key in _SWEEP_WIDE if len({repr(table[key]) for table in tables}) > 1]
+    for key in _SWEEP_WIDE:
+        if len({repr(table[key]) for table in tables}) > 1:
+            raise ConfigError(f"{key}: must be one value for a whole sweep")
 
 
 def name_variants(points: list[Point]) -> None:
