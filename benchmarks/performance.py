@@ -18,7 +18,7 @@ from benchmarks.pairs import SHAPES, make_pairs
 NAMES = {"tldr": "TL;DR", "ultrafeedback": "UltraFeedback"}
 OPTIMIZATIONS = {
     "onednn": "oneDNN: MKL, and torch's attention",
-    "attention": "the C++ attention kernel: torch's",
+    "attention": "attention in blocks through oneDNN: torch's",
     "last_layer": "a last layer that computes predicting positions only",
     "head": "a head that overwrites its logits: through autograd",
     "prefix": "one prompt for both responses",

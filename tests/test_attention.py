@@ -1,17 +1,12 @@
 """All attention backends compute the same over packed segments; one that cannot run is refused before anything runs."""
 
-import re
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from src.errors import ConfigError
 from src.model import attention
-from src.model.cpu import kernels
+from src.model.cpu.attention import BlockAttention
 from src.model.packing import Layout, Segment
-from tests.support.commands import ROOT
 
 CPU = torch.device("cpu")
 # Pairs: short ones, long ones (several blocks of queries and tiles of keys each), short responses to a long prompt.
@@ -103,24 +98,6 @@ def test_backends_on_a_cpu_are_dense_attention_with_a_mask(name, heads, kv_heads
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    ("table", "reason"),
-    [
-        ([[0, 40, 0, 0], [41, 64, 0, 0]], "segments must be consecutive"),
-        ([[0, 40, 0, 0]], "must cover all positions"),
-        ([[0, 65, 0, 0]], "must cover all positions"),
-        ([[0, 64, 0, 3]], "the first segment must not have a prefix"),
-        ([[0, 40, 0, 0], [40, 64, 5, 20]], "a prefix must be the beginning of the last segment"),
-    ],
-)
-def test_the_kernel_refuses_segments_it_cannot_compute(table, reason):
-    x = torch.ones(2, 64, 16)
-    with pytest.raises(RuntimeError, match=reason):
-        kernels.load().attention(x, x, x, torch.tensor(table), 1.0)
-    with pytest.raises(RuntimeError, match="do not match"):
-        kernels.load().attention(torch.ones(3, 64, 16), x, x, torch.tensor([[0, 64, 0, 0]]), 1.0)
-
-
 @pytest.mark.parametrize("release", VARLEN_PARAMETERS)
 def test_varlen_attn_is_called_with_the_signature_of_each_torch_release(monkeypatch, release):
     """Checks the arguments; the kernel itself runs on GPUs only."""
@@ -145,7 +122,7 @@ def test_backends_on_a_gpu(name):
         assert ((a.float().cpu() - b).norm() / b.norm()) < 0.02
 
 
-def test_neither_threads_nor_strides_change_the_kernels_results():
+def test_neither_threads_nor_strides_change_results_on_a_cpu():
     def run(inputs, threads):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -171,40 +148,22 @@ def test_nan_is_propagated_to_every_position_that_attends_to_it():
     assert not out[1].isnan().any() and not out[20:].isnan().any() and not out[:, 3:].isnan().any()
 
 
-def test_without_the_compiled_kernel_attention_is_sdpa_with_a_hint(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "_BUILD_FOLDER", tmp_path / "none")
-    monkeypatch.setattr(kernels, "load", kernels.load.__wrapped__)
+def test_short_segments_are_computed_by_sdpa(monkeypatch):
+    monkeypatch.setattr(BlockAttention, "apply", lambda *_: pytest.fail("computed in blocks"))
+    inputs = tensors()
+    with pytest.raises(pytest.fail.Exception, match="computed in blocks"):
+        attention.onednn(*inputs, 0.25, LAYOUT)
+    short = Layout.from_segments([Segment(0, 9), Segment(9, 13, 0, 5)])
+    inputs = [x[:, :, :13] for x in inputs]
+    assert torch.equal(attention.onednn(*inputs, 0.25, short), attention.sdpa(*inputs, 0.25, short))
+
+
+def test_a_torch_without_onednn_computes_attention_by_sdpa_and_gives_the_reason(monkeypatch):
+    monkeypatch.setattr(attention, "ONEDNN", False)
     backend, reason = attention.resolve_backend("auto", CPU, "fp32")
-    assert backend == "sdpa" and "no onednn: CPU kernel not built: run `python -m src.model.cpu.kernels`" in reason
-    with pytest.raises(
-        ConfigError, match=r"model.attention=onednn: CPU kernel not built: run `python -m src.model.cpu"
-    ):
+    assert backend == "sdpa" and "no onednn: this torch is built without oneDNN" in reason
+    with pytest.raises(ConfigError, match=r"model.attention=onednn: this torch is built without oneDNN; use"):
         attention.resolve_backend("onednn", CPU, "fp32")
-
-
-@pytest.mark.parametrize(
-    ("compiler", "message"),
-    [("no-such-compiler -x", "no-such-compiler: No such file"), ("false -x", "false -x -std=c++20")],
-)
-def test_a_failed_compilation_names_the_reason_and_leaves_no_file(compiler, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "_BUILD_FOLDER", tmp_path)
-    monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(kernels.NotBuiltError, match=re.escape(message)):
-        kernels.build()
-    assert not list(tmp_path.iterdir())
-
-
-def test_concurrent_builds_leave_one_kernel_that_runs(tmp_path):
-    code = f"import pathlib, src.model.cpu.kernels as k; k._BUILD_FOLDER = pathlib.Path({str(tmp_path)!r})"
-    code += "; import src.model.cpu.kernels.__main__"
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    outputs = {process.communicate(timeout=300)[0] for process in running}
-    (library,) = tmp_path.iterdir()
-    assert outputs == {f"CPU attention kernel: {library}\n"}
-    code = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.alignment_sweep.attention)"
-    subprocess.run([sys.executable, "-c", code, str(library)], check=True)
 
 
 def test_auto_takes_the_fastest_available_backend_and_gives_the_reason():

@@ -13,13 +13,16 @@ from torch.nn.attention import varlen as torch_varlen
 from transformers import AttentionInterface
 
 from src.errors import ConfigError
-from src.model.cpu import kernels
-from src.model.cpu.attention import PackedAttention
+from src.model.cpu.attention import BlockAttention
+from src.model.cpu.linear import ONEDNN
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from src.model.packing import Layout
+
+
+ONEDNN_MIN_MEAN_SEGMENT = 128  # tokens; measured at 64 dimensions a head
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
@@ -56,10 +59,11 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layou
 
 
 def onednn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
-    """Run this project's C++ kernel once for all segments: float32 on a CPU."""
-    if query.dtype != torch.float32 or query.shape[3] != value.shape[3]:
+    """Multiply blocks of queries through oneDNN: float32 on a CPU. Short segments are faster through sdpa."""
+    has_short_segments = query.shape[2] < ONEDNN_MIN_MEAN_SEGMENT * len(layout.segments)
+    if has_short_segments or query.dtype != torch.float32 or query.shape[3] != value.shape[3]:
         return sdpa(query, key, value, scaling, layout)
-    return PackedAttention.apply(query, key, value, layout.table, scaling or query.shape[3] ** -0.5)
+    return BlockAttention.apply(query, key, value, layout.segments, scaling or query.shape[3] ** -0.5)
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
@@ -168,11 +172,7 @@ def why_not_onednn(device: torch.device, precision: str) -> str | None:
         return f"CPU only, device is {device.type}"
     if precision != "fp32":
         return f"requires fp32, but engine.precision={precision}"
-    try:
-        kernels.load()
-    except kernels.NotBuiltError as error:
-        return str(error)
-    return None
+    return None if ONEDNN else "this torch is built without oneDNN"
 
 
 def why_not_flash_attention_2(device: torch.device, precision: str) -> str | None:

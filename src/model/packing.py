@@ -53,11 +53,6 @@ class Layout:
             max(map(len, keys)),
         )
 
-    @cached_property
-    def table(self) -> Tensor:
-        """(segments, 4) int64 on the CPU: start, end, prefix_start, prefix_end."""
-        return torch.tensor([[s.start, s.end, s.prefix_start, s.prefix_end] for s in self.segments])
-
     def to(self, device: torch.device) -> Layout:
         names = ("key_positions", "cu_seqlens_q", "cu_seqlens_k")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})

@@ -1,46 +1,116 @@
-"""Attention in float32 on a CPU, with products through oneDNN, in C++.
+"""Attention in float32 on a CPU, with products through oneDNN.
 
-torch's own CPU kernel multiplies through MKL, at a sixth of the rate where it was measured, and has no prefix that
-several segments share.
+torch's own CPU kernel multiplies small tiles through MKL, at a sixth of the rate where it was measured. Here a block of
+queries is multiplied with all its keys at once, for all query heads that share a key-value head.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from src.model.cpu import kernels
+from src.model.cpu.linear import mm_nt, transpose_contiguous
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from src.model.packing import Segment
 
-class PackedAttention(torch.autograd.Function):
+BLOCK_QUERIES = 192  # more of them compute more scores above the diagonal, fewer call more products
+
+
+class Block(NamedTuple):
+    """Queries that attend to all of the prefix, and each to the causal keys up to itself."""
+
+    queries: slice
+    prefix: slice
+    causal: slice
+
+
+class BlockAttention(torch.autograd.Function):
     """Attention whose probabilities are computed again in the backward pass instead of being saved.
 
-    query: (1, heads, n, d); key, value: (1, kv_heads, n, d), float32; segments: (s, 4) int64. Returns (1, n, heads, d).
+    query: (1, heads, n, d); key, value: (1, kv_heads, n, d), float32. Returns (1, n, heads, d).
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling: float) -> Tensor:
-        assert query.shape[0] == 1, "a packed batch has one row"
-        inputs = *(_contiguous_last_dim(x[0]) for x in (query, key, value)), segments, scaling
-        output, softmax = kernels.load().attention(*inputs)
-        ctx.save_for_backward(*inputs[:4], output, softmax)
-        ctx.scaling = scaling
-        return output.transpose(0, 1)[None]
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Iterable[Segment], scaling: float
+    ) -> Tensor:
+        (heads, n, d), kv_heads = query.shape[1:], key.shape[1]
+        q = (query[0].view(kv_heads, -1, n, d) * scaling).transpose(1, 2).contiguous()  # a block is contiguous memory
+        k, v = key[0].contiguous(), value[0].contiguous()
+        output = torch.empty_like(q)
+        for block in (blocks := _blocks(segments)):
+            for head in range(kv_heads):
+                rows = output[head, block.queries]
+                weights = _softmax(q[head, block.queries], _keys(k[head], block))
+                rows.copy_(mm_nt(weights, _keys(v[head], block).t()).view(rows.shape))
+        output = output.transpose(0, 1).contiguous()
+        ctx.save_for_backward(q, k, v, output)
+        ctx.blocks, ctx.scaling = blocks, scaling
+        return output.view(1, n, heads, d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, output, softmax = ctx.saved_tensors
-        grad_output = _contiguous_last_dim(grad_outputs[0][0].transpose(0, 1))
-        grads = kernels.load().attention_backward(*inputs, ctx.scaling, output, softmax, grad_output)
-        return *(grad[None] for grad in grads), None, None
+        q, k, v, output = ctx.saved_tensors
+        kv_heads, n, _, d = q.shape
+        grad_output = grad_outputs[0].view(output.shape)
+        # Gradient of a softmax: dS = P * (dP - sum(P * dP)), whose sum equals that of output * grad_output.
+        delta = (grad_output * output).sum(-1).transpose(0, 1).contiguous()
+        grad_output = grad_output.transpose(0, 1).contiguous()
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = k.new_zeros(kv_heads, d, n), v.new_zeros(kv_heads, d, n)  # products come out transposed
+        for block in ctx.blocks:
+            for head in range(kv_heads):
+                queries, grad_rows = q[head, block.queries], grad_output[head, block.queries].view(-1, d)
+                keys = _keys(k[head], block)
+                weights = _softmax(queries, keys)
+                _add_to_keys(grad_v[head], mm_nt(transpose_contiguous(grad_rows), weights.t()), block)
+                grad_scores = mm_nt(grad_rows, _keys(v[head], block))
+                grad_scores.sub_(delta[head, block.queries].view(-1, 1)).mul_(weights)
+                grad_q[head, block.queries] = mm_nt(grad_scores, keys.t()).view(queries.shape)
+                _add_to_keys(grad_k[head], mm_nt(transpose_contiguous(queries.view(-1, d)), grad_scores.t()), block)
+        grad_query = grad_q.mul_(ctx.scaling).transpose(1, 2).reshape(1, -1, n, d)
+        return grad_query, grad_k.transpose(1, 2)[None], grad_v.transpose(1, 2)[None], None, None
 
 
-def _contiguous_last_dim(x: Tensor) -> Tensor:
-    """Return x, copied if its last dimension is strided, which the kernel does not take."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _blocks(segments: Iterable[Segment]) -> list[Block]:
+    blocks = []
+    for s in segments:
+        num_blocks = max(1, round((s.end - s.start) / BLOCK_QUERIES))
+        edges = [s.start + (s.end - s.start) * i // num_blocks for i in range(num_blocks + 1)]
+        prefix = slice(s.prefix_start, s.prefix_end)
+        blocks += [Block(slice(start, end), prefix, slice(s.start, end)) for start, end in pairwise(edges)]
+    return blocks
+
+
+def _keys(x: Tensor, block: Block) -> Tensor:
+    """Return the rows of x (n, d) that the block attends to, those of its own positions last."""
+    return torch.cat([x[block.prefix], x[block.causal]])
+
+
+def _softmax(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return attention weights (b * group, keys) of queries (b, group, d); the last b keys are at their positions."""
+    b, group, d = queries.shape
+    scores = mm_nt(queries.view(-1, d), keys)
+    scores.view(b, group, -1)[:, :, -b:].masked_fill_(_above_diagonal(b), -torch.inf)
+    return scores.softmax(1)
+
+
+@lru_cache(maxsize=1024)
+def _above_diagonal(b: int) -> Tensor:
+    return torch.ones(b, b, dtype=torch.bool).triu_(1)[:, None]
+
+
+def _add_to_keys(grad: Tensor, block_grad: Tensor, block: Block) -> None:
+    """Add the gradient of a block's keys, (d, keys), to that of all keys, (d, n)."""
+    prefix_length = block.prefix.stop - block.prefix.start
+    grad[:, block.prefix] += block_grad[:, :prefix_length]
+    grad[:, block.causal] += block_grad[:, prefix_length:]
