@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from src import preemption
-from src.config.schema import Training
 from src.data.examples import Example
 from src.distributed import get_distributed
 from src.errors import ConfigError, StageError
@@ -28,6 +27,7 @@ from src.store.attempt import Attempt
 from src.store.store import METRICS_FILE
 from src.training import checkpoints
 from src.training.engine import TrainingEngine
+from src.training.lr_schedule import lr_multiplier, total_steps
 from src.training.token_budget import find_token_budget
 
 
@@ -49,26 +49,6 @@ def sft_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Token-mean cross-entropy: every response token of the step weighs the same, whichever micro-batch it is in."""
     return -logps.sum() / batch.num_supervised_tokens, {"supervised_tokens": token_counts.sum()}
-
-
-def total_steps(num_examples: int, trainer: Training) -> int:
-    """Return the whole batches in `epochs` passes, at least one and at most max_steps."""
-    steps = max(1, math.floor(num_examples * trainer.epochs / trainer.batch_size))
-    return min(steps, trainer.max_steps or steps)
-
-
-def lr_multiplier(step: int, total: int, trainer: Training) -> float:
-    """Return the fraction of the peak rate at `step` of 0 .. total - 1.
-
-    Linear warm-up over warmup_ratio of the steps, then `linear` or `cosine` decay to 0, or `constant`.
-    """
-    warmup = math.ceil(trainer.warmup_ratio * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    remaining = (total - step) / max(1, total - warmup)
-    if trainer.lr_scheduler_type == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * remaining))
-    return 1.0 if trainer.lr_scheduler_type == "constant" else remaining
 
 
 def batch_indices(step: int, num_examples: int, batch_size: int, seed: int) -> list[int]:
