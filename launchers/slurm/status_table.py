@@ -112,5 +112,5 @@ def render(status: SweepStatus, folder: SweepFolder, show_all: bool = False) -> 
 
 def _cells(row: PointStatus) -> list[Text | str]:
     progress = f"{row.step}/{row.total}" if row.state == "running" and row.total else ""
-    left = seconds_text(row.seconds_left) if row.state == "running" and row.seconds_left is not None else ""
-    return [Text(row.state, style=_STYLES[row.state]), row.label, row.job or "", progress, left, row.detail]
+    time_left = seconds_text(row.seconds_left) if row.state == "running" and row.seconds_left is not None else ""
+    return [Text(row.state, style=_STYLES[row.state]), row.label, row.job or "", progress, time_left, row.detail]

@@ -76,8 +76,8 @@ def run(toy: Toy, report: Callable[[str, int, int], None]) -> tuple[pd.DataFrame
         for bias, width, objective in product(toy.biases, toy.widths, toy.objectives)
     ]
     candidates = {setting: [replace(setting, lr=lr) for lr in toy.lrs] for setting in settings}
-    everything = [training for trainings in candidates.values() for training in trainings]
-    selection = _train_all("toy: learning rates", everything, range(toy.lr_seeds), toy, report)
+    all_trainings = [training for trainings in candidates.values() for training in trainings]
+    selection = _train_all("toy: learning rates", all_trainings, range(toy.lr_seeds), toy, report)
     best = [
         max(trainings, key=lambda training: _mean(selection[training]["accuracy"])) for trainings in candidates.values()
     ]
