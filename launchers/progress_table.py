@@ -25,8 +25,9 @@ def metrics_text(artifacts: Path) -> str:
     """Return the quality and the KL of a finished `evaluate` stage, those that it has."""
     result = read_json(artifacts / RESULT_FILE)
     quality, kl = result["quality"], result["kl"]["per_sequence"]
-    metrics = {f"{quality['metric']} {{:.3f}}": quality["value"], "KL {:.2f}": kl["value"]}
-    return ", ".join(text.format(value) for text, value in metrics.items() if value is not None)
+    texts = [] if quality["value"] is None else [f"{quality['metric']} {quality['value']:.3f}"]
+    texts += [] if kl["value"] is None else [f"KL {kl['value']:.2f}"]
+    return ", ".join(texts)
 
 
 class LiveTable:

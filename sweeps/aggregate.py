@@ -113,8 +113,9 @@ def best_yaml(best: pd.DataFrame) -> str:
     """Return setup -> method -> {lr, beta, ...}; a run with `best_from=FILE` takes its beta and lr from it."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     # One entry per method: of several inits and variants the one that is best on the selection split.
-    for row in best.sort_values("quality_selection", ascending=False, kind="stable").to_dict("records"):
-        entry = {name: None if row[name] != row[name] else row[name] for name in BEST_YAML_KEYS}  # null for NaN
+    rows = best.sort_values("quality_selection", ascending=False, kind="stable").astype(object)
+    for row in rows.where(rows.notna(), None).to_dict("records"):  # a missing value is null in YAML
+        entry = {name: row[name] for name in BEST_YAML_KEYS}
         table.setdefault(row["setup"], {}).setdefault(row["method"], entry)
     header = "# Best hyper-parameters, selected on the selection split; quality on the reporting split.\n"
     header += "# python -m src.train method=NAME best_from=THIS_FILE\n"

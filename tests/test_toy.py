@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from src.losses import LOSSES
-from src.toy.networks import OBJECTIVES, Training, _gradient, _sample_data_and_weights, _scores, _test, train
+from src.toy.networks import OBJECTIVES, NetworkSettings, _gradient, _sample_data_and_weights, _scores, _test, train
 from tests.support.commands import ROOT, environment
 from tests.support.waiting import wait_until
 
-SMALL = Training("dpo", 3, 0.9, 0.03, 1.0, prompts=100, train_fraction=0.8, epochs=3, batch_size=16, optimizer="adam")
+SMALL = NetworkSettings(
+    "dpo", 3, 0.9, 0.03, 1.0, prompts=100, train_fraction=0.8, epochs=3, batch_size=16, optimizer="adam"
+)
 
 
 def toy(*overrides, check=True):
@@ -57,7 +59,7 @@ def test_a_network_is_the_same_whatever_is_trained_beside_it():
 
 
 def test_data_are_as_the_paper_says():
-    x, y, _ = _sample_data_and_weights(Training(**{**vars(SMALL), "prompts": 4000}), range(2))
+    x, y, _ = _sample_data_and_weights(NetworkSettings(**{**vars(SMALL), "prompts": 4000}), range(2))
     assert (y[0] > y[1]).all()  # the higher score is preferred
     low = x < 0.5
     means = y.mean(0)

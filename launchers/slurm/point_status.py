@@ -67,7 +67,7 @@ class StatusReader:
             stages = list(point["stages"].items())
             for role, identity in stages:
                 if role in SHARED:
-                    upstream = [stage for stage in stages if stage[0] == "sft" != role]
+                    upstream = [] if role == "sft" else [stage for stage in stages if stage[0] == "sft"]
                     self._shared.setdefault(identity, (f"{point['setup']} {role}", [*upstream, (role, identity)]))
 
     def points(self) -> list[PointStatus]:

@@ -45,8 +45,8 @@ def _best_value(key: str, *, _root_: DictConfig) -> float:
     init = f"init={entry['init']} " if entry.get("init") else ""
     for setting in (init + (entry.get("variant") or "")).split():
         name, _, value = setting.partition("=")
-        key_now = "init.name" if name == "init" else new_name(name) or name
-        if str(OmegaConf.select(_root_, key_now)) != value:
+        current_key = "init.name" if name == "init" else new_name(name) or name
+        if str(OmegaConf.select(_root_, current_key)) != value:
             raise ConfigError(
                 f"{where}: its best {method} was tuned with {setting}; add {setting}, or set beta and lr explicitly"
             )

@@ -21,7 +21,7 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 @dataclass
 class Option:
-    """What is chosen in a group of conf/, `model=NAME` say."""
+    """The base of every config group; `name` is the chosen option, as in `model=NAME`."""
 
     name: str = MISSING
 

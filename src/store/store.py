@@ -34,8 +34,14 @@ METRICS_FILE = "metrics.jsonl"  # of a stage that trains: one object per optimiz
 RESULT_SCHEMA = 2  # of result.json and quality.json
 # The small files of a stage, which suffice to aggregate without the store.
 SMALL_FILES = (
-    *(DONE, STAGE_FILE, RUN_CONFIG_FILE, METRICS_FILE, SAMPLES_FILE),
-    *(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE),
+    DONE,
+    STAGE_FILE,
+    RUN_CONFIG_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    RESULT_FILE,
+    QUALITY_FILE,
+    JUDGEMENTS_FILE,
 )
 
 

@@ -104,11 +104,9 @@ def draw(table: pd.DataFrame, folder: Path) -> None:
                 x = [widths.index(w) + 0.08 * (number - 2.5) for w in group.width]
                 y = group.dead / group.seeds if name == "dead" else group[name]
                 error = None if name == "dead" else Z95 * group[f"{name}_se"]
-                style = "-" if group.kind.iloc[0] == "pairwise" else "--"
-                ax.errorbar(
-                    x, y, yerr=error, label=title, color=color, marker=marker, linestyle=style,
-                    markersize=4, linewidth=1.2, capsize=2,
-                )  # fmt: skip
+                linestyle = "-" if group.kind.iloc[0] == "pairwise" else "--"
+                style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": linestyle, "markersize": 4}
+                ax.errorbar(x, y, yerr=error, label=title, linewidth=1.2, capsize=2, **style)
             ax.set_xticks(range(len(widths)), [str(w) for w in widths])
             ax.grid(alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)

@@ -25,7 +25,7 @@ _CONSTANT = 1e-6  # a network whose outputs differ by less is dead: it ranks not
 
 
 @dataclass(frozen=True)
-class Training:
+class NetworkSettings:
     """The settings of one network; its results depend on these and its seed."""
 
     objective: str
@@ -40,7 +40,7 @@ class Training:
     optimizer: str
 
 
-def train(training: Training, seeds: range) -> dict[str, NDArray[Any]]:
+def train(training: NetworkSettings, seeds: range) -> dict[str, NDArray[Any]]:
     """Train and test one network per seed; each seed draws its own data and initial weights.
 
     Returns (seeds,) arrays: `accuracy`, the fraction of test pairs ranked correctly, ties counting half; `icc`, ICC1
@@ -61,7 +61,7 @@ def train(training: Training, seeds: range) -> dict[str, NDArray[Any]]:
     return _test(_scores(weights, x[split:], y[:, split:])[0])
 
 
-def _sample_data_and_weights(training: Training, seeds: range) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_data_and_weights(training: NetworkSettings, seeds: range) -> tuple[Tensor, Tensor, Tensor]:
     """Return x (prompts, seeds), y (2, prompts, seeds; chosen and rejected) and weights (4 width + 1, seeds)."""
     n, h = training.prompts, training.width
     columns = []

@@ -22,7 +22,7 @@ from src.errors import ConfigError
 from src.methods import METHODS
 from src.planning.identity import digest, select_fields
 from src.store.files import atomic_write
-from src.toy.networks import OBJECTIVES, OPTIMIZERS, Training, train
+from src.toy.networks import OBJECTIVES, OPTIMIZERS, NetworkSettings, train
 
 VERSION = 1  # raise it when training or testing changes: results of the old version are then not reused
 Z95 = 1.96  # standard errors to either end of a 95 % interval
@@ -72,7 +72,7 @@ def run(toy: Toy, report: Callable[[str, int, int], None]) -> tuple[pd.DataFrame
     The second averages the objectives of a kind. Networks trained before are read from OUTPUT_DIR/toy/networks.
     """
     settings = [
-        select_fields(Training, toy, objective=objective, width=width, bias=bias, lr=0.0)
+        select_fields(NetworkSettings, toy, objective=objective, width=width, bias=bias, lr=0.0)
         for bias, width, objective in product(toy.biases, toy.widths, toy.objectives)
     ]
     candidates = {setting: [replace(setting, lr=lr) for lr in toy.lrs] for setting in settings}
@@ -91,7 +91,7 @@ def run(toy: Toy, report: Callable[[str, int, int], None]) -> tuple[pd.DataFrame
     return pd.DataFrame([_row(training, final[training]) for training in best]), pd.DataFrame(kinds)
 
 
-def _row(training: Training, results: dict[str, NDArray[Any]]) -> dict[str, Any]:
+def _row(training: NetworkSettings, results: dict[str, NDArray[Any]]) -> dict[str, Any]:
     alive = ~results["dead"]
     return {
         "bias": training.bias,
@@ -136,8 +136,8 @@ def _mean(values: NDArray[Any]) -> float:
 
 
 def _train_all(
-    label: str, trainings: list[Training], seeds: range, toy: Toy, report: Callable[[str, int, int], None]
-) -> dict[Training, dict[str, NDArray[Any]]]:
+    label: str, trainings: list[NetworkSettings], seeds: range, toy: Toy, report: Callable[[str, int, int], None]
+) -> dict[NetworkSettings, dict[str, NDArray[Any]]]:
     """Return the results of every training, (seeds,) each, computing those that are not on disk, one core each."""
     folder = Path(toy.output_dir) / "toy" / "networks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _train_all(
     return results
 
 
-def _file_name(training: Training, seeds: range) -> str:
+def _file_name(training: NetworkSettings, seeds: range) -> str:
     return digest({**asdict(training), "seeds": [seeds.start, seeds.stop], "version": VERSION}) + ".npz"
 
 
@@ -171,7 +171,7 @@ def _batches(seeds: range) -> list[range]:
     return [seeds[start : start + _SEEDS_PER_BATCH] for start in range(0, len(seeds), _SEEDS_PER_BATCH)]
 
 
-def _train(training: Training, seeds: range, file: Path) -> None:
+def _train(training: NetworkSettings, seeds: range, file: Path) -> None:
     """Train and test the networks of some seeds in a process of the pool, and write their results."""
     results, buffer = train(training, seeds), io.BytesIO()
     np.savez(buffer, accuracy=results["accuracy"], icc=results["icc"], dead=results["dead"])

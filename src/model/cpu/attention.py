@@ -7,7 +7,7 @@ queries is multiplied with all its keys at once, for all query heads that share 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,7 +43,7 @@ class BlockAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Iterable[Segment], scaling: float
     ) -> Tensor:
         (heads, n, d), kv_heads = query.shape[1:], key.shape[1]
-        q = (query[0].view(kv_heads, -1, n, d) * scaling).transpose(1, 2).contiguous()  # a block is contiguous memory
+        q = (query[0].view(kv_heads, -1, n, d) * scaling).transpose(1, 2).contiguous()  # a block is contiguous
         k, v = key[0].contiguous(), value[0].contiguous()
         output = torch.empty_like(q)
         for block in (blocks := _blocks(segments)):
@@ -104,7 +104,7 @@ def _softmax(queries: Tensor, keys: Tensor) -> Tensor:
     return scores.softmax(1)
 
 
-@lru_cache(maxsize=1024)
+@cache  # of at most 1.5 BLOCK_QUERIES different sizes
 def _above_diagonal(b: int) -> Tensor:
     return torch.ones(b, b, dtype=torch.bool).triu_(1)[:, None]
 

@@ -1,0 +1,110 @@
+"""AlpacaEval's win rates from annotations, also with the length of responses controlled for."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from tests.support.commands import ROOT, environment
+
+
+def annotations(gain=0.0, length=0.0, seed=0, count=805):
+    """Return annotations of a model whose log-odds to win are `gain`, plus `length` per deviation of extra length."""
+    rng = random.Random(seed)
+    rows = []
+    for n in range(count):
+        longer = rng.gauss(1, 1)
+        chance = 1 / (1 + math.exp(-(gain + length * math.tanh(longer) + difficulty(n))))
+        sizes = 2000, max(1, round(2000 + 400 * longer))
+        rows.append(
+            {
+                "instruction": f"question {n}",
+                "output_1": "b" * sizes[0],
+                "output_2": "m" * sizes[1],
+                "generator_1": "gpt4_1106_preview",
+                "generator_2": "mine",
+                "annotator": "weighted_alpaca_eval_gpt4_turbo",
+                "preference": 1 + min(1, max(0, rng.gauss(chance, 0.05))),
+            }
+        )
+    return rows
+
+
+def difficulty(n):
+    return 1.5 * math.sin(n)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Write a hub cache with the benchmark's table of difficulties: its layout, with made-up numbers."""
+    home = tmp_path_factory.mktemp("hub")
+    repository = home / "hub" / "datasets--tatsu-lab--alpaca_eval"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    rng = random.Random(1)
+    rows = [
+        {
+            "index": n,
+            "model": model,
+            "preference": 1 / (1 + math.exp(-(1.5 * math.tanh(shift) + difficulty(n)))) + rng.gauss(0, 0.01),
+            "std_delta_len": -shift,  # the baseline's length less the model's
+            "instruction_difficulty": difficulty(n),
+            "not_gamed_baseline": False,
+        }
+        for model, shift in (("concise", -1), ("verbose", 1))
+        for n in range(805)
+    ]
+    table = pd.DataFrame(rows)
+    table["preference"] = table["preference"].clip(0.001, 0.999)
+    table.to_csv(repository / "snapshots" / ("0" * 40) / "df_gamed.csv", index=False)
+    return home
+
+
+def win_rates_of(folder, rows, hub=None, questions=None):
+    """Run the command; return the process and the rates it printed."""
+    order, file = folder / "questions.json", folder / "annotations.json"
+    order.write_text(json.dumps([{"instruction": f"question {n}"} for n in range(questions or 805)]))
+    file.write_text(json.dumps(rows))
+    done = subprocess.run(
+        [sys.executable, "-m", "src.judges.alpaca_eval", str(file), "--questions", str(order)],
+        cwd=ROOT,
+        env=environment() | ({"HF_HOME": str(hub)} if hub else {"HF_HOME": str(folder / "none")}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    figures = (line.split() for line in done.stdout.splitlines()[1:])
+    return done, {name: float(value) for name, value, _, _ in figures}
+
+
+@pytest.mark.slow
+def test_a_win_rate_by_length_alone_vanishes_when_length_is_controlled(hub, tmp_path):
+    done, longer = win_rates_of(tmp_path, annotations(length=1.5), hub)
+    assert done.returncode == 0 and "mine against gpt4_1106_preview, 805 preferences" in done.stdout, done.stderr
+    assert longer["win_rate"] > 60
+    assert longer["length_controlled_win_rate"] == pytest.approx(50, abs=5)
+    better = win_rates_of(tmp_path, annotations(gain=1.0), hub)[1]
+    # Negative control: a better model of equal length keeps its win rate.
+    assert better["win_rate"] > 62 and better["length_controlled_win_rate"] > 60
+
+
+def test_annotations_in_another_order_or_number_are_refused(hub, tmp_path):
+    rows = annotations(gain=1.0)
+    done, _ = win_rates_of(tmp_path, [rows[1], rows[0], *rows[2:]], hub)
+    assert done.returncode == 2 and "entry 0: expected the instruction 'question 0'" in done.stderr, done.stderr
+    done, _ = win_rates_of(tmp_path, rows[:-1], hub)
+    assert done.returncode == 2 and "ends after 804 annotations of 805 instructions" in done.stderr, done.stderr
+    done, _ = win_rates_of(tmp_path, [*rows[:-1], rows[-1] | {"generator_2": "another"}], hub)
+    assert done.returncode == 2 and "'another' and 'mine'; must be one" in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_the_table_of_difficulties_there_is_only_the_win_rate_and_a_warning(tmp_path):
+    done, rates = win_rates_of(tmp_path, annotations())
+    assert done.returncode == 0 and rates["win_rate"] > 0 and "length_controlled_win_rate" not in rates
+    assert "no length-controlled win rate: the table of difficulties could not be loaded" in done.stderr
