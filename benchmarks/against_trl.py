@@ -62,7 +62,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 def memory_status(key: str) -> int:
     """Return VmRSS or VmHWM of this process in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(key)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -87,7 +89,7 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # allocated before the measurement, so not part of it
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     before = memory_status("VmRSS")
     step()
     return {"bytes": memory_status("VmHWM") - before}
@@ -177,7 +179,7 @@ def main() -> None:
         return
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     convert_model()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for row in arguments.rows or ROWS:
         outcomes = []
         # In turn, so that other load on the machine affects both sides.
@@ -186,7 +188,7 @@ def main() -> None:
             outcomes.append({**job, **measure(job)})
             print(row, outcomes[-1], flush=True)
         results[row] = {"jobs": outcomes, "peak": gemm_peak()}
-        RESULTS.write_text(json.dumps(results, indent=1))
+        RESULTS.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

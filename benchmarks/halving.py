@@ -54,9 +54,11 @@ def search(output_dir: Path, shared: Path, kind: str) -> Outcome:
     wall, cpu = time.perf_counter() - wall, cpu_of_children() - cpu
     # The metrics of a resumed run include the steps of its shorter runs.
     runs = {point["stages"]["align"] for point in folder.read()["points"]}
-    steps = sum(len((store.root / "align" / run / METRICS_FILE).read_text().splitlines()) for run in runs)
+    steps = sum(
+        len((store.root / "align" / run / METRICS_FILE).read_text(encoding="utf-8").splitlines()) for run in runs
+    )
     points = pd.read_csv(folder.points_csv).set_index("identity", drop=False)
-    selected = yaml.safe_load(folder.best_yaml.read_text())["mini_tldr"]
+    selected = yaml.safe_load(folder.best_yaml.read_text(encoding="utf-8"))["mini_tldr"]
     best = {method: points.loc[entry["identities"][0]].to_dict() for method, entry in selected.items()}
     evaluations = len(list(store.root.glob("evaluate/*/DONE"))) - evaluated
     return Outcome(best, points, steps, evaluations, wall, cpu)

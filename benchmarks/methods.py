@@ -27,7 +27,7 @@ FIGURE = Path("docs/images/methods.png")
 
 def options_of(method: str) -> dict[str, float]:
     """Return the options of a method and their defaults in conf/method/."""
-    configured = yaml.safe_load((CONF_DIR / "method" / f"{method}.yaml").read_text())
+    configured = yaml.safe_load((CONF_DIR / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
     return {name: configured[name] for name in METHODS[method].options}
 
 

@@ -98,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
         train(model, data.examples, sft_loss, inputs, RESOURCES, attempt)
-        print((Path(work) / METRICS_FILE).read_text().splitlines()[-1])
+        print((Path(work) / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-1])
     save_checkpoint(model, template, out)
 
 

@@ -38,7 +38,7 @@ def useful_flops(shape: str, scale: float = 1.0, pairs: int = PAIRS, layers: int
     6 x parameters of the layers x (prompt once + both responses), 6 x head x response tokens, and for attention
     12 x layers x width x (query, key) pairs that are not masked.
     """
-    config = json.loads((MODEL / "config.json").read_text())
+    config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
     width, depth = config["hidden_size"], layers or config["num_hidden_layers"]
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     layer = width * width * (2 + 2 * kv / heads) + 3 * width * config["intermediate_size"]
@@ -182,7 +182,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    results = json.loads(RESULTS.read_text())
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
     parts = [table(results)]
     if "memory" in results:
         parts.append(memory_table(results))

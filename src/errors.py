@@ -18,6 +18,10 @@ class ConfigError(ValueError):
     """A request cannot be run; the message is one line that names the override or file, and what would be right."""
 
 
+class DamagedFile(ConfigError):
+    """A file that this program wrote cannot be read; the message names the path and, of JSON, the line."""
+
+
 class StageError(RuntimeError):
     """A stage failed for a reason the user can act on; the message is one line."""
 

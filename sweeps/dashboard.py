@@ -48,7 +48,7 @@ def define(results: Results, figures: list[str]) -> dict[str, Any]:
     """Return the dashboard of a sweep with a finished point. figures: keys of what the aggregation run logged."""
     sweep, points = results.sweeps[0], results.points
     done = points[points.state == "done"]
-    template = yaml.safe_load(Template(TEMPLATE.read_text()).substitute(metric=metric_label(done)))
+    template = yaml.safe_load(Template(TEMPLATE.read_text(encoding="utf-8")).substitute(metric=metric_label(done)))
     if figures:
         panel = {"kind": "images", "title": "Figures of the report", "keys": figures}
         template["sections"].append({"title": "Figures", "text": "The figures of report.html.", "panels": [panel]})
@@ -82,7 +82,7 @@ def save(folder: SweepFolder, dashboard: dict[str, Any], project: str | None, en
         target = WandbTarget(project or config.project, entity or config.entity or wandb.Api().default_entity, "online")
         known = read_json(state) if state.exists() else {}
         known = known if known.get("target") == str(target) else {}
-        saved = workspace.save(dashboard, table.read_text() if table.exists() else "", target, known)
+        saved = workspace.save(dashboard, table.read_text(encoding="utf-8") if table.exists() else "", target, known)
     except (wandb.Error, ValueError) as error:
         raise StageError(f"W&B did not take the dashboard: {error}") from error
     state.parent.mkdir(parents=True, exist_ok=True)

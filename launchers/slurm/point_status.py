@@ -175,7 +175,7 @@ def _stage_name(stage: tuple[str, str]) -> StageName:
 def last_line(log: Path) -> str:
     """Return the last line of a log that is not empty; "" without one."""
     try:
-        lines = log.read_text(errors="replace").split("\n")[-20:]
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")[-20:]
     except OSError:
         return ""
     return next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "")

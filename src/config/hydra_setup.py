@@ -36,7 +36,7 @@ def _best_value(key: str, *, _root_: DictConfig) -> float:
     else:
         where = f"best_from={_root_.best_from}"
         try:
-            table = yaml.safe_load(Path(_root_.best_from).read_text())[setup]
+            table = yaml.safe_load(Path(_root_.best_from).read_text(encoding="utf-8"))[setup]
         except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
             raise ConfigError(f"{where}: cannot read the best values of setup {setup} ({error!r})") from None
     if method not in table or table[method].get(key) is None:

@@ -10,7 +10,7 @@ import yaml
 
 from src.errors import ConfigError
 
-_NEW_NAMES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+_NEW_NAMES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 RENAMED_KEYS, RENAMED_VALUES = _NEW_NAMES["keys"], _NEW_NAMES["values"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 WEIGHTS = {"who": 1.5, "act": 2.0, "place": 0.7, "time": 0.7, "amount": 1.0, "ask": 1.4}
 QUALITIES = (0.15, 0.35, 0.55, 0.8, 0.95)  # of the demonstrators
 LABEL_TEMPERATURE = 1.0  # Bradley-Terry noise of the preference labels

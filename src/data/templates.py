@@ -10,7 +10,7 @@ from src.data.rows import Prompt
 from src.errors import ConfigError
 
 _FOLDER = Path(__file__).parent / "chat_templates"
-_CHAT_TEMPLATES = {name: (_FOLDER / f"{name}.jinja").read_text() for name in ("llama3", "mistral")}
+_CHAT_TEMPLATES = {name: (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in ("llama3", "mistral")}
 _SPACE_BEFORE_RESPONSE = ("plain", "mistral")
 
 

@@ -25,7 +25,7 @@ from src.store.store import Store
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when the same rows become other tokens: cached ones are then not reused
+VERSION = 3  # raise it when the same rows become other tokens: cached ones are then not reused
 DROPPED_FILE = "dropped.json"  # beside the Arrow file: reason -> number of rows
 CHUNK_ROWS = 1000  # converted to Arrow at a time: a whole table of Python integers takes ten times the memory
 

@@ -189,8 +189,8 @@ def _import_alpaca_eval() -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
         import alpaca_eval
-        import alpaca_eval.annotators
-        import alpaca_eval.metrics
+        import alpaca_eval.annotators  # noqa: F401
+        import alpaca_eval.metrics  # noqa: F401
 
     root.setLevel(level)
     folder = os.path.dirname(alpaca_eval.__file__)

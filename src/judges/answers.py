@@ -53,7 +53,7 @@ class Answers:
     def add(self, key: str, answer: dict[str, Any]) -> None:
         """Append an answer; it is on disk when this returns."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as handle:
+        with self._file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
             handle.flush()
             os.fsync(handle.fileno())

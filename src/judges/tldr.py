@@ -13,7 +13,7 @@ from src.planning.resources import Resources
 from src.store.attempt import Attempt
 
 # The paper's criteria; it does not print its prompt.
-INSTRUCTIONS = Path(__file__).with_suffix(".txt").read_text().strip()
+INSTRUCTIONS = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").strip()
 
 # A lower-case letter counts only at the end of a line: "a" is also a word.
 _VERDICT = re.compile(r"(?i:verdict)\W*(?:(?i:summary)\W*)?\b([ABC]\b(?! tie| draw)|[abc](?=\W*$))", re.MULTILINE)

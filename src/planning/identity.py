@@ -23,7 +23,7 @@ from src.store.files import atomic_write
 T = TypeVar("T")
 
 # Raise a stage's number when what it computes changes: artifacts of the old version are then not reused.
-VERSIONS = {"sft": 8, "reference": 7, "align": 7, "generate": 7, "evaluate": 4}
+VERSIONS = {"sft": 9, "reference": 8, "align": 8, "generate": 8, "evaluate": 5}
 
 CACHE_DIGEST_ABOVE = 64 * 2**20  # bytes; digests of larger files are kept on disk, as reading 16 GB takes a minute
 
@@ -245,7 +245,7 @@ def _cached_sha256(file: str, size: int, mtime_ns: int) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "alignment-sweep" / "fingerprints"
     entry = cache / digest([file, size, mtime_ns])
     with contextlib.suppress(OSError):
-        return entry.read_text()
+        return entry.read_text(encoding="utf-8")
     with open(file, "rb") as handle:
         value = hashlib.file_digest(handle, "sha256").hexdigest()
     if size > CACHE_DIGEST_ABOVE:

@@ -47,7 +47,7 @@ def serving(
         port = free.getsockname()[1]
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     command = [word.format(checkpoint=checkpoint, port=port, dtype=dtype) for word in shlex.split(server_command)]
-    with (folder / LOG_FILE).open("w") as log:
+    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
         try:
             process = subprocess.Popen(
                 command,
@@ -129,7 +129,7 @@ def served_folder(checkpoint: Path, folder: Path, template: Template, generation
         settings |= {"temperature": generation.temperature, "top_k": generation.top_k, "top_p": generation.top_p}
     settings |= {"eos_token_id": template.end_id, "pad_token_id": template.end_id}
     settings["bos_token_id"] = template.tokenizer.bos_token_id
-    (target / "generation_config.json").write_text(json.dumps(settings))
+    (target / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return target
 
 

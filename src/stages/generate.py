@@ -100,7 +100,7 @@ def _sample(
         attempt.tokens = sum(len(row["ids"]) for row in responses.values())
     started, tokens_before = time.perf_counter(), attempt.tokens
     generation, numerics = inputs.generation, numerics_of(inputs.model, resources)
-    with file.open("a") as handle:
+    with file.open("a", encoding="utf-8") as handle:
 
         def save_response(index: int, response: tuple[list[int], bool]) -> None:
             if index not in responses:  # a batch may have some responses from an earlier attempt
@@ -139,7 +139,7 @@ def _sample(
 def _read_responses(file: Path) -> list[dict[str, Any]]:
     """Return the rows of earlier attempts; remove a last line that was cut off when an attempt was killed."""
     rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -42,7 +42,7 @@ def in_use(folder: Path) -> bool:
 def _machine() -> str:
     """Return host, boot and process namespace: process ids are comparable only where all three are equal."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         boot = namespace = ""
@@ -60,7 +60,7 @@ def _process_start(pid: int) -> str | None:
     Where there is no /proc it is always None: then a dead holder is known by its heartbeat alone.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if stat[0] == "Z" else stat[19]
@@ -128,7 +128,7 @@ class Lease:
         """
         while number := self._highest():
             try:
-                return number, json.loads(self._path(number).read_text())
+                return number, json.loads(self._path(number).read_text(encoding="utf-8"))
             except FileNotFoundError:
                 continue  # the holder of the next number has just removed it
             except (json.JSONDecodeError, OSError):  # replaced while a network file system read it
@@ -153,7 +153,7 @@ class Lease:
         # Written beside it and then linked, because link fails where the name exists and never exposes an empty file.
         draft = self.folder / f".draft-{self.token}"
         try:
-            draft.write_text(self._text())
+            draft.write_text(self._text(), encoding="utf-8")
             os.link(draft, self._path(number))
         # Another process was first, or has finished and removed the folder.
         except (FileExistsError, FileNotFoundError):

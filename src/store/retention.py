@@ -55,7 +55,7 @@ def best_results_in_store(store: Store) -> set[str]:
     """Return the identities of all results that a sweep of this store has selected as best."""
     best: set[str] = set()
     for path in store.sweeps.glob("*/best.yaml"):
-        for methods in (yaml.safe_load(path.read_text()) or {}).values():
+        for methods in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).values():
             best.update(identity for entry in methods.values() for identity in entry.get("identities") or [])
     return best
 

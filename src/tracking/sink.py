@@ -73,7 +73,7 @@ class Sink:
 def lock_run(file: Path) -> IO[str]:
     """Return a lock that is held until it is closed or this process ends. Raises RunLocked when another holds it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle = file.open("w")
+    handle = file.open("w", encoding="utf-8")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

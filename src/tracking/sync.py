@@ -175,7 +175,7 @@ class SweepSync(Sync):
     def _write_result(self, writer: RunWriter, content: str) -> None:
         for path in sorted(self.folder.figures.glob("*.png")):
             writer.add_media(f"figures/{path.stem}", path)
-        with (self.folder.tables / "best.csv").open(newline="") as handle:
+        with (self.folder.tables / "best.csv").open(newline="", encoding="utf-8") as handle:
             header, *rows = csv.reader(handle)
         writer.add_table("tables/best", header, rows)  # the other tables are in the artifact
         writer.add_media("report", self.folder.report)
@@ -186,7 +186,7 @@ class SweepSync(Sync):
     def _summary(self) -> dict[str, Any]:
         states = [point["state"] for point in self.folder.read()["points"]]
         summary: dict[str, Any] = {f"points/{state}": states.count(state) for state in sorted(set(states))}
-        for setup, methods in (yaml.safe_load(self.folder.best_yaml.read_text()) or {}).items():
+        for setup, methods in (yaml.safe_load(self.folder.best_yaml.read_text(encoding="utf-8")) or {}).items():
             for method, row in methods.items():
                 for name in ("beta", "lr", "quality_reporting", "quality_reporting_se"):
                     summary[f"best/{setup}/{method}/{name}"] = row[name]
@@ -222,4 +222,4 @@ def _samples(samples: Path, judgements: Path) -> list[list[Any]]:
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    yield from map(json.loads, file.read_text().splitlines())
+    yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())

@@ -58,7 +58,7 @@ class SyncProcess:
             return
         options = ["--startup-jitter", str(self.startup_jitter), *(["--stages", *self.stages] if self.stages else [])]
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("a") as log:
+        with self.log_file.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sweeps.wandb_sync", "--watch", str(self.path), *options],
                 stdin=subprocess.PIPE,

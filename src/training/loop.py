@@ -164,5 +164,5 @@ def _reduce_metrics(metric_sums: Tensor, num_tokens: int) -> tuple[list[float], 
 def log_metrics(attempt: Attempt, step: int, values: dict[str, float]) -> None:
     """Append a line to metrics.jsonl, from which trackers are fed; ranks other than 0 write nothing."""
     if attempt.is_main_process:
-        with (attempt.out / METRICS_FILE).open("a") as file:
+        with (attempt.out / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

@@ -46,7 +46,7 @@ class Drawing:
         with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
             self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
         self.figure.savefig(folder / f"{self.name}.png", dpi=150)
-        return self._inline((folder / f"{self.name}.svg").read_text())
+        return self._inline((folder / f"{self.name}.svg").read_text(encoding="utf-8"))
 
     def _inline(self, svg: str) -> str:
         svg = svg[svg.index("<svg") :]

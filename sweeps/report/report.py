@@ -109,7 +109,7 @@ def _gains(gains: pd.DataFrame) -> list[dict[Hashable, Any]]:
 
 def _published(best: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the paper's table next to this sweep's results, for setups of the paper."""
-    published, tables = yaml.safe_load(TEMPLATES.with_name("published.yaml").read_text()), []
+    published, tables = yaml.safe_load(TEMPLATES.with_name("published.yaml").read_text(encoding="utf-8")), []
     for setup in best.setup.unique():
         if setup in published:
             rows = best[(best.setup == setup) & (best.init == "sft") & (best.variant == "")].set_index("method")
@@ -160,7 +160,7 @@ def _samples(results: Results, result: str, metric: str) -> dict[int, dict[str, 
 def _rows(file: Path, count: int | None) -> list[dict[str, Any]]:
     if not file.exists():
         return []
-    with file.open() as handle:
+    with file.open(encoding="utf-8") as handle:
         return [json.loads(line) for line in islice(handle, count)]
 
 

@@ -136,9 +136,9 @@ def write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
         table.to_csv(folder / f"{name}.csv", index=False)
         text = table.astype(object).map(_cell)
         rows = [text.columns, ["---"] * len(text.columns), *text.map(lambda cell: cell.replace("|", r"\|")).to_numpy()]
-        (folder / f"{name}.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
+        (folder / f"{name}.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
         tex = text.to_latex(index=False, escape=True, column_format="l" * len(text.columns))
-        (folder / f"{name}.tex").write_text(tex.replace("±", r"$\pm$"))
+        (folder / f"{name}.tex").write_text(tex.replace("±", r"$\pm$"), encoding="utf-8")
 
 
 def _cell(value: Any) -> str:
