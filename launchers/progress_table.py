@@ -15,15 +15,14 @@ from launchers.job_order import Schedule
 from launchers.worker import Worker
 from src.planning.stage import Stage
 from src.progress import seconds_text
-from src.store.files import read_json
-from src.store.store import RESULT_FILE, Store
+from src.store.store import Store, read_result
 
 LINE_SECONDS = 15.0  # between plain lines while nothing finishes
 
 
 def metrics_text(artifacts: Path) -> str:
     """Return the quality and the KL of a finished `evaluate` stage, those that it has."""
-    result = read_json(artifacts / RESULT_FILE)
+    result = read_result(artifacts)
     quality, kl = result["quality"], result["kl"]["per_sequence"]
     texts = [] if quality["value"] is None else [f"{quality['metric']} {quality['value']:.3f}"]
     texts += [] if kl["value"] is None else [f"KL {kl['value']:.2f}"]
@@ -62,7 +61,7 @@ class LiveTable:
             elif stage.role in ("sft", "reference", "baseline"):
                 self._print(f"done   {stage.label} in {seconds_text(self.schedule.completed[stage.identity])}")
             elif stage.kind == "evaluate":
-                self._print(f"done   {stage.point.label}: {metrics_text(self.store.artifacts(stage))}")
+                self._print(f"done   {stage.point.label}: {metrics_text(self.store.dir(stage))}")
         if self.is_terminal:
             self.live.update(self._table(), refresh=True)
         elif time.monotonic() - self._last_line > LINE_SECONDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -40,6 +41,12 @@ class PointFailure:
 
 CONFIG_ERRORS = (ConfigError, HydraException, OmegaConfBaseException)
 USER_FACING_ERRORS = (*CONFIG_ERRORS, StageError, SweepFailed)
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Print a warning on stderr, once in a process."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:

@@ -22,9 +22,8 @@ from src.planning.plan import Plan, make_plan
 from src.preflight import check_input_files, check_key, check_packages, check_programs
 from src.progress import RunProgress
 from src.store.attempt import Report
-from src.store.files import read_json
 from src.store.retention import apply_retention
-from src.store.store import RESULT_FILE, Store
+from src.store.store import RESULT_FILE, Store, read_result
 from src.tracking.sync_process import sync_run
 
 
@@ -72,9 +71,9 @@ def run(cfg: DictConfig) -> None:
                 if not run_stages(plan, store, report):
                     return
         apply_retention(store, plan.stages_by_role, point.keep_checkpoints, set(plan.results))
-        path = store.artifacts(plan.stages[plan.results[0]]) / RESULT_FILE
-        print(result_text(point, read_json(path)))
-        print(f"result: {path}")
+        folder = store.dir(plan.stages[plan.results[0]])
+        print(result_text(point, read_result(folder)))
+        print(f"result: {folder / RESULT_FILE}")
 
 
 def result_text(point: Point, result: dict[str, Any]) -> str:

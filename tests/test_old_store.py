@@ -7,6 +7,8 @@ import pytest
 
 from src.config.validation import build_point
 from src.planning.plan import make_plan
+from src.store.files import with_checksum
+from src.store.integrity import describe_files
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 from tests.support.commands import dry_run
@@ -21,7 +23,7 @@ def finished_align(folder, description, tokens=1000):
     stage.mkdir(parents=True)
     (stage / "stage.json").write_text(json.dumps(description))
     done = {"stage": "align", "identity": stage.name, "seconds": 36.0, "tokens": tokens, "processes": 1}
-    (stage / "DONE").write_text(json.dumps(done))
+    (stage / "DONE").write_text(json.dumps(with_checksum({**done, "files": describe_files(stage)})))
 
 
 def description_of_align(folder):

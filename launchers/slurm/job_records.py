@@ -9,7 +9,6 @@ A job's name ends in the ID, so that jobs of a submitter that died before record
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Container, Iterable
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from src.errors import DamagedFile, warn
 from src.store.files import read_json, read_versioned_json, write_json
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
@@ -44,7 +44,7 @@ class Task:
         """Return the last status that the job wrote; empty before it has started."""
         try:
             return read_json(self.folder / f"task-{self.index}.json")
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, DamagedFile):
             return {}
 
     def write_status(self, status: dict[str, Any]) -> None:
@@ -91,17 +91,27 @@ def new_submission(
 
 
 def read_submission(folder: Path) -> Submission:
-    """Read the submission in a folder. Raises ConfigError for another version's."""
+    """Read the submission in a folder. Raises FileNotFoundError, DamagedFile, and ConfigError for another version's."""
     values = read_versioned_json(folder / SUBMISSION_FILE, SCHEMA)
-    del values["schema"]
-    tasks = [Task(folder, index, **task) for index, task in enumerate(values.pop("tasks"))]
-    return Submission(folder, tasks=tasks, **values)
+    try:
+        del values["schema"]
+        tasks = [Task(folder, index, **task) for index, task in enumerate(values.pop("tasks"))]
+        return Submission(folder, tasks=tasks, **values)
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{folder / SUBMISSION_FILE}: damaged, it is no record of submitted jobs ({error})") from None
 
 
 def submissions(*sweeps: SweepFolder) -> list[Submission]:
-    """Return the submissions of the sweeps, oldest first."""
-    records = (path for sweep in sweeps for path in sweep.jobs.glob(f"*/{SUBMISSION_FILE}"))
-    return sorted((read_submission(path.parent) for path in records), key=lambda submission: submission.written)
+    """Return the submissions of the sweeps, oldest first; warn of damaged records."""
+    records: list[Submission] = []
+    for path in (path for sweep in sweeps for path in sweep.jobs.glob(f"*/{SUBMISSION_FILE}")):
+        try:
+            records.append(read_submission(path.parent))
+        except FileNotFoundError:
+            continue  # sbatch has just rejected it
+        except DamagedFile as error:
+            warn(f"{error}; its jobs are not known here")
+    return sorted(records, key=lambda submission: submission.written)
 
 
 def all_submissions(store: Store) -> list[Submission]:

@@ -134,9 +134,9 @@ class StatusReader:
         progress = self.store.progress(_stage_name(stage))
         if progress and progress["total"]:
             status.step, status.total = progress["step"], progress["total"]
-            num_steps = progress["step"] - (progress.get("first") or 0)  # of this attempt
+            num_steps = progress["step"] - progress["first"]  # of this attempt
             if num_steps > 0:
-                seconds_per_step = (progress["now"] - progress["started"]) / num_steps
+                seconds_per_step = progress["seconds"] / num_steps
                 status.seconds_left = max(0.0, seconds_per_step * (progress["total"] - progress["step"]))
 
     def _add_cause(self, status: PointStatus, task: Task, stages: Stages) -> None:

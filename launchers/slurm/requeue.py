@@ -18,7 +18,7 @@ from launchers.slurm import cluster
 from launchers.slurm.job import EXIT_REQUEUE
 from launchers.slurm.job_records import Task, read_submission
 from src.errors import ConfigError, StageError
-from src.store.store import StageName, Store
+from src.store.store import CHECKPOINTS, StageName, Store
 
 # Consecutive runs without progress after which a job has failed.
 MAX_STALLED_RUNS = 5
@@ -74,8 +74,9 @@ def progress_marker(store: Store, stages: list[list[str]]) -> list[int]:
     todo = list(itertools.dropwhile(store.is_done, (StageName(*stage) for stage in stages)))
     if not todo:
         return [len(stages), 0]
-    checkpoints = (store.work(todo[0]) / "checkpoints").glob("*/step-*")
-    return [len(stages) - len(todo), max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)]
+    formats = (store.work(todo[0]) / "checkpoints").glob("*")
+    steps = (step for folder in formats for step in CHECKPOINTS.entries(folder))
+    return [len(stages) - len(todo), max(steps, default=0)]
 
 
 if __name__ == "__main__":

@@ -44,11 +44,7 @@ class Cost:
         self.stages = [stage for identity, stage in plan.stages.items() if identity in plan.needed]
         self.models = [stage for stage in self.stages if stage.kind in ("sft", "align")]
         self.finished = {
-            kind: [
-                (stored["inputs"], done)
-                for stored, done in store.finished(kind, RECENT_STAGES)
-                if stored["version"] == VERSIONS[kind]  # inputs of other versions have other fields
-            ]
+            kind: [(stored["inputs"], done) for stored, done in store.finished(kind, VERSIONS[kind], RECENT_STAGES)]
             for kind in _FLOPS
         }
 

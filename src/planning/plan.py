@@ -20,6 +20,7 @@ class Plan:
     stages: dict[str, Stage]  # identity -> stage
     point_stages: list[list[str]]  # per point: the identities of its stages, upstream first, `evaluate` last
     done: set[str] = field(default_factory=set)  # identities whose artifacts are there
+    damaged: dict[str, str] = field(default_factory=dict)  # identities of damaged results -> what is damaged, and how
     needed: set[str] = field(default_factory=set)  # identities that must be computed for the points to be complete
     abandoned: set[str] = field(default_factory=set)  # results that are no longer needed, nor the stages for them alone
 
@@ -34,8 +35,17 @@ class Plan:
         return [{self.stages[i].role: i for i in stage_ids} for stage_ids in self.point_stages]
 
     def refresh(self, store: Store) -> None:
-        """Read from the store what is done now, and derive what is needed."""
+        """Read from the store what is done now, and derive what is needed.
+
+        Results are read by whoever asked for the points: damaged ones are needed again. Other artifacts are checked
+        when a stage reads them.
+        """
         self.done = {identity for identity, stage in self.stages.items() if store.is_done(stage)}
+        self.damaged = {}
+        for result in self.done.intersection(self.results):
+            if damage := store.damage(self.stages[result]):
+                self.damaged[result] = damage
+        self.done -= self.damaged.keys()
         self.needed = set()
         todo = [result for result in self.results if result not in self.done | self.abandoned]
         while todo:
@@ -57,6 +67,7 @@ class Plan:
         todo = Counter(self.stages[identity].role for identity in self.needed)
         finished = sum(result in self.done for result in self.results)
         lines.append("")
+        lines += [f"{damage}; to be computed again" for damage in self.damaged.values()]
         lines.append(f"{len(self.points)} points: {finished} done, {len(self.points) - finished} to do")
         lines.append("stage      to do  done or not needed")
         lines += [f"{role:9} {todo[role]:6} {total - todo[role]:6}" for role, total in roles.items()]

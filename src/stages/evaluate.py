@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
@@ -16,13 +15,13 @@ from src.planning.identity import ContentPath, EvaluateInputs
 from src.planning.resources import Resources
 from src.stages import align, generate
 from src.store.attempt import Attempt
-from src.store.files import read_json, write_json, write_jsonl
+from src.store.files import read_json, read_jsonl, write_json, write_jsonl
 from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, STAGE_FILE
 
 
 def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     samples = generate.read(upstream["samples"])
-    validation = [json.loads(line) for line in (upstream["align"] / align.VALIDATION_FILE).open()]
+    validation = list(read_jsonl(upstream["align"] / align.VALIDATION_FILE))
     # Averaged by prompt, so that the pairs of one prompt are in one split and count as one observation.
     by_prompt: dict[int, list[float]] = {}
     for line in validation:
@@ -42,10 +41,9 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
             quality = {s["index"]: v.value for s, v in zip(samples, judged.verdicts, strict=True)}
 
     selection = selection_prompts(list(quality), inputs.selection_fraction, inputs.split_seed)
-    write_json(
-        attempt.out / QUALITY_FILE,
-        {"prompts": list(quality), "values": list(quality.values()), "selection": [i in selection for i in quality]},
-    )
+    columns = {"prompts": list(quality), "values": list(quality.values())}
+    columns["selection"] = [prompt in selection for prompt in quality]
+    write_json(attempt.out / QUALITY_FILE, {"schema": RESULT_SCHEMA, **columns})
     aligned = read_json(upstream["align"] / STAGE_FILE)["inputs"]
     result = {
         "schema": RESULT_SCHEMA,
@@ -149,5 +147,5 @@ def _stages(upstream: dict[str, Path], attempt: Attempt) -> list[dict[str, Any]]
             continue
         stages[done["identity"]] = {key: done[key] for key in this_stage}
         for identity in read_json(folder / STAGE_FILE)["upstream"].values():
-            folders += folder.parents[1].glob(f"*/{identity}")
+            folders += (file.parent for file in folder.parents[1].glob(f"*/{identity}/{DONE}"))
     return sorted(stages.values(), key=lambda stage: (stage["stage"], stage["identity"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -19,7 +20,7 @@ from src.planning.identity import GenerateInputs
 from src.planning.resources import Resources
 from src.serving.model_server import sample_through, served_folder, serving
 from src.store.attempt import Attempt
-from src.store.files import write_jsonl
+from src.store.files import has_valid_checksum, read_jsonl, with_checksum, write_jsonl
 from src.store.store import SAMPLES_FILE
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
     Both log-probs are summed over the response, in nats, at temperature 1.
     """
-    return [json.loads(line) for line in (folder / SAMPLES_FILE).open()]
+    return list(read_jsonl(folder / SAMPLES_FILE))
 
 
 def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
@@ -106,7 +107,7 @@ def _sample(
             if index not in responses:  # a batch may have some responses from an earlier attempt
                 ids, finished = response
                 row = {"index": index, "ids": ids, "finished": finished, "seconds": round(attempt.seconds, 3)}
-                handle.write(json.dumps(row) + "\n")
+                handle.write(json.dumps(with_checksum(row)) + "\n")
                 handle.flush()
                 attempt.tokens += len(ids)
                 responses[index] = row
@@ -137,13 +138,16 @@ def _sample(
 
 
 def _read_responses(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of earlier attempts; remove a last line that was cut off when an attempt was killed."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """Return the rows of earlier attempts; remove damaged ones, such as a last line that a kill has cut off."""
+    rows: list[dict[str, Any]] = []
+    lines = file.read_bytes().split(b"\n") if file.exists() else []
+    for line in filter(None, lines):
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and has_valid_checksum(row):
+                rows.append(row)
+    if num_damaged := sum(map(bool, lines)) - len(rows):
+        log.warning("%s: %d damaged lines; those prompts are sampled again", file, num_damaged)
     write_jsonl(file, rows)
     return rows
 

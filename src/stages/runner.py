@@ -7,13 +7,14 @@ import importlib
 import logging
 from pathlib import Path
 
+from src import preemption
 from src.distributed import get_distributed
-from src.errors import StageError
+from src.errors import USER_FACING_ERRORS, StageError, describe_failure
 from src.planning.stage import Stage
 from src.store.attempt import Attempt, Report
 from src.store.files import is_full
 from src.store.lease import Lease, LeaseLost
-from src.store.store import Store
+from src.store.store import STAGE_FILE, Store
 
 log = logging.getLogger(__name__)
 
@@ -23,45 +24,66 @@ DISTRIBUTED_STAGES = ("sft", "align")  # kinds that all ranks of a run compute t
 def compute_or_wait(stage: Stage, store: Store, report: Report = lambda *_: None) -> Path:
     """Return the directory of the stage's artifacts: reused, computed by another process, or computed here.
 
-    The stage's upstream must be done (a plan's stages are in that order). Several processes may call this for one
-    stage at once; one computes. All ranks of a run call it and compute training stages together. Raises whatever the
-    stage raises; nothing is published then.
+    What it reads from upstream is checked against what was published, and computed again where it is damaged or
+    missing. Several processes may call this for one stage at once; one computes. All ranks of a run call it and compute
+    training stages together. Raises whatever the stage raises; nothing is published then.
     """
-    if not get_distributed().is_main_process:
-        # Take part in every attempt that rank 0 starts, until the stage is done.
-        while (out := get_distributed().broadcast_object()) is not None:
-            _run(stage, store, store.join_attempt(stage, out))
-        return store.artifacts(stage)
-    while not store.has_weights(stage):
-        try:
-            _compute(stage, store, report)
-        except LeaseLost as error:
-            if get_distributed().size > 1:
-                raise  # the other ranks are in the middle of a step that will not end
-            log.warning("%s: %s", stage.label, error)  # another process computes it: wait for that
-        except Exception as error:
-            if _disk_full(error, store.output_dir):
-                raise StageError(
-                    f"disk full while computing {stage.label} under {store.root}: free some space and run again"
-                ) from error
-            raise
-    get_distributed().broadcast_object(None)
-    return store.artifacts(stage)
+    ranks = get_distributed()
+    if ranks.is_main_process:
+        _complete(stage, store, report)
+        ranks.broadcast_object(None)
+    else:
+        # Take part in every attempt that rank 0 starts, of this stage or a damaged one upstream, until it is done.
+        while (message := ranks.broadcast_object()) is not None:
+            started, out = message
+            _run(started, store, store.join_attempt(started, out))
+    return store.dir(stage)
+
+
+def _complete(stage: Stage, store: Store, report: Report) -> None:
+    """Compute the stage or wait for it, until all its artifacts are there and undamaged."""
+    try:
+        while not _is_complete(stage, store):
+            try:
+                _compute(stage, store, report)
+            except LeaseLost as error:
+                if get_distributed().size > 1:
+                    raise  # the other ranks are in the middle of a step that will not end
+                log.warning("%s: %s", stage.label, error)  # another process computes it: wait for that
+    except USER_FACING_ERRORS:
+        raise
+    except Exception as error:
+        if _disk_full(error, store.output_dir):
+            raise StageError(
+                f"disk full while computing {stage.label} under {store.root}: free some space and run again"
+            ) from error
+        if isinstance(error, OSError) and error.filename is not None:
+            raise StageError(f"{stage.label}: {describe_failure(error)}; mend that and run again") from error
+        raise
+
+
+def _is_complete(stage: Stage, store: Store) -> bool:
+    return store.has_weights(stage) and store.damage(stage) is None
 
 
 def _compute(stage: Stage, store: Store, report: Report) -> None:
     """Compute and publish under the stage's lease, unless another process is about to."""
 
     def waiting(holder: str) -> bool:
+        if reason := preemption.stop_reason():
+            raise preemption.Interrupted(f"{stage.label} stopped while waiting for {holder}: {reason}")
         progress = store.progress(stage) or {}
         report(f"{stage.label} (waiting for {holder})", progress.get("step", 0), progress.get("total", 0))
-        return store.has_weights(stage)
+        return _is_complete(stage, store)
 
     with Lease(store.work(stage), waiting) as lease:
-        if lease.held and not store.has_weights(stage):
+        if lease.held and not _is_complete(stage, store):
+            if damage := store.damage(stage):
+                store.set_aside(stage, damage)
+            _complete_upstream(stage, store, report)
             attempt = store.begin(stage, lease, report)
             if stage.kind in DISTRIBUTED_STAGES:
-                get_distributed().broadcast_object(attempt.out)
+                get_distributed().broadcast_object((stage, attempt.out))
                 attempt.processes = get_distributed().size
             _run(stage, store, attempt)
             store.publish(stage, attempt)
@@ -70,8 +92,20 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
             store.clean_up_work_dir(stage)
 
 
+def _complete_upstream(stage: Stage, store: Store, report: Report) -> None:
+    """Complete what the stage reads: the artifacts of its upstream, and of stages further up what describes them."""
+    for role, up in stage.upstream.items():
+        # Samples need the model itself, which keep_checkpoints may have removed.
+        is_there = store.has_weights(up) if role == "checkpoint" else store.is_done(up)
+        if not is_there or store.damage(up) is not None:
+            _complete(up, store, report)
+        for further_up in up.upstream.values():
+            if store.damage(further_up, names=(STAGE_FILE,)) is not None:
+                _complete(further_up, store, report)
+
+
 def _run(stage: Stage, store: Store, attempt: Attempt) -> None:
-    upstream = {role: store.artifacts(up) for role, up in stage.upstream.items()}
+    upstream = {role: store.dir(up) for role, up in stage.upstream.items()}
     importlib.import_module(f"src.stages.{stage.kind}").run(stage.inputs, stage.resources, upstream, attempt)
 
 

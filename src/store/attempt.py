@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from src import preemption
-from src.store.files import write_json
+from src.store.files import with_checksum, write_json
 from src.store.lease import Lease
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class Attempt:
     label: str
     identity: str
     output_dir: Path
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)  # durations must not jump with the clock
     prior_seconds: float = 0.0  # of earlier attempts, as recorded in the checkpoint
     tokens: int = 0
     processes: int = 1  # ranks that compute the stage together, with one accelerator each where there are any
@@ -50,12 +50,12 @@ class Attempt:
 
     def track(self, rows: Sequence[T], description: str) -> Iterator[T]:
         """Iterate over rows, reporting progress once it takes longer than two seconds. Raises like `step`."""
-        started = time.time()
+        started = time.monotonic()
         for number, row in enumerate(rows):
-            if time.time() - started > 2:
+            if time.monotonic() - started > 2:
                 self._report(f"{self.label}: {description}", number, len(rows), 0, started)
             yield row
-        if time.time() - started > 2:
+        if time.monotonic() - started > 2:
             self._report(f"{self.label}: {description}", len(rows), len(rows), 0, started)
 
     def _report(
@@ -68,9 +68,10 @@ class Attempt:
             raise preemption.Interrupted(f"{label} stopped at {step}/{total}: {reason}")
         if time.monotonic() - self._last_report >= 0.5 or step >= total:
             self._last_report = time.monotonic()
-            # first: the step this attempt resumed at
-            times = {"first": first, "started": started, "now": time.time()}
-            write_json(self.lease.folder / PROGRESS_FILE, {"label": label, "step": step, "total": total, **times})
+            # first: the step this attempt resumed at; seconds: since then, as clocks of other machines differ
+            progress = {"label": label, "step": step, "total": total, "first": first}
+            progress["seconds"] = time.monotonic() - started
+            write_json(self.lease.folder / PROGRESS_FILE, with_checksum(progress))
             self.report(label, step, total)
 
     @property
@@ -80,4 +81,4 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        return self.prior_seconds + time.time() - self.started
+        return self.prior_seconds + time.monotonic() - self.started

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
 import os
 import shutil
 import socket
 import uuid
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from src.errors import ConfigError, DamagedFile
 
@@ -28,6 +34,34 @@ def read_versioned_json(path: Path, schema: int) -> dict[str, Any]:
             f"{schema}): move the folder away and run again"
         )
     return content
+
+
+def read_checksummed_json(path: Path) -> dict[str, Any]:
+    """Read what `with_checksum` returned. Raises like `read_json`, and DamagedFile when any value has changed since."""
+    content = read_json(path)
+    if not has_valid_checksum(content):
+        raise DamagedFile(f"{path}: damaged, its checksum is not that of its content")
+    return content
+
+
+def with_checksum(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON object with a checksum of its content, so that readers need not distrust its values."""
+    return {**value, "checksum": _checksum(value)}
+
+
+def has_valid_checksum(value: dict[str, Any]) -> bool:
+    """Return whether a JSON object is as `with_checksum` returned it."""
+    return value.get("checksum") == _checksum({key: v for key, v in value.items() if key != "checksum"})
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def file_digest(path: Path) -> str:
+    """Return a checksum against damage, not forgery: fast enough for the optimizer state of an 8B model."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()
 
 
 def read_jsonl(path: Path, keys: Collection[str] = ()) -> Iterator[dict[str, Any]]:
@@ -84,6 +118,34 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class NumberedNames:
+    """Names that consist of a prefix and a number of at least `width` digits, such as `step-00000012`."""
+
+    prefix: str
+    width: int
+
+    def path(self, folder: Path, number: int) -> Path:
+        return folder / f"{self.prefix}{number:0{self.width}d}"
+
+    def entries(self, folder: Path) -> dict[int, Path]:
+        """Return the entries of the folder that have such names, ascending; any other, as `step-abc`, is not ours."""
+        entries: dict[int, Path] = {}
+        for path in folder.glob(f"{self.prefix}*"):
+            with contextlib.suppress(ValueError):
+                number = int(path.name.removeprefix(self.prefix))
+                if path == self.path(folder, number):
+                    entries[number] = path
+        return dict(sorted(entries.items()))
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, as far as the file system permits."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def is_full(folder: Path) -> bool:
     """Return whether the disk under `folder` has less than a megabyte left."""
     return shutil.disk_usage(folder).free < 2**20
@@ -101,6 +163,6 @@ def publish_folder(draft: Path, final: Path) -> None:
     """Rename a finished folder into place, unless another process has just published an equal one."""
     try:
         os.rename(draft, final)
-    except OSError:
-        if not final.exists():
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

@@ -23,10 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from src.store.files import atomic_write
+from src.errors import DamagedFile
+from src.store.files import NumberedNames, atomic_write, read_json, remove
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
+LEASES = NumberedNames("lease-", 6)
 
 
 class LeaseLost(RuntimeError):
@@ -51,7 +53,8 @@ def _machine() -> str:
 
 def _slurm_run() -> tuple[str | None, int]:
     """Return the job id, and how often SLURM had requeued the job before this run of it."""
-    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return os.environ.get("SLURM_JOB_ID"), int(count) if count.isascii() and count.isdigit() else 0
 
 
 def _process_start(pid: int) -> str | None:
@@ -107,8 +110,8 @@ class Lease:
             self._thread.join()
             # The folder may be deleted with the finished stage, or the disk full: then the lease goes stale.
             with contextlib.suppress(OSError):
-                if self._path(self.number).exists():
-                    atomic_write(self._path(self.number), self._text(released=True))
+                if LEASES.path(self.folder, self.number).exists():
+                    atomic_write(LEASES.path(self.folder, self.number), self._text(released=True))
             self.held = False
 
     def check(self) -> None:
@@ -118,9 +121,6 @@ class Lease:
         if self._lost:
             raise LeaseLost(f"{self.folder}: another process took this stage over")
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"lease-{number:06d}"
-
     def _current(self) -> tuple[int, dict[str, Any] | None]:
         """Return the highest number and its holder, (0, None) without one.
 
@@ -128,15 +128,17 @@ class Lease:
         """
         while number := self._highest():
             try:
-                return number, json.loads(self._path(number).read_text(encoding="utf-8"))
+                holder = read_json(LEASES.path(self.folder, number))
             except FileNotFoundError:
                 continue  # the holder of the next number has just removed it
-            except (json.JSONDecodeError, OSError):  # replaced while a network file system read it
-                return number, {"beat": "unreadable"}
+            except DamagedFile:  # or replaced while a network file system read it
+                holder = {}
+            is_ours = type(holder.get("pid")) is int and type(holder.get("run", 0)) is int
+            return number, holder if is_ours else {"beat": "unreadable"}
         return 0, None
 
     def _highest(self) -> int:
-        return max((int(p.name[6:]) for p in self.folder.glob("lease-??????")), default=0)
+        return max(LEASES.entries(self.folder), default=0)
 
     @staticmethod
     def _dead(holder: dict[str, Any]) -> bool:
@@ -154,7 +156,7 @@ class Lease:
         draft = self.folder / f".draft-{self.token}"
         try:
             draft.write_text(self._text(), encoding="utf-8")
-            os.link(draft, self._path(number))
+            os.link(draft, LEASES.path(self.folder, number))
         # Another process was first, or has finished and removed the folder.
         except (FileExistsError, FileNotFoundError):
             return False
@@ -162,12 +164,12 @@ class Lease:
             draft.unlink(missing_ok=True)
         if self._highest() > number:
             # Between reading and linking, others have taken this number, removed it and taken the next one.
-            self._path(number).unlink(missing_ok=True)
+            LEASES.path(self.folder, number).unlink(missing_ok=True)
             return False
         self._last_beat = time.monotonic()
-        for old in self.folder.glob("lease-??????"):
-            if int(old.name[6:]) < number:
-                old.unlink(missing_ok=True)
+        for old, path in LEASES.entries(self.folder).items():
+            if old < number:
+                remove(path)
         return True
 
     def _text(self, **more: object) -> str:
@@ -186,7 +188,7 @@ class Lease:
                     self._lost = True
                     return
                 self._beats += 1
-                atomic_write(self._path(self.number), self._text())
+                atomic_write(LEASES.path(self.folder, self.number), self._text())
                 self._last_beat = time.monotonic()
             except OSError:
                 continue  # full disk or unreachable server: retry at the next beat, until the lease is stale

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.errors import ConfigError
+from src.errors import DamagedFile, StageError, warn
 from src.store.attempt import PROGRESS_FILE, Attempt, Report
 from src.store.code_snapshot import revision
-from src.store.files import fsync_tree, publish_folder, read_json, read_versioned_json, write_json
+from src.store.files import (
+    NumberedNames,
+    fsync_tree,
+    publish_folder,
+    read_checksummed_json,
+    read_json,
+    read_versioned_json,
+    remove,
+    with_checksum,
+    write_json,
+)
+from src.store.integrity import DONE, STAGE_FILE, WEIGHTS, WEIGHTS_REMOVED, describe_files, find_damage
 from src.store.lease import Lease
 
 if TYPE_CHECKING:
     from src.planning.stage import Stage
 
-DONE = "DONE"
-STAGE_FILE = "stage.json"
-WEIGHTS_REMOVED = "WEIGHTS_REMOVED"  # marks a finished stage whose model was deleted by keep_checkpoints
 RESULT_FILE = "result.json"  # of an evaluate stage: the measurements that points are compared by
 QUALITY_FILE = "quality.json"  # beside it: quality per prompt, and which prompts select hyper-parameters
 JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, with a judge: verdict and reason for every prompt
 RUN_CONFIG_FILE = "run_config.json"  # beside stage.json: the resolved config of the run that computed the stage
 SAMPLES_FILE = "samples.jsonl"  # of a generate stage
 METRICS_FILE = "metrics.jsonl"  # of a stage that trains: one object per optimizer step; trackers are fed from it
+CHECKPOINTS = NumberedNames("step-", 8)  # of a stage that trains, by the step they were saved before
 RESULT_SCHEMA = 2  # of result.json and quality.json
 # The small files of a stage, which suffice to aggregate without the store.
 SMALL_FILES = (
@@ -106,30 +115,53 @@ class Store:
         folder = self.dir(stage)
         if self.has_weights(stage):
             write_json(folder / WEIGHTS_REMOVED, {"removed": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-        for path in folder.glob("*.safetensors*"):
+        for path in folder.glob(WEIGHTS):
             path.unlink(missing_ok=True)
 
-    def finished(self, kind: str, newest: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def finished(self, kind: str, version: int, newest: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield (content of stage.json, content of DONE) of the newest finished stages of a kind, newest first.
 
-        Their inputs have other fields when their version is not the current one.
+        Those of another version are left out, whose inputs have other fields, and with a warning damaged ones.
         """
-        by_time = [(done.stat().st_mtime, done) for done in (self.root / kind).glob(f"*/{DONE}")]
-        for _, done in sorted(by_time, reverse=True)[:newest]:
-            yield read_json(done.with_name(STAGE_FILE)), read_json(done)
+        by_time: list[tuple[float, Path]] = []
+        for done in (self.root / kind).glob(f"*/{DONE}"):
+            with contextlib.suppress(FileNotFoundError):  # moved away since
+                by_time.append((done.stat().st_mtime, done.parent))
+        for _, folder in sorted(by_time, reverse=True)[:newest]:
+            try:
+                description = read_json(folder / STAGE_FILE)
+                if description.get("version") != version:
+                    continue
+                if damage := find_damage(folder, folder.name, names=(STAGE_FILE,)):
+                    raise DamagedFile(damage)
+                done = read_checksummed_json(folder / DONE)
+            except FileNotFoundError:
+                continue
+            except DamagedFile as error:
+                warn(f"{error}; it is left out of the estimates")
+                continue
+            yield description, done
 
-    def artifacts(self, stage: Stage) -> Path:
-        """Return the directory of a finished stage. Raises ConfigError when it was made from other inputs."""
-        folder = self.dir(stage)
-        if read_json(folder / STAGE_FILE) != stage.description:
-            raise ConfigError(f"{folder / STAGE_FILE} was written for other inputs: move the folder away and run again")
-        return folder
+    def damage(self, stage: Stage | StageName, names: Collection[str] | None = None) -> str | None:
+        """Return which artifact of a finished stage is damaged or missing, and how; None when none is.
+
+        names: the files to look at, by default all. Weights that keep_checkpoints removed are not missing.
+        """
+        return find_damage(self.dir(stage), stage.identity, names)
+
+    def set_aside(self, stage: Stage, reason: str) -> None:
+        """Move the folder of a stage out of the way, replacing an older one there, and warn. reason: names the file."""
+        aside = self.root / stage.kind / ".damaged" / stage.identity
+        aside.parent.mkdir(exist_ok=True)
+        remove(aside)
+        os.rename(self.dir(stage), aside)
+        warn(f"{reason}; {stage.label} is computed again (what was there is now in {aside})")
 
     def progress(self, stage: Stage | StageName) -> dict[str, Any] | None:
         """Return the last reported progress of a running stage; None when there is none."""
         try:
-            return read_json(self.work(stage) / PROGRESS_FILE)
-        except (FileNotFoundError, json.JSONDecodeError):
+            return read_checksummed_json(self.work(stage) / PROGRESS_FILE)
+        except (FileNotFoundError, DamagedFile):
             return None
 
     def begin(self, stage: Stage, lease: Lease, report: Report) -> Attempt:
@@ -153,9 +185,14 @@ class Store:
         return Attempt(out, checkpoints, None, lambda *_: None, stage.label, stage.identity, self.output_dir)
 
     def publish(self, stage: Stage, attempt: Attempt) -> None:
-        """Make the artifacts visible: flush everything to disk, write DONE last, then rename once."""
+        """Make the artifacts visible: flush everything to disk, write DONE last, then rename once.
+
+        Raises StageError when the folder of the attempt was deleted meanwhile: a library may have made it anew.
+        """
         assert attempt.lease is not None
         attempt.lease.check()
+        if not (attempt.out / STAGE_FILE).is_file():
+            raise StageError(f"{attempt.out}: deleted while {stage.label} was computed; run the same command again")
         fsync_tree(attempt.out)
         done = {
             "stage": stage.kind,
@@ -167,9 +204,12 @@ class Store:
             "host": socket.gethostname(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "commit": revision()["commit"],
+            "files": describe_files(attempt.out),
         }
-        write_json(attempt.out / DONE, done)
+        write_json(attempt.out / DONE, with_checksum(done))
         final = self.dir(stage)
+        if os.path.lexists(final) and not self.is_done(stage):
+            self.set_aside(stage, f"{final}: has no {DONE}, so that it is no finished stage")
         if (final / WEIGHTS_REMOVED).exists():
             old = attempt.out.with_name("without-weights")
             shutil.rmtree(old, ignore_errors=True)

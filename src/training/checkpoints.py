@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
 import uuid
 from pathlib import Path
 
-import xxhash
-
 from src.distributed import get_distributed
+from src.errors import DamagedFile
 from src.store.attempt import Attempt
-from src.store.files import fsync_tree, is_full, read_json, write_json
-from src.store.store import METRICS_FILE
+from src.store.files import (
+    file_digest,
+    fsync_tree,
+    is_full,
+    read_checksummed_json,
+    remove,
+    with_checksum,
+    write_json,
+)
+from src.store.store import CHECKPOINTS, METRICS_FILE
 from src.training.engine import TrainingEngine
 
 log = logging.getLogger(__name__)
@@ -33,7 +39,7 @@ def save(engine: TrainingEngine, attempt: Attempt, step: int, keep: int = KEEP) 
     if attempt.lease is not None:
         attempt.lease.check()
     ranks, parent = get_distributed(), attempt.checkpoints / engine.checkpoint_format
-    final = parent / f"step-{step:08d}"
+    final = CHECKPOINTS.path(parent, step)
     draft = ranks.broadcast_object(
         parent / f".draft-{uuid.uuid4().hex[:8]}" if ranks.is_main_process and not final.exists() else None
     )
@@ -45,9 +51,9 @@ def save(engine: TrainingEngine, attempt: Attempt, step: int, keep: int = KEEP) 
         ranks.barrier()
         if ranks.is_main_process:
             shutil.copy(attempt.out / METRICS_FILE, draft)
-            digests = {str(path.relative_to(draft)): _digest(path) for path in draft.rglob("*") if path.is_file()}
+            digests = {str(path.relative_to(draft)): file_digest(path) for path in draft.rglob("*") if path.is_file()}
             state = {"step": step, "seconds": attempt.seconds, "tokens": attempt.tokens, "files": digests}
-            write_json(draft / _STATE_FILE, state)
+            write_json(draft / _STATE_FILE, with_checksum(state))
             fsync_tree(draft)
             os.rename(draft, final)
     except Exception as error:
@@ -60,8 +66,8 @@ def save(engine: TrainingEngine, attempt: Attempt, step: int, keep: int = KEEP) 
             shutil.rmtree(draft, ignore_errors=True)
     if ranks.is_main_process:
         # Newer checkpoints belong to an interrupted longer run (a later rung); keep them.
-        for old in sorted(path for path in parent.glob("step-*") if path.name <= final.name)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in [path for number, path in CHECKPOINTS.entries(parent).items() if number <= step][:-keep]:
+            remove(old)
     ranks.barrier()
 
 
@@ -83,7 +89,7 @@ def resume(engine: TrainingEngine, attempt: Attempt, end: int) -> int:
     engine.load(checkpoint)
     if ranks.is_main_process:
         shutil.copy(checkpoint / METRICS_FILE, attempt.out)
-    state = read_json(checkpoint / _STATE_FILE)
+    state = read_checksummed_json(checkpoint / _STATE_FILE)
     attempt.prior_seconds, attempt.tokens = state["seconds"], state["tokens"]
     log.info("resuming from step %d", state["step"])
     return state["step"]
@@ -93,29 +99,26 @@ def _newest_undamaged(folder: Path, end: int) -> Path | None:
     """Return the newest undamaged checkpoint of step `end` or before; delete damaged and unfinished ones."""
     for draft in folder.glob(".draft-*"):
         shutil.rmtree(draft, ignore_errors=True)
-    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
-        if int(checkpoint.name[5:]) > end:
+    for step, checkpoint in reversed(CHECKPOINTS.entries(folder).items()):
+        if step > end:
             continue
-        damage = _damage(checkpoint)
+        damage = _damage(checkpoint, step)
         if damage is None:
             return checkpoint
         log.warning("checkpoint %s is corrupted (%s); falling back to the previous one", checkpoint, damage)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove(checkpoint)
     return None
 
 
-def _damage(checkpoint: Path) -> str | None:
+def _damage(checkpoint: Path, step: int) -> str | None:
     """Return what is wrong with a checkpoint, if anything. To be called before a load, which may stop half-way."""
     try:
-        for name, digest in read_json(checkpoint / _STATE_FILE)["files"].items():
-            if _digest(checkpoint / name) != digest:
+        state = read_checksummed_json(checkpoint / _STATE_FILE)
+        if state["step"] != step:
+            return f"it is that of step {state['step']}"
+        for name, digest in state["files"].items():
+            if file_digest(checkpoint / name) != digest:
                 return f"checksum mismatch in {name}"
-    except (FileNotFoundError, ValueError, KeyError) as error:  # other OSErrors are of the file system: not damage
-        return f"incomplete: {error}"
+    except (FileNotFoundError, IsADirectoryError, DamagedFile) as error:
+        return f"incomplete: {error}"  # other OSErrors are of the file system: not damage
     return None
-
-
-def _digest(path: Path) -> str:
-    """Return a checksum against damage, not forgery: fast enough for the optimizer state of an 8B model."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()

@@ -60,7 +60,7 @@ class Search:
             num_completed, failures = self._load_progress(folder)
             while True:
                 plan, rung = self._plan(failures), self.state.rung
-                if self.state.is_last or (rung >= num_completed and plan.needed):
+                if self.state.is_last or (plan.needed and (rung >= num_completed or plan.damaged)):
                     record = SweepRecord(folder, plan, command, self.state, dict(failures))
                     new_failures = self._run_rung(launcher, record, sync)
                     if new_failures is None:
