@@ -117,6 +117,41 @@ def test_a_holder_whose_lease_was_taken_over_notices_before_it_publishes(tmp_pat
             lease.check()
 
 
+GARBAGE = ["", "[]", "5", "{", '{"pid": "x"}', '{"pid": 1, "run": "x"}', '{"pid": null, "machine": 3}', "\x00"]
+
+
+@pytest.mark.parametrize("content", [*GARBAGE, None])
+def test_a_lease_that_cannot_be_read_is_replaced_once_it_is_stale(content, tmp_path, short_timeouts, monkeypatch):
+    monkeypatch.setattr(lease_module, "STALE_SECONDS", 0.2)
+    path = tmp_path / "lease-000007"
+    path.mkdir() if content is None else path.write_text(content)
+    with Lease(tmp_path) as lease:
+        assert lease.held and lease.number == 8
+        lease.check()
+    assert not path.exists()
+
+
+def test_other_files_beside_a_lease_are_none(tmp_path):
+    for name in ("lease-abcdef", "lease-1", "lease-0000001", "lease-", "lease-\u0663\u0663\u0663\u0663\u0663\u0663"):
+        (tmp_path / name).write_text("")
+    with Lease(tmp_path) as lease:
+        assert lease.number == 1
+
+
+def test_numbers_of_leases_may_outgrow_their_width(tmp_path, short_timeouts):
+    foreign(tmp_path, number=999_999)
+    for expected in (1_000_000, 1_000_001):
+        with Lease(tmp_path) as lease:
+            assert lease.number == expected
+            lease.check()
+
+
+@pytest.mark.parametrize(("count", "run"), [("abc", 0), ("", 0), ("-1", 0), ("\u0663", 0), ("2", 2)])
+def test_a_restart_count_that_is_no_number_is_none(count, run, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    assert lease_module._slurm_run()[1] == run
+
+
 def test_exactly_one_of_several_takers_wins(tmp_path):
     takers = [Lease(tmp_path) for _ in range(20)]
     start = threading.Barrier(20)

@@ -1,6 +1,5 @@
 """Runs that are killed at any moment or started twice at once have the results of an undisturbed run."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from src.config.validation import build_point
-from src.errors import ConfigError
 from src.planning.plan import make_plan
 from src.planning.stage import Stage
 from src.store.store import Store
@@ -175,17 +173,3 @@ def test_another_seed_gives_other_results(tmp_path, undisturbed):
     train(*POINT, f"output_dir={tmp_path}", "seed=1")
     metrics = [v for k, v in results(tmp_path).items() if k.endswith("metrics.jsonl")]
     assert all(m not in undisturbed.values() for m in metrics)
-
-
-def test_artifacts_of_another_config_are_refused_with_the_keys_that_differ(tmp_path, undisturbed):
-    point = build_point(composed(*POINT, f"output_dir={tmp_path}"))
-    store = Store(tmp_path)
-    stage = next(iter(make_plan([point], store).stages.values()))
-    folder = store.dir(stage)
-    folder.mkdir(parents=True)
-    (folder / "DONE").write_text("{}")
-    other = json.loads(json.dumps(stage.description))
-    other["inputs"]["trainer"]["lr"] = 123
-    (folder / "stage.json").write_text(json.dumps(other))
-    with pytest.raises(ConfigError, match="was written for other inputs"):
-        store.artifacts(stage)
