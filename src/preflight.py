@@ -12,10 +12,12 @@ from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES
 from src.config.packages import require_package
 from src.config.schema import Point
 from src.data.evaluation_prompts import read_answers, read_prompts
+from src.data.rows import name_of
 from src.data.sources import open_source
 from src.errors import ConfigError
 from src.judges.prompt_file import load_judge_prompt
-from src.planning.identity import locate
+from src.planning.identity import DataInputs, locate
+from src.planning.resources import splits_validation_prompts
 from src.planning.stage import pair_data, prompt_inputs, sft_data
 
 HUB_TIMEOUT = 5.0  # seconds
@@ -30,6 +32,8 @@ def check_input_files(points: Sequence[Point]) -> None:
         for data in (sft_data(point), pair_data(point)):
             open_source(data).check()
     for point in {repr((p.dataset, p.evaluation, p.judge)): p for p in points}.values():
+        if point.dataset.source == "jsonl" and splits_validation_prompts(point):
+            _check_two_prompts(pair_data(point))
         judge = point.judge
         if judge.prompt_file is not None:
             load_judge_prompt(judge.prompt_file)
@@ -39,6 +43,15 @@ def check_input_files(points: Sequence[Point]) -> None:
             prompts = read_prompts(prompt_inputs(point))
             if baseline is not None:
                 read_answers(baseline, prompts, "judge.baseline")
+
+
+def _check_two_prompts(data: DataInputs) -> None:
+    pairs = open_source(data).pairs("validation")
+    if len({pair.prompt.stripped_key for pair in pairs}) < 2:
+        raise ConfigError(
+            f"{name_of(data)}: all {len(pairs)} validation pairs have the same prompt; selection and reporting need "
+            "one each: raise dataset.validation_size, or give pairs of more prompts"
+        )
 
 
 def check_packages(points: Iterable[Point]) -> None:

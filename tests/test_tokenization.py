@@ -75,7 +75,7 @@ def test_over_long_prompts_keep_their_end_and_responses_are_cut_on_the_right(min
 
 def test_rows_without_a_supervised_token_are_dropped_and_counted(mini):
     data = pairs([("a", "b", "c"), ("a", "", "c"), ("a", "b", "  ")], mini)
-    assert len(data.examples) == 1 and data.dropped == {"no supervised token": 2}
+    assert len(data.examples) == 1 and data.counts.dropped == {"no supervised token": 2}
 
 
 CONVERSATION = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}, {"from": "human", "value": "Bye"}]
@@ -229,7 +229,7 @@ def test_tokens_are_cached_for_every_stage_that_reads_the_same_rows(split, tmp_p
     tokenized = load(mini)
     (folder,) = (tmp_path / "store" / "tokenized").glob("*")
     cached = load(None)
-    assert list(cached.examples) == list(tokenized.examples) and cached.dropped == tokenized.dropped
+    assert list(cached.examples) == list(tokenized.examples) and cached.counts == tokenized.counts
     assert len(cached.examples) > 1 and cached.examples[-2:] == list(tokenized.examples)[-2:]
     assert split == "validation" or "no supervised token" in caplog.text  # warned about every time
 

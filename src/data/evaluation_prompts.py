@@ -49,10 +49,12 @@ def read_answers(file: str, prompts: Sequence[EvaluationPrompt], key: str) -> li
 
     Raises ConfigError naming file and line, or the prompt that has no answer.
     """
-    answers = {}
+    answers: dict[str, dict[str, Any]] = {}
     for where, row in read_rows(file, key):
         generator = str(row.get("generator") or row.get("model_id") or "baseline")
-        answers[_key(row, where)] = {"response": _answer(row, where), "generator": generator}
+        answer = {"response": _answer(row, where), "generator": generator}
+        if answers.setdefault(_key(row, where), answer) != answer:
+            raise ConfigError(f"{where}: a second, other answer to {_key(row, where)[:60]!r}; give one for each prompt")
     for prompt in prompts:
         if prompt.key not in answers:
             raise ConfigError(f"{key}={file}: no answer to {prompt.key[:60]!r}")

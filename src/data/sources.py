@@ -54,12 +54,12 @@ class JsonLines(Source):
         path = data.path.location
         rows = [parse_pair(row, where) for where, row in read_rows(path)]
         # Shuffled by prompt: the pairs of one prompt must not be in both splits.
-        prompts = list(dict.fromkeys(row.prompt.key for row in rows))
+        prompts = list(dict.fromkeys(row.prompt.stripped_key for row in rows))
         random.Random(data.seed).shuffle(prompts)
         position = {key: number for number, key in enumerate(prompts)}
-        rows.sort(key=lambda row: position[row.prompt.key])
+        rows.sort(key=lambda row: position[row.prompt.stripped_key])
         end = validation_size = data.validation_size or max(2, len(rows) // 10)
-        while 0 < end < len(rows) and rows[end].prompt == rows[end - 1].prompt:
+        while 0 < end < len(rows) and rows[end].prompt.stripped_key == rows[end - 1].prompt.stripped_key:
             end += 1
         if end >= len(rows):
             raise ConfigError(
@@ -69,7 +69,7 @@ class JsonLines(Source):
         return {"validation": rows[:end], "train": rows[end:][: data.train_size]}
 
     def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
-        return [Demonstration(p.prompt, p.chosen) for p in self.pairs("train")[: self.data.sft_size]]
+        return [Demonstration(p.prompt, p.chosen, p.where) for p in self.pairs("train")[: self.data.sft_size]]
 
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
         return self._splits[split]

@@ -20,6 +20,7 @@ from src.data.rows import (
     no_progress,
     parse_demonstration,
     parse_pair,
+    require_regular_file,
     sample_indices,
 )
 from src.errors import ConfigError
@@ -65,7 +66,7 @@ class Hub(Source):
                 self._check("preference", split, parse_pair)
 
     def _check(self, name: str, split: str, parse: Callable[[Row, str], T]) -> None:
-        first: Any = next(iter(self._table(name, split, streaming=True)), None)
+        first: Any = next(iter(self._table(name, split, first_row=True)), None)
         if first is None:
             raise ConfigError(f"{self._location(name)}/{split}: the split has no rows")
         self._parse(name, split, [(0, first)], parse)
@@ -114,21 +115,26 @@ class Hub(Source):
     def _location(self, name: str) -> str:
         return getattr(self.data, name).path if self.data.path is None else str(Path(self.data.path.location) / name)
 
-    def _table(self, name: str, split: str, streaming: bool = False) -> Any:
-        """Load one split of a table, a datasets.Dataset. Raises ConfigError when that fails."""
+    def _table(self, name: str, split: str, first_row: bool = False) -> Any:
+        """Load one split of a table, a datasets.Dataset, or its first row alone. Raises ConfigError when that fails."""
         import datasets
 
         location = self._location(name)
         key = f"dataset.{name}.path" if self.data.path is None else "dataset.path"
+        if self.data.path is not None:
+            for path in sorted(Path(location).rglob("*")):
+                if not path.is_dir():
+                    require_regular_file(path, key)
         try:
             if self.data.path is not None and (Path(location) / "dataset_dict.json").is_file():
                 saved = datasets.load_from_disk(location)
                 if split not in saved:
                     raise ValueError(f"available splits: {', '.join(saved)}")
                 return saved[split]
-            if streaming:  # cannot slice (train[:97%]) or join (a+b) splits; for the first row this is enough
-                split = re.split(r"[\[+]", split)[0]
-            return datasets.load_dataset(location, split=split, streaming=streaming)
+            if not first_row:
+                return datasets.load_dataset(location, split=split)
+            # Streaming cannot slice (train[:97%]) or join (a+b) splits; for the first row this is enough.
+            return list(datasets.load_dataset(location, split=re.split(r"[\[+]", split)[0], streaming=True).take(1))
         except Exception as error:  # datasets raises many kinds; all mean that the table cannot be loaded
             reason = str(error).split("\n")[0]
             hint = "" if self.data.path is not None else "; dataset.path=FOLDER names a local copy"

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from typing import Any
 import datasets
 
 from src.data.examples import Example
-from src.data.rows import Demonstration, ExpectedRows, Pair
+from src.data.rows import Demonstration, ExpectedRows, Pair, name_of
 from src.data.sources import open_source, sample_demonstrations
 from src.data.templates import Template
 from src.errors import ConfigError
@@ -26,7 +27,7 @@ from src.store.store import Store
 log = logging.getLogger(__name__)
 
 VERSION = 3  # raise it when the same rows become other tokens: cached ones are then not reused
-DROPPED_FILE = "dropped.json"  # beside the Arrow file: reason -> number of rows
+COUNTS_FILE = "counts.json"  # beside the Arrow file: rows dropped by reason, and rows that spell a control token
 CHUNK_ROWS = 1000  # converted to Arrow at a time: a whole table of Python integers takes ten times the memory
 
 _TOKENS = datasets.List(datasets.Value("int32"))
@@ -75,36 +76,49 @@ class _NestedColumn:
         return tuple(tuple(self._values[a:b].tolist()) for a, b in pairwise(ends))
 
 
-class TokenizedDataset:
-    """Tokenized rows, in memory or memory-mapped, and how many rows were dropped, by reason."""
+@dataclass
+class RowCounts:
+    """What became of rows: how many were dropped, by reason, and how many spell a control token, which stays text.
 
-    def __init__(self, dataset: datasets.Dataset, dropped: dict[str, int]) -> None:
-        self.dataset, self.dropped = dataset, dropped
+    first: where the first row that spells one is, after the path of its file or folder.
+    """
+
+    dropped: dict[str, int] = field(default_factory=dict)
+    spelling_control_tokens: int = 0
+    first: str = ""
+
+
+class TokenizedDataset:
+    """Tokenized rows, in memory or memory-mapped, and counts of the rows they were made of."""
+
+    def __init__(self, dataset: datasets.Dataset, counts: RowCounts) -> None:
+        self.dataset, self.counts = dataset, counts
         self.examples = TokenizedExamples(dataset)
 
     @classmethod
-    def collect(cls, examples: Iterable[Example]) -> TokenizedDataset:
-        """Keep examples that have a prompt token to predict from and a token in every response; count the others."""
+    def collect(cls, examples: Iterable[Example], counts: RowCounts) -> TokenizedDataset:
+        """Keep examples that a model can learn from; count the others by the reason why not."""
         dropped: Counter[str] = Counter()
 
         def rows() -> Iterator[dict[str, Any]]:
             for example in examples:
-                if example.prompt and all(example.responses):
-                    yield vars(example)
+                if reason := _why_useless(example):
+                    dropped[reason] += 1
                 else:
-                    dropped["no supervised token" if example.prompt else "empty prompt"] += 1
+                    yield vars(example)
 
         remaining, chunks = rows(), [datasets.Dataset.from_dict({name: [] for name in _FEATURES}, _FEATURES)]
         while chunk := list(islice(remaining, CHUNK_ROWS)):
             chunks.append(datasets.Dataset.from_list(chunk, _FEATURES))
-        return cls(datasets.concatenate_datasets(chunks), dict(dropped))
+        counts.dropped = dict(dropped)
+        return cls(datasets.concatenate_datasets(chunks), counts)
 
     @classmethod
     def load(cls, folder: Path) -> TokenizedDataset | None:
         """Return what `save` wrote, memory-mapped; None without it. A cache that cannot be read is deleted."""
         try:
-            return cls(datasets.load_from_disk(folder), read_json(folder / DROPPED_FILE))
-        except (OSError, ValueError):
+            return cls(datasets.load_from_disk(folder), RowCounts(**read_json(folder / COUNTS_FILE)))
+        except (OSError, ValueError, TypeError):
             shutil.rmtree(folder, ignore_errors=True)
             return None
 
@@ -114,9 +128,20 @@ class TokenizedDataset:
         with TemporaryDirectory(dir=folder.parent, prefix=".draft-") as temporary:
             draft = Path(temporary) / folder.name
             self.dataset.save_to_disk(draft)
-            write_json(draft / DROPPED_FILE, self.dropped)
+            write_json(draft / COUNTS_FILE, vars(self.counts))
             fsync_tree(draft)
             publish_folder(draft, folder)
+
+
+def _why_useless(example: Example) -> str | None:
+    """Return why nothing can be learned from an example; None when something can."""
+    if not example.prompt:
+        return "empty prompt"  # no token to predict the first one from
+    if not all(example.responses):
+        return "no supervised token"
+    if len(example.responses) == 2 and example.responses[0] == example.responses[1]:
+        return "chosen equals rejected"
+    return None
 
 
 def tokenize(
@@ -125,17 +150,29 @@ def tokenize(
     """Return an example of two responses for each pair, of one response for each demonstration.
 
     A prompt over its limit keeps its end; a response over its limit is cut on the right and loses its end token.
+    Raises ConfigError, naming the row, when the template cannot write it.
     """
+    counts = RowCounts()
 
     def example(row: Pair | Demonstration) -> Example:
-        if isinstance(row, Demonstration):
-            return _tokenize_conversation(row, template, max_tokens, max_prompt_tokens)
-        prompt = template.prompt_ids(row.prompt)[-max_prompt_tokens:]
-        limit = max_tokens - len(prompt)
-        ids = [template.response_ids(text)[:limit] if text.strip() else [] for text in row.responses]
-        return Example(tuple(prompt), tuple(map(tuple, ids)))
+        if template.spells_control_token(row):
+            counts.first = counts.first or row.where
+            counts.spelling_control_tokens += 1
+        try:
+            if isinstance(row, Demonstration):
+                return _tokenize_conversation(row, template, max_tokens, max_prompt_tokens)
+            return _tokenize_pair(row, template, max_tokens, max_prompt_tokens)
+        except ConfigError as error:
+            raise ConfigError(f"{row.where}: {error}" if row.where else str(error)) from error
 
-    return TokenizedDataset.collect(map(example, rows))
+    return TokenizedDataset.collect(map(example, rows), counts)
+
+
+def _tokenize_pair(row: Pair, template: Template, max_tokens: int, max_prompt_tokens: int) -> Example:
+    prompt = template.prompt_ids(row.prompt)[-max_prompt_tokens:]
+    limit = max_tokens - len(prompt)
+    ids = [template.response_ids(text)[:limit] if text.strip() else [] for text in row.responses]
+    return Example(tuple(prompt), tuple(map(tuple, ids)))
 
 
 def _tokenize_conversation(row: Demonstration, template: Template, max_tokens: int, max_prompt_tokens: int) -> Example:
@@ -179,11 +216,24 @@ def load_examples(
             )
             tracked = track(rows, f"tokens of {split} rows")
             tokenized = tokenize(tracked, template, data.max_tokens, data.max_prompt_tokens)
+            # Tokens are kept by content, which may move.
+            tokenized.counts.first = tokenized.counts.first.removeprefix(data.path.location if data.path else "")
             tokenized.save(folder)
-        num_rows = len(tokenized.examples) + sum(tokenized.dropped.values())
-        for reason, count in tokenized.dropped.items():
-            log.warning("%s %s: dropped %d of %d rows: %s", data.source, split, count, num_rows, reason)
+        _warn(data, split, len(tokenized.examples), tokenized.counts)
         if not tokenized.examples:
-            raise ConfigError(f"dataset: no {split} row remains after tokenization ({tokenized.dropped})")
+            raise ConfigError(
+                f"{name_of(data)}: no {split} row remains after tokenization ({tokenized.counts.dropped})"
+            )
         _cache[key] = tokenized
     return _cache[key]
+
+
+def _warn(data: DataInputs, split: str, num_kept: int, counts: RowCounts) -> None:
+    num_rows = num_kept + sum(counts.dropped.values())
+    for reason, count in counts.dropped.items():
+        log.warning("%s: dropped %d of %d %s rows: %s", name_of(data), count, num_rows, split, reason)
+    if counts.spelling_control_tokens:
+        log.warning(
+            "%s: %d of %d %s rows spell a control token of the model, which is read as ordinary text; the first is %s",
+            name_of(data), counts.spelling_control_tokens, num_rows, split, counts.first.lstrip(",/ "),
+        )  # fmt: skip

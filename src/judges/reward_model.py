@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from src.data.control_tokens import ControlTokens
 from src.data.rows import Prompt
 from src.errors import ConfigError, StageError
 from src.judges import Comparison, Judged, Verdict
@@ -61,7 +63,9 @@ def _rewards(name: str, texts: dict[str, tuple[Prompt, str]], device: str) -> It
     if model.config.num_labels != 1:
         raise ConfigError(f"judge.model={name} has {model.config.num_labels} labels; a reward model has one")
     model.to(device_of(device)).eval()
-    ids = {key: _tokenize(tokenizer, *text) for key, text in texts.items()}
+    apply = partial(tokenizer.apply_chat_template, tokenize=False) if tokenizer.chat_template else None
+    control = ControlTokens(tokenizer, apply)
+    ids = {key: _tokenize(tokenizer, control, *text) for key, text in texts.items()}
     longest, limit = max(map(len, ids.values())), getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise StageError(f"judge.model={name} reads {limit} tokens; the longest prompt with its response has {longest}")
@@ -71,13 +75,17 @@ def _rewards(name: str, texts: dict[str, tuple[Prompt, str]], device: str) -> It
         yield from zip(keys, _batch_rewards(model, tokenizer, [ids[key] for key in keys]), strict=True)
 
 
-def _tokenize(tokenizer: Any, prompt: Prompt, response: str) -> list[int]:
-    """Return the ids of the reward model's chat template; without one, an empty line separates prompt and response."""
+def _tokenize(tokenizer: Any, control: ControlTokens, prompt: Prompt, response: str) -> list[int]:
+    """Return the ids of the reward model's chat template; without one, an empty line separates prompt and response.
+
+    Texts that spell a control token stay text: an answer cannot end its turn and go on as the user.
+    """
     if tokenizer.chat_template:
         chat = [*prompt.messages, {"role": "assistant", "content": response}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer(f"{prompt.text}\n\n{response}")["input_ids"]
+        marked = [{**message, "content": control.mark(message["content"])} for message in chat]
+        return control.encode(tokenizer.apply_chat_template(marked, tokenize=False))
+    text = f"{prompt.text}\n\n{response}"
+    return tokenizer(text, split_special_tokens=control.are_in(text))["input_ids"]
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ class Resources:
     server_concurrency: int = 64
     judge: JudgeEndpoint = field(default_factory=JudgeEndpoint)
     max_sequence_tokens: int = 1024  # of training and sampling; a model with fewer positions is refused when loaded
+    min_validation_prompts: int = 1  # distinct ones; fewer are refused before training
     pairs: DataInputs | None = None  # read once before SFT, so that a broken row is found before hours of training
     expected_rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # table -> split -> rows, to warn
 
@@ -50,6 +51,13 @@ def resources_of(point: Point, pairs: DataInputs) -> Resources:
         server_concurrency=point.server.concurrency,
         judge=select_fields(JudgeEndpoint, point.judge),
         max_sequence_tokens=max(data.max_tokens, data.max_prompt_tokens + generation.max_new_tokens),
+        min_validation_prompts=2 if splits_validation_prompts(point) else 1,
         pairs=pairs,
         expected_rows={name: table.rows for name, table in tables.items() if table is not None},
     )
+
+
+def splits_validation_prompts(point: Point) -> bool:
+    """Return whether prompts of validation pairs are split into selection and reporting, which need one each."""
+    own_prompts = point.evaluation.prompts_file is not None or point.dataset.source == "mini_tldr"
+    return point.evaluation.metric == "reward_accuracy" or not own_prompts

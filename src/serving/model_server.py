@@ -146,17 +146,18 @@ def sample_through(
 ) -> None:
     """Call on_result(index, (response ids, finished)) for every prompt (index -> ids), in order of completion.
 
-    A server returns text, so the ids are those of its text. Raises what ConcurrentClient.map_concurrent does.
+    A server gets and returns text, so the ids are those of its text; a prompt that no text stands for is sent as ids,
+    which not every server takes. Raises what ConcurrentClient.map_concurrent does.
     """
     from src.serving.openai_client import ConcurrentClient  # the client is an optional package
 
-    texts = {index: _prompt_text(template, ids) for index, ids in prompts.items()}
+    contents = {index: _prompt_content(template, ids) for index, ids in prompts.items()}
     client = ConcurrentClient(url, None, REQUEST_TIMEOUT, MAX_RETRIES, concurrency, grace=0.0)
 
     def request(index: int, client: openai.OpenAI) -> Any:
         return client.completions.create(
             model=model,
-            prompt=texts[index],
+            prompt=contents[index],
             max_tokens=generation.max_new_tokens,
             temperature=generation.temperature,
             top_p=generation.top_p,
@@ -169,17 +170,14 @@ def sample_through(
         ids = template.response_ids(choice.text)
         return (ids if finished else ids[:-1]), finished
 
-    client.map_concurrent(((index, partial(request, index)) for index in texts), parse, on_result, on_progress)
+    client.map_concurrent(((index, partial(request, index)) for index in contents), parse, on_result, on_progress)
 
 
-def _prompt_text(template: Template, ids: Sequence[int]) -> str:
-    """Return the text that a server tokenizes to these ids. Raises StageError when there is none."""
+def _prompt_content(template: Template, ids: Sequence[int]) -> str | list[int]:
+    """Return the text that a server tokenizes to these ids, or the ids: text that spells a control token has none."""
     tokenizer = template.tokenizer
     for num_skipped in (0, 1):  # servers add a begin token where the tokenizer does
         text = tokenizer.decode(ids[num_skipped:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if tokenizer(text)["input_ids"] == list(ids):
             return text
-    raise StageError(
-        f"server: a prompt of model.template={template.name} cannot be written as text that this tokenizer turns into "
-        "the same tokens; use server=none"
-    )
+    return list(ids)

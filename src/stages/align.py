@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from src.data.held_out import check_held_out
 from src.data.tokenization import TokenizedDataset, load_examples
 from src.losses import PairLoss, preference_loss
 from src.methods import METHODS
@@ -22,6 +24,7 @@ from src.store.files import write_json, write_jsonl
 from src.training.loop import GlobalBatch, LossFn, train
 
 VALIDATION_FILE = "validation.jsonl"
+ROUNDING_ULPS = 8  # units in the last place of the summed log-probs; differences of training are thousands of them
 
 
 def pair_losses(
@@ -35,6 +38,23 @@ def pair_losses(
     pairs = logps.view(-1, 2), tokens.view(-1, 2), reference_logps
     weights: dict[str, Any] = {"sft_weight": inputs.sft_weight, "align_weight": inputs.align_weight}
     return preference_loss(inputs.method, inputs.beta, *pairs, options=inputs.options, **weights)
+
+
+def score_rounding(
+    inputs: AlignInputs, logps: Tensor, tokens: Tensor, references: Tensor | None, indices: Sequence[int]
+) -> Tensor:
+    """Return the difference of scores below which rounding decides, (pairs,) float32, in nats, without beta.
+
+    A log-prob is a sum of float32 numbers, and off by a few units in its last place; which batch its sequence was in
+    is enough for that. A policy that has not moved has differences of up to ROUNDING_ULPS / 8 of them.
+    """
+    size = logps.view(-1, 2).abs()
+    if METHODS[inputs.method].score == "log_ratio":
+        assert references is not None
+        size = size + references[list(indices)].to(logps.device).abs()
+    else:
+        size = size / tokens.view(-1, 2)
+    return ROUNDING_ULPS * torch.finfo(torch.float32).eps * size.sum(1)
 
 
 def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:
@@ -69,6 +89,9 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
         load_examples(inputs.data, inputs.model, split, template, attempt, resources.expected_rows)
         for split in ("train", "validation")
     )
+    leaks = check_held_out(
+        inputs.data, data.examples, validation.examples, resources.min_validation_prompts, "training pairs"
+    )
     references = reference.read(upstream["reference"]) if METHODS[inputs.method].needs_reference else {}
     loss_fn = make_loss_fn(inputs, references.get("train"))
     model = load_model(inputs.model, resources, upstream.get("init"))
@@ -77,8 +100,14 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
         return
     _validate(inputs, resources, model, validation, references.get("validation"), attempt)
     save_checkpoint(model, template, attempt.out)
-    dropped = {"train": data.dropped, "validation": validation.dropped}
-    write_json(attempt.out / "data.json", {"pairs": len(data.examples), "dropped": dropped})
+    counts = {"train": data.counts, "validation": validation.counts}
+    content = {
+        "pairs": len(data.examples),
+        "dropped": {split: c.dropped for split, c in counts.items()},
+        "spelling_control_tokens": {split: c.spelling_control_tokens for split, c in counts.items()},
+        "validation_leaks": leaks._asdict(),
+    }
+    write_json(attempt.out / "data.json", content)
 
 
 def _validate(
@@ -91,7 +120,8 @@ def _validate(
 ) -> None:
     """Write one line per validation pair: prompt, loss, reward margin, and whether the score prefers the chosen one.
 
-    Prompts are numbered by first appearance, so that pairs of one prompt have the same number.
+    Prompts are numbered by first appearance, so that pairs of one prompt have the same number. Equal scores are half
+    a point: which of the two is higher then says nothing.
     """
     numbers: dict[tuple[int, ...], int] = {}
     prompts = [numbers.setdefault(example.prompt, len(numbers)) for example in data.examples]
@@ -100,7 +130,9 @@ def _validate(
     for indices, logps, tokens in iter_logps(model, data.examples, budget, numerics):
         pairs = pair_losses(inputs, logps, tokens, references, indices)
         margins = inputs.beta * (pairs.chosen_score - pairs.rejected_score)
-        for i, loss, margin in zip(indices, pairs.loss.tolist(), margins.tolist(), strict=True):
-            lines[i] = {"prompt": prompts[i], "loss": loss, "margin": margin, "correct": float(margin > 0)}
+        ties = margins.abs() <= inputs.beta * score_rounding(inputs, logps, tokens, references, indices)
+        correct = torch.where(ties, 0.5, (margins > 0).float())
+        for i, *values in zip(indices, pairs.loss.tolist(), margins.tolist(), correct.tolist(), strict=True):
+            lines[i] = {"prompt": prompts[i], **dict(zip(("loss", "margin", "correct"), values, strict=True))}
         attempt.tokens += sum(data.examples[i].length for i in indices)
     write_jsonl(attempt.out / VALIDATION_FILE, (lines[i] for i in sorted(lines)))

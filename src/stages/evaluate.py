@@ -9,6 +9,7 @@ from typing import Any
 
 from src.data.evaluation_prompts import read_answers, read_prompts
 from src.data.sources import open_source
+from src.errors import StageError
 from src.judges import Comparison, judge_function
 from src.methods import METHODS
 from src.planning.identity import ContentPath, EvaluateInputs
@@ -40,6 +41,10 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         if inputs.metric == "win_rate":
             quality = {s["index"]: v.value for s, v in zip(samples, judged.verdicts, strict=True)}
 
+    if len(quality) < 2:
+        raise StageError(
+            f"evaluation: {len(quality)} prompt to compare points by; selection and reporting need one each, at least 2"
+        )
     selection = selection_prompts(list(quality), inputs.selection_fraction, inputs.split_seed)
     columns = {"prompts": list(quality), "values": list(quality.values())}
     columns["selection"] = [prompt in selection for prompt in quality]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from src.data.held_out import check_held_out
 from src.data.tokenization import load_examples
 from src.model.loading import load_model, load_template, save_checkpoint
 from src.planning.identity import SftInputs
@@ -18,8 +19,15 @@ def run(inputs: SftInputs, resources: Resources, upstream: dict[str, Path], atte
     data = load_examples(inputs.data, inputs.model, "sft", template, attempt, resources.expected_rows)
     if resources.pairs is not None:
         # Validate the preference pairs now rather than after hours of SFT.
-        load_examples(resources.pairs, inputs.model, "validation", template, attempt, resources.expected_rows)
+        validation = load_examples(
+            resources.pairs, inputs.model, "validation", template, attempt, resources.expected_rows
+        )
+        # Leaks are not in data.json: the model does not depend on the pairs, and other pairs may use it.
+        check_held_out(
+            resources.pairs, data.examples, validation.examples, resources.min_validation_prompts, "SFT demonstrations"
+        )
     model = train(load_model(inputs.model, resources), data.examples, sft_loss, inputs, resources, attempt)
     if attempt.is_main_process:
         save_checkpoint(model, template, attempt.out)
-        write_json(attempt.out / "data.json", {"rows": len(data.examples), "dropped": data.dropped})
+        counts = {"dropped": data.counts.dropped, "spelling_control_tokens": data.counts.spelling_control_tokens}
+        write_json(attempt.out / "data.json", {"rows": len(data.examples), **counts})
