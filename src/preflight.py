@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from src.config.endpoints import read_key
 from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES
 from src.config.packages import require_package
 from src.config.schema import Point
@@ -79,11 +79,8 @@ def check_packages(points: Iterable[Point]) -> None:
 def check_key(points: Iterable[Point]) -> None:
     """Raise ConfigError when the API key of a judge is not in the environment, which jobs inherit."""
     for judge in (point.judge for point in points):
-        if judge.name in ENDPOINT_JUDGES and judge.base_url is None and not os.environ.get(judge.api_key_env):
-            raise ConfigError(
-                f"judge={judge.name} calls OpenAI and {judge.api_key_env} is not set: export it (judge.api_key_env "
-                "names another variable), or set judge.base_url=URL to use another endpoint"
-            )
+        if judge.name in ENDPOINT_JUDGES:
+            read_key(judge)
 
 
 def check_programs(points: Iterable[Point]) -> None:

@@ -64,6 +64,16 @@ def proxy(served: Any) -> Iterator[Any]:
     proxy.close()
 
 
+@pytest.fixture
+def fake_endpoint() -> Iterator[Any]:
+    """Start an endpoint that replies whatever the test says."""
+    from tests.support.endpoint import FakeEndpoint
+
+    endpoint = FakeEndpoint()
+    yield endpoint
+    endpoint.close()
+
+
 @pytest.fixture(scope="session")
 def shared_outputs(tmp_path_factory) -> Path:
     """Return an output_dir for tests that may reuse each other's finished stages."""

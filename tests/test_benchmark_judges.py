@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from src.judges.arena_hard import Game, parse_game, win_rate
 from src.planning.stage import prompt_inputs
 from src.preflight import check_input_files
 from tests.support.commands import SMALL, run_in_process, train
+from tests.support.endpoint import completion
 
 NUM_PROMPTS = 10
 POINT = [*SMALL, "trainer.align.max_steps=2", "trainer.sft.max_steps=2", "method=dpo"]
@@ -162,6 +164,34 @@ def test_annotations_without_a_preference_are_asked_for_twice_and_then_ties(prox
         missing = sum(row["preference"] is None for row in rows)
         assert result["judge"]["unparsable"] == missing > 0 and asked == NUM_PROMPTS + missing
         assert result["quality"]["n"] == NUM_PROMPTS
+
+
+@pytest.mark.slow
+def test_annotators_ask_the_configured_endpoint_alone_and_keep_odd_answers_out(fake_endpoint, tmp_path, monkeypatch):
+    key = "sk-canary-0123456789"
+    clients = tmp_path / "clients.yaml"
+    clients.write_text("default:\n  - api_key: " + key + "\n    base_url: http://127.0.0.1:9/v1\n")
+    monkeypatch.setenv("OPENAI_CLIENT_CONFIG_PATH", str(clients))
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("OPENAI_ORGANIZATION_IDS", "somebody")
+    odd = [
+        completion("A", choices=[]),
+        completion([{"type": "text", "text": "A"}]),
+        completion("A", usage=None),
+        completion("A", usage={"total_tokens": float("nan")}),
+        completion("A", choices=[{"index": 0, "message": {"role": "user", "content": "A"}}]),
+        (200, {}, b"<html>"),
+    ]
+    fake_endpoint.reply = lambda question: odd.pop(0) if odd else completion("A" if "2 animals" in question else "Z")
+    options = alpaca(fake_endpoint, SimpleNamespace(model="judge"), tmp_path, "judge.max_retries=3")
+    done = train(*options, "judge.concurrency=1")
+    assert "Traceback" not in done.stderr and key not in done.stdout + done.stderr
+    assert not any({"authorization", "openai-organization"} & headers.keys() for headers in fake_endpoint.headers)
+    result, folder = result_of(tmp_path)
+    preferences = [row["preference"] for row in json.loads((folder / "annotations.json").read_text())]
+    assert set(preferences) <= {1.0, 2.0, None} and preferences.count(None) <= 1
+    assert result["judge"]["models"] == ["served-model-7"] and len(result["judge"]["answered"]) == 2
+    assert not any(key.encode() in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(

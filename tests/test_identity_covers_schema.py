@@ -44,7 +44,6 @@ NOT_HASHED = {
     "evaluation.generation.batch_size": "a sample depends on its prompt and seed, not on its batch",
     "server.timeout": "how long to wait for a server to start",
     "server.concurrency": "how many samples are asked for at once",
-    "judge.base_url": "where the judge model is served; the model is hashed",
     "judge.api_key_env": "which variable holds the key",
     "judge.concurrency": "how many questions are asked at once",
     "judge.timeout": "how long to wait for an answer",

@@ -12,7 +12,7 @@ from src.config.schema import JudgeEndpoint
 from src.data.rows import text_prompt
 from src.errors import StageError
 from src.judges import Comparison
-from src.judges.answers import Answers
+from src.judges.answers import Answers, is_text
 from src.judges.judge_client import JudgeClient
 from src.judges.tldr import average_games, build_chats, parse_winner
 from src.planning.identity import ContentPath, DataInputs, EvaluateInputs, JudgeInputs, PromptInputs
@@ -125,7 +125,7 @@ def _saved(folder):
 
 
 def test_answers_of_other_processes_are_read_and_half_lines_are_not(tmp_path):
-    answers, others = Answers(tmp_path), Answers(tmp_path)
+    answers, others = (Answers(tmp_path, {"text": is_text}) for _ in range(2))
     others.add("a", {"text": "x", "prompt_tokens": 3})
     answers.refresh()
     assert answers.known == {"a": {"text": "x", "prompt_tokens": 3}} and answers.totals["prompt_tokens"] == 3
@@ -135,7 +135,7 @@ def test_answers_of_other_processes_are_read_and_half_lines_are_not(tmp_path):
     answers.refresh()
     assert set(answers.known) == {"a"}
     with torn.open("a") as handle:  # with space on the disk again, the next answer continues the torn line
-        handle.write('{"key": "c", "answer": {}}\n{"key": "d", "answer": {}}\n')
+        handle.write('{"key": "c", "answer": {}}\n{"key": "d", "answer": {"text": ""}}\n')
     answers.refresh()
     assert set(answers.known) == {"a", "d"}
 
@@ -195,6 +195,13 @@ def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
         (["judge=tldr"], "OPENAI_API_KEY is not set"),
         (["judge=tldr", "judge.base_url=localhost:8000"], "must begin with http"),
         (["judge=tldr", "judge.base_url=http://x", "judge.model=null"], "judge.model is not set"),
+        (["judge=tldr", "judge.base_url='http://[::1'"], "judge.base_url='http://[::1': not an address"),
+        (["judge=tldr", "judge.base_url=http://x:99999/v1"], "not an address; must be like http://localhost:8000/v1"),
+        (["judge=tldr", "judge.base_url=http://x", "judge.api_key_env=MY_KEY"], "would be sent unencrypted"),
+        (
+            ["judge=tldr", "judge.base_url=http://127.0.0.1:1", "judge.api_key_env=MY_KEY"],
+            "MY_KEY: this variable is not",
+        ),
         (["judge=tldr", "judge.max_cost=5", "judge.input_price=null"], "needs judge.input_price"),
         (["judge=gold", "judge.base_url=http://x"], "judge=gold has no such field"),
         (["judge=reward_model"], "judge.model is not set"),

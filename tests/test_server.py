@@ -127,8 +127,22 @@ def test_a_server_that_dies_while_sampling_is_one_line(in_process, tmp_path):
         (["server=vllm", "server.command='vllm serve --port {port}'"], "needs {checkpoint} and {port}"),
         (
             ["server=vllm", "server.command='vllm serve {checkpoint} {port} {cards}'"],
-            "(KeyError('cards'))",
+            "{cards} is no placeholder; only {checkpoint}, {port} and {dtype} are substituted",
         ),
+        (
+            ["server=vllm", "server.command='x {checkpoint.foo} {port} {checkpoint}'"],
+            "{checkpoint.foo} is no placeholder",
+        ),
+        (["server=vllm", "server.command='x {checkpoint!r} {port} {checkpoint}'"], "{checkpoint!r} is no placeholder"),
+        (
+            ["server=vllm", "server.command='x {port:>99999999999} {checkpoint}'"],
+            "{port:>99999999999} is no placeholder",
+        ),
+        (["server=vllm", "server.command='x {} {port} {checkpoint}'"], "{} is no placeholder"),
+        (["server=vllm", "server.command='x { {port} {checkpoint}'"], "a brace is written {{ or }}"),
+        (["server=vllm", "server.command='x \"a {port} {checkpoint}'"], "No closing quotation"),
+        (["server=vllm", "server.command=''"], "needs {checkpoint} and {port}"),
+        (["server=vllm", "server.command='\"\" {port} {checkpoint}'"], "must begin with a program"),
         (["server.command=vllm"], "server=none has no such field"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from src.config.endpoints import check_key_is_protected, check_key_name, check_url
+from src.config.placeholders import placeholders
 from src.config.schema import Point
 from src.errors import ConfigError
 
@@ -20,11 +22,13 @@ JUDGES: dict[str, tuple[str, ...]] = {
 # Values of judge.baseline that are not a file of answers.
 BASELINES = ("sft", "chosen")
 
-# Judges that call an endpoint: OpenAI's, unless judge.base_url names another.
+# Judges that call an endpoint: OpenAI's, unless judge.base_url names another. The address is part of the identity.
 ENDPOINT_JUDGES = ("tldr", "alpaca_eval", "arena_hard")
 
 # Judges whose model may be a local folder, which is identified by its content.
 CONTENT_HASHED_MODELS = ("alpaca_eval", "reward_model")
+
+SERVER_PLACEHOLDERS = ("checkpoint", "port", "dtype")  # of server.command
 
 
 def check_server(point: Point) -> None:
@@ -35,19 +39,27 @@ def check_server(point: Point) -> None:
             raise ConfigError("server.command: server=none has no such field; choose server=vllm or another")
         return
     try:
-        shlex.split(command.format(checkpoint="", port="", dtype=""))
-    except (KeyError, IndexError, ValueError) as error:
+        words = shlex.split(command)
+        names = {name for word in words for name in placeholders(word, SERVER_PLACEHOLDERS)}
+    except ValueError as error:
         raise ConfigError(
-            f"server.command={command}: unknown placeholder ({error!r}); only {{checkpoint}}, {{port}} and {{dtype}} "
-            "are substituted"
+            f"server.command={command}: {error}; only {{checkpoint}}, {{port}} and {{dtype}} are substituted, a brace "
+            "is written {{ or }}, and quotes come in pairs"
         ) from None
-    if "{checkpoint}" not in command or "{port}" not in command:
+    if not {"checkpoint", "port"} <= names:
         raise ConfigError(f"server.command={command}: needs {{checkpoint}} and {{port}}")
+    if not words[0] or "\0" in command:
+        raise ConfigError(f"server.command={command!r}: must begin with a program, and have no NUL character")
 
 
 def check_judge(point: Point) -> None:
     """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
     judge, is_mini = point.judge, point.dataset.source == "mini_tldr"
+    if judge.api_key_env is not None:
+        check_key_name("judge.api_key_env", judge.api_key_env)
+    if judge.base_url is not None:
+        check_url("judge.base_url", judge.base_url)
+        check_key_is_protected(judge)
     fields = JUDGES.get(judge.name, ())
     if judge.name in ENDPOINT_JUDGES:
         fields = (*fields, "base_url")
@@ -75,8 +87,6 @@ def check_judge(point: Point) -> None:
         if file is not None and file not in BASELINES and not Path(file).is_file():
             choices = "; it is sft, chosen or a file of answers" if key == "judge.baseline" else ""
             raise ConfigError(f"{key}={file}: no such file{choices}")
-    if judge.base_url is not None and not judge.base_url.startswith(("http://", "https://")):
-        raise ConfigError(f"judge.base_url={judge.base_url}: must begin with http:// or https://")
     if judge.max_cost is not None and (judge.input_price is None or judge.output_price is None):
         raise ConfigError(
             "judge.max_cost needs judge.input_price and judge.output_price (dollars for a million tokens)"

@@ -178,7 +178,8 @@ class JudgeEndpoint:
     """How to reach a judge's endpoint and what may be spent on it."""
 
     base_url: str | None = None  # of an OpenAI-compatible endpoint; null: OpenAI's
-    api_key_env: str = "OPENAI_API_KEY"  # the key itself is never written down
+    # Variable with the key, which is never written down; null: OPENAI_API_KEY for OpenAI, no key for a base_url.
+    api_key_env: str | None = None
     concurrency: int = number(8, minimum=1)
     timeout: float = number(60.0, above=0)
     max_retries: int = number(8, minimum=0)

@@ -70,10 +70,6 @@ def _check_secret(key: str, value: Any) -> None:
         raise ConfigError(
             f"{key}: URL contains credentials; pass secrets through environment variables, not the config"
         )
-    if key == "judge.api_key_env" and not re.fullmatch(r"[A-Za-z_]\w*", value):
-        raise ConfigError(
-            f"{key}: must be the name of an environment variable, such as OPENAI_API_KEY, not the key itself"
-        )
 
 
 def _check_search(point: Point) -> None:

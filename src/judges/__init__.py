@@ -43,12 +43,12 @@ class Verdict(NamedTuple):
 class Judged:
     """Verdicts in the order of the comparisons.
 
-    usage: what they took (answers, calls, tokens, dollars, unparsable answers). scores: the score of a benchmark by
-    its own rules, in percent: name -> value, with se or with low and high.
+    usage: what they took (answers, calls, tokens, dollars, unparsable answers), which models answered, and when.
+    scores: the score of a benchmark by its own rules, in percent: name -> value, with se or with low and high.
     """
 
     verdicts: list[Verdict]
-    usage: dict[str, float] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
 

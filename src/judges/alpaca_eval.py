@@ -19,9 +19,11 @@ import openai
 from src.data.rows import read_rows
 from src.errors import ConfigError, StageError, report_errors
 from src.judges import Comparison, Judged, Verdict
+from src.judges.answers import is_number
 from src.judges.judge_client import JudgeClient, Question, usage_of
 from src.planning.identity import ContentPath, EvaluateInputs, digest
 from src.planning.resources import Resources
+from src.serving.http_client import EndpointHttpClient, MalformedResponse
 from src.store.attempt import Attempt
 from src.store.files import write_json
 
@@ -66,7 +68,7 @@ def alpaca_eval(
         for row in rows
     ]
     write_json(attempt.out / OUTPUTS_FILE, outputs)
-    client = JudgeClient(judge, resources.judge, attempt.output_dir)
+    client = JudgeClient(judge, resources.judge, attempt.output_dir, {"preference": is_preference})
     keys, questions = [], {}
     for row in rows:
         texts = row["instruction"], row["output_1"], row["output_2"]
@@ -74,7 +76,7 @@ def alpaca_eval(
         questions[keys[-1]] = Question(partial(_annotate, annotator, row), sum(map(len, texts)))
     _import_alpaca_eval()  # in the main thread: it changes the root logger while it is imported
     for _ in range(MAX_ATTEMPTS):
-        client.ask_missing(questions, _parse_annotation, attempt)
+        client.ask_missing(questions, partial(_parse_annotation, client), attempt)
     for key, row in zip(keys, rows, strict=True):
         row |= {"preference": client.answers.known.get(key, {}).get("preference"), "annotator": annotator}
     write_json(attempt.out / ANNOTATIONS_FILE, rows)
@@ -89,35 +91,53 @@ def alpaca_eval(
 def _verdict(preference: float | None) -> Verdict:
     if preference is None:
         return Verdict(0.5, "no preference")
+    if preference == 0:  # as some annotators write a tie
+        return Verdict(0.5, "preference 0, a tie")
     return Verdict(preference - 1, f"preference {preference:.3f}")
 
 
-def _annotate(annotator: str, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
-    """Return the row with its preference and, as its price, the number of tokens. Raises what the client does.
+def is_preference(value: Any) -> bool:
+    """Return whether the package's win rates count the value: from 1, the baseline wins, to 2; 0 is a tie."""
+    return is_number(value) and (value == 0 or 1 <= value <= 2)
 
+
+def _annotate(annotator: str, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
+    """Return the row with its preference, the name of the model, and as its price the number of tokens.
+
+    Raises what the client does, and MalformedResponse for what the package cannot read.
     One row at a time: of many rows the package returns none before all are annotated. Its objects are not safe to share
     between threads, and it would cache the answers in its own folder.
     """
     annotate = _import_alpaca_eval().annotators.PairwiseAnnotator(
         annotators_config=annotator, caching_path=None, is_avoid_reannotations=False
     )
-    options = {"timeout": client.timeout, "max_retries": client.max_retries, "http_client": client._client}
-    (annotation,) = annotate(
-        [row],
-        openai_api_keys=[client.api_key],
-        openai_api_base=str(client.base_url),
-        client_kwargs=options,
-        num_procs=1,
-        price_per_token=1.0,
-    )
-    return annotation
+    http_client = client._client
+    assert isinstance(http_client, EndpointHttpClient)
+    try:
+        (annotation,) = annotate(
+            [row],
+            openai_api_keys=[client.api_key],
+            openai_organization_ids=[None],
+            openai_api_base=str(client.base_url),
+            client_config_path=os.devnull,  # its own file of clients, OPENAI_CLIENT_CONFIG_PATH, names other endpoints
+            client_kwargs={"timeout": client.timeout, "max_retries": client.max_retries, "http_client": http_client},
+            num_procs=1,
+            price_per_token=1.0,
+        )
+    except (openai.OpenAIError, MalformedResponse):
+        raise
+    except Exception as error:  # whatever the package stumbles over
+        raise MalformedResponse(f"alpaca-eval cannot use the response ({type(error).__name__})") from None
+    latest = http_client.latest
+    return annotation | {"model": latest.get("model") if isinstance(latest, dict) else None}
 
 
-def _parse_annotation(annotation: dict[str, Any]) -> dict[str, float] | None:
-    preference = _to_float(annotation["preference"])
-    if math.isnan(preference):
+def _parse_annotation(client: JudgeClient, annotation: dict[str, Any]) -> dict[str, Any] | None:
+    preference, tokens = _to_float(annotation["preference"]), _to_float(annotation[PRICE_COLUMN])
+    if not is_preference(preference):
         return None
-    return {"preference": preference, "prompt_tokens": _to_float(annotation[PRICE_COLUMN]), "completion_tokens": 0}
+    usage = {"prompt_tokens": tokens if is_number(tokens) and tokens >= 0 else 0, "completion_tokens": 0}
+    return {"preference": preference, **usage, "model": client.read_model(annotation["model"])}
 
 
 def _to_float(value: Any) -> float:

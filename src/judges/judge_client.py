@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,16 +11,29 @@ from typing import Any, NamedTuple
 
 import openai
 
+from src.config.endpoints import read_key
 from src.config.schema import JudgeEndpoint
-from src.errors import StageError
-from src.judges.answers import Answers
+from src.errors import ConfigError, StageError
+from src.judges.answers import Answers, Shape, is_number, is_text
 from src.planning.identity import JudgeInputs, digest
+from src.serving.http_client import MalformedResponse
 from src.serving.openai_client import ConcurrentClient
 from src.store.attempt import Attempt
 
 log = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]  # of a chat, as in OpenAI's API
+
+# What every answer of an endpoint has. model: as the endpoint called it, maybe a dated one, or null.
+ENDPOINT_SHAPE: Shape = {
+    "prompt_tokens": lambda value: is_number(value) and value >= 0,
+    "completion_tokens": lambda value: is_number(value) and value >= 0,
+    "model": lambda value: value is None or is_text(value),
+    "date": is_text,
+    "by": is_text,
+}
+
+TEXT_SHAPE: Shape = {"text": is_text}
 
 CHARS_PER_TOKEN = 3.0  # at least, in text of most languages; bounds the cost of a question before it is asked
 
@@ -31,15 +44,22 @@ class Question(NamedTuple):
 
 
 class JudgeClient:
-    def __init__(self, judge: JudgeInputs, endpoint: JudgeEndpoint, output_dir: Path) -> None:
+    """shape: what an answer has beside ENDPOINT_SHAPE."""
+
+    def __init__(
+        self, judge: JudgeInputs, endpoint: JudgeEndpoint, output_dir: Path, shape: Shape = TEXT_SHAPE
+    ) -> None:
         self._judge, self._endpoint = judge, endpoint
-        self.answers = Answers.of_judge(judge, output_dir)
-        key = os.environ.get(endpoint.api_key_env)
+        self.answers = Answers.of_judge(judge, output_dir, {**ENDPOINT_SHAPE, **shape})
+        try:
+            key = read_key(endpoint)
+        except ConfigError as error:  # the environment of the job is not that of the command
+            raise StageError(str(error)) from None
         limits = endpoint.timeout, endpoint.max_retries, endpoint.concurrency
         self._client = ConcurrentClient(endpoint.base_url, key, *limits, grace=endpoint.timeout)
 
     def complete(self, chats: Sequence[Messages], attempt: Attempt) -> list[dict[str, Any]]:
-        """Return one answer per chat: text, prompt_tokens, completion_tokens, and `by`, the stage that asked.
+        """Return one answer per chat: text, prompt_tokens, completion_tokens, model, date, `by`: the stage that asked.
 
         Equal chats have the same answer. Raises what `ask_missing` does.
         """
@@ -48,13 +68,15 @@ class JudgeClient:
             key: Question(partial(self._request, chat), sum(len(message["content"]) for message in chat))
             for key, chat in zip(keys, chats, strict=True)
         }
-        self.ask_missing(questions, _parse_completion, attempt)
+        self.ask_missing(questions, self._parse_completion, attempt)
         return [self.answers.known[key] for key in keys]
 
     def ask_missing(
         self, questions: Mapping[str, Question], parse: Callable[[Any], dict[str, Any] | None], attempt: Attempt
     ) -> None:
         """Ask the questions whose key has no answer yet, and keep what parse(response) returns, unless it is None.
+
+        To that are added `by` and the date. A response that parse raises MalformedResponse for is requested again.
 
         Raises StageError when the endpoint refuses, keeps failing or the budget is spent, and whatever attempt.step
         raises. Answers that arrive until then are kept, also those of requests in flight: they are paid for.
@@ -70,7 +92,8 @@ class JudgeClient:
 
         def on_result(key: str, answer: dict[str, Any] | None) -> None:
             if answer is not None:
-                self.answers.add(key, answer | {"by": attempt.identity})
+                now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+                self.answers.add(key, answer | {"date": now, "by": attempt.identity})
 
         def num_known() -> int:
             return sum(key in known for key in questions)
@@ -81,7 +104,7 @@ class JudgeClient:
             raise StageError(
                 f"judge.model={self._judge.model_name}: {error}; {num_known()} of {len(questions)} answers were saved; "
                 "rerun to request the remaining ones"
-            ) from error
+            ) from None
 
     def _request(self, chat: Messages, client: openai.OpenAI) -> Any:
         judge = self._judge
@@ -92,6 +115,14 @@ class JudgeClient:
             temperature=judge.temperature,
             max_tokens=judge.max_tokens,
         )
+
+    def _parse_completion(self, completion: Any) -> dict[str, Any]:
+        text, tokens = read_content(completion.choices[0].message.content), read_usage(completion.usage)
+        return {"text": self._client.strike_out(text), **tokens, "model": self.read_model(completion.model)}
+
+    def read_model(self, model: Any) -> str | None:
+        """Return the name that the endpoint gave its model; None without one."""
+        return self._client.strike_out(model)[:200] if isinstance(model, str) else None
 
     def _check_budget(self, num_chars: int) -> None:
         """Raise StageError when one more answer may exceed the budget, with requests in flight at their full length.
@@ -111,30 +142,45 @@ class JudgeClient:
                 )
 
 
-def _parse_completion(completion: Any) -> dict[str, Any]:
-    usage = completion.usage
-    return {
-        "text": completion.choices[0].message.content or "",
-        "prompt_tokens": usage.prompt_tokens if usage else 0,
-        "completion_tokens": usage.completion_tokens if usage else 0,
-    }
+def read_content(content: Any) -> str:
+    """Return the text of an answer: all text parts, where a provider sends a list; empty for a refusal.
+
+    Raises MalformedResponse for anything else.
+    """
+    if content is None:
+        return ""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text", "") if isinstance(part, dict) else part for part in parts]  # parts may be of thinking
+    if not all(isinstance(text, str) for text in texts):
+        raise MalformedResponse("the response is not a completion (its content is not text)")
+    return "".join(texts)
+
+
+def read_usage(usage: Any) -> dict[str, int]:
+    """Return the numbers of tokens; 0 for what is no number of tokens, since the answer itself is paid for."""
+    counts: dict[str, Any] = {name: getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+    return {name: int(n) if is_number(n) and n >= 0 else 0 for name, n in counts.items()}
 
 
 def usage_of(
     endpoint: JudgeEndpoint, answers: Sequence[dict[str, Any] | None], attempt: Attempt, unparsable: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return the number of answers, and the calls, tokens and dollars of those that this stage asked for.
 
-    Logs how many are unparsable, as a warning when they are more than a tenth.
+    models: all names that the endpoint gave the model. answered: dates of the first and the last answer. Logs how many
+    are unparsable, as a warning when they are more than a tenth.
     """
     if unparsable:
         level = logging.WARNING if 10 * unparsable > len(answers) else logging.INFO
         log.log(level, "%s: %d of %d answers of the judge have no verdict", attempt.label, unparsable, len(answers))
-    distinct = {id(answer): answer for answer in answers if answer is not None}.values()  # equal questions share one
+    distinct = list({id(answer): answer for answer in answers if answer is not None}.values())  # equal ones share one
     asked = [answer for answer in distinct if answer["by"] == attempt.identity]
     tokens = {name: sum(answer[name] for answer in asked) for name in ("prompt_tokens", "completion_tokens")}
     counts = {"answers": len(answers), "calls": len(asked), "unparsable": unparsable}
-    return {**counts, **tokens, "cost": cost(endpoint, tokens)}
+    models = sorted({answer["model"] for answer in distinct if answer["model"] is not None})
+    dates = sorted(answer["date"] for answer in distinct)
+    provenance = {"models": models, "answered": [dates[0], dates[-1]] if dates else []}
+    return {**counts, **tokens, "cost": cost(endpoint, tokens), **provenance}
 
 
 def cost(endpoint: JudgeEndpoint, tokens: Mapping[str, float]) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from src.config.placeholders import placeholders
 from src.errors import ConfigError
 
 FIELDS = ("question_1", "answer_1", "answer_2")
@@ -19,13 +20,14 @@ def load_judge_prompt(file: str) -> tuple[str, str]:
     try:
         config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         system, template = config["system_prompt"], config["prompt_template"][0]
-        filled = template.format(**{name: f"<{name}>" for name in FIELDS})
-        missing = [name for name in FIELDS if f"<{name}>" not in filled]
-        if missing or not isinstance(system, str):
-            raise ValueError(f"no {missing[0]}" if missing else "system_prompt is not text")
-    except (yaml.YAMLError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if not isinstance(system, str) or not isinstance(template, str):
+            raise ValueError("system_prompt or the template is not text")
+        if missing := [name for name in FIELDS if name not in placeholders(template, FIELDS)]:
+            raise ValueError(f"no {missing[0]}")
+        (system + template).encode()  # a lone surrogate cannot be sent
+    except (yaml.YAMLError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"judge.prompt_file={file}: needs system_prompt, and prompt_template, a list whose first entry has "
-            f"{{question_1}}, {{answer_1}} and {{answer_2}} ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"{{question_1}}, {{answer_1}} and {{answer_2}} ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from None
     return system, template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from src.data.control_tokens import ControlTokens
 from src.data.rows import Prompt
 from src.errors import ConfigError, StageError
 from src.judges import Comparison, Judged, Verdict
-from src.judges.answers import Answers
+from src.judges.answers import Answers, is_number, is_text
 from src.model.loading import device_of
 from src.planning.identity import ContentPath, EvaluateInputs, digest, locate
 from src.planning.resources import Resources
@@ -32,13 +33,17 @@ def reward_model(
     """
     judge = inputs.judge
     assert judge is not None and isinstance(judge.model, ContentPath)
-    answers = Answers.of_judge(judge, attempt.output_dir)
+    answers = Answers.of_judge(judge, attempt.output_dir, {"reward": is_number, "by": is_text})
     texts = [(c.prompt, row["response"]) for c in comparisons for row in (c.response, c.baseline)]
     keys = [digest([judge.model.fingerprint, prompt.messages, response]) for prompt, response in texts]
     answers.refresh()
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers.known}
     if missing:
         for key, reward in _rewards(judge.model_name, missing, resources.device):
+            if not math.isfinite(reward):
+                raise StageError(
+                    f"judge.model={judge.model_name}: the reward of a response is {reward}; use another model"
+                )
             answers.add(key, {"reward": reward, "by": attempt.identity})
             attempt.step(sum(key in answers.known for key in keys), len(keys))
     rewards = [answers.known[key]["reward"] for key in keys]

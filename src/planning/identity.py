@@ -151,6 +151,7 @@ class JudgeInputs:
     temperature: float | None = None
     max_tokens: int | None = None
     prompt_file: ContentPath | None = None
+    base_url: str | None = None  # of its endpoint, None for OpenAI's: two servers may call two models by one name
 
     @property
     def model_name(self) -> str:

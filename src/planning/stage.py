@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, JUDGES
+from src.config.endpoints import normalize_url
+from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES
 from src.config.schema import Dataset, HubTable, Judge, Point, Table, Training, method_options
 from src.methods import METHODS
 from src.planning.identity import (
@@ -188,6 +189,8 @@ def judge_inputs(judge: Judge) -> JudgeInputs | None:
         options["model"] = ContentPath.of(options["model"], "judge.model")
     if options.get("prompt_file") is not None:
         options["prompt_file"] = ContentPath.of(options["prompt_file"], "judge.prompt_file")
+    if judge.name in ENDPOINT_JUDGES and judge.base_url is not None:
+        options["base_url"] = normalize_url(judge.base_url)
     assert judge.baseline is not None
     from_file = judge.baseline not in BASELINES
     baseline = ContentPath.of(judge.baseline, "judge.baseline") if from_file else judge.baseline

@@ -102,8 +102,8 @@ def _wait_until_ready(
 
 
 def _last_log_line(folder: Path) -> str:
-    lines = (folder / LOG_FILE).read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
+    lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1][-300:] if lines else "no output"
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

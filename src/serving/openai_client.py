@@ -8,17 +8,28 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_c
 from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import openai
 
+from src.config.endpoints import OPENAI_URL, normalize_url
 from src.errors import StageError
+from src.serving.http_client import EndpointHttpClient, MalformedResponse, strike_out
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds before a malformed response is requested again, as openai's
 RETRY_COUNT_HEADER = "x-stainless-retry-count"  # in the client's requests: attempts before this one
+
+# What reading a response raises when it is no completion.
+NOT_A_COMPLETION = (
+    ValueError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    RecursionError,
+    openai.APIResponseValidationError,
+)
 
 
 class _Cancelled(BaseException):
@@ -28,25 +39,23 @@ class _Cancelled(BaseException):
 class ConcurrentClient:
     """An openai client with a limit of requests in flight.
 
-    key: None for a server without one. timeout: seconds for one attempt. max_retries: attempts after the first one
-    (connection errors, timeouts, 408, 409, 429 and 5xx), after the pause that the endpoint asks for, or 0.5, 1, 2, 4, 8
-    ... 8 s. grace: seconds to wait for requests in flight when the batch fails, since they may be paid for.
+    base_url: None for OpenAI's. key: None for a server without one. timeout: seconds for one attempt. max_retries:
+    attempts after the first one (connection errors, timeouts, 408, 409, 429 and 5xx), after the pause that the endpoint
+    asks for, or 0.5, 1, 2, 4, 8 ... 8 s. grace: seconds to wait for requests in flight when the batch fails, since they
+    may be paid for.
     """
 
     def __init__(
         self, base_url: str | None, key: str | None, timeout: float, max_retries: int, concurrency: int, grace: float
     ) -> None:
-        # Bypass HTTP proxies for loopback addresses.
-        is_local = base_url is not None and urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
-        hooks = {"request": [self._cancel_retry]}  # called before every attempt
+        self.url, self._key = OPENAI_URL if base_url is None else normalize_url(base_url), key
         self.client = openai.OpenAI(
-            base_url=base_url,
-            api_key=key or "none",  # the client refuses to start without one
+            base_url=self.url,
+            api_key="none",  # the client refuses to start without one; its HTTP client knows the key
             timeout=timeout,
             max_retries=max_retries,
-            http_client=openai.DefaultHttpxClient(trust_env=not is_local, event_hooks=hooks),
+            http_client=EndpointHttpClient(self.url, key, timeout, self._cancel_retry),
         )
-        self.url = str(self.client.base_url).rstrip("/")
         self._concurrency, self._grace = concurrency, grace
         self._in_flight: dict[Future[Any], Any] = {}  # -> key
         self._cancelled = threading.Event()
@@ -82,7 +91,7 @@ class ConcurrentClient:
                     del in_flight[future]
                 on_progress()
         except openai.APIError as error:  # one that the client did not retry, or not as often
-            raise self._failure(1 + int(error.request.headers.get(RETRY_COUNT_HEADER, 0)), error) from error
+            raise self._failure(1 + int(error.request.headers.get(RETRY_COUNT_HEADER, 0)), error) from None
         finally:
             self._cancelled.set()
             with suppress(TimeoutError):
@@ -103,11 +112,19 @@ class ConcurrentClient:
                 raise _Cancelled
             try:
                 return parse(request(self.client))
-            except (ValueError, openai.APIResponseValidationError, AttributeError, IndexError, TypeError) as error:
-                malformed = error
-        reason = f"the response is not a completion ({type(malformed).__name__})"
-        raise self._failure(1 + self.client.max_retries, reason) from malformed
+            except NOT_A_COMPLETION as error:
+                malformed: Exception = error
+        if not isinstance(malformed, MalformedResponse):
+            malformed = MalformedResponse(f"the response is not a completion ({type(malformed).__name__})")
+        raise self._failure(1 + self.client.max_retries, malformed) from None
 
-    def _failure(self, num_attempts: int, reason: object) -> StageError:
+    def _failure(self, num_attempts: int, error: Exception) -> StageError:
+        """Return the error to raise `from None`: its causes have the endpoint's words, and with them maybe the key."""
         attempts = "1 attempt" if num_attempts == 1 else f"{num_attempts} attempts"
-        return StageError(f"{self.url} failed after {attempts}: {' '.join(str(reason).split())[:300]}")
+        is_connection = isinstance(error, openai.APIConnectionError) and error.__cause__ is not None
+        reason = f"{error} ({error.__cause__})" if is_connection else str(error)
+        return StageError(f"{self.url} failed after {attempts}: {' '.join(self.strike_out(reason).split())[:300]}")
+
+    def strike_out(self, text: str) -> str:
+        """Return the endpoint's words without the key."""
+        return strike_out(text, self._key)

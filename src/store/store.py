@@ -95,9 +95,13 @@ class Store:
         """
         return self.root / stage.kind / ".work" / full_run_id(stage.identity)
 
-    def answers(self, judge: str, model: str) -> Path:
-        """Return the folder of a judge model's answers: append-only files that all sweeps share."""
-        return self.root / "answers" / judge / re.sub(r"[^\w.-]+", "_", model)[-100:]
+    def answers(self, judge: str, model: str, key: str) -> Path:
+        """Return the folder of a judge model's answers: append-only files that all sweeps share.
+
+        key: a digest of what tells the model from others, since `model` is shortened to be a folder's name.
+        """
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", model).strip("._")[-60:]
+        return self.root / "answers" / judge / f"{name}-{key}"
 
     def tokenized(self, key: str) -> Path:
         """Return where the tokens of one split are cached for every stage that reads it."""

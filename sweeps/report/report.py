@@ -98,7 +98,10 @@ def judge_usage(results: Results) -> dict[str, Any]:
     usages = [usage for usage in results.judges if usage.get("answers")]
     names = ("answers", "calls", "unparsable", "prompt_tokens", "completion_tokens", "cost")
     total: dict[str, Any] = {name: sum(usage.get(name, 0) for usage in usages) for name in names}
-    return {"names": sorted({usage["name"] for usage in usages}), **total}
+    models = sorted({model for usage in usages for model in usage.get("models", ())})
+    dates = sorted(date for usage in usages for date in usage.get("answered", ()))
+    answered = [dates[0], dates[-1]] if dates else []
+    return {"names": sorted({usage["name"] for usage in usages}), "models": models, "answered": answered, **total}
 
 
 def _gains(gains: pd.DataFrame) -> list[dict[Hashable, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import signal
@@ -11,8 +12,10 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +77,62 @@ class Served:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+class FakeEndpoint:
+    """Answers every request with `reply(question)`: a JSON value, or (status, headers, body).
+
+    A body is bytes; None closes the connection without a response, and `cut` sends half of what was announced.
+    """
+
+    def __init__(self) -> None:
+        self.headers: list[dict[str, str]] = []  # of every request, with lower-case names
+        self.asked: list[str] = []
+        self.cut = False
+        self.reply: Callable[[str], Any] = lambda question: completion("Verdict: A")
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                endpoint.headers.append({name.lower(): value for name, value in self.headers.items()})
+                endpoint.asked.append(request["messages"][-1]["content"])
+                reply = endpoint.reply(endpoint.asked[-1])
+                if not isinstance(reply, tuple):
+                    reply = 200, {}, json.dumps(reply).encode()
+                status, headers, body = reply
+                if body is None:
+                    return
+                self.send_response(status)
+                length = {} if status == 204 else {"Content-Length": str(len(body) * (2 if endpoint.cut else 1))}
+                for name, value in ({"Content-Type": "application/json"} | length | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(OSError):  # the client has had enough
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def completion(content: Any, model: Any = "served-model-7", **changes: Any) -> dict[str, Any]:
+    """Return a chat completion with this content; changes: of its fields."""
+    message = {"role": "assistant", "content": content}
+    usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+    return {"id": "x", "object": "chat.completion", "model": model, "choices": choices, "usage": usage} | changes
 
 
 class Proxy:
