@@ -17,7 +17,8 @@ from src.model import attention, lm_head
 from src.model.cpu import linear
 from src.model.loading import load_model, load_template, numerics_of, save_checkpoint, set_cpu_threads
 from src.model.logprobs import NumericsConfig, SparseOutputLayer, patch_model_
-from src.planning.identity import AlignInputs, ContentPath, DataInputs, ModelInputs
+from src.planning.content import ContentPath
+from src.planning.identity import AlignInputs, DataInputs, ModelInputs
 from src.planning.resources import Resources
 from src.stages.align import make_loss_fn
 from src.store.attempt import Attempt
@@ -32,7 +33,7 @@ BETA = 0.1
 
 
 def model_inputs(path: str, precision: str = "fp32") -> ModelInputs:
-    return ModelInputs(ContentPath(path, path), "tokenizer", precision)
+    return ModelInputs(ContentPath.of(path, "model.path"), "tokenizer", precision)
 
 
 def resources(**changes: Any) -> Resources:

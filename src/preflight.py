@@ -16,7 +16,8 @@ from src.data.rows import name_of
 from src.data.sources import open_source
 from src.errors import ConfigError
 from src.judges.prompt_file import load_judge_prompt
-from src.planning.identity import DataInputs, locate
+from src.planning.content import locate
+from src.planning.identity import DataInputs
 from src.planning.resources import splits_validation_prompts
 from src.planning.stage import pair_data, prompt_inputs, sft_data
 

@@ -3,7 +3,6 @@
 import pytest
 
 from src.config.validation import build_point
-from src.planning.identity import fingerprint
 from src.planning.stage import stages_of
 from tests.support.configs import composed
 
@@ -56,20 +55,3 @@ def test_init_base_is_judged_against_the_same_baseline():
     sft, base = identities(), identities("init=base", "beta=0.1", "lr=1e-3")
     assert sft["baseline"] == base["baseline"] and sft["align"] != base["align"]
     assert sft["reference"] != base["reference"]
-
-
-def test_a_moved_checkpoint_keeps_its_fingerprint_and_an_edited_one_does_not(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    content = bytearray(65 * 2**20)  # large enough for its digest to be cached on disk
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(content)
-    first = fingerprint(str(tmp_path / "a"))
-    assert fingerprint(str(tmp_path / "b")) == first == fingerprint(str(tmp_path / "a"))
-    content[32 * 2**20] = 1  # in the middle
-    (tmp_path / "a" / "model.safetensors").write_bytes(content)
-    assert fingerprint(str(tmp_path / "a")) != first
-
-
-def test_a_model_of_the_hub_is_identified_by_name_and_revision():
-    assert fingerprint("org/model") != fingerprint("org/model", "abc")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from src.config.endpoints import check_key_is_protected, check_key_name, check_url
+from src.config.paths import is_file
 from src.config.placeholders import placeholders
 from src.config.schema import Point
 from src.errors import ConfigError
@@ -84,7 +84,7 @@ def check_judge(point: Point) -> None:
     if judge.baseline == "chosen" and point.evaluation.prompts_file is not None:
         raise ConfigError("judge.baseline=chosen: evaluation.prompts_file has no pairs; use a file of answers, or sft")
     for key, file in (("judge.baseline", judge.baseline), ("judge.prompt_file", judge.prompt_file)):
-        if file is not None and file not in BASELINES and not Path(file).is_file():
+        if file is not None and file not in BASELINES and not is_file(key, file):
             choices = "; it is sft, chosen or a file of answers" if key == "judge.baseline" else ""
             raise ConfigError(f"{key}={file}: no such file{choices}")
     if judge.max_cost is not None and (judge.input_price is None or judge.output_price is None):

@@ -20,10 +20,12 @@ INSTALL = {
 
 def package_folder(package: str) -> Path | None:
     """Return the folder of an installed package; None when it is not installed, or has no folder."""
-    with contextlib.suppress(ModuleNotFoundError):  # the parent package is missing
-        spec = importlib.util.find_spec(package)
+    top, *inner = package.split(".")
+    with contextlib.suppress(ValueError):  # a module without a spec, such as __main__
+        spec = importlib.util.find_spec(top)  # of an inner package it would import the outer one
         if spec is not None and spec.submodule_search_locations:
-            return Path(next(iter(spec.submodule_search_locations)))
+            folder = Path(next(iter(spec.submodule_search_locations))).joinpath(*inner)
+            return folder if folder.is_dir() else None
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config.fields import check_value
 from src.config.judge_rules import check_judge, check_server
+from src.config.paths import is_dir, is_file
 from src.config.schema import Point, typed_leaves
 from src.errors import ConfigError, one_line
 from src.methods import METHODS
@@ -58,7 +58,7 @@ def check(point: Point) -> None:
             f"evaluation.prompts_file is not set: evaluation={point.evaluation.name} needs the benchmark's prompts, "
             "evaluation.prompts_file=FILE"
         )
-    if prompts_file is not None and not Path(prompts_file).is_file():
+    if prompts_file is not None and not is_file("evaluation.prompts_file", prompts_file):
         raise ConfigError(f"evaluation.prompts_file={prompts_file}: no such file")
     check_judge(point)
     check_server(point)
@@ -114,13 +114,13 @@ def _check_dataset(point: Point) -> None:
                 "dataset.path is not set: add dataset.path=FILE, "
                 "a JSON list or JSON lines with prompt or conversations, chosen, rejected"
             )
-        if not Path(data.path).is_file():
+        if not is_file("dataset.path", data.path):
             raise ConfigError(f"dataset.path={data.path}: no such file")
     if data.source == "hub":
         if data.sft is None or data.preference is None:
             raise ConfigError("dataset.source=hub needs dataset.sft.path and dataset.preference.path")
         for name in ("sft", "preference"):
-            if data.path is not None and not (Path(data.path) / name).is_dir():
+            if data.path is not None and not is_dir("dataset.path", data.path, name):
                 raise ConfigError(
                     f"dataset.path={data.path}: missing folder {name}; a local copy has the folders sft and preference"
                 )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from src.data.rows import NO_EXPECTATION, ExpectedRows, Prompt, list_columns, read_rows, text_prompt
 from src.data.sources import open_source
 from src.errors import ConfigError
+from src.planning.content import reading
 from src.planning.identity import PromptInputs
 
 _RESPONSE_FIELDS = ("output", "response", "completion", "answer")
@@ -32,7 +33,8 @@ def read_prompts(inputs: PromptInputs, expected_rows: ExpectedRows = NO_EXPECTAT
         held_out = open_source(inputs.data, expected_rows).prompts(inputs.num_prompts)
         return [EvaluationPrompt(prompt.text, prompt) for prompt in held_out]
     file = inputs.file.location
-    prompts = [_prompt(row, where) for where, row in read_rows(file, "evaluation.prompts_file")]
+    with reading(inputs.file):
+        prompts = [_prompt(row, where) for where, row in read_rows(file, "evaluation.prompts_file")]
     if len(prompts) < inputs.num_prompts:
         raise ConfigError(
             f"evaluation.prompts_file={file}: {len(prompts)} prompts and evaluation.num_prompts={inputs.num_prompts}; "

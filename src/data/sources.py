@@ -22,6 +22,7 @@ from src.data.rows import (
 )
 from src.data.tables import Hub
 from src.errors import ConfigError
+from src.planning.content import reading
 from src.planning.identity import DataInputs
 
 
@@ -52,7 +53,8 @@ class JsonLines(Source):
         data = self.data
         assert data.path is not None
         path = data.path.location
-        rows = [parse_pair(row, where) for where, row in read_rows(path)]
+        with reading(data.path):
+            rows = [parse_pair(row, where) for where, row in read_rows(path)]
         # Shuffled by prompt: the pairs of one prompt must not be in both splits.
         prompts = list(dict.fromkeys(row.prompt.stripped_key for row in rows))
         random.Random(data.seed).shuffle(prompts)

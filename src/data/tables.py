@@ -24,6 +24,7 @@ from src.data.rows import (
     sample_indices,
 )
 from src.errors import ConfigError
+from src.planning.content import reading
 
 T = TypeVar("T", bound=Demonstration | Pair)
 
@@ -74,11 +75,12 @@ class Hub(Source):
     def _read(
         self, name: str, split: str, parse: Callable[[Row, str], T], size: int | None, track: ProgressFn
     ) -> list[T]:
-        rows = self._table(name, split)
-        remaining = self._filtered_indices(name, split, rows, parse, track)
-        indices = [remaining[i] for i in sample_indices(len(remaining), size, self.data.seed)]
-        selected = track(rows.select(indices), f"{split} rows")
-        return self._parse(name, split, zip(indices, selected, strict=True), parse)
+        with reading(self.data.path):  # rows are mapped from disk: they are read as they are parsed
+            rows = self._table(name, split)
+            remaining = self._filtered_indices(name, split, rows, parse, track)
+            indices = [remaining[i] for i in sample_indices(len(remaining), size, self.data.seed)]
+            selected = track(rows.select(indices), f"{split} rows")
+            return self._parse(name, split, zip(indices, selected, strict=True), parse)
 
     def _filtered_indices(
         self, name: str, split: str, rows: Any, parse: Callable[[Row, str], T], track: ProgressFn
@@ -132,10 +134,17 @@ class Hub(Source):
                     raise ValueError(f"available splits: {', '.join(saved)}")
                 return saved[split]
             if not first_row:
-                return datasets.load_dataset(location, split=split)
+                return datasets.load_dataset(location, split=split, cache_dir=self._cache_dir())
             # Streaming cannot slice (train[:97%]) or join (a+b) splits; for the first row this is enough.
             return list(datasets.load_dataset(location, split=re.split(r"[\[+]", split)[0], streaming=True).take(1))
         except Exception as error:  # datasets raises many kinds; all mean that the table cannot be loaded
             reason = str(error).split("\n")[0]
             hint = "" if self.data.path is not None else "; dataset.path=FOLDER names a local copy"
             raise ConfigError(f"{key}={location} (split {split}) cannot be loaded: {reason}{hint}") from error
+
+    def _cache_dir(self) -> str | None:
+        """Return where the package keeps its conversion of a local table: by content, as it goes by path and mtime."""
+        import datasets
+
+        path = self.data.path
+        return None if path is None else str(Path(datasets.config.HF_DATASETS_CACHE) / path.fingerprint)

@@ -21,7 +21,8 @@ from src.errors import ConfigError, StageError, report_errors
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import is_number
 from src.judges.judge_client import JudgeClient, Question, usage_of
-from src.planning.identity import ContentPath, EvaluateInputs, digest
+from src.planning.content import ContentPath, digest, reading
+from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
 from src.serving.http_client import EndpointHttpClient, MalformedResponse
 from src.store.attempt import Attempt
@@ -73,7 +74,7 @@ def alpaca_eval(
     for row in rows:
         texts = row["instruction"], row["output_1"], row["output_2"]
         keys.append(digest([judge.model.fingerprint, *texts]))
-        questions[keys[-1]] = Question(partial(_annotate, annotator, row), sum(map(len, texts)))
+        questions[keys[-1]] = Question(partial(_annotate, judge.model, row), sum(map(len, texts)))
     _import_alpaca_eval()  # in the main thread: it changes the root logger while it is imported
     for _ in range(MAX_ATTEMPTS):
         client.ask_missing(questions, partial(_parse_annotation, client), attempt)
@@ -101,16 +102,17 @@ def is_preference(value: Any) -> bool:
     return is_number(value) and (value == 0 or 1 <= value <= 2)
 
 
-def _annotate(annotator: str, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
+def _annotate(annotator: ContentPath, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
     """Return the row with its preference, the name of the model, and as its price the number of tokens.
 
     Raises what the client does, and MalformedResponse for what the package cannot read.
     One row at a time: of many rows the package returns none before all are annotated. Its objects are not safe to share
     between threads, and it would cache the answers in its own folder.
     """
-    annotate = _import_alpaca_eval().annotators.PairwiseAnnotator(
-        annotators_config=annotator, caching_path=None, is_avoid_reannotations=False
-    )
+    with reading(annotator):
+        annotate = _import_alpaca_eval().annotators.PairwiseAnnotator(
+            annotators_config=annotator.location, caching_path=None, is_avoid_reannotations=False
+        )
     http_client = client._client
     assert isinstance(http_client, EndpointHttpClient)
     try:

@@ -15,6 +15,7 @@ import numpy as np
 from src.judges import Comparison, Judged, Verdict
 from src.judges.judge_client import JudgeClient, Messages, usage_of
 from src.judges.prompt_file import load_judge_prompt
+from src.planning.content import reading
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
@@ -46,7 +47,8 @@ def arena_hard(
     """Play two games per comparison; its verdict is their weighted mean, a tie when neither has a label."""
     judge = inputs.judge
     assert judge is not None
-    prompt = load_judge_prompt(judge.prompt_file.location if judge.prompt_file else PROMPT_FILE)
+    with reading(judge.prompt_file):
+        prompt = load_judge_prompt(judge.prompt_file.location if judge.prompt_file else PROMPT_FILE)
     chats = [chat for comparison in comparisons for chat in _chats(comparison, *prompt)]
     answers = JudgeClient(judge, resources.judge, attempt.output_dir).complete(chats, attempt)
     texts = [answer["text"] for answer in answers]

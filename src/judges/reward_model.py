@@ -16,8 +16,9 @@ from src.data.rows import Prompt
 from src.errors import ConfigError, StageError
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers, is_number, is_text
-from src.model.loading import device_of
-from src.planning.identity import ContentPath, EvaluateInputs, digest, locate
+from src.model.loading import copy_weights_, device_of
+from src.planning.content import ContentPath, digest, locate, reading
+from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
 
@@ -39,7 +40,7 @@ def reward_model(
     answers.refresh()
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers.known}
     if missing:
-        for key, reward in _rewards(judge.model_name, missing, resources.device):
+        for key, reward in _rewards(judge.model, missing, resources.device):
             if not math.isfinite(reward):
                 raise StageError(
                     f"judge.model={judge.model_name}: the reward of a response is {reward}; use another model"
@@ -57,12 +58,15 @@ def _compare(response: float, baseline: float) -> Verdict:
     return Verdict(value, f"reward {response:.4g} against {baseline:.4g}")
 
 
-def _rewards(name: str, texts: dict[str, tuple[Prompt, str]], device: str) -> Iterator[tuple[str, float]]:
+def _rewards(path: ContentPath, texts: dict[str, tuple[Prompt, str]], device: str) -> Iterator[tuple[str, float]]:
     """Yield (key, reward) of every text, in batches of similar length."""
+    name = path.location
     source = str(locate(name, "judge.model") or name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
+        with reading(path):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
+            copy_weights_(model)
     except (OSError, ValueError) as error:
         raise ConfigError(f"judge.model={name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if model.config.num_labels != 1:

@@ -18,7 +18,8 @@ from src.errors import ConfigError
 from src.hardware import cores_of_process
 from src.model import attention
 from src.model.logprobs import NumericsConfig, patch_model_
-from src.planning.identity import ContentPath, ModelInputs, locate
+from src.planning.content import ContentPath, locate, reading
+from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,12 @@ def load_model(model: ModelInputs, resources: Resources, checkpoint: Path | None
     """
     source, options = (str(checkpoint), {}) if checkpoint is not None else _pretrained_source(model.path)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa", **options
-        )
+        with reading(None if checkpoint is not None else model.path):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, attn_implementation="sdpa", **options
+            )
+            if checkpoint is None:
+                copy_weights_(loaded)
     except OSError as error:
         raise ConfigError(f"model.path={model.path.location} cannot be loaded: {str(error).splitlines()[0]}") from error
     if "gguf_file" in options:
@@ -74,13 +78,20 @@ def load_model(model: ModelInputs, resources: Resources, checkpoint: Path | None
     return patch_model_(loaded.to(device_of(resources.device)))
 
 
+def copy_weights_(model: Any) -> None:
+    """Copy weights that are mapped from a file: until they are, what is written to the file is written to them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
 def _pretrained_source(path: ContentPath) -> tuple[str, dict[str, Any]]:
     """Return the arguments of from_pretrained. Raises ConfigError when a local path does not exist."""
     local = locate(path.location)
     if local is None:
         return path.location, {"revision": path.revision} if path.revision else {}
     if local.suffix == ".gguf":
-        return str(local.parent), {"gguf_file": local.name}
+        # Joined to any folder, an absolute path is itself. Not to the file's own: a tokenizer beside it would be read.
+        return str(Path(__file__).parent), {"gguf_file": str(local.absolute())}
     return str(local), {}
 
 
@@ -89,7 +100,8 @@ def load_template(model: ModelInputs) -> Template:
     """Load the tokenizer with its chat template, once per process: a GGUF tokenizer takes seconds."""
     source, options = _pretrained_source(model.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        with reading(model.path):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path={model.path.location}: its tokenizer cannot be loaded: {reason}") from error

@@ -10,10 +10,10 @@ from src.config.endpoints import normalize_url
 from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES
 from src.config.schema import Dataset, HubTable, Judge, Point, Table, Training, method_options
 from src.methods import METHODS
+from src.planning.content import ContentPath, Kind, digest
 from src.planning.identity import (
     VERSIONS,
     AlignInputs,
-    ContentPath,
     DataInputs,
     EvaluateInputs,
     GenerateInputs,
@@ -24,7 +24,6 @@ from src.planning.identity import (
     ReferenceInputs,
     SftInputs,
     StageInputs,
-    digest,
     hashable,
     select_fields,
 )
@@ -169,7 +168,7 @@ def sft_data(point: Point) -> DataInputs:
 def pair_data(point: Point) -> DataInputs:
     """Return what every stage that needs preference pairs or their prompts reads."""
     data = point.dataset
-    path = None if data.path is None else ContentPath.of(data.path, "dataset.path")
+    path = None if data.path is None else ContentPath.of(data.path, "dataset.path", kind="table")
     without_sft: dict[str, Any] = {"sft": None, "sft_size": None, "sft_fraction": 1.0}
     return select_fields(DataInputs, data, path=path, preference=_table(data, data.preference), **without_sft)
 
@@ -186,7 +185,8 @@ def judge_inputs(judge: Judge) -> JudgeInputs | None:
         return None
     options: dict[str, Any] = {name: getattr(judge, name) for name in JUDGES[judge.name]}
     if judge.name in CONTENT_HASHED_MODELS:
-        options["model"] = ContentPath.of(options["model"], "judge.model")
+        kind: Kind = "annotator" if judge.name == "alpaca_eval" else "model"
+        options["model"] = ContentPath.of(options["model"], "judge.model", kind=kind)
     if options.get("prompt_file") is not None:
         options["prompt_file"] = ContentPath.of(options["prompt_file"], "judge.prompt_file")
     if judge.name in ENDPOINT_JUDGES and judge.base_url is not None:

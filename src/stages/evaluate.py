@@ -12,7 +12,8 @@ from src.data.sources import open_source
 from src.errors import StageError
 from src.judges import Comparison, judge_function
 from src.methods import METHODS
-from src.planning.identity import ContentPath, EvaluateInputs
+from src.planning.content import ContentPath, reading
+from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
 from src.stages import align, generate
 from src.store.attempt import Attempt
@@ -92,7 +93,8 @@ def _comparisons(
     if "baseline" in upstream:
         baselines = {row["index"]: row for row in generate.read(upstream["baseline"])}
     elif isinstance(baseline, ContentPath):
-        baselines = dict(enumerate(read_answers(baseline.location, prompts, "judge.baseline")))
+        with reading(baseline):
+            baselines = dict(enumerate(read_answers(baseline.location, prompts, "judge.baseline")))
     else:
         chosen_responses: dict[tuple[str, ...], str] = {}
         for pair in open_source(inputs.prompts.data, resources.expected_rows).pairs("validation"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from src import preemption
 from src.distributed import get_distributed
 from src.errors import USER_FACING_ERRORS, StageError, describe_failure
+from src.planning.content import reading
 from src.planning.stage import Stage
 from src.store.attempt import Attempt, Report
 from src.store.files import is_full
@@ -78,14 +79,15 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
 
     with Lease(store.work(stage), waiting) as lease:
         if lease.held and not _is_complete(stage, store):
-            if damage := store.damage(stage):
-                store.set_aside(stage, damage)
-            _complete_upstream(stage, store, report)
-            attempt = store.begin(stage, lease, report)
-            if stage.kind in DISTRIBUTED_STAGES:
-                get_distributed().broadcast_object((stage, attempt.out))
-                attempt.processes = get_distributed().size
-            _run(stage, store, attempt)
+            with reading((stage.inputs, stage.resources.pairs)):
+                if damage := store.damage(stage):
+                    store.set_aside(stage, damage)
+                _complete_upstream(stage, store, report)
+                attempt = store.begin(stage, lease, report)
+                if stage.kind in DISTRIBUTED_STAGES:
+                    get_distributed().broadcast_object((stage, attempt.out))
+                    attempt.processes = get_distributed().size
+                _run(stage, store, attempt)
             store.publish(stage, attempt)
             log.info("%s: done in %.1f s", stage.label, attempt.seconds)
         if lease.held:  # re-check: another rung of the same run may take over this work directory

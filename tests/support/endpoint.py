@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from src.errors import ConfigError
-from src.planning.identity import ContentPath, ModelInputs, locate
+from src.planning.content import ContentPath, locate
+from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
 from tests.support.commands import environment
 
@@ -41,7 +42,7 @@ def smollm2_folder(folder: Path) -> Path:
         pytest.skip("make smollm2 has not been run")
     from src.model.loading import load_model, load_template, save_checkpoint
 
-    model = ModelInputs(ContentPath(GGUF, "smollm2"), "tokenizer", "fp32")
+    model = ModelInputs(ContentPath.of(GGUF, "model.path"), "tokenizer", "fp32")
     save_checkpoint(load_model(model, Resources(device="cpu")), load_template(model), folder)
     return folder
 

@@ -13,7 +13,8 @@ from src.data.templates import Template
 from src.errors import ConfigError
 from src.model.loading import load_template
 from src.model.logprobs import patch_model_
-from src.planning.identity import ContentPath, ModelInputs, locate
+from src.planning.content import ContentPath, locate
+from src.planning.identity import ModelInputs
 
 VOCABULARY = 211
 
@@ -58,4 +59,4 @@ def smollm2_template() -> Template:
         locate(path)
     except ConfigError:
         pytest.skip("make smollm2 has not been run")
-    return load_template(ModelInputs(ContentPath(path, "smollm2"), "tokenizer", "fp32"))
+    return load_template(ModelInputs(ContentPath.of(path, "model.path"), "tokenizer", "fp32"))
