@@ -175,8 +175,10 @@ def test_a_sweep_whose_files_are_replaced_before_they_are_read_publishes_nothing
     process = start(*sweep, f"output_dir={output_dir}")
     wait_until((output_dir / "sweeps" / "s" / "sweep.json").exists, 60, "the sweep to be planned")
     edit(file)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and f"{key}={files}" in output and "changed since this run was planned" in output, output
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and f"{key}={files}" in output and "changed since this run was planned" in output, (
+        output
+    )
     assert not list((output_dir / "store").glob("*/*/DONE"))
     file.write_bytes(original)
     train(*sweep, f"output_dir={output_dir}")
