@@ -14,11 +14,13 @@ from src.errors import ConfigError, PointFailure
 from src.hardware import cores, visible_gpus
 from src.planning.plan import Plan
 from src.planning.stage import Stage
-from src.preflight import check_programs
+from src.preflight import check_cpu_threads, check_programs
 from src.store.retention import release_model
 from src.store.sweep_folder import SweepFolder
 
 log = logging.getLogger(__name__)
+
+MAX_WORKERS = 1024  # processes, each of which holds a model
 
 
 class LocalLauncher(PlanLauncher):
@@ -27,14 +29,15 @@ class LocalLauncher(PlanLauncher):
     runs_in_process = True
 
     def __init__(self, workers: int | None = None) -> None:
-        if workers is not None and workers < 1:
-            raise ConfigError(f"hydra.launcher.workers={workers}: must be >= 1")
+        if workers is not None and (type(workers) is not int or not 1 <= workers <= MAX_WORKERS):
+            raise ConfigError(f"hydra.launcher.workers={workers}: must be a number from 1 to {MAX_WORKERS}, or null")
         self.workers = workers
 
     def check(self, plan: Plan) -> None:
         """Raise ConfigError for a plan that cannot run here, before anything is written."""
         if plan.needed:
             check_programs(plan.points)
+            check_cpu_threads(plan.points)
 
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure]:
         """Compute what the plan needs and return the points without a result: identity of the result -> why.

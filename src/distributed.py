@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from src.environment import read_integer
 from src.errors import ConfigError
 
 # Control messages between stages wait while rank 0 generates samples alone, which can take days.
@@ -74,16 +75,21 @@ def init_distributed(strategy: str) -> DistributedContext:
     Raises ConfigError when several processes were started for an engine that uses one.
     """
     global _context
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size, rank = read_integer("WORLD_SIZE", 1, minimum=1), read_integer("RANK", 0)
+    local_rank, local_size = read_integer("LOCAL_RANK", 0), read_integer("LOCAL_WORLD_SIZE", 1, minimum=1)
     # DeepSpeed needs a process group even for a single process.
     if _context is not None or (size == 1 and not strategy.startswith("zero")):
         return get_distributed()
     if strategy == "none":
         raise ConfigError(f"{size} processes were started, but engine.strategy=none uses one: choose engine=ddp")
+    if rank >= size:
+        raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={size}; start the processes with torchrun")
+    if size > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
+        raise ConfigError(f"WORLD_SIZE={size}, but {missing[0]} is not set: start the processes with torchrun")
     cuda = torch.cuda.is_available()
     if cuda:
         # Depending on the site, a process sees all GPUs of the job or only one of them.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     if size == 1:
         os.environ.setdefault("LOCAL_RANK", "0")
     single: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
@@ -91,7 +97,7 @@ def init_distributed(strategy: str) -> DistributedContext:
     _context = DistributedContext(
         dist.get_rank(),
         dist.get_world_size(),
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        local_size,
         dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
     )
     return _context

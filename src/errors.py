@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import io
+import logging
 import os
 import re
 import sys
@@ -12,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -50,49 +54,79 @@ def warn(message: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of a Hydra or OmegaConf error and of its causes on one line."""
+    """Return the message of an error on one line: of Hydra and OmegaConf with that of its causes.
+
+    A ConfigError that passed through either of them is the whole message: what they wrap around it helps nobody.
+    """
     parts: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
+        if isinstance(cause, ConfigError):
+            return " ".join(str(cause).split("\n"))
         # Of the coordinates that OmegaConf appends, only the full key is useful to a user.
         lines = [line.strip() for line in str(cause).split("\n")]
         lines = [line for line in lines if line and not line.startswith(("object_type=", "reference_type="))]
         message = " ".join(lines).replace("full_key: ", "at key ")
-        # Hydra suggests `+key=value`, which a typed config refuses as well.
-        message = re.sub(r"\. To append to your config use \+\S+", "", message)
+        # Hydra suggests `+key=value`, which a typed config refuses as well, and points to documentation of syntax.
+        message = re.sub(r"\. To append to your config use \+\S+| See https://hydra\.cc/\S+ for details", "", message)
+        message = re.sub(r" Config search path:.*", "", message)
         if message and not any(message in part or part in message for part in parts):
             parts.append(message)
-        cause = cause.__cause__
     return ": ".join(parts)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and those that it was raised from, or for, as OmegaConf raises errors of resolvers."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        in_resolver = isinstance(cause, InterpolationResolutionError)
+        cause = cause.__cause__ or (cause.__context__ if in_resolver else None)
 
 
 def describe_failure(error: BaseException) -> str:
     """Return one line for any exception: a user-facing message as it is, any other with the name of its type."""
     if isinstance(error, USER_FACING_ERRORS):
         return one_line(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return the text with what would break or recolor a line of a terminal written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _tolerate_any_text() -> None:
+    """Let stdout and stderr write what their encoding lacks as an escape: no result is lost to a `±`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Turn an exception into one line on stderr and an exit code.
 
-    The codes are 1 for a failed run, 2 for a wrong request and 130 for an interruption.
+    The codes are 1 for a failed run, 2 for a wrong request and 130 for an interruption. Only what is neither a user's,
+    a file system's nor an endpoint's doing has a traceback before its line.
     """
+    _tolerate_any_text()
     try:
         yield
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
         raise SystemExit(130) from None
     except CONFIG_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr)
         raise SystemExit(2) from error
     except BrokenPipeError:  # stdout is a pipe whose reader has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
-        if not isinstance(error, USER_FACING_ERRORS):
+        if not isinstance(error, (*USER_FACING_ERRORS, OSError)):
             traceback.print_exc()
-        print(f"failed: {describe_failure(error)}", file=sys.stderr)
+        log.info("failed", exc_info=error)  # to the log file of a run
+        print(f"failed: {printable(describe_failure(error))}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -8,6 +8,9 @@ import gc
 import os
 from pathlib import Path
 
+from src.environment import read_integer
+from src.errors import ConfigError
+
 _ROOT = Path("/")
 
 
@@ -26,10 +29,18 @@ def cores_of_process(sharing: int) -> int:
 
     The tasks of a SLURM step already have their own cores (`--cpus-per-task`), which are not divided again.
     """
-    cpus_per_task = os.environ.get("SLURM_CPUS_PER_TASK")
-    if cpus_per_task and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        return min(cores(), int(cpus_per_task))
+    cpus_per_task = read_integer("SLURM_CPUS_PER_TASK", 0)
+    if cpus_per_task and read_integer("SLURM_NTASKS", 1) > 1:
+        return min(cores(), cpus_per_task)
     return max(1, cores() // sharing)
+
+
+def check_num_threads(configured: int | None) -> None:
+    """Raise ConfigError for more threads of a process than cores: they slow each other down, or do not start."""
+    if configured is not None and configured > (available := cores()):
+        raise ConfigError(
+            f"engine.cpu_threads={configured}: this machine has {available} cores; use at most so many, or null for all"
+        )
 
 
 def release_accelerator() -> None:

@@ -15,6 +15,7 @@ from src.data.evaluation_prompts import read_answers, read_prompts
 from src.data.rows import name_of
 from src.data.sources import open_source
 from src.errors import ConfigError
+from src.hardware import check_num_threads
 from src.judges.prompt_file import load_judge_prompt
 from src.planning.content import locate
 from src.planning.identity import DataInputs
@@ -89,6 +90,12 @@ def check_programs(points: Iterable[Point]) -> None:
     for command in dict.fromkeys(point.server.command for point in points):
         if command is not None and shutil.which(program := shlex.split(command)[0]) is None:
             raise ConfigError(f"server.command: {program} is not on PATH; install it, or give its absolute path")
+
+
+def check_cpu_threads(points: Iterable[Point]) -> None:
+    """Raise ConfigError when a point asks for more CPU threads than this machine, which computes it, has cores."""
+    for point in points:
+        check_num_threads(point.engine.cpu_threads)
 
 
 def check_hub(points: Iterable[Point]) -> list[str]:

@@ -12,14 +12,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.hydra_setup import GRID_KEYWORDS, encode_keywords, register
-from src.config.renamed_keys import check_renamed, rename_hint
+from src.config.command_line import check_command_line
+from src.config.composition_errors import explain
+from src.config.hydra_setup import register
+from src.config.overrides import encode_keywords
 from src.config.schema import Point
 from src.config.validation import build_point
-from src.errors import ConfigError, one_line, report_errors
+from src.environment import read_integer
+from src.errors import ConfigError, report_errors
 from src.planning.cost import Cost
 from src.planning.plan import Plan, make_plan
-from src.preflight import check_input_files, check_key, check_packages, check_programs
+from src.preflight import check_cpu_threads, check_input_files, check_key, check_packages, check_programs
 from src.progress import RunProgress
 from src.store.attempt import Report
 from src.store.retention import apply_retention
@@ -56,6 +59,7 @@ def run(cfg: DictConfig) -> None:
         point = build_point(cfg)
         if point.sweep.search != "grid":
             raise ConfigError(f"sweep.search={point.sweep.search} needs a sweep: add -m")
+        rank = read_integer("RANK", 0)
         store = Store(point.output_dir)
         check_input_files([point])
         plan = make_plan([point], store)
@@ -63,10 +67,10 @@ def run(cfg: DictConfig) -> None:
             print(plan.text(), Cost(plan, store).text(), sep="\n")
             return
         if plan.needed or "WORLD_SIZE" in os.environ:
-            for check in (check_packages, check_key, check_programs):
+            for check in (check_packages, check_key, check_programs, check_cpu_threads):
                 check([point])
             with sync_run(plan, store) as sync, RunProgress() as report:
-                if int(os.environ.get("RANK", "0")) == 0:
+                if rank == 0:
                     sync.start()
                 if not run_stages(plan, store, report):
                     return
@@ -98,26 +102,15 @@ def result_text(point: Point, result: dict[str, Any]) -> str:
 
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions reach report_errors, which prints one line
-    register()
-    arguments = sys.argv[1:]
-    sys.argv[1:] = encode_keywords(arguments)
     with report_errors():
-        check_renamed(arguments)
+        register()
+        arguments = sys.argv[1:]
+        overrides = check_command_line(arguments)
+        sys.argv[1:] = encode_keywords(arguments)
         try:
             run()
-        except OSError as error:  # Hydra or the sweeper cannot create its folder
-            if error.filename is None:
-                raise
-            raise ConfigError(f"output_dir: cannot write {error.filename} ({error.strerror})") from error
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_add_hint(one_line(error), arguments)) from None  # causes are in the message
-
-
-def _add_hint(message: str, arguments: list[str]) -> str:
-    keywords = [argument for argument in arguments if argument in GRID_KEYWORDS]
-    if keywords and not {"-m", "--multirun"} & set(arguments):
-        return f"{keywords[0]} expands to several points: add -m to run a sweep"
-    return message + rename_hint(message)
+            raise ConfigError(explain(error, overrides)) from None
 
 
 if __name__ == "__main__":

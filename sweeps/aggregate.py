@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def aggregate(
     target = SweepFolder(out or folders[0].path)
     target.figures.mkdir(parents=True, exist_ok=True)
     points.to_csv(target.points_csv, index=False)
-    atomic_write(target.best_yaml, best_yaml(best))
+    atomic_write(target.best_yaml, best_yaml(best, results.settings))
     write_tables(target.tables, tables)
     graphics = [drawing.save(target.figures) for drawing in figures.draw(averages, best)]
     write_report(target.report, results, rule, best, tables, graphics)
@@ -109,13 +109,18 @@ def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
         raise SweepFailed(f"{failed}; rerun the same command to retry only those")
 
 
-def best_yaml(best: pd.DataFrame) -> str:
-    """Return setup -> method -> {lr, beta, ...}; a run with `best_from=FILE` takes its beta and lr from it."""
+def best_yaml(best: pd.DataFrame, settings: Mapping[str, dict[str, Any]]) -> str:
+    """Return setup -> method -> {lr, beta, ...}; a run with `best_from=FILE` takes its beta and lr from it.
+
+    settings: identity of a result -> the settings that its variant is made of, which such a run must have as well.
+    """
     table: dict[str, dict[str, dict[str, Any]]] = {}
     # One entry per method: of several inits and variants the one that is best on the selection split.
     rows = best.sort_values("quality_selection", ascending=False, kind="stable").astype(object)
     for row in rows.where(rows.notna(), None).to_dict("records"):  # a missing value is null in YAML
         entry = {name: row[name] for name in BEST_YAML_KEYS}
+        if (tuned_with := settings.get(row["identities"][0])) is not None:
+            entry["settings"] = tuned_with
         table.setdefault(row["setup"], {}).setdefault(row["method"], entry)
     header = "# Best hyper-parameters, selected on the selection split; quality on the reporting split.\n"
     header += "# python -m src.train method=NAME best_from=THIS_FILE\n"

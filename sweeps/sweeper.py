@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 import sys
 from typing import Any
@@ -15,7 +16,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from launchers.protocol import PlanLauncher
-from src.config.hydra_setup import decode_keywords, parse_overrides
+from src.config.composition_errors import explain
+from src.config.fields import shortened
+from src.config.overrides import decode_keywords, parse_overrides
 from src.config.schema import Point
 from src.config.validation import build_point, check_grid
 from src.errors import CONFIG_ERRORS, ConfigError, one_line
@@ -25,10 +28,12 @@ from src.planning.plan import make_plan
 from src.preflight import check_input_files
 from src.store.store import Store
 from sweeps.search.search import Search
-from sweeps.search.variants import check_sweep_wide_settings, name_variants
+from sweeps.search.variants import check_sweep_wide_settings, keys_without_effect, name_variants
 
 GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
 ALL_METHODS = "method=all"  # every method that the chosen beta_grid lists
+MAX_POINTS = 100_000
+MAX_COMPOSITIONS = 2_000  # choices of groups, each of which takes tenths of a second to compose
 
 
 class GridSweeper(Sweeper):
@@ -67,6 +72,8 @@ class GridSweeper(Sweeper):
         plan = make_plan(points, store)
         if len(set(plan.results)) < len(points):
             # Points that differ only in what no result depends on (engine.cpu_threads, say) are one point.
+            if keys := keys_without_effect(points):
+                print(f"note: no result depends on {', '.join(keys)}: points that differ only there are run once")
             plan = make_plan([plan.points[plan.results.index(r)] for r in dict.fromkeys(plan.results)], store)
         points = plan.points
         name = points[0].sweep.name or f"{points[0].setup.name}-{_digest_of(overrides)}"
@@ -114,6 +121,7 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
             simple.add(override.key_or_group)
     simple |= {k for k in GRIDS if any(s == f"{k}=grid" for axis in axes for s in axis)}
 
+    _check_size(axes, simple)
     composed: dict[tuple[str, ...], DictConfig] = {}
     points: dict[str, Point] = {}
     for combination in itertools.product(*axes):
@@ -126,9 +134,28 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
         for assignment in itertools.product(*(_grid_values(v, composed[groups]) for v in values)):
             point = _set(composed[groups], assignment, combination)
             points.setdefault(repr(point), point)
+            if len(points) > MAX_POINTS:
+                raise ConfigError(f"{_sweeping(axes)}: more than {MAX_POINTS:,} points; sweep over fewer values")
     if not points:
         raise ConfigError("the sweep has no points")
     return list(points.values())
+
+
+def _check_size(axes: list[list[str]], simple: set[str]) -> None:
+    """Raise ConfigError, before anything is composed, for a sweep that would take hours to plan."""
+    count = math.prod(map(len, axes))
+    if count > MAX_POINTS:
+        raise ConfigError(f"{_sweeping(axes)}: {count:,} points, more than {MAX_POINTS:,}; sweep over fewer values")
+    groups = math.prod(len(axis) for axis in axes if axis[0].partition("=")[0] not in simple)
+    if groups > MAX_COMPOSITIONS:
+        raise ConfigError(
+            f"{_sweeping(axes)}: {groups:,} configs to compose, more than {MAX_COMPOSITIONS:,}; choose fewer options"
+        )
+
+
+def _sweeping(axes: list[list[str]]) -> str:
+    """Return in words which keys a sweep varies, and over how many values each."""
+    return " ".join(f"{axis[0].partition('=')[0]}=({len(axis):,} values)" for axis in axes if len(axis) > 1)
 
 
 def _is_simple(override: Override, strings: list[str], loader: Any) -> bool:
@@ -158,7 +185,8 @@ def _compose(groups: tuple[str, ...], master: DictConfig, loader: Any) -> DictCo
     try:
         cfg = loader.load_sweep_config(master, list(groups))
     except CONFIG_ERRORS as error:
-        raise ConfigError(f"{' '.join(groups)}: {one_line(error)}") from error
+        message, names = explain(error, groups), " ".join(map(shortened, groups))
+        raise ConfigError(message if message.startswith(groups) else f"{names}: {message}") from error
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg
@@ -184,6 +212,8 @@ def _set(cfg: DictConfig, assignment: tuple[str, ...], strings: tuple[str, ...])
             OmegaConf.update(cfg, override.key_or_group, override.value())
         return build_point(cfg)
     except CONFIG_ERRORS as error:
-        assigned = {a.partition("=")[0]: a for a in assignment}
-        overrides = " ".join(assigned.get(s.partition("=")[0], s) for s in strings)
-        raise ConfigError(f"{overrides}: {one_line(error)}") from error
+        message, assigned = one_line(error), {a.partition("=")[0]: a for a in assignment}
+        overrides = {s.partition("=")[0]: assigned.get(s.partition("=")[0], s) for s in strings}
+        if message.partition("=")[0] in overrides:  # it names the override that is wrong
+            raise ConfigError(message) from error
+        raise ConfigError(f"{' '.join(map(shortened, overrides.values()))}: {message}") from error

@@ -19,7 +19,8 @@ def study(method="dpo", **settings):
 
 def test_settings_that_differ_between_sweeps_are_added():
     additions = disambiguating_settings([[study(a=1, b=2)], [study(a=1, b=3)], [study("ipo", a=1, b=4)]])
-    assert additions == [{("s", "dpo", "sft"): "b=2"}, {("s", "dpo", "sft"): "b=3"}, {("s", "ipo", "sft"): "b=4"}]
+    expected = [(("s", "dpo", "sft"), 2), (("s", "dpo", "sft"), 3), (("s", "ipo", "sft"), 4)]
+    assert additions == [{key: {"b": value}} for key, value in expected]
     (one, two) = disambiguating_settings([[study(**{"method.g": 1})], [study("ipo", **{"method.g": 2})]])
     assert not any([*one.values(), *two.values()])  # settings of a method differ between methods anyway
 
@@ -27,14 +28,14 @@ def test_settings_that_differ_between_sweeps_are_added():
 def test_a_setting_that_one_sweep_varies_is_added_to_the_others():
     # The first sweep varied b, so b is part of its variants.
     additions = disambiguating_settings([[study(a=1)], [study(a=1, b=3)]])
-    assert additions == [{("s", "dpo", "sft"): ""}, {("s", "dpo", "sft"): "b=3"}]
+    assert additions == [{("s", "dpo", "sft"): {}}, {("s", "dpo", "sft"): {"b": 3}}]
 
 
 def test_the_name_of_a_group_replaces_the_settings_it_determines():
     one, two = ({"model.name": name, "model.path": f"org/{name}"} for name in ("a", "b"))
-    assert disambiguating_settings([[study(**one)], [study(**two)]])[1] == {("s", "dpo", "sft"): "model.name=b"}
+    assert disambiguating_settings([[study(**one)], [study(**two)]])[1] == {("s", "dpo", "sft"): {"model.name": "b"}}
     additions = disambiguating_settings([[study(**one)], [study(**two)], [study(**one, **{"model.lora.rank": 16})]])
-    assert additions[2] == {("s", "dpo", "sft"): "model.name=a model.lora.rank=16"}
+    assert additions[2] == {("s", "dpo", "sft"): {"model.name": "a", "model.lora.rank": 16}}
 
 
 @pytest.fixture(scope="module")

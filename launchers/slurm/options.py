@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from src.config.fields import check_value, number
 from src.errors import ConfigError
 
 KINDS = ("sft", "reference", "baseline", "align", "aggregate")
@@ -41,11 +42,11 @@ class JobResources:
     account: str | None = MISSING
     qos: str | None = MISSING
     constraint: str | None = MISSING
-    nodes: int = MISSING
+    nodes: int = number(minimum=1, maximum=100_000)
     gpus_per_node: Any = MISSING  # 8, or with a type h100:8
-    cpus_per_task: int = MISSING
-    mem_gb: float | None = MISSING
-    timeout_min: int = MISSING
+    cpus_per_task: int = number(minimum=1, maximum=100_000)
+    mem_gb: float | None = number(above=0, maximum=1e6)
+    timeout_min: int = number(minimum=1, maximum=10**7)
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     setup: list[str] = MISSING
     environment: dict[str, str] = field(default_factory=dict)
@@ -90,8 +91,8 @@ class SlurmOptions(JobResources):
     _target_: str = "hydra_plugins.alignment_sweep.SlurmLauncher"
     _recursive_: bool = False  # Hydra passes `kinds` as it is, with missing values
     kinds: dict[str, JobResources] = field(default_factory=lambda: {kind: JobResources() for kind in KINDS})
-    array_parallelism: int | None = MISSING
-    signal_delay_s: int = MISSING
+    array_parallelism: int | None = number(minimum=1, maximum=10**6)
+    signal_delay_s: int = number(minimum=1, maximum=65535)
     retry_failed: bool = MISSING
     upload: str = MISSING
     wait: bool = MISSING
@@ -117,6 +118,8 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
         node.kinds[kind] = OmegaConf.merge(OmegaConf.structured(JobResources), for_every_job, node.kinds[kind])
     options = OmegaConf.to_object(node)
     assert isinstance(options, SlurmOptions)
+    for key in fields(SlurmOptions):
+        check_value(f"hydra.launcher.{key.name}", key, getattr(options, key.name))
     _check_resources(options, "hydra.launcher")
     for kind, resources in options.kinds.items():
         _check_resources(resources, f"hydra.launcher.kinds.{kind}")
@@ -126,12 +129,6 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
                 f"hydra.launcher: timeout_min={resources.timeout_min} is too short for {kind} jobs: the stop signal"
                 f" (signal_delay_s={options.signal_delay_s}) would arrive at job start"
             )
-    if options.array_parallelism is not None and options.array_parallelism < 1:
-        raise ConfigError(f"hydra.launcher.array_parallelism={options.array_parallelism}: must be >= 1, or null")
-    if not 1 <= options.signal_delay_s <= 65535:
-        raise ConfigError(
-            f"hydra.launcher.signal_delay_s={options.signal_delay_s}: must be between 1 and 65535 seconds"
-        )
     if options.upload not in UPLOAD:
         raise ConfigError(f"hydra.launcher.upload={options.upload}: must be one of {', '.join(UPLOAD)}")
     return options
@@ -139,12 +136,13 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
 
 def _check_resources(resources: JobResources, where: str) -> None:
     """Raise ConfigError for a bad value. where: the config node of the resources, for messages."""
-    for key in ("nodes", "cpus_per_task", "timeout_min", "mem_gb"):
-        value = getattr(resources, key)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{where}.{key}={value}: must be > 0")
-    if not re.fullmatch(r"([^:\s]+:)?\d+", str(resources.gpus_per_node)):
+    for spec in fields(JobResources):
+        check_value(f"{where}.{spec.name}", spec, getattr(resources, spec.name))
+    if not re.fullmatch(r"([^:\s]+:)?\d{1,4}", str(resources.gpus_per_node), re.ASCII):
         raise ConfigError(f"{where}.gpus_per_node={resources.gpus_per_node}: must be a number, or TYPE:NUMBER")
+    for name in resources.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+            raise ConfigError(f"{where}.environment.{name}: not the name of an environment variable")
     for key in resources.additional_parameters:
         if _option_name(key) in _RESERVED_OPTIONS:
             raise ConfigError(f"{where}.additional_parameters.{key}: set by {_RESERVED_OPTIONS[_option_name(key)]}")

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import math
-from dataclasses import Field, field
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, dataclass, field, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
 
 from src.errors import ConfigError
+
+LARGEST = 10**15  # of a number that has no smaller maximum of its own
+MAX_NAME_BYTES = 100  # a file system allows 255, of which extensions and numbers of ours need some
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The numbers >= minimum (or > above) and <= maximum (or < below)."""
+
+    minimum: float | None
+    above: float | None
+    maximum: float | None
+    below: float | None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum), ("<", self.below))
+        return " and ".join(f"{sign} {number_text(bound)}" for sign, bound in bounds if bound is not None)
 
 
 def choice(*values: str | None, default: Any = MISSING) -> Any:
@@ -16,16 +45,32 @@ def choice(*values: str | None, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"choices": values})
 
 
-def number(default: Any = MISSING, *, minimum: float = 0, above: float | None = None, maximum: float = math.inf) -> Any:
-    """Return a dataclass field for a number >= minimum (or > above) and <= maximum; None if its type allows that."""
-    lower = f">= {minimum:g}" if above is None else f"> {above:g}"
-    upper = f" and <= {maximum:g}" if math.isfinite(maximum) else ""
+def number(
+    default: Any = MISSING,
+    *,
+    minimum: float = 0,
+    above: float | None = None,
+    maximum: float = LARGEST,
+    below: float | None = None,
+    default_factory: Callable[[], Any] | None = None,
+) -> Any:
+    """Return a dataclass field for finite numbers >= minimum (or > above) and <= maximum (or < below).
 
-    def contains(value: float) -> bool:
-        above_low = value >= minimum if above is None else value > above
-        return above_low and value <= maximum and math.isfinite(value)
+    The value is a number, None if its type allows that, or a list, tuple or dict of numbers.
+    """
+    interval = Interval(minimum if above is None else None, above, maximum if below is None else None, below)
+    values: dict[str, Any] = {"default": NO_DEFAULT if default_factory else default}
+    return field(**values, default_factory=default_factory or NO_DEFAULT, metadata={"interval": interval})
 
-    return field(default=default, metadata={"interval": lower + upper, "contains": contains})
+
+def random_seed(default: Any = 0) -> Any:
+    """Return a dataclass field for the seed of a random generator: 31 bits, as every library accepts."""
+    return number(default, maximum=2**31 - 1)
+
+
+def folder_name(default: Any = MISSING) -> Any:
+    """Return a dataclass field for a name that becomes part of the name of a folder or file."""
+    return field(default=default, metadata={"name": True})
 
 
 def choices_of(schema: Any, name: str) -> tuple[str | None, ...]:
@@ -33,11 +78,50 @@ def choices_of(schema: Any, name: str) -> tuple[str | None, ...]:
     return schema.__dataclass_fields__[name].metadata["choices"]
 
 
+def number_text(value: float) -> str:
+    """Return a number as a user would write it: exact, whole numbers without `.0`."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e16 else repr(value)
+
+
 def check_value(key: str, field: Field[Any], value: Any) -> None:
-    """Raise ConfigError when a value is not among its field's choices, or outside its interval."""
+    """Raise ConfigError when a value is missing, not among its field's choices, or outside its interval."""
     rule = field.metadata
+    if isinstance(value, str) and value == MISSING:
+        raise ConfigError(f"{key} has no value: add {key}=VALUE")
     if "choices" in rule and value not in rule["choices"]:
         allowed = ", ".join("null" if choice is None else choice for choice in rule["choices"])
         raise ConfigError(f"{key}={value}: must be one of {allowed}")
-    if "interval" in rule and value is not None and not rule["contains"](value):
-        raise ConfigError(f"{key}={value:g}: must be {rule['interval']}")
+    if rule.get("name") and value is not None:
+        _check_name(key, value)
+    if "interval" in rule:
+        for place, number in _numbers(value):
+            if number not in rule["interval"]:
+                finite = "" if math.isfinite(number) else "a finite number "
+                given = f"{key}{place}={number_text(number)}"
+                raise ConfigError(f"{given}: must be {finite}{rule['interval']}")
+
+
+def _check_name(key: str, value: str) -> None:
+    if not re.fullmatch(r"\w[\w.=+-]*", value) or len(value.encode(errors="replace")) > MAX_NAME_BYTES:
+        raise ConfigError(
+            f"{key}={shortened(value)}: becomes a folder name: use letters, digits and . _ - = + (not first), "
+            f"at most {MAX_NAME_BYTES} bytes"
+        )
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, float]]:
+    """Yield (place, number) of every number in a value; place: `.dpo[0]` for the first of the list under `dpo`."""
+    if isinstance(value, bool | str) or value is None or is_dataclass(value):
+        return
+    if isinstance(value, int | float):
+        yield "", value
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for index, item in items:
+        prefix = f".{index}" if isinstance(value, dict) else f"[{index}]"
+        yield from ((prefix + place, number) for place, number in _numbers(item))
+
+
+def shortened(text: str, length: int = 120) -> str:
+    """Return the text, cut where it is longer than a line of a terminal can show."""
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"

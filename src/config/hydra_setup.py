@@ -1,24 +1,25 @@
-"""Hydra's set-up beside conf/: the schema, the resolver `${best:...}`, keywords of the command line. No torch."""
+"""Hydra's set-up beside conf/: the schema, the resolver `${best:...}`, and a check before Hydra writes. No torch."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+import re
+import shlex
 from typing import Any
 
-import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from src.config.renamed_keys import new_name
+from src.config.best_values import BestValues, read_best_values
 from src.config.schema import Point
-from src.errors import ConfigError, one_line
+from src.config.secrets import check_secret
+from src.config.validation import build_point, check_folder
+from src.errors import ConfigError, report_errors
 
-# Hydra composes whatever does not sweep before it asks the sweeper, and `beta=grid` would not compose as a number.
-GRID_KEYWORDS = {
-    f"{key}={word}": f"{key}=choice({word})" for key, word in (("beta", "grid"), ("lr", "grid"), ("method", "all"))
-}
+_HYDRA_KEYS = ("launcher", "sweeper", "job", "run", "sweep")  # of hydra.*, those whose values users set
 
 
 def register() -> None:
@@ -27,46 +28,70 @@ def register() -> None:
     OmegaConf.register_new_resolver("best", _best_value, replace=True)
 
 
+class CheckBeforeWriting(Callback):
+    """Hydra's callback that refuses a wrong config before Hydra makes a folder or writes the config into it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the config of a single run."""
+        with report_errors():
+            _check_hydra(config)
+            point = config.copy()
+            with open_dict(point):
+                del point["hydra"]
+            build_point(point)
+            check_folder("hydra.run.dir", config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check what is Hydra's own; the sweeper checks the points."""
+        with report_errors():
+            _check_hydra(config)
+
+
+def _check_hydra(config: DictConfig) -> None:
+    for key in _HYDRA_KEYS:
+        _check_node(config.hydra, key, f"hydra.{key}")
+
+
+def _check_node(parent: DictConfig | ListConfig, name: Any, place: str) -> None:
+    try:
+        value = parent[name]
+    except OmegaConfBaseException:
+        return  # refers to what Hydra sets later, such as the number of a job
+    if not OmegaConf.is_config(value):
+        check_secret(place, {} if value is None else value)
+        return
+    for inner in range(len(value)) if OmegaConf.is_list(value) else list(value):
+        _check_node(value, inner, f"{place}.{inner}")
+
+
 def _best_value(key: str, *, _root_: DictConfig) -> float:
     """Return the value of `${best:beta}`: the method's best beta in this setup, or in `best_from=FILE`, a best.yaml."""
-    method, setup = _root_.method.name, _root_.setup.name
-    if _root_.best_from is None:
-        where = f"setup={setup} init={_root_.init.name}"
-        table = _root_.setup.best if _root_.init.name == "sft" else {}  # published values are tuned from SFT models
-    else:
-        where = f"best_from={_root_.best_from}"
-        try:
-            table = yaml.safe_load(Path(_root_.best_from).read_text(encoding="utf-8"))[setup]
-        except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{where}: cannot read the best values of setup {setup} ({error!r})") from None
+    method, setup, init, file = _root_.method.name, _root_.setup.name, _root_.init.name, _root_.best_from
+    if file is not None:
+        best = read_best_values(file, setup, method)
+        _check_settings(best, _root_, f"best_from={file}: its best {method}")
+        return getattr(best, key)
+    table = _root_.setup.best if init == "sft" else {}  # published values are tuned from SFT models
     if method not in table or table[method].get(key) is None:
-        raise ConfigError(f"{where} has no best {key} for method={method}: set {key}=VALUE")
-    entry = table[method]
-    init = f"init={entry['init']} " if entry.get("init") else ""
-    for setting in (init + (entry.get("variant") or "")).split():
-        name, _, value = setting.partition("=")
-        current_key = "init.name" if name == "init" else new_name(name) or name
-        if str(OmegaConf.select(_root_, current_key)) != value:
-            raise ConfigError(
-                f"{where}: its best {method} was tuned with {setting}; add {setting}, or set beta and lr explicitly"
-            )
-    return float(entry[key])
+        raise ConfigError(f"setup={setup} init={init} has no best {key} for method={method}: set {key}=VALUE")
+    return float(table[method][key])
 
 
-def encode_keywords(arguments: list[str]) -> list[str]:
-    """Return the command line with `beta=grid`, `lr=grid` and `method=all` written as sweeps, which Hydra expects."""
-    return [GRID_KEYWORDS.get(argument, argument) for argument in arguments]
+def _check_settings(best: BestValues, config: DictConfig, what: str) -> None:
+    """Raise ConfigError for the first setting of the config that is not the one the best values were tuned with."""
+    for key, value in (best.settings | best.words).items():
+        current = OmegaConf.select(config, key)
+        if OmegaConf.is_config(current):
+            current = OmegaConf.to_container(current)
+        if (str(current) if key in best.words else current) != value:
+            setting = override_text(key.removesuffix(".name") if key == "init.name" else key, value)
+            raise ConfigError(f"{what} was tuned with {setting}; add {setting}, or set beta and lr explicitly")
 
 
-def decode_keywords(arguments: list[str]) -> list[str]:
-    """Undo `encode_keywords`."""
-    keywords = {sweep: keyword for keyword, sweep in GRID_KEYWORDS.items()}
-    return [keywords.get(argument, argument) for argument in arguments]
-
-
-def parse_overrides(arguments: list[str], config_loader: Any = None) -> list[Any]:
-    """Parse overrides by Hydra's own grammar. Raises ConfigError."""
-    try:
-        return OverridesParser.create(config_loader=config_loader).parse_overrides(overrides=arguments)
-    except HydraException as error:
-        raise ConfigError(one_line(error)) from error
+def override_text(key: str, value: Any) -> str:
+    """Return the override that sets a key to a value, quoted for Hydra and for a shell."""
+    if isinstance(value, str) and not re.fullmatch(r"[\w./:@%+-]+", value, re.ASCII):
+        text = QuotedString(value, Quote.double).with_quotes()
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
+    return shlex.quote(f"{key}={text}")

@@ -12,24 +12,31 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from src.config.fields import choice, number
+from src.config.fields import choice, folder_name, number, random_seed
 from src.errors import ConfigError
 from src.methods import METHODS
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+
+# No useful value is larger, and none that is allowed overflows what is computed from it.
+MAX_BETA = 1e6
+MAX_LR = 1e6
+MAX_ROWS = 10**12
+MAX_TOKENS = 10**7  # of one text
+MAX_SECONDS = 604_800  # a week
 
 
 @dataclass
 class Option:
     """The base of every config group; `name` is the chosen option, as in `model=NAME`."""
 
-    name: str = MISSING
+    name: str = folder_name()
 
 
 @dataclass
 class Best:
-    beta: float = MISSING
-    lr: float = MISSING
+    beta: float = number(above=0, maximum=MAX_BETA)
+    lr: float = number(above=0, maximum=MAX_LR)
 
 
 @dataclass
@@ -40,21 +47,21 @@ class Setup(Option):
 @dataclass
 class Init:
     name: str = choice("sft", "base")
-    sft_weight: float = number(0.0)
-    align_weight: float = number(1.0, above=0)
+    sft_weight: float = number(0.0, maximum=1e6)
+    align_weight: float = number(1.0, above=0, maximum=1e6)
 
 
 @dataclass
 class MethodFields:
     name: str = choice(*METHODS)
-    gamma_beta_ratio: float | None = number(None)
-    calibration_weight: float | None = number(None)
+    gamma_beta_ratio: float | None = number(None, maximum=1e6)
+    calibration_weight: float | None = number(None, maximum=1e6)
 
 
 @dataclass
 class Lora:
-    rank: int | None = number(None, minimum=1)
-    alpha: float = number(32.0, above=0)
+    rank: int | None = number(None, minimum=1, maximum=2**16)
+    alpha: float = number(32.0, above=0, maximum=1e6)
     targets: list[str] | None = None  # names of linear layers
 
 
@@ -62,7 +69,7 @@ class Lora:
 class Model(Option):
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
     template: str = choice("plain", "tokenizer", "llama3", "mistral", default="plain")
-    parameters: float | None = None
+    parameters: float | None = number(None, above=0)
     revision: str | None = None
     attention: str = choice("auto", "flash_attention_2", "varlen", "onednn", "sdpa", default="auto")
     lora: Lora = field(default_factory=Lora)
@@ -83,8 +90,8 @@ class Table:
 
 @dataclass
 class HubTable(Table):
-    rows: dict[str, int] = field(default_factory=dict)  # split -> expected number of rows
-    tokens: float | None = None  # mean per row, for cost estimates
+    rows: dict[str, int] = number(default_factory=dict, maximum=MAX_ROWS)  # split -> expected number of rows
+    tokens: float | None = number(None, above=0, maximum=MAX_TOKENS)  # mean per row, for cost estimates
 
 
 @dataclass
@@ -93,24 +100,24 @@ class Dataset(Option):
     path: str | None = None
     sft: HubTable | None = None
     preference: HubTable | None = None
-    sft_size: int | None = number(None, minimum=1)
+    sft_size: int | None = number(None, minimum=1, maximum=MAX_ROWS)
     sft_fraction: float = number(1.0, maximum=1)  # 0: no SFT, the base model itself
-    train_size: int | None = number(None, minimum=1)
-    validation_size: int | None = number(None, minimum=2)  # at least one pair to select and one to report
-    seed: int = 0
-    max_tokens: int = number(1024, minimum=2)
-    max_prompt_tokens: int = number(512, minimum=1)
+    train_size: int | None = number(None, minimum=1, maximum=MAX_ROWS)
+    validation_size: int | None = number(None, minimum=2, maximum=MAX_ROWS)  # one pair to select, one to report
+    seed: int = random_seed()
+    max_tokens: int = number(1024, minimum=2, maximum=MAX_TOKENS)
+    max_prompt_tokens: int = number(512, minimum=1, maximum=MAX_TOKENS)
 
 
 @dataclass
 class Optimization:
-    epochs: float = number(1.0, above=0)
-    max_steps: int | None = number(None, minimum=1)
-    batch_size: int = number(128, minimum=1)
+    epochs: float = number(1.0, above=0, maximum=10_000)
+    max_steps: int | None = number(None, minimum=1, maximum=10**9)
+    batch_size: int = number(128, minimum=1, maximum=10**6)
     lr_scheduler_type: str = choice("linear", "cosine", "constant", default="linear")
     warmup_ratio: float = number(0.03, maximum=1)
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = number(0.0)
+    adam_betas: tuple[float, float] = number((0.9, 0.95), below=1)
+    weight_decay: float = number(0.0, maximum=1000)
     max_grad_norm: float = number(2.0, above=0)
 
 
@@ -118,7 +125,7 @@ class Optimization:
 class Training(Optimization):
     """AdamW on `epochs` passes in batches of `batch_size` examples; lr is the peak learning rate."""
 
-    lr: float = number(above=0)
+    lr: float = number(above=0, maximum=MAX_LR)
 
 
 @dataclass
@@ -130,46 +137,46 @@ class AlignOptimization(Optimization):  # the point has its lr
 class Trainer(Option):
     sft: Training = field(default_factory=Training)
     align: AlignOptimization = field(default_factory=AlignOptimization)
-    max_tokens_per_micro_batch: int | None = number(None, minimum=1)
-    save_steps: int = number(100, minimum=1)
+    max_tokens_per_micro_batch: int | None = number(None, minimum=1, maximum=10**9)
+    save_steps: int = number(100, minimum=1, maximum=10**9)
 
 
 @dataclass
 class Engine(Option):
     device: str = choice("auto", "cpu", "cuda", default="auto")
     precision: str = choice("fp32", "bf16", default="fp32")  # of the computation; weights are float32
-    cpu_threads: int | None = number(None, minimum=1)
+    cpu_threads: int | None = number(None, minimum=1, maximum=10_000)  # and at most the machine's cores
     strategy: str = choice("none", "ddp", "zero1", "zero2", "zero3", "zero3_offload", default="none")
     activation_checkpointing: bool = False
     compile: bool = False
-    tflops: float | None = None
-    mfu: float = 0.4
+    tflops: float | None = number(None, above=0, maximum=1e6)
+    mfu: float = number(0.4, above=0, maximum=1)
 
 
 @dataclass
 class Generation:
-    temperature: float = number(1.0)
-    top_k: int = number(0)
+    temperature: float = number(1.0, maximum=100)
+    top_k: int = number(0, maximum=10**7)
     top_p: float = number(1.0, above=0, maximum=1)
-    max_new_tokens: int = number(256, minimum=1)
-    batch_size: int = number(64, minimum=1)
-    seed: int = 0
+    max_new_tokens: int = number(256, minimum=1, maximum=MAX_TOKENS)
+    batch_size: int = number(64, minimum=1, maximum=10**6)
+    seed: int = random_seed()
 
 
 @dataclass
 class Server(Option):  # none | vllm | transformers
     command: str | None = None  # with {checkpoint}, {port}, {dtype}
-    timeout: float = number(600.0, above=0)
-    concurrency: int = number(64, minimum=1)
+    timeout: float = number(600.0, above=0, maximum=MAX_SECONDS)
+    concurrency: int = number(64, minimum=1, maximum=2**16)
 
 
 @dataclass
 class Evaluation(Option):
     metric: str = choice("win_rate", "reward_accuracy")
     prompts_file: str | None = None  # file of a benchmark's; null: held-out prompts
-    num_prompts: int = number(500, minimum=2)
+    num_prompts: int = number(500, minimum=2, maximum=MAX_ROWS)
     selection_fraction: float = number(0.5, above=0, maximum=0.999)
-    split_seed: int = 0
+    split_seed: int = random_seed()
     generation: Generation = field(default_factory=Generation)
 
 
@@ -180,9 +187,9 @@ class JudgeEndpoint:
     base_url: str | None = None  # of an OpenAI-compatible endpoint; null: OpenAI's
     # Variable with the key, which is never written down; null: OPENAI_API_KEY for OpenAI, no key for a base_url.
     api_key_env: str | None = None
-    concurrency: int = number(8, minimum=1)
-    timeout: float = number(60.0, above=0)
-    max_retries: int = number(8, minimum=0)
+    concurrency: int = number(8, minimum=1, maximum=2**16)
+    timeout: float = number(60.0, above=0, maximum=MAX_SECONDS)
+    max_retries: int = number(8, minimum=0, maximum=1000)
     max_calls: int | None = number(None)
     max_cost: float | None = number(None)
     input_price: float | None = number(None)  # dollars per million tokens
@@ -195,8 +202,8 @@ class Judge(JudgeEndpoint):
     baseline: str | None = "sft"  # sft | chosen | a file of answers: what a response is compared with
     model: str | None = None  # as the endpoint calls it; of alpaca_eval: an annotator; of reward_model: a model
     prompt_file: str | None = None  # the question in Arena-Hard's judge_config.yaml format
-    temperature: float = number(0.0)
-    max_tokens: int = number(256, minimum=1)  # of an answer
+    temperature: float = number(0.0, maximum=100)
+    max_tokens: int = number(256, minimum=1, maximum=MAX_TOKENS)  # of an answer
 
 
 @dataclass
@@ -220,12 +227,14 @@ class Tracking(Option):
 
 @dataclass
 class Sweep:
-    name: str | None = None
+    name: str | None = folder_name(None)
     variant: str = ""  # settings that distinguish points with equal method, init, beta, lr; set by the sweeper
     # The point of each method that stands for it; the shortlist is what is not significantly worse than the best.
     select: str = choice("best", "lowest_kl_in_shortlist", default="best")
     search: str = choice("grid", "successive_halving", default="grid")
-    rungs: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions of alignment's steps
+    rungs: list[float] = number(  # fractions of alignment's steps
+        default_factory=lambda: [0.25, 0.5, 1.0], above=0, maximum=1
+    )
     keep_fraction: float = number(0.5, above=0, maximum=1)  # of a method's points, promoted to the next rung
 
 
@@ -244,12 +253,12 @@ class Point:
     server: Server = field(default_factory=Server)
     judge: Judge = field(default_factory=Judge)
     tracking: Tracking = field(default_factory=Tracking)
-    beta_grid: dict[str, list[float]] = field(default_factory=dict)
-    lr_grid: dict[str, list[float]] = field(default_factory=dict)
+    beta_grid: dict[str, list[float]] = number(default_factory=dict, above=0, maximum=MAX_BETA)
+    lr_grid: dict[str, list[float]] = number(default_factory=dict, above=0, maximum=MAX_LR)
     sweep: Sweep = field(default_factory=Sweep)
-    beta: float = number(above=0)
-    lr: float = number(above=0)
-    seed: int = number(0, maximum=2**31 - 1)
+    beta: float = number(above=0, maximum=MAX_BETA)
+    lr: float = number(above=0, maximum=MAX_LR)
+    seed: int = random_seed()
     best_from: str | None = None
     output_dir: str = "outputs"
     keep_checkpoints: str = choice("all", "best", "none", default="all")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import re
+import os
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from src.config.fields import check_value
+from src.config.fields import check_value, shortened
 from src.config.judge_rules import check_judge, check_server
+from src.config.overrides import MAX_VALUES
 from src.config.paths import is_dir, is_file
 from src.config.schema import Point, typed_leaves
+from src.config.secrets import check_secret
 from src.errors import ConfigError, one_line
 from src.methods import METHODS
 
@@ -24,6 +25,11 @@ def build_point(cfg: DictConfig) -> Point:
     """Return the resolved, checked Point of a composed config. Raises ConfigError."""
     try:
         point = OmegaConf.to_object(cfg)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key)
+        group = key.removesuffix(".name")
+        missing = f"{key} has no value: add {key}=VALUE" if group == key else f"{group} has no option: add {group}=NAME"
+        raise ConfigError(missing) from error
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     assert isinstance(point, Point)
@@ -34,14 +40,16 @@ def build_point(cfg: DictConfig) -> Point:
 def check(point: Point) -> None:
     """Check every field and every rule between fields. Raises ConfigError naming the override to change."""
     for key, spec, value in typed_leaves(point):
-        _check_secret(key, value)
+        check_secret(key, value)
         check_value(key, spec, value)
+    for method, best in point.setup.best.items():
+        for key, spec, value in typed_leaves(best, f"setup.best.{method}."):
+            check_value(key, spec, value)
+    check_folder("output_dir", point.output_dir)
     for stage in ("sft", "align"):
         betas = getattr(point.trainer, stage).adam_betas
-        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        if len(betas) != 2:
             raise ConfigError(f"trainer.{stage}.adam_betas={list(betas)}: must be two numbers >= 0 and < 1")
-    if point.sweep.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", point.sweep.name):
-        raise ConfigError(f"sweep.name={point.sweep.name}: becomes a folder name: use letters, digits and . _ - = +")
     _check_search(point)
     _check_method(point)
     _check_dataset(point)
@@ -64,12 +72,22 @@ def check(point: Point) -> None:
     check_server(point)
 
 
-def _check_secret(key: str, value: Any) -> None:
-    """Raise ConfigError, without repeating the value, for a secret: configs are copied to logs and trackers."""
-    if isinstance(value, str) and re.search(r"\w://[^/\s]*@", value):
-        raise ConfigError(
-            f"{key}: URL contains credentials; pass secrets through environment variables, not the config"
-        )
+def check_folder(key: str, folder: str) -> None:
+    """Raise ConfigError for a folder that cannot be made or written to. Nothing is made."""
+    if not folder.strip() or not folder.isprintable():
+        raise ConfigError(f"{key}={shortened(folder)}: must be the path of a folder")
+    path = Path(folder).absolute()
+    try:
+        nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not nearest.is_dir():
+            reason = f"{nearest} is not a folder"
+        elif not os.access(nearest, os.W_OK | os.X_OK) or nearest.is_relative_to("/proc"):
+            reason = f"no permission to write to {nearest}"
+        else:
+            return
+    except OSError as error:
+        reason = f"{error.strerror}"
+    raise ConfigError(f"{key}={shortened(folder)}: cannot be written ({reason}); choose another folder")
 
 
 def _check_search(point: Point) -> None:
@@ -87,14 +105,14 @@ def _check_search(point: Point) -> None:
 
 
 def check_grid(name: str, grid: dict[str, list[float]]) -> None:
+    """Raise ConfigError for a grid of an unknown method, or without values or with too many."""
     for method, values in grid.items():
         if method not in METHODS:
             raise ConfigError(f"{name}.{method}: no such method; methods are {', '.join(METHODS)}")
         if not values:
             raise ConfigError(f"{name}.{method}=[]: an empty grid has no points; add at least one value")
-        for value in values:
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name}.{method}: {value:g} must be > 0")
+        if len(values) > MAX_VALUES:
+            raise ConfigError(f"{name}.{method}: has more than {MAX_VALUES:,} values")
 
 
 def _check_method(point: Point) -> None:

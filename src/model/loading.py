@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from src.data.templates import Template
 from src.distributed import get_distributed
 from src.errors import ConfigError
-from src.hardware import cores_of_process
+from src.hardware import check_num_threads, cores_of_process
 from src.model import attention
 from src.model.logprobs import NumericsConfig, patch_model_
 from src.planning.content import ContentPath, locate, reading
@@ -50,7 +50,11 @@ def _numerics(precision: str, requested: str, device: torch.device) -> NumericsC
 
 
 def set_cpu_threads(configured: int | None, sharing: int = 1) -> None:
-    """Set torch's CPU threads: as configured, or this process's share of the cores among `sharing` processes."""
+    """Set torch's CPU threads: as configured, or this process's share of the cores among `sharing` processes.
+
+    Raises ConfigError for more than this machine has cores.
+    """
+    check_num_threads(configured)
     torch.set_num_threads(configured or cores_of_process(max(sharing, get_distributed().local_size)))
 
 

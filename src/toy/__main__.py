@@ -6,6 +6,7 @@ The full grid takes minutes on 2 cores, less with `seeds=50 lr_seeds=20`. Networ
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pandas as pd
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from src.config.command_line import check_command_line
 from src.errors import report_errors
 from src.progress import RunProgress
 from src.store.files import atomic_write
@@ -125,6 +127,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach report_errors, and a user gets one line, not a traceback
     ConfigStore.instance().store(name="toy_schema", node=Toy)
     with report_errors():
+        check_command_line(sys.argv[1:])
         toy()
 
 

@@ -35,18 +35,18 @@ class Toy:
 
     output_dir: str = MISSING
     objectives: list[str] = MISSING
-    widths: list[int] = MISSING
-    biases: list[float] = MISSING
-    lrs: list[float] = MISSING
-    lr_seeds: int = number(minimum=1)
-    seeds: int = number(minimum=1)
-    beta: float = number(above=0)
-    prompts: int = number(minimum=20)
+    widths: list[int] = number(minimum=1, maximum=10**5)
+    biases: list[float] = number(minimum=-1000, maximum=1000)
+    lrs: list[float] = number(above=0, maximum=1e6)
+    lr_seeds: int = number(minimum=1, maximum=10**6)
+    seeds: int = number(minimum=1, maximum=10**6)
+    beta: float = number(above=0, maximum=1e6)
+    prompts: int = number(minimum=20, maximum=10**7)
     train_fraction: float = number(minimum=0.1, maximum=0.9)  # with 20 prompts at least 2 to train and 2 to test
-    epochs: int = number(minimum=1)
-    batch_size: int = number(minimum=1)
+    epochs: int = number(minimum=1, maximum=10**6)
+    batch_size: int = number(minimum=1, maximum=10**6)
     optimizer: str = choice(*OPTIMIZERS)
-    workers: int | None = number(minimum=1)
+    workers: int | None = number(minimum=1, maximum=1024)
 
 
 def check(toy: Toy) -> None:
@@ -58,8 +58,6 @@ def check(toy: Toy) -> None:
             raise ConfigError(f"{spec.name}: an empty list; {spec.name}=[...] with at least one value")
         if isinstance(value, list) and len(set(value)) < len(value):
             raise ConfigError(f"{spec.name}={value}: has a value twice")
-        if spec.name in ("widths", "lrs") and min(value) <= 0:
-            raise ConfigError(f"{spec.name}={value}: all above 0")
     for name in toy.objectives:
         if name not in OBJECTIVES:
             same = " (on a scalar score it is dpo)" if name in METHODS else ""

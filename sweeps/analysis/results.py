@@ -19,7 +19,7 @@ from src.methods import METHODS
 from src.store.store import QUALITY_FILE, read_result
 from src.store.sweep_folder import SweepFolder
 from sweeps.search import successive_halving
-from sweeps.search.variants import disambiguating_settings
+from sweeps.search.variants import disambiguating_settings, variant_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,6 +84,8 @@ class Results:
     # Every stage that a result was computed from: identity -> stage, seconds, tokens, processes.
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     judges: list[dict[str, Any]] = field(default_factory=list)  # of each judged result: the judge's name and usage
+    # result -> the settings that its variant is made of; none of a sweep before version 0.3
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     # result -> name of a benchmark -> its score by the benchmark's own rules
     scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     # result -> its store, and role -> identity of the stages of its point
@@ -117,12 +119,17 @@ class Results:
         done = self.points.identity[self.points.state == "done"]
         return Counter(identity for result in done for identity in set(self._stages_of[result][1].values()))
 
-    def add_point(self, store: Path, sweep: dict[str, Any], point: dict[str, Any], settings: str) -> dict[str, Any]:
+    def add_point(
+        self, store: Path, sweep: dict[str, Any], point: dict[str, Any], settings: dict[str, Any]
+    ) -> dict[str, Any]:
         """Add the costs of a point of sweep.json and return its row; settings: to be added to its variant."""
         self._stages_of[point["identity"]] = store, point["stages"]
         row: dict[str, Any] = {key: point.get(key) for key in COLUMNS}
-        if settings:
-            row["variant"] = " ".join(sorted([*(row["variant"] or "").split(), *settings.split()]))
+        if "settings" in point:
+            self.settings[point["identity"]] = point["settings"] | settings
+            row["variant"] = variant_text(self.settings[point["identity"]])
+        elif settings:
+            row["variant"] = " ".join(sorted([*(row["variant"] or "").split(), variant_text(settings)]))
         row["kind"] = METHODS[point["method"]].kind
         row["candidate"] = successive_halving.is_candidate(sweep, point)
         row["checkpoint"] = str(store / "align" / point["stages"]["align"])
@@ -159,7 +166,7 @@ def collect(folders: Sequence[SweepFolder]) -> Results:
         for point in sweep["points"]:
             if rows.get(point["identity"], {}).get("state") != "done":
                 study = point["setup"], point["method"], point["init"]
-                rows[point["identity"]] = results.add_point(store, sweep, point, settings.get(study, ""))
+                rows[point["identity"]] = results.add_point(store, sweep, point, settings.get(study, {}))
     frame = pd.DataFrame(list(rows.values()), columns=COLUMNS)
     if len(sweeps) > 1:
         _check_conflicts(frame[frame.candidate])

@@ -14,7 +14,7 @@ from src.store.code_snapshot import revision
 from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
 from sweeps.search.successive_halving import RungState
-from sweeps.search.variants import studies
+from sweeps.search.variants import studies, varying_settings
 
 
 @dataclass
@@ -68,12 +68,14 @@ class SweepRecord:
         write_states(self.folder, record, state, self.failures)
 
     def _points(self) -> list[dict[str, Any]]:
+        settings = varying_settings(self.rungs.points)  # which the variant is made of
         return [
             {
                 "setup": point.setup.name,
                 "method": point.method.name,
                 "init": point.init.name,
                 "variant": point.sweep.variant,
+                "settings": settings[index],
                 "beta": point.beta,
                 "lr": point.lr,
                 "seed": point.seed,

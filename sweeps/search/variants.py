@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from src.config.judge_rules import JUDGES
-from src.config.schema import Judge, Point, typed_leaves
+from src.config.schema import Judge, Point, TensorboardTracking, WandbTracking, typed_leaves
 from src.errors import ConfigError
 
 Study = tuple[str, str, str]  # setup, method, init
@@ -21,30 +21,57 @@ _WITHOUT_EFFECT |= {"trainer.save_steps", "trainer.max_tokens_per_micro_batch"}
 _WITHOUT_EFFECT |= {"evaluation.generation.batch_size", "server.timeout", "server.concurrency"}
 _JUDGING = {"name", "baseline", *(name for names in JUDGES.values() for name in names)}
 _WITHOUT_EFFECT |= {f"judge.{f.name}" for f in fields(Judge) if f.name not in _JUDGING}
-_NOT_VARIANTS = _COLUMNS | _WITHOUT_EFFECT
+_SINKS = (("wandb", WandbTracking), ("tensorboard", TensorboardTracking))
 # A sweep has one folder and one record, and runs or does not, so its points must agree in these.
 _SWEEP_WIDE = (
     *("output_dir", "keep_checkpoints", "dry_run"),
     *(f"sweep.{name}" for name in ("name", "select", "search", "rungs", "keep_fraction")),
+    *(f"tracking.{sink}.{f.name}" for sink, options in _SINKS for f in fields(options)),
 )
+# Keys without effect that other keys are computed from, and in which equal points may well differ.
+_SOURCES = {"beta_grid", "lr_grid", "best_from"}
 
 
 def check_sweep_wide_settings(points: list[Point]) -> None:
     """Raise ConfigError for a setting that must be equal for all points of a sweep but is not."""
-    tables = [{key: value for key, _, value in typed_leaves(point)} for point in points]
-    for key in _SWEEP_WIDE:
-        if len({repr(table[key]) for table in tables}) > 1:
-            raise ConfigError(f"{key}: must be one value for a whole sweep")
+    for key, values in _values_by_key(points).items():
+        if key in _SWEEP_WIDE and len(values) > 1:
+            raise ConfigError(f"{key}: must be one value for a whole sweep, not {' and '.join(sorted(values)[:2])}")
 
 
-def name_variants(points: list[Point]) -> None:
-    """Set every point's sweep.variant to the values in which it differs from others of its setup, method and init."""
+def keys_without_effect(points: list[Point]) -> list[str]:
+    """Return the keys that the points differ in although no result depends on them."""
+    keys = [key for key, values in _values_by_key(points).items() if len(values) > 1]
+    return [key for key in keys if _is_without_effect(key) and not {key, key.partition(".")[0]} & _SOURCES]
+
+
+def _values_by_key(points: list[Point]) -> dict[str, set[str]]:
+    values: dict[str, set[str]] = defaultdict(set)
+    for point in points:
+        for key, _, value in typed_leaves(point):
+            values[key].add(str(value))
+    return values
+
+
+def varying_settings(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Return for each point the settings in which it differs from others of its setup, method and init."""
+    settings: dict[int, dict[str, Any]] = {}
     for group in _studies(points).values():
         tables = [_settings(point) for point in group]
-        differing = _differing_keys(tables)
-        for point, table in zip(group, tables, strict=True):
-            # Sorted, so that equal variants have equal names.
-            point.sweep.variant = " ".join(sorted(f"{key}={table[key]}" for key in differing))
+        keys = _differing_keys(tables)
+        settings |= {id(point): {key: table[key] for key in keys} for point, table in zip(group, tables, strict=True)}
+    return [settings[id(point)] for point in points]
+
+
+def variant_text(settings: Mapping[str, Any]) -> str:
+    """Return settings as a name for display; sorted, so that equal variants have equal names."""
+    return " ".join(sorted(f"{key}={value}" for key, value in settings.items()))
+
+
+def name_variants(points: Sequence[Point]) -> None:
+    """Set every point's sweep.variant to the settings in which it differs from others of its study."""
+    for point, settings in zip(points, varying_settings(points), strict=True):
+        point.sweep.variant = variant_text(settings)
 
 
 def studies(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -57,13 +84,13 @@ def studies(points: Sequence[Point]) -> list[dict[str, Any]]:
     return rows
 
 
-def disambiguating_settings(sweeps: Sequence[Sequence[dict[str, Any]]]) -> list[dict[Study, str]]:
+def disambiguating_settings(sweeps: Sequence[Sequence[dict[str, Any]]]) -> list[dict[Study, dict[str, Any]]]:
     """Return for each sweep study -> the settings to add to its variant, given `studies` of every sweep.
 
     With them points of different sweeps are not mistaken for one study, and methods that were run differently are not
     compared. What a sweep varies itself is part of its variants already.
     """
-    additions: list[dict[Study, str]] = [{} for _ in sweeps]
+    additions: list[dict[Study, dict[str, Any]]] = [{} for _ in sweeps]
     groups: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for index, sweep in enumerate(sweeps):
         for study in sweep:
@@ -74,8 +101,7 @@ def disambiguating_settings(sweeps: Sequence[Sequence[dict[str, Any]]]) -> list[
             same_method = [other["settings"] for _, other in group if other["method"] == study["method"]]
             method_keys = [key for key in _differing_keys(same_method) if key.startswith("method.")]
             keys = [key for key in (*common_keys, *method_keys) if key in study["settings"]]
-            text = " ".join(f"{key}={study['settings'][key]}" for key in keys)
-            additions[index][setup, study["method"], init] = text
+            additions[index][setup, study["method"], init] = {key: study["settings"][key] for key in keys}
     return additions
 
 
@@ -94,8 +120,12 @@ def _settings(point: Point) -> dict[str, Any]:
     return {
         key: value
         for key, _, value in typed_leaves(point)
-        if key == "engine.precision" or not {key, key.partition(".")[0]} & _NOT_VARIANTS
+        if key.partition(".")[0] not in _COLUMNS and not _is_without_effect(key)
     }
+
+
+def _is_without_effect(key: str) -> bool:
+    return key != "engine.precision" and bool({key, key.partition(".")[0]} & _WITHOUT_EFFECT)
 
 
 def _differing_keys(tables: Sequence[dict[str, Any]]) -> list[str]:

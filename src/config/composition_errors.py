@@ -1,0 +1,79 @@
+"""Errors of composing a config, in one line that begins with the override. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from hydra.errors import MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from src.config.fields import shortened
+from src.config.overrides import GRID_KEYWORDS, decode_keywords, did_you_mean
+from src.config.renamed_keys import rename_hint
+from src.config.schema import Point
+from src.errors import one_line
+
+
+def explain(error: BaseException, overrides: Sequence[str]) -> str:
+    """Return one line for an error of composing these overrides; it begins with the override that caused it."""
+    message = one_line(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        cause = _override_of(group, overrides) or error.missing_cfg_file
+        known = f"; there are {', '.join(error.options)}" if error.options else ""
+        return f"{cause}: {group}/{name} does not exist{did_you_mean(name, list(error.options))}{known}"
+    unknown = error.__cause__
+    if isinstance(unknown, ConfigAttributeError | ConfigKeyError) and isinstance(unknown.full_key, str):
+        if hint := rename_hint(message):
+            return message + hint
+        cause = _override_of(unknown.full_key, overrides) or unknown.full_key
+        return f"{cause}: there is no key {unknown.full_key}{_similar_key(unknown.full_key)}"
+    if (merged := re.match(r"Error merging override (([^=]+)=.*?): ", message)) is not None:
+        override, key = merged[1], merged[2].lstrip("+")
+        reason = message[merged.end() :].removesuffix(f" at key {key}")
+        keywords = [keyword.partition("=")[2] for keyword in GRID_KEYWORDS if keyword.startswith(f"{key}=")]
+        hint = did_you_mean(override.partition("=")[2], keywords)
+        return f"{shortened(override)}: {shortened(reason, 400)}{hint}{rename_hint(message)}"
+    message += (renamed := rename_hint(message))
+    if (called := re.search(r"unexpected keyword argument '(\w+)'.* at key ([\w.]+)", message)) is not None:
+        key = f"{called[2]}.{called[1]}"
+        return f"{_override_of(key, overrides) or key}: there is no key {key}{renamed}"
+    if (repeated := re.match(r"Multiple values for ([\w@./]+)\.", message)) is not None:
+        group = repeated[1]
+        return (
+            f"{_override_of(group, overrides) or group}: there is a choice of {group} already; give {group}=NAME once"
+        )
+    named = re.match(r"Could not override '([^']+)'", message)
+    cause = _override_of(named[1], overrides) if named else next((o for o in overrides if f"'{o}'" in message), None)
+    return f"{cause}: {message}" if cause and not message.startswith(cause) else message
+
+
+def _override_of(key: str, overrides: Sequence[str]) -> str | None:
+    """Return the last override of a key, of a group or of something below it, as it was typed."""
+    for override in reversed(decode_keywords(overrides)):
+        name = override.partition("=")[0].lstrip("+~")
+        if key in (name, name.partition("@")[0]) or name.startswith(f"{key}.") or key.startswith(f"{name}."):
+            return shortened(override)
+    return None
+
+
+def _similar_key(key: str) -> str:
+    """Return a hint about the key of the schema that is most like an unknown one, whatever comes below it."""
+    known = list(_keys(Point))
+    if hint := did_you_mean(key, known):
+        return hint
+    last = key.rpartition(".")[2]
+    return did_you_mean(last, [name for name in known if "." not in name] or known)
+
+
+def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted key of every field of the schema, groups included."""
+    hints = get_type_hints(schema)
+    for f in fields(schema):
+        yield prefix + f.name
+        nested = next((kind for kind in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(kind)), None)
+        if nested is not None and not hasattr(hints[f.name], "__origin__"):
+            yield from _keys(nested, f"{prefix}{f.name}.")
