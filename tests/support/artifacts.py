@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from src.store.store import RUN_CONFIG_FILE
 
@@ -14,18 +15,29 @@ def results(output_dir: Path) -> dict[str, object]:
     for done in sorted((output_dir / "store").glob("*/*/DONE")):
         folder = done.parent
         for path in sorted(set(folder.iterdir()) - {folder / RUN_CONFIG_FILE}):
-            key = f"{folder.parent.name}/{folder.name}/{path.name}"
-            if path.name == "metrics.jsonl":
-                lines = [json.loads(line) for line in path.read_text().splitlines()]
-                contents[key] = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-            elif path.name == "result.json":
-                result = json.loads(path.read_text())
-                result["stages"] = [{k: v for k, v in s.items() if k != "seconds"} for s in result["stages"]]
-                contents[key] = result
-            elif path.name == "DONE":
-                contents[key] = {
-                    k: v for k, v in json.loads(path.read_text()).items() if k in ("stage", "identity", "tokens")
-                }
-            else:
-                contents[key] = path.read_bytes()
+            contents[f"{folder.parent.name}/{folder.name}/{path.name}"] = content(path)
     return contents
+
+
+def content(path: Path) -> object:
+    """Return what an artifact says apart from timings; the bytes of one that is damaged, None of what is no file."""
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    try:
+        return _parsed(path.name, data)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return data
+
+
+def _parsed(name: str, data: bytes) -> Any:
+    if name == "metrics.jsonl":
+        lines = [json.loads(line) for line in data.splitlines()]
+        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    if name == "result.json":
+        result = json.loads(data)
+        result["stages"] = [{k: v for k, v in s.items() if k != "seconds"} for s in result["stages"]]
+        return result
+    if name == "DONE":
+        return {k: v for k, v in json.loads(data).items() if k in ("stage", "identity", "tokens")}
+    return data
