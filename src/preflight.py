@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import yaml
+
 from src.config.endpoints import read_key
 from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES
 from src.config.packages import require_package
@@ -76,6 +78,26 @@ def check_packages(points: Iterable[Point]) -> None:
                     f"judge.model={judge.model}: unknown annotator; use one of alpaca-eval's ({annotators}), "
                     "or the absolute path of a folder with a configs.yaml"
                 )
+            if Path(str(judge.model)).is_absolute():
+                _check_annotator(Path(str(judge.model)))
+
+
+def _check_annotator(folder: Path) -> None:
+    """Raise ConfigError for an annotator that cannot be read, or whose prompt is not in its folder.
+
+    An annotator is identified by the content of its folder.
+    """
+    key = f"judge.model={folder}"
+    try:
+        annotators = yaml.safe_load((folder / "configs.yaml").read_text(encoding="utf-8"))
+        templates = [annotator["prompt_template"] for annotator in annotators.values()]
+        prompts = [folder.parent / template for template in templates if "{" not in template]  # others are no path
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"{key}: its configs.yaml needs NAME: {{prompt_template: FILE, ...}} ({reason})") from None
+    for prompt in prompts:
+        if folder.resolve() not in prompt.resolve().parents or not prompt.is_file():
+            raise ConfigError(f"{key}: prompt_template={prompt} is no file in this folder; copy it there")
 
 
 def check_key(points: Iterable[Point]) -> None:

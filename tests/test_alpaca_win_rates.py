@@ -9,6 +9,8 @@ import sys
 import pandas as pd
 import pytest
 
+from src.errors import ConfigError
+from src.judges.alpaca_eval import check_annotations
 from tests.support.commands import ROOT, environment
 
 
@@ -102,6 +104,29 @@ def test_annotations_in_another_order_or_number_are_refused(hub, tmp_path):
     done, _ = win_rates_of(tmp_path, [*rows[:-1], rows[-1] | {"generator_2": "another"}], hub)
     assert done.returncode == 2 and "'another' and 'mine'; must be one" in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"preference": 0.5},
+        {"preference": True},
+        {"preference": "1"},
+        {"preference": [1]},
+        {"output_2": None},
+        {"generator_2": ["mine"]},
+        {"instruction": 7},
+    ],
+)
+def test_an_annotation_with_a_wrong_value_is_named(change):
+    rows = [(f"file, entry {n}", row) for n, row in enumerate(annotations(count=3))]
+    instructions = [row["instruction"] for _, row in rows]
+    for preference in (0, None, math.nan, 1.0, 2):  # the control
+        rows[1][1]["preference"] = preference
+        assert len(check_annotations(rows, instructions)) == 3
+    rows[1][1].update(change)
+    with pytest.raises(ConfigError, match=f"^file, entry 1: {next(iter(change))}"):
+        check_annotations(rows, instructions)
 
 
 def test_without_the_table_of_difficulties_there_is_only_the_win_rate_and_a_warning(tmp_path):

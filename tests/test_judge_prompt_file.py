@@ -1,11 +1,13 @@
-"""Files of a judge's prompt, in the format of Arena-Hard's judge_config.yaml."""
+"""Files of a judge's prompt: Arena-Hard's judge_config.yaml, and annotators of alpaca-eval."""
 
 import os
 
 import pytest
 
+from src.config.schema import Judge, Point
 from src.errors import ConfigError
 from src.judges.prompt_file import load_judge_prompt
+from src.preflight import check_packages
 from tests.support.commands import run_in_process
 
 
@@ -42,3 +44,32 @@ def test_a_prompt_file_that_is_a_pipe_is_refused_at_once(tmp_path):
     options = ["judge=arena_hard", "judge.baseline=sft", f"judge.prompt_file={tmp_path}/pipe.yaml"]
     done = run_in_process(*options, f"output_dir={tmp_path}/out")
     assert done.returncode == 2 and f"judge.prompt_file={tmp_path}/pipe.yaml: no such file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "its configs.yaml needs NAME"),
+        (b"\xff\x00", "its configs.yaml needs NAME"),
+        (b"mine: [1]", "its configs.yaml needs NAME"),
+        (b"mine: {prompt_template: 7}", "its configs.yaml needs NAME"),
+        (b"mine: {prompt_template: mine/nowhere.txt}", "is no file in this folder"),
+        (b"mine: {prompt_template: other/prompt.txt}", "is no file in this folder"),
+        (b"mine: {prompt_template: mine/../other/prompt.txt}", "is no file in this folder"),
+        (b"mine: {prompt_template: mine/prompt.txt}", None),
+        (b"mine: {prompt_template: 'Which of {output_1} and {output_2}?'}", None),
+    ],
+)
+def test_an_annotator_is_readable_and_all_of_it_is_in_its_folder(content, message, tmp_path):
+    """Its identity is that of the folder's content: an edited prompt elsewhere would not be noticed."""
+    point = Point(judge=Judge(name="alpaca_eval", model=str(tmp_path / "mine")))
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompt.txt").write_text("Which?")
+    (tmp_path / "mine" / "configs.yaml").write_bytes(content)
+    if message is None:
+        check_packages([point])
+        return
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_packages([point])
+    assert str(refused.value).startswith(f"judge.model={tmp_path}/mine: ") and "\n" not in str(refused.value)

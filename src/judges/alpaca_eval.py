@@ -75,7 +75,7 @@ def alpaca_eval(
         texts = row["instruction"], row["output_1"], row["output_2"]
         keys.append(digest([judge.model.fingerprint, *texts]))
         questions[keys[-1]] = Question(partial(_annotate, judge.model, row), sum(map(len, texts)))
-    _import_alpaca_eval()  # in the main thread: it changes the root logger while it is imported
+    _load_annotator(judge.model)  # in the main thread: the package changes the root logger while it is imported
     for _ in range(MAX_ATTEMPTS):
         client.ask_missing(questions, partial(_parse_annotation, client), attempt)
     for key, row in zip(keys, rows, strict=True):
@@ -102,6 +102,20 @@ def is_preference(value: Any) -> bool:
     return is_number(value) and (value == 0 or 1 <= value <= 2)
 
 
+def _load_annotator(annotator: ContentPath) -> Any:
+    package = _import_alpaca_eval()
+    with reading(annotator):
+        try:
+            return package.annotators.PairwiseAnnotator(
+                annotators_config=annotator.location, caching_path=None, is_avoid_reannotations=False
+            )
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise StageError(
+                f"judge.model={annotator.location}: alpaca-eval cannot load this annotator ({reason})"
+            ) from None
+
+
 def _annotate(annotator: ContentPath, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
     """Return the row with its preference, the name of the model, and as its price the number of tokens.
 
@@ -109,10 +123,7 @@ def _annotate(annotator: ContentPath, row: dict[str, Any], client: openai.OpenAI
     One row at a time: of many rows the package returns none before all are annotated. Its objects are not safe to share
     between threads, and it would cache the answers in its own folder.
     """
-    with reading(annotator):
-        annotate = _import_alpaca_eval().annotators.PairwiseAnnotator(
-            annotators_config=annotator.location, caching_path=None, is_avoid_reannotations=False
-        )
+    annotate = _load_annotator(annotator)
     http_client = client._client
     assert isinstance(http_client, EndpointHttpClient)
     try:
@@ -165,7 +176,7 @@ def win_rates(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         return rates
     try:
         metrics = package.metrics.get_length_controlled_winrate(table, save_weights_dir=None)
-    except OSError as error:  # huggingface_hub's errors are among these
+    except Exception as error:  # of huggingface_hub, or of a table that is damaged: the annotations are paid for
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning(warning, f"the table of difficulties could not be loaded: {reason}")
         return rates
@@ -182,8 +193,10 @@ def check_annotations(rows: Sequence[tuple[str, dict[str, Any]]], instructions: 
     for where, row in rows:
         if missing := [name for name in COLUMNS if name not in row]:
             raise ConfigError(f"{where}: not an annotation, {missing[0]} is missing; it has {', '.join(row)}")
+        if not_text := [name for name in COLUMNS if name != "preference" and not isinstance(row[name], str)]:
+            raise ConfigError(f"{where}: {not_text[0]} is not text")
         value = row["preference"]
-        if value is not None and not (isinstance(value, int | float) and (math.isnan(value) or 0 <= value <= 2)):
+        if value is not None and value == value and not is_preference(value):
             raise ConfigError(f"{where}: preference={value}: must be from 1 to 2, 0 for a tie, or null")
     for name in ("generator_1", "generator_2"):
         if len(generators := {row[name] for _, row in rows}) > 1:
