@@ -150,6 +150,7 @@ def test_a_redirect_is_refused_and_neither_key_nor_question_follows_it(fake_endp
 def test_the_endpoints_words_are_told_without_the_key(words, fake_endpoint, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MY_KEY", KEY)
     core = words[len(words) // 2 - 5 : len(words) // 2 + 5]
+    fake_endpoint.reason = KEY
     error = json.dumps({"error": {"message": f"you said {words}"}}).encode()
     fake_endpoint.reply = lambda question: (401, {"x-key": KEY}, error)
     with caplog.at_level("INFO"), pytest.raises(StageError, match="you said") as failed:

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from src.errors import StageError
+from src.errors import StageError, one_line
 from src.serving.openai_client import ConcurrentClient
 
 COMPLETION = {"id": "x", "object": "text_completion", "created": 0, "model": "m"}
@@ -97,12 +97,14 @@ def test_a_retry_waits_as_long_as_the_endpoint_asks_for(endpoint):
         ((503, {}, '{"error": {"message": "busy"}}'), "failed after 2 attempts: .*503.*busy", 2),
         ((200, {}, '{"choices": []}'), "failed after 2 attempts: the response is not a completion", 2),
         ((401, {}, '{"error": {"message": "no such key"}}'), "failed after 1 attempt: .*401.*no such key", 1),
+        ((400, {}, json.dumps({"error": {"message": "too long " * 99}})), "failed after 1 attempt: .*400.*too long", 1),
     ],
 )
 def test_a_lasting_failure_is_one_line_with_the_number_of_attempts(endpoint, failure, message, num_requests):
     endpoint.failures.extend([failure] * 9)
     with pytest.raises(StageError, match=message) as error:
         complete(endpoint, max_retries=1)
+    assert one_line(error.value) == str(error.value)  # without its causes, which repeat the endpoint's words
     assert "\n" not in str(error.value) and str(error.value).startswith(endpoint.url)
     assert len(endpoint.arrivals) == num_requests
 

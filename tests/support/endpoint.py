@@ -89,7 +89,7 @@ class FakeEndpoint:
     def __init__(self) -> None:
         self.headers: list[dict[str, str]] = []  # of every request, with lower-case names
         self.asked: list[str] = []
-        self.cut = False
+        self.cut, self.reason = False, None  # reason: of the status line, None for the usual one
         self.reply: Callable[[str], Any] = lambda question: completion("Verdict: A")
         endpoint = self
 
@@ -104,7 +104,7 @@ class FakeEndpoint:
                 status, headers, body = reply
                 if body is None:
                     return
-                self.send_response(status)
+                self.send_response(status, endpoint.reason)
                 length = {} if status == 204 else {"Content-Length": str(len(body) * (2 if endpoint.cut else 1))}
                 for name, value in ({"Content-Type": "application/json"} | length | headers).items():
                     self.send_header(name, value)
