@@ -152,7 +152,7 @@ def test_an_empty_split_of_a_local_table_is_named(tmp_path):
         data = pair_data(point) if folder == "preference" else sft_data(point)
         with pytest.raises(ConfigError, match=rf"{tmp_path}/{folder}") as error:
             Hub(data).check()
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and "no rows" in str(error.value)
     (tmp_path / "sft" / "train.jsonl").write_text(GOOD)
     full.iloc[:0].to_parquet(tmp_path / "preference" / "validation.parquet")
     with pytest.raises(ConfigError, match=rf"{tmp_path}/preference"):

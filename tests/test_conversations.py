@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.data.rows import Demonstration, Prompt, parse_demonstration
+from src.data.rows import Demonstration, Prompt, parse_demonstration, text_prompt
 from src.data.templates import Template
 from src.data.tokenization import tokenize
 from src.errors import ConfigError
@@ -86,3 +86,10 @@ def test_mistrals_format_is_its_instruct_format_with_one_begin_and_the_end_after
     text = "<s>[INST] Be brief.\n\nHi [/INST] Hello</s>[INST] Why? [/INST] Because.</s>"
     assert fast.decode(ids) == text.replace("<s>", fast.bos_token).replace("</s>", fast.eos_token)
     assert ids.count(fast.bos_token_id) == 1 and ids[-1] == template.end_id == fast.eos_token_id
+
+
+def test_a_template_that_writes_todays_date_writes_the_same_on_any_day():
+    """A stage that resumes tomorrow, and one that reads cached tokens, has the prompts of today."""
+    tokenizer = tiny_llama.tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    assert tokenizer.decode(Template("tokenizer", tokenizer).prompt_ids(text_prompt("Hi"))) == "26 Jul 2024 Hi"

@@ -38,10 +38,10 @@ def check_held_out(
         )
     leaks = count_leaks(training, validation, data.max_prompt_tokens)
     if leaks.same_prompt:
+        equal = f", {leaks.same_pair} of them as the same pair" if leaks.same_pair else ""
         log.warning(
-            "%s: %d of %d validation pairs have the prompt of %s (%d are equal pairs): their figures are not "
-            "held-out ones",
-            name_of(data), leaks.same_prompt, len(validation), what, leaks.same_pair,
+            "%s: %d of %d validation pairs have a prompt that is among the %s%s: their figures are not held-out ones",
+            name_of(data), leaks.same_prompt, len(validation), what, equal,
         )  # fmt: skip
     return leaks
 

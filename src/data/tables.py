@@ -121,6 +121,7 @@ class Hub(Source):
         """Load one split of a table, a datasets.Dataset, or its first row alone. Raises ConfigError when that fails."""
         import datasets
 
+        datasets.logging.set_verbosity(logging.CRITICAL)  # it prints what it raises, too
         location = self._location(name)
         key = f"dataset.{name}.path" if self.data.path is None else "dataset.path"
         if self.data.path is not None:
@@ -138,7 +139,10 @@ class Hub(Source):
             # Streaming cannot slice (train[:97%]) or join (a+b) splits; for the first row this is enough.
             return list(datasets.load_dataset(location, split=re.split(r"[\[+]", split)[0], streaming=True).take(1))
         except Exception as error:  # datasets raises many kinds; all mean that the table cannot be loaded
-            reason = str(error).split("\n")[0]
+            reason = str(error).split("\n")[0] or type(error).__name__
+            # What datasets raises for empty JSON lines, and Arrow for an empty Parquet file.
+            if isinstance(error, StopIteration) or reason.startswith("BatchSize must be greater than 0"):
+                reason = "a file has no rows"
             hint = "" if self.data.path is not None else "; dataset.path=FOLDER names a local copy"
             raise ConfigError(f"{key}={location} (split {split}) cannot be loaded: {reason}{hint}") from error
 

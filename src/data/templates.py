@@ -13,6 +13,9 @@ from src.errors import ConfigError, describe_failure
 
 _FOLDER = Path(__file__).parent / "chat_templates"
 _CHAT_TEMPLATES = {name: (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in ("llama3", "mistral")}
+# Some templates write today's date (Llama 3.1 and later), and results must not depend on the day: this is the date that
+# Llama's template has where it is told none.
+_SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 _SPACE_BEFORE_RESPONSE = ("plain", "mistral")
 
 
@@ -56,7 +59,8 @@ class Template:
             ) from error
 
     def _apply(self, messages: Sequence[Message]) -> str:
-        options = {"chat_template": _CHAT_TEMPLATES.get(self.name), "tokenize": False, "add_generation_prompt": True}
+        chat_template = _SAME_DATE + (_CHAT_TEMPLATES.get(self.name) or self.tokenizer.get_chat_template())
+        options = {"chat_template": chat_template, "tokenize": False, "add_generation_prompt": True}
         return self.tokenizer.apply_chat_template(list(messages), **options)
 
     def _mark(self, prompt: Prompt) -> Prompt:

@@ -221,9 +221,8 @@ def load_examples(
             tokenized.save(folder)
         _warn(data, split, len(tokenized.examples), tokenized.counts)
         if not tokenized.examples:
-            raise ConfigError(
-                f"{name_of(data)}: no {split} row remains after tokenization ({tokenized.counts.dropped})"
-            )
+            reasons = ", ".join(f"{count} dropped: {reason}" for reason, count in tokenized.counts.dropped.items())
+            raise ConfigError(f"{name_of(data)}: no {split} row remains after tokenization ({reasons or 'none read'})")
         _cache[key] = tokenized
     return _cache[key]
 
@@ -234,6 +233,6 @@ def _warn(data: DataInputs, split: str, num_kept: int, counts: RowCounts) -> Non
         log.warning("%s: dropped %d of %d %s rows: %s", name_of(data), count, num_rows, split, reason)
     if counts.spelling_control_tokens:
         log.warning(
-            "%s: %d of %d %s rows spell a control token of the model, which is read as ordinary text; the first is %s",
+            "%s: %d of %d %s rows spell a control token of the model, which is read as ordinary text; one is %s",
             name_of(data), counts.spelling_control_tokens, num_rows, split, counts.first.lstrip(",/ "),
         )  # fmt: skip
