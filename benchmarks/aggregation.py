@@ -6,6 +6,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,19 @@ NUM_PROMPTS = 512
 
 
 def make_sweep(
-    output_dir: Path, seeds: int = 5, lrs: int = 25, betas: int = 10, setup: str = "synthetic"
+    output_dir: Path,
+    seeds: int = 5,
+    lrs: int = 25,
+    betas: int = 10,
+    setup: str = "synthetic",
+    methods: Sequence[str] = tuple(METHODS),
 ) -> SweepFolder:
-    """Write a synthetic sweep and its store, as runs leave them: all methods over betas, learning rates and seeds."""
+    """Write a synthetic sweep and its store, as runs leave them: methods over betas, learning rates and seeds."""
     rng, points, store = random.Random(0), [], Store(output_dir)
     folder = SweepFolder(store.sweeps / "synthetic")
     difficulty = [rng.random() for _ in range(NUM_PROMPTS)]
     selection = selection_prompts(list(range(NUM_PROMPTS)), 0.5, 0)
-    for method, beta, lr, seed in product(METHODS, range(betas), range(lrs), range(seeds)):
+    for method, beta, lr, seed in product(methods, range(betas), range(lrs), range(seeds)):
         identity = f"{method}-{beta}-{lr}-{seed}"
         ability = 0.4 + 0.02 * beta + rng.gauss(0, 0.02)
         _write_result(store.root / "evaluate" / identity, [float(d < ability) for d in difficulty], selection, beta)
@@ -50,6 +56,7 @@ def make_sweep(
             }
         )
     record = {"name": folder.name, "command": "synthetic", "store": str(store.root), "written": "now"}
+    record |= {"keep_checkpoints": "all", "tracking": {"name": "none"}, "search": None, "finished": None}
     folder.write({**record, "select": "best", "studies": [], "points": points})
     return folder
 

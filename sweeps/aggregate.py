@@ -17,20 +17,21 @@ import yaml
 
 from src.config.fields import choices_of
 from src.config.schema import Sweep
-from src.errors import PointFailure, SweepFailed, report_errors
+from src.errors import ConfigError, PointFailure, StageError, SweepFailed, report_errors
 from src.store.files import atomic_write
 from src.store.retention import apply_retention, best_results_in_store
 from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import sync_sweep
 from sweeps.analysis import reporting_split
-from sweeps.analysis.results import collect
+from sweeps.analysis.results import Results, collect
 from sweeps.analysis.selection import average_seeds, select_points
 from sweeps.analysis.significance import pairwise_against_pointwise
 from sweeps.report import figures
+from sweeps.report.escapes import csv_text
 from sweeps.report.report import write_report
 from sweeps.report.tables import benchmark_table, best_table, print_best, write_tables
-from sweeps.search.record import write_states
+from sweeps.search.record import recorded_failures, write_states
 from sweeps.wandb.from_wandb import SCHEME, fetch
 
 BEST_YAML_KEYS = (
@@ -45,10 +46,18 @@ def aggregate(
 ) -> pd.DataFrame:
     """Select the best points of the sweeps, write all results into `out`, and return the selected points.
 
-    out: by default the folder of the first sweep. select: how a point of each method is selected, by default
-    `sweep.select` of the first sweep.
+    out: by default the folder of the first sweep. select: as in write_results.
     """
-    results = collect(folders)
+    return write_results(collect(folders), SweepFolder(out or folders[0].path), quiet, select)
+
+
+def write_results(
+    results: Results, target: SweepFolder, quiet: bool = False, select: str | None = None
+) -> pd.DataFrame:
+    """Select the best points, write all results into the target folder, and return the selected points.
+
+    select: how a point of each method is selected, by default `sweep.select` of the first sweep.
+    """
     points, prompts = results.points, results.prompts
     averages = average_seeds(points[points.candidate])
     rule = select or results.sweeps[0]["select"]
@@ -63,9 +72,8 @@ def aggregate(
         "benchmark": benchmark_table(best, results.scores),
     }
 
-    target = SweepFolder(out or folders[0].path)
     target.figures.mkdir(parents=True, exist_ok=True)
-    points.to_csv(target.points_csv, index=False)
+    atomic_write(target.points_csv, csv_text(points))
     atomic_write(target.best_yaml, best_yaml(best, results.settings))
     write_tables(target.tables, tables)
     graphics = [drawing.save(target.figures) for drawing in figures.draw(averages, best)]
@@ -84,29 +92,29 @@ def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
     folder = SweepFolder(path)
     record, store = folder.read(), folder.store
     search, points = record["search"], record["points"]
-    recorded = {p["identity"]: PointFailure(p["state"], p["error"]) for p in points if p["error"] is not None}
-    failures = {
-        result: failure
-        for result, failure in (recorded | failures).items()
-        if not store.is_done(StageName("evaluate", result))
+    failures = recorded_failures(record, store) | {
+        result: failure for result, failure in failures.items() if not store.is_done(StageName("evaluate", result))
     }
-    state, failed = "failed" if failures else "done", f"{len(failures)} of {len(points)} points failed"
     if search is not None and (rung := search["rung"]) < len(search["rungs"]):
-        write_states(folder, record, state, failures)
+        write_states(folder, record, "failed" if failures else "done", failures)
         print(f"{folder.name}: rung {rung} is done; rerun the same command to start rung {rung + 1}", flush=True)
         if failures:
             raise SweepFailed(
-                f"{failed}; rerun the same command to retry them first, or with hydra.launcher.retry_failed=false to "
-                "continue without them"
+                f"{len(failures)} of {len(points)} points failed; rerun the same command to retry them first, or with "
+                "hydra.launcher.retry_failed=false to continue without them"
             )
         return
     write_states(folder, record, "aggregating", failures)
-    best = aggregate([folder])
-    selected = best_results_in_store(store) | {i for seeds in best.identities for i in seeds}
+    results = collect([folder])
+    failures |= {result: PointFailure("failed", reason) for result, reason in results.damaged.items()}
+    best, selected = write_results(results, folder), None
+    if record["keep_checkpoints"] == "best" and (of_sweeps := best_results_in_store(store)) is not None:
+        selected = of_sweeps | {identity for seeds in best.identities for identity in seeds}
     apply_retention(store, [point["stages"] for point in points], record["keep_checkpoints"], selected)
-    write_states(folder, record, state, failures)  # the final state last, so that waiters find complete results
+    # The final state last, so that waiters find complete results.
+    write_states(folder, record, "failed" if failures else "done", failures)
     if failures:
-        raise SweepFailed(f"{failed}; rerun the same command to retry only those")
+        raise SweepFailed(f"{len(failures)} of {len(points)} points failed; rerun the same command to retry only those")
 
 
 def best_yaml(best: pd.DataFrame, settings: Mapping[str, dict[str, Any]]) -> str:
@@ -139,10 +147,20 @@ def main() -> int:
         paths = [fetch(name) if name.startswith(SCHEME) else Path(name) for name in arguments.dir]
         folders = [SweepFolder.open(path) for path in {path.resolve(): path for path in paths}.values()]
         out = arguments.out or folders[0].path.with_name("+".join(folder.name for folder in folders))
-        aggregate(folders, out, select=arguments.select)
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out={out}: must be a folder")
+        results = collect(folders)
+        try:
+            write_results(results, SweepFolder(out), select=arguments.select)
+        except OSError as error:
+            raise StageError(
+                f"{error.filename or out}: {error.strerror}; --out=FOLDER names another folder for the results"
+            ) from error
         if out == folders[0].path and not arguments.dir[0].startswith(SCHEME):
             with sync_sweep(folders[0]) as sync:  # the trackers that the sweep was started with
                 sync.start()
+        if results.damaged:
+            raise SweepFailed(f"{len(results.damaged)} points have damaged results; run the sweep again to remake them")
     return 0
 
 

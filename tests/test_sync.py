@@ -98,8 +98,17 @@ def write_done_point(store, steps, suffix=""):
 def write_sweep(store, stages, **entries):
     folder = SweepFolder(store.sweeps / "toy")
     point = {"setup": "toy", "label": "dpo beta=0.1", "identity": stages["evaluate"], "stages": stages, **entries}
-    folder.write({"name": "toy", "points": [point], "finished": None, "tracking": {}, "command": "", "code": {}}
-                 | {"select": "best", "search": None})  # fmt: skip
+    point |= {"method": "dpo", "init": "sft", "variant": "", "beta": 0.1, "lr": 1.0, "seed": 0}
+    record = dict.fromkeys(("command", "store"), "") | dict.fromkeys(("finished", "search")) | {"studies": []}
+    record |= {
+        "name": "toy",
+        "points": [point],
+        "tracking": {},
+        "code": {},
+        "select": "best",
+        "keep_checkpoints": "all",
+    }
+    folder.write(record)
     return RunList(folder.path)
 
 

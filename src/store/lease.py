@@ -41,6 +41,25 @@ def in_use(folder: Path) -> bool:
     return holder is not None and not holder.get("released") and not Lease._dead(holder)
 
 
+def live_holder(folder: Path) -> str | None:
+    """Return who holds the folder; None when nobody does.
+
+    A process on another machine is alive when its heartbeat changes: it is watched for STALE_SECONDS at most.
+    """
+    beat, since = None, time.monotonic()
+    while in_use(folder) and time.monotonic() - since <= STALE_SECONDS:
+        _, holder = Lease(folder)._current()
+        if holder is not None and (holder.get("machine") == _machine() or beat not in (None, holder.get("beat"))):
+            return _describe(holder)
+        beat = holder and holder.get("beat")
+        time.sleep(0.5)
+    return None
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid')} on {str(holder.get('machine')).partition('/')[0]}"
+
+
 def _machine() -> str:
     """Return host, boot and process namespace: process ids are comparable only where all three are equal."""
     try:
@@ -95,7 +114,7 @@ class Lease:
             if holder is None or holder.get("released") or is_stale or self._dead(holder):
                 if self._create(number + 1):
                     break
-            elif self.waiting(f"process {holder.get('pid')} on {str(holder.get('machine')).partition('/')[0]}"):
+            elif self.waiting(_describe(holder)):
                 return self
             else:
                 time.sleep(0.5)

@@ -55,8 +55,23 @@ SMALL_FILES = (
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Read result.json of an evaluate stage. Raises FileNotFoundError, and ConfigError for another version's."""
-    return read_versioned_json(folder / RESULT_FILE, RESULT_SCHEMA)
+    """Read result.json of an evaluate stage.
+
+    Raises FileNotFoundError, DamagedFile when a measurement is missing, and ConfigError for another version's.
+    """
+    result = read_versioned_json(folder / RESULT_FILE, RESULT_SCHEMA)
+    try:
+        measured = [result["quality"], *(result["splits"][name] for name in ("selection", "reporting"))]
+        measured += [result["kl"][name] for name in ("per_sequence", "per_token")]
+        measured += [result[name] for name in ("reward_accuracy", "reward_margin", "response_tokens")]
+        is_whole = isinstance(result["quality"]["metric"], str) and isinstance(result.get("judge"), dict | None)
+        is_whole &= all(isinstance(entry[key], float | int | None) for entry in measured for key in ("value", "se"))
+        is_whole &= all({"stage", "identity", "seconds", "tokens"} <= stage.keys() for stage in result["stages"])
+    except (AttributeError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise DamagedFile(f"{folder / RESULT_FILE}: damaged, measurements are missing")
+    return result
 
 
 def partial_run_id(run: str, stop_fraction: float) -> str:

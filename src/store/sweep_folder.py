@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from src.errors import ConfigError
+from src.errors import ConfigError, DamagedFile
+from src.methods import METHODS
 from src.store.code_snapshot import ROOT
 from src.store.files import read_versioned_json, write_json
 from src.store.store import Store
 
 SCHEMA = 2  # of sweep.json
+
+# What readers of sweep.json rely on, and its type.
+_RECORD: dict[str, Any] = dict.fromkeys(("name", "command", "select", "keep_checkpoints", "store"), str)
+_RECORD |= {"tracking": dict, "studies": list, "points": list, "search": dict | None, "finished": str | None}
+_SEARCH = {"rungs": list, "rung": int, "keep_fraction": float}
+_POINT: dict[str, Any] = dict.fromkeys(("setup", "method", "init", "variant", "label", "identity"), str)
+_POINT |= {"beta": float | int, "lr": float | int, "seed": int, "stages": dict}
+_POINT_OF_RUNGS = {"rung": int, "earlier": list, "full_result": str}
 
 
 class SweepFolder:
@@ -60,11 +69,39 @@ class SweepFolder:
         return Store(self.output_dir)
 
     def exists(self) -> bool:
-        return self.record.is_file()
+        try:
+            return self.record.is_file()
+        except OSError:  # a name that no file can have
+            return False
 
     def read(self) -> dict[str, Any]:
         """Read sweep.json. Raises FileNotFoundError without one, and ConfigError for another version's."""
-        return read_versioned_json(self.record, SCHEMA)
+        try:
+            record = read_versioned_json(self.record, SCHEMA)
+            self._check(record)
+        except DamagedFile as error:
+            raise DamagedFile(
+                f"{error}; move {self.path} away and run the sweep again: finished stages are kept"
+            ) from None
+        return record
+
+    def _check(self, record: dict[str, Any]) -> None:
+        """Raise DamagedFile when an entry that is read somewhere is missing or of another type."""
+        self._check_entries(record, _RECORD, "it")
+        if search := record["search"]:
+            self._check_entries(search, _SEARCH, "search")
+        for number, point in enumerate(record["points"]):
+            where = f"points[{number}]"
+            self._check_entries(point, _POINT | (_POINT_OF_RUNGS if search else {}), where)
+            self._check_entries(point["stages"], dict.fromkeys(("align", "generate", "evaluate"), str), where)
+            if point["method"] not in METHODS:
+                raise DamagedFile(f"{self.record}: {where} has an unknown method, {point['method']}")
+
+    def _check_entries(self, entries: Any, types: Mapping[str, Any], where: str) -> None:
+        missing = object()
+        for key, kind in types.items():
+            if not isinstance(entries, dict) or not isinstance(entries.get(key, missing), kind):
+                raise DamagedFile(f"{self.record}: damaged, {where} has no valid {key}")
 
     def write(self, record: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from src.config.schema import Tracking
-from src.errors import ConfigError
+from src.errors import ConfigError, DamagedFile, one_line, warn
 from src.planning.plan import Plan
 from src.store.files import read_json, write_json
 from src.store.store import METRICS_FILE, RUN_CONFIG_FILE, STAGE_FILE, StageName, Store
@@ -21,6 +22,7 @@ from src.store.sweep_folder import SweepFolder
 from src.tracking.sink import RunMetadata
 
 SHARED_ROLES = ("sft", "reference", "baseline")
+_LISTED = ("setup", "label", "identity", "stages")  # of each point of a list
 SINGLE_RUNS = Path("tracking", "runs")  # in an output_dir: RESULT.json of each run that no sweep started
 
 # Entries of a point that do not describe the run, or that other points decide.
@@ -95,7 +97,11 @@ class RunList:
     @property
     def tracking(self) -> Tracking:
         """The trackers that the runs were started with."""
-        tracking = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Tracking), self._read()["tracking"]))
+        recorded = self._read()["tracking"]
+        try:
+            tracking = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Tracking), recorded))
+        except (OmegaConfBaseException, ValueError) as error:
+            raise DamagedFile(f"{self._file}: damaged, its tracking is not valid ({one_line(error)})") from None
         assert isinstance(tracking, Tracking)
         return tracking
 
@@ -127,8 +133,19 @@ class RunList:
             runs.setdefault(run, TrackedRun(run, "align", name, group, stages, upstream, earlier))
         return list(runs.values())
 
+    @property
+    def _file(self) -> Path:
+        return self.sweep.record if self.sweep else self.path
+
     def _read(self) -> dict[str, Any]:
-        return self.sweep.read() if self.sweep else read_json(self.path)
+        if self.sweep:
+            return self.sweep.read()
+        record = read_json(self.path)
+        points = record.get("points")
+        is_whole = isinstance(record.get("tracking"), dict) and "name" in record and isinstance(points, list)
+        if not is_whole or not all(isinstance(p, dict) and {*_LISTED} <= p.keys() for p in points or ()):
+            raise DamagedFile(f"{self.path}: damaged, it lists no run")
+        return record
 
 
 def write_run_list(plan: Plan, store: Store) -> Path:
@@ -147,5 +164,18 @@ def run_lists_below(path: Path) -> list[RunList]:
         return [RunList(path)]
     if not Store(path).root.is_dir():
         raise ConfigError(f"{path}: neither a sweep's folder, such as outputs/sweeps/demo, nor an output_dir")
-    sweeps = [folder.path for folder in SweepFolder.all_in(path)]
-    return [RunList(file) for file in sweeps + sorted((path / SINGLE_RUNS).glob("*.json"))]
+    return list(
+        _readable([*(folder.path for folder in SweepFolder.all_in(path)), *(path / SINGLE_RUNS).glob("*.json")])
+    )
+
+
+def _readable(paths: list[Path]) -> Iterator[RunList]:
+    """Yield the lists that can be read; warn of the others."""
+    for path in sorted(paths):
+        try:
+            runs = RunList(path)
+            runs.runs()
+        except ConfigError as error:
+            warn(f"{error}; its runs are left out")
+        else:
+            yield runs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -14,9 +13,9 @@ import numpy as np
 import orjson
 import pandas as pd
 
-from src.errors import ConfigError
+from src.errors import ConfigError, DamagedFile, warn
 from src.methods import METHODS
-from src.store.store import QUALITY_FILE, read_result
+from src.store.store import QUALITY_FILE, RESULT_FILE, read_result
 from src.store.sweep_folder import SweepFolder
 from sweeps.search import successive_halving
 from sweeps.search.variants import disambiguating_settings, variant_text
@@ -66,12 +65,33 @@ class PromptQuality:
     def _read(self, identity: str, selection: bool) -> tuple[list[int], list[float]]:
         """Return the prompts of one split and the quality of each."""
         for store in self.stores:
-            path = store / "evaluate" / identity / QUALITY_FILE
-            with suppress(FileNotFoundError):
-                quality = orjson.loads(path.read_bytes())  # fast: a sweep may have ten thousand of these files
+            folder = store / "evaluate" / identity
+            if (folder / QUALITY_FILE).exists():
+                quality = read_quality(folder)
                 mask = quality["selection"] if selection else [not selects for selects in quality["selection"]]
                 return list(compress(quality["prompts"], mask)), list(compress(quality["values"], mask))
-        raise ConfigError(f"{path} not found: the result was written by an older version; rerun the sweep")
+        raise DamagedFile(f"{folder / QUALITY_FILE}: missing; run the sweep again")
+
+
+def read_quality(folder: Path) -> dict[str, list[Any]]:
+    """Read quality.json of an evaluate stage: `prompts`, `values` and `selection`, of equal lengths.
+
+    Raises DamagedFile, also when it is missing.
+    """
+    path = folder / QUALITY_FILE
+    try:
+        quality = orjson.loads(path.read_bytes())  # fast: a sweep may have ten thousand of these files
+        prompts, values, selection = (quality[name] for name in ("prompts", "values", "selection"))
+        is_whole = len(prompts) == len(values) == len(selection)
+        is_whole &= {*map(type, prompts)} <= {int} and {*map(type, selection)} <= {bool}
+        is_whole &= {*map(type, values)} <= {int, float}
+    except OSError as error:
+        raise DamagedFile(f"{path}: cannot be read ({error.strerror})") from error
+    except (KeyError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise DamagedFile(f"{path}: damaged, the quality of each prompt is missing")
+    return quality
 
 
 @dataclass
@@ -88,6 +108,7 @@ class Results:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     # result -> name of a benchmark -> its score by the benchmark's own rules
     scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)  # results of points that cannot be read -> why
     # result -> its store, and role -> identity of the stages of its point
     _stages_of: dict[str, tuple[Path, dict[str, str]]] = field(default_factory=dict)
 
@@ -135,18 +156,32 @@ class Results:
         row["checkpoint"] = str(store / "align" / point["stages"]["align"])
         results = {}  # of the point, in the rungs that it has finished
         for identity in (*point.get("earlier", []), point["identity"]):
-            with suppress(FileNotFoundError):
-                results[identity] = read_result(store / "evaluate" / identity)
+            folder = store / "evaluate" / identity
+            try:
+                if (folder / RESULT_FILE).exists():
+                    results[identity] = read_result(folder)
+                    read_quality(folder)
+            except ConfigError as error:
+                results.pop(identity, None)
+                if identity == point["identity"]:
+                    self.damaged[identity] = str(error)
+                else:
+                    warn(f"{error}; its cost is not counted")
         for number, result in enumerate(results.values(), 1):
             # Training counts once: a resumed run reports its total seconds.
             exclude = () if number == len(results) else ("align",)
             self.stages.update((s["identity"], s) for s in result["stages"] if s["stage"] not in exclude)
             if result.get("judge"):
                 self.judges.append(result["judge"])
+        if (reason := self.damaged.get(point["identity"])) is not None:
+            row |= {"state": "failed", "error": reason}
+        elif point["identity"] not in results and row["state"] == "done":
+            row["state"] = "to do"  # its result was deleted
         if (final := results.get(point["identity"])) is not None:
             row |= {"state": "done", "error": None} | _measurements(final, point["stages"])
             self.scores[point["identity"]] = (final.get("judge") or {}).get("scores", {})
-        return row
+        # A name typed in another encoding has surrogates, which pandas and files in UTF-8 cannot have.
+        return {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in row.items()}
 
 
 def collect(folders: Sequence[SweepFolder]) -> Results:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,12 +16,14 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from src.errors import DamagedFile, warn
 from src.methods import METHODS
 from src.planning.identity import digest
+from src.store.files import read_jsonl
 from src.store.store import METRICS_FILE
 from sweeps.analysis.selection import GROUP, best_lr_per_beta
 from sweeps.analysis.significance import on_pareto_front
-from sweeps.report.graphics import Drawing
+from sweeps.report.graphics import Drawing, shorten
 from sweeps.report.plot_style import (
     KINDS,
     METHODS_OF_KIND,
@@ -37,23 +38,23 @@ from sweeps.report.plot_style import (
 
 MAX_TICKS = 12  # on either axis of a heat map; with more values only some are labeled
 MAX_NUMBERS = 60  # cells of a heat map that show their value; more would not fit
-MAX_STEM = 150  # characters of a file name
+MAX_STEM = 150  # bytes of a file name
+MAX_LABEL = 60  # characters of the label of a tick
 CURVE_BINS = 200  # points of a training curve
 SMOOTHING = 10  # a training curve is the running mean over 1 / SMOOTHING of its points
 
 
 def draw(averages: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
     """Yield every figure of every setup, init and variant. averages: of average_seeds; best: of with_intervals."""
-    best_lrs = best_lr_per_beta(averages)
+    best_lrs, stems = best_lr_per_beta(averages), set[str]()
     for setup, rows in best.groupby("setup", sort=False):
         if len(rows[GROUP].drop_duplicates()) > 1:
-            yield side_by_side(str(setup), rows)
+            yield side_by_side(_stem([str(setup)], stems), str(setup), rows)
+    stems.clear()
     for key, rows in best_lrs.groupby(GROUP, sort=False, dropna=False):
         setup, init, variant = map(str, key)
         parts = [setup, *([] if init == "sft" else [init]), *([variant] if variant else [])]
-        stem, name = "_".join(re.sub(r"[^\w.=-]+", "_", part) for part in parts), ", ".join(parts)
-        if len(stem) > MAX_STEM:  # several may start with the same characters
-            stem = f"{stem[:MAX_STEM]}_{digest(parts)[:8]}"
+        stem, name = _stem(parts, stems), ", ".join(parts)
         selected = best[(best[GROUP] == list(key)).all(axis=1)]
         yield quality_over_beta(stem, name, rows, selected)
         yield quality_over_kl(stem, name, rows, selected)
@@ -62,6 +63,16 @@ def draw(averages: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
             yield heat_map(stem, name, grid, selected)
         if curves := _training_curves(selected):
             yield training(stem, name, curves)
+
+
+def _stem(parts: list[str], taken: set[str]) -> str:
+    """Return the start of a group's file names; with a digest where it is cut or several groups would share it."""
+    whole = "_".join(re.sub(r"[^\w.=-]+", "_", part) for part in parts)
+    stem = whole.encode()[:MAX_STEM].decode(errors="ignore")
+    if stem != whole or stem in taken:
+        stem = f"{stem}_{digest(parts)[:8]}"
+    taken.add(stem)
+    return stem
 
 
 def quality_over_beta(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
@@ -153,7 +164,7 @@ def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
     return drawing
 
 
-def side_by_side(setup: str, best: pd.DataFrame) -> Drawing:
+def side_by_side(stem: str, setup: str, best: pd.DataFrame) -> Drawing:
     """Plot the selected points of each init and variant, ordered by the numbers in their names.
 
     Points are connected when the variants differ in a single setting. best: of with_intervals, one setup.
@@ -162,10 +173,11 @@ def side_by_side(setup: str, best: pd.DataFrame) -> Drawing:
     settings = {variant.rpartition("=")[0] for _, variant in groups}
     one_setting = len(settings) == 1 and len({init for init, _ in groups}) == 1 and " " not in "".join(settings)
     labels = [v.rpartition("=")[2] if one_setting else ", ".join([i, *map(_short, v.split())]) for i, v in groups]
+    labels = [shorten(label, MAX_LABEL) for label in labels]
     name = settings.pop() if one_setting else "init and variant"
     title = f"{setup}: {metric_label(best)} of the selected points by {name} (95 % intervals)"
     height = 4.4 if one_setting else 4.4 + 0.06 * max(map(len, labels))
-    drawing = Drawing(f"{setup}_side_by_side", title, max(7.5, 1.1 * len(groups) + 3), height)
+    drawing = Drawing(f"{stem}_side_by_side", title, max(7.5, 1.1 * len(groups) + 3), height)
     ax = drawing.figure.subplots()
     methods = [m for m in METHODS if m in set(best.method)]
     for number, method in enumerate(methods):
@@ -185,7 +197,7 @@ def side_by_side(setup: str, best: pd.DataFrame) -> Drawing:
         ax.plot([], [], **(style | line), label=NAMES[method])
     rotated: dict[str, Any] = {} if one_setting else {"rotation": 30, "ha": "right"}
     ax.set_xticks(range(len(groups)), labels, fontsize=8, **rotated)
-    ax.set(xlabel=name, ylabel=metric_label(best))
+    ax.set(xlabel=shorten(name, MAX_LABEL), ylabel=metric_label(best))
     style_axes(ax)
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="hollow: pointwise")
     return drawing
@@ -195,9 +207,14 @@ def _training_curves(best: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return method -> smoothed alignment metrics of its selected point, of the first seed."""
     curves: dict[str, pd.DataFrame] = {}
     for row in best.to_dict("records"):
-        path = Path(row["checkpoint"]) / METRICS_FILE
-        lines = [json.loads(line) for line in path.open()] if path.exists() else []
-        frame = pd.DataFrame(lines, columns=["step", "loss", "rewards/accuracies"]).dropna()
+        path, columns = Path(row["checkpoint"]) / METRICS_FILE, ["step", "loss", "rewards/accuracies"]
+        try:
+            frame = pd.DataFrame(read_jsonl(path, columns), columns=columns).dropna().astype(float)
+        except FileNotFoundError:
+            continue
+        except (DamagedFile, TypeError, ValueError) as error:
+            warn(f"{error if isinstance(error, DamagedFile) else f'{path}: damaged ({error})'}; its curve is left out")
+            continue
         if len(frame) > 1:
             frame = frame.groupby(np.arange(len(frame)) * CURVE_BINS // max(len(frame), CURVE_BINS)).mean()
             curves[row["method"]] = frame.rolling(len(frame) // SMOOTHING + 1, min_periods=1, center=True).mean()
@@ -230,7 +247,11 @@ def _panels(
 
 def _set_log_x_axis(ax: Axes, values: pd.Series[float]) -> None:
     """Set a log scale for values, with a few plain numbers as labels: 1, 2, 5 of each decade in a short range."""
-    values = values[values > 0]
+    values = values[(values > 0) & (values < math.inf)]
+    if values.empty:
+        ax.text(0.5, 0.5, "no value above 0", ha="center", va="center", transform=ax.transAxes)
+        ax.set(xticks=[], yticks=[])
+        return
     subs = (1.0, 2.0, 5.0) if values.max() < 30 * values.min() else (1.0,)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=4))

@@ -6,15 +6,29 @@ import html
 import logging
 import re
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sweeps.report.escapes import printable
+
 _GID = "tooltip-"
 _CHARS_PER_INCH = 11  # of a title
+_MAX_TITLE = 300  # characters
+
+
+# A `$` in a name is no formula. Set for the process, because matplotlib also makes texts while it draws.
+rcParams["text.parse_math"] = False
+
+
+def shorten(text: str, length: int) -> str:
+    """Return a text for a figure; of a longer one the end, which tells two files in one folder apart."""
+    text = printable(text)
+    return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
 class Drawing:
@@ -22,9 +36,9 @@ class Drawing:
 
     def __init__(self, name: str, title: str, width: float, height: float) -> None:
         """Create an empty figure; width, height: in inches."""
-        self.name, self.title, self.tooltips = name, title, list[str]()
+        self.name, self.title, self.tooltips = name, shorten(title, _MAX_TITLE), list[str]()
         self.figure = Figure(figsize=(width, height), layout="constrained")
-        self.figure.suptitle(textwrap.fill(title, round(_CHARS_PER_INCH * width)))
+        self.figure.suptitle(textwrap.fill(self.title, round(_CHARS_PER_INCH * width)))
 
     def plot_mark(self, ax: Axes, x: float, y: float, tooltip: str, **style: Any) -> None:
         """Plot one marker with a tooltip."""
@@ -38,14 +52,16 @@ class Drawing:
     def save(self, folder: Path) -> str:
         """Write NAME.png and NAME.svg, and return the SVG for a page."""
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # matplotlib logs that it builds its font cache
-        layout = self.figure.get_layout_engine()
-        if layout is not None:
-            layout.execute(self.figure)
-            self.figure.set_layout_engine("none")  # not again for each format
-        # Text stays text: small and searchable. With a fixed salt and no date the same results give the same bytes.
-        with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
-            self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
-        self.figure.savefig(folder / f"{self.name}.png", dpi=150)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the PNG has a box for such a letter
+            layout = self.figure.get_layout_engine()
+            if layout is not None:
+                layout.execute(self.figure)
+                self.figure.set_layout_engine("none")  # not again for each format
+            # Text stays text: small and searchable. With a fixed salt and no date equal results give equal bytes.
+            with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
+                self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
+            self.figure.savefig(folder / f"{self.name}.png", dpi=150)
         return self._inline((folder / f"{self.name}.svg").read_text(encoding="utf-8"))
 
     def _inline(self, svg: str) -> str:

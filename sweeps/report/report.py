@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,10 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader
 
-from src.store.files import atomic_write, read_json
-from src.store.store import JUDGEMENTS_FILE, QUALITY_FILE, SAMPLES_FILE
-from sweeps.analysis.results import Results
+from src.errors import DamagedFile, warn
+from src.store.files import atomic_write, read_jsonl
+from src.store.store import JUDGEMENTS_FILE, SAMPLES_FILE
+from sweeps.analysis.results import Results, read_quality
 from sweeps.analysis.selection import GROUP
 from sweeps.report.plot_style import NAMES
 from sweeps.report.tables import best_table, group_lines, quality_column, with_error
@@ -55,7 +54,7 @@ def write_report(
         selected={identity for seeds in best.identities for identity in seeds},
         names=NAMES,
     )
-    atomic_write(path, html)
+    atomic_write(path, html.encode(errors="backslashreplace"))
 
 
 def _headlines(best: pd.DataFrame, all_tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
@@ -124,7 +123,7 @@ def _published(best: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def examples(results: Results, best: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """Return setup, init and variant -> the first prompts for which all its selected points have samples.
+    """Return setup, init and variant -> the first prompts for which all its selected points with samples have one.
 
     `responses` of a prompt: (method, text, verdict or None, reason), the baseline's first if there is one. Where points
     were selected by win rate, these are reporting prompts.
@@ -132,10 +131,12 @@ def examples(results: Results, best: pd.DataFrame) -> dict[str, list[dict[str, A
     table = {}
     for key, group in best.groupby(GROUP, sort=False, dropna=False):
         samples = [_samples(results, row["identities"][0], row["metric"]) for row in group.to_dict("records")]
-        common = [index for index in samples[0] if all(index in other for other in samples)][:NUM_PROMPTS]
-        methods = group.method.tolist()
+        # Without a point whose samples are damaged the others are shown.
+        methods = [method for method, rows in zip(group.method, samples, strict=True) if rows]
+        samples = [rows for rows in samples if rows]
+        common = [index for index in samples[0] if all(index in other for other in samples)] if samples else []
         name = ", ".join(map(str, filter(None, key)))
-        table[name] = [_example(methods, [rows[index] for rows in samples]) for index in common]
+        table[name] = [_example(methods, [rows[index] for rows in samples]) for index in common[:NUM_PROMPTS]]
     return table
 
 
@@ -151,20 +152,24 @@ def _samples(results: Results, result: str, metric: str) -> dict[int, dict[str, 
     """Return index of the prompt -> the point's sample with its verdict and reason, for the first prompts in order."""
     folder, samples = results.artifacts(result, "evaluate"), results.artifacts(result, "generate")
     assert folder is not None and samples is not None
-    judged = {row["index"]: row for row in _rows(folder / JUDGEMENTS_FILE, None)}
+    judged = {row["index"]: row for row in _rows(folder / JUDGEMENTS_FILE, ("index", "verdict"))}
     selection: set[int] = set()
     if metric == "win_rate":
-        quality = read_json(folder / QUALITY_FILE)
+        quality = read_quality(folder)
         selection = {i for i, selects in zip(quality["prompts"], quality["selection"], strict=True) if selects}
-    rows = _rows(samples / SAMPLES_FILE, 6 * NUM_PROMPTS)
+    rows = _rows(samples / SAMPLES_FILE, ("index", "prompt", "response"))[: 6 * NUM_PROMPTS]
     return {row["index"]: row | judged.get(row["index"], {}) for row in rows if row["index"] not in selection}
 
 
-def _rows(file: Path, count: int | None) -> list[dict[str, Any]]:
-    if not file.exists():
+def _rows(file: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the rows of a file that have these keys; none, with a warning, when it is damaged."""
+    try:
+        return list(read_jsonl(file, keys))
+    except FileNotFoundError:
         return []
-    with file.open(encoding="utf-8") as handle:
-        return [json.loads(line) for line in islice(handle, count)]
+    except DamagedFile as error:
+        warn(f"{error}; the report is without it")
+        return []
 
 
 def _truncate(text: str) -> str:

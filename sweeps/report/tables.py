@@ -10,12 +10,16 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from src.store.files import atomic_write
 from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
+from sweeps.report.escapes import csv_text, latex_cell, markdown_cell
 from sweeps.report.plot_style import NAMES
 
 LEVEL = 0.05  # of significance: two methods differ when Holm's p of their difference is below
 BEST, NOT_SIGNIFICANT = "best", "n.s."  # values of the column "Gap to best"
+# Of all validation pairs; where quality is reward accuracy, that is the average by prompt on the reporting split.
+ALL_PAIRS = "Accuracy, all pairs"
 OPTIONAL_COLUMNS = ("KL / sequence", "Shortlist", "Gap to best")  # dropped in this order on a narrow terminal
 CAPTION = """selected on the selection split, measured on the reporting split (95 % interval)
 shortlist: number of points not significantly different from the method's best one
@@ -40,7 +44,7 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
                 "Shortlist": str(row["shortlist"]),
                 "KL / sequence": with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
                 "KL / token": with_error(row["kl_token"], row["kl_token_se"], 3),
-                "Reward accuracy": with_error(row["reward_accuracy"], None, 3),
+                ALL_PAIRS: with_error(row["reward_accuracy"], None, 3),
                 "Length": with_error(row["response_tokens"], None, 1),
             }
         )
@@ -133,12 +137,12 @@ def write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     for name, table in tables.items():
         if table.columns.empty:
             continue
-        table.to_csv(folder / f"{name}.csv", index=False)
+        atomic_write(folder / f"{name}.csv", csv_text(table))
         text = table.astype(object).map(_cell)
-        rows = [text.columns, ["---"] * len(text.columns), *text.map(lambda cell: cell.replace("|", r"\|")).to_numpy()]
-        (folder / f"{name}.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
-        tex = text.to_latex(index=False, escape=True, column_format="l" * len(text.columns))
-        (folder / f"{name}.tex").write_text(tex.replace("±", r"$\pm$"), encoding="utf-8")
+        rows = [text.columns, ["---"] * len(text.columns), *text.map(markdown_cell).to_numpy()]
+        atomic_write(folder / f"{name}.md", "".join(f"| {' | '.join(row)} |\n" for row in rows))
+        tex = text.map(latex_cell).rename(columns=latex_cell)
+        atomic_write(folder / f"{name}.tex", tex.to_latex(index=False, column_format="l" * len(text.columns)))
 
 
 def _cell(value: Any) -> str:
@@ -159,11 +163,12 @@ def _terminal_table(name: str, table: pd.DataFrame) -> Table:
 
 def print_best(results: Results, folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Print the selected points, the points without a result, and where the files are. tables: of write_tables."""
-    console = Console(highlight=False, soft_wrap=True)
+    # No markup: [x] in a name is text.
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 200  # the width at which a log is read is unknown
     if len(tables["best"]):
-        table = tables["best"].drop(columns=["Kind", "Top 3", "KL / token", "Reward accuracy", "Length"])
+        table = tables["best"].drop(columns=["Kind", "Top 3", "KL / token", ALL_PAIRS, "Length"])
         terminal_table = _terminal_table(results.name, table)
         for column in OPTIONAL_COLUMNS:
             if console.measure(terminal_table).minimum > console.width:
@@ -174,6 +179,6 @@ def print_best(results: Results, folder: Path, tables: dict[str, pd.DataFrame]) 
         console.print(line)
     for point in results.failed:
         label = f"{point['method']} beta={point['beta']:g} lr={point['lr']:g} {point['variant']}".rstrip()
-        console.print(f"{point['state']}: {label}: {point['error']}", style="red", markup=False)
+        console.print(f"{point['state']}: {label}: {point['error']}", style="red")
     for file in ("points.csv", "best.yaml", "figures", "report.html"):
         console.print(f"{file:11} {folder / file}")

@@ -11,8 +11,9 @@ from launchers.slurm.job_records import all_submissions
 from src.errors import PointFailure
 from src.planning.plan import Plan
 from src.store.code_snapshot import revision
-from src.store.store import StageName
+from src.store.store import StageName, Store
 from src.store.sweep_folder import SweepFolder
+from sweeps.search.running import RunningSweep
 from sweeps.search.successive_halving import RungState
 from sweeps.search.variants import studies, varying_settings
 
@@ -28,22 +29,29 @@ class SweepRecord:
     failures: dict[str, PointFailure]  # of earlier rungs: result identity -> failure
     code: dict[str, Any] = field(default_factory=revision)
 
-    def start(self) -> None:
-        """Write the points before anything runs. Results of a sweep with other points are archived first."""
-        self._archive_previous()
+    def start(self, running: RunningSweep) -> None:
+        """Write the points before anything runs. Results of a sweep with other points are archived first.
+
+        Raises ConfigError while that sweep still runs.
+        """
+        results = set[str]().union(*self.rungs.results)
+        running.claim(results)
+        self._archive_previous(results)
         self.write("running")
 
-    def _archive_previous(self) -> None:
+    def _archive_previous(self, results: set[str]) -> None:
         if not self.folder.exists():
             return
-        identities = set().union(*self.rungs.results)
-        other = sum(point["identity"] not in identities for point in self.folder.read()["points"])
+        record = self.folder.read()
+        other = sum(point["identity"] not in results for point in record["points"])
         if other:
             path = self.folder.path
             candidates = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
             archive = next(candidate for candidate in candidates if not candidate.exists())
             archive.mkdir()
-            for result in self.folder.results():  # not its jobs, which may be running, nor their code and logs
+            if record["finished"] is None:  # it was killed, or its jobs were cancelled
+                write_states(self.folder, record, "failed", recorded_failures(record, self.folder.store))
+            for result in self.folder.results():  # not its jobs, their code and logs
                 result.rename(archive / result.name)
             print(
                 f"{path} contained {other} points that are not part of this sweep; the old results were moved to "
@@ -89,10 +97,20 @@ class SweepRecord:
         ]
 
 
+def recorded_failures(record: dict[str, Any], store: Store) -> dict[str, PointFailure]:
+    """Return why points of a sweep.json failed, without those that are done by now."""
+    points = [point for point in record["points"] if point.get("error") is not None]
+    return {
+        point["identity"]: PointFailure(point["state"], point["error"])
+        for point in points
+        if not store.is_done(StageName("evaluate", point["identity"]))
+    }
+
+
 def write_states(folder: SweepFolder, record: dict[str, Any], state: str, failures: dict[str, PointFailure]) -> None:
     """Write sweep.json with the state of the sweep (running, submitted, aggregating, done, failed) and of every point.
 
-    failures: identity of a point's result -> why it is missing.
+    failures: identity of a point's result -> why it is missing or cannot be used.
     """
     store = folder.store
     jobs = {
@@ -104,10 +122,10 @@ def write_states(folder: SweepFolder, record: dict[str, Any], state: str, failur
     for point in record["points"]:
         result = point["identity"]
         failure = failures.get(result)
-        if store.is_done(StageName("evaluate", result)):
-            point_state, reason = "done", None
-        elif failure is not None:
+        if failure is not None:
             point_state, reason = failure.state, failure.reason
+        elif store.is_done(StageName("evaluate", result)):
+            point_state, reason = "done", None
         else:
             point_state, reason = "queued" if state == "submitted" and result in jobs else "to do", None
         point |= {"state": point_state, "error": reason, "job": jobs.get(result)}

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 
 from launchers.protocol import PlanLauncher
-from src.errors import PointFailure
+from src.errors import ConfigError, PointFailure, StageError, warn
 from src.planning.cost import Cost
 from src.planning.plan import Plan, make_plan
 from src.preflight import check_hub, check_key, check_packages
@@ -18,6 +18,7 @@ from src.store.store import StageName, Store, read_result
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import SyncProcess, sync_sweep
 from sweeps.search.record import SweepRecord
+from sweeps.search.running import RunningSweep
 from sweeps.search.successive_halving import RungState, dry_run_table, entry_rungs, promote, with_stop
 
 FINALIZE = "sweeps.aggregate:finalize"  # called by the last job of a sweep, or here when no jobs are submitted
@@ -36,7 +37,7 @@ class Search:
         entry = tuple(entry_rungs(points, full, first, len(rungs) - 1))
         results = tuple(tuple(p.results) for p in plans)
         self.state = RungState(tuple(points), rungs, options.keep_fraction, 0, entry, entry, results)
-        self._warned = False
+        self._warned = self._is_recorded = False
 
     def text(self) -> str:
         """Return what would run, for `dry_run=true`: the plan of the next rung, and the expected size of the others."""
@@ -53,16 +54,25 @@ class Search:
     def run(self, launcher: PlanLauncher, name: str, command: str) -> None:
         """Hand one rung after the other to the launcher, then aggregate; return early when jobs do the rest.
 
-        Raises SweepFailed when points failed.
+        Raises SweepFailed when points failed, StageError when the file system fails after work has begun.
         """
         folder = SweepFolder(self.store.sweeps / name)
-        with sync_sweep(folder) as sync:
+        try:
+            self._run(launcher, folder, command)
+        except OSError as error:
+            if not self._is_recorded:
+                raise
+            where = error.filename or folder.path
+            raise StageError(f"{where}: {error.strerror or error}; mend that and run the same command again") from error
+
+    def _run(self, launcher: PlanLauncher, folder: SweepFolder, command: str) -> None:
+        with RunningSweep(folder) as running, sync_sweep(folder) as sync:
             num_completed, failures = self._load_progress(folder)
             while True:
                 plan, rung = self._plan(failures), self.state.rung
                 if self.state.is_last or (plan.needed and (rung >= num_completed or plan.damaged)):
                     record = SweepRecord(folder, plan, command, self.state, dict(failures))
-                    new_failures = self._run_rung(launcher, record, sync)
+                    new_failures = self._run_rung(launcher, record, running, sync)
                     if new_failures is None:
                         if not self.state.is_last:
                             print(f"when rung {rung + 1} is done, rerun the same command to start rung {rung + 2}")
@@ -77,7 +87,7 @@ class Search:
             finalize(folder.path, failures)
 
     def _run_rung(
-        self, launcher: PlanLauncher, record: SweepRecord, sync: SyncProcess
+        self, launcher: PlanLauncher, record: SweepRecord, running: RunningSweep, sync: SyncProcess
     ) -> dict[str, PointFailure] | None:
         """Return the failures of the rung; None when jobs compute it and finalize the sweep."""
         plan, state = record.plan, self.state
@@ -88,7 +98,8 @@ class Search:
                 f"points to {100 * state.rungs[state.rung]:g} % of their steps",
                 flush=True,
             )
-        record.start()
+        record.start(running)
+        self._is_recorded = True
         if launcher.runs_in_process:
             sync.start()
         elif plan.needed:
@@ -136,10 +147,13 @@ class Search:
         apply_retention_after_rung(self.store, plan.stages_by_role, keep, rejected, best)
 
     def _quality(self, identity: str) -> float | None:
-        """Return the quality on the selection prompts; None without a result, or when it is NaN."""
+        """Return the quality on the selection prompts; None without a readable result, or when it is NaN."""
         try:
             result = read_result(self.store.dir(StageName("evaluate", identity)))
         except FileNotFoundError:
+            return None
+        except ConfigError as error:
+            warn(f"{error}; its point is not promoted")
             return None
         value = result["splits"]["selection"]["value"]
         return None if value != value else value

@@ -56,17 +56,17 @@ def train(*arguments: str, check: bool = True, timeout: float = 300) -> subproce
     return done
 
 
-def run_in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m src.train ARGUMENTS` in this process, where starting one would take most of the time.
+def run_in_process(*arguments: object, module: str = "src.train") -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGUMENTS` in this process, where starting one would take most of the time.
 
-    For commands that only print or are refused: nothing is computed.
+    For commands that print, are refused, or only read results: nothing is computed.
     """
     root, out, err, code = logging.getLogger(), io.StringIO(), io.StringIO(), 0
     handlers, level = root.handlers[:], root.level
     GlobalHydra.instance().clear()
     with (
         patch.dict(os.environ, environment(), clear=True),
-        patch.object(sys, "argv", [str(ROOT / "src" / "train.py"), *arguments]),
+        patch.object(sys, "argv", [str(ROOT / f"{module.replace('.', '/')}.py"), *map(str, arguments)]),
         contextlib.chdir(ROOT),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -74,7 +74,7 @@ def run_in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     ):
         warnings.simplefilter("ignore", RuntimeWarning)  # src.train has been imported already
         try:
-            runpy.run_module("src.train", run_name="__main__", alter_sys=True)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as system_exit:
             code = int(system_exit.code or 0)
         finally:

@@ -1,0 +1,65 @@
+"""Figures of tables at the edge: one value, no value, names that matplotlib would read as formulas. No warnings."""
+
+import re
+import warnings
+
+import pytest
+
+from src.methods import METHODS
+from sweeps.analysis.selection import average_seeds, best_points
+from sweeps.report import figures
+from tests.support.tables import points
+
+NAN = float("nan")
+
+
+def draw(folder, *rows):
+    """Draw and save every figure of these points, a warning being an error; return stem -> SVG."""
+    table = points(*rows).assign(metric="win_rate", checkpoint="/nowhere")
+    averages = average_seeds(table.assign(kind=[METHODS[method].kind for method in table.method]))
+    quality = best_points(averages).quality_reporting
+    best = best_points(averages).assign(quality_reporting_low=quality - 0.1, quality_reporting_high=quality + 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return {drawing.name: drawing.save(folder) for drawing in figures.draw(averages, best)}
+
+
+EDGES = {
+    "one point": [{"beta": 0.1}],
+    "one lr of two betas": [{"beta": 0.1}, {"beta": 1.0}],
+    "one beta of two learning rates": [{"beta": 0.1, "lr": 1e-3}, {"beta": 0.1, "lr": 1e-4}],
+    "no KL": [{"beta": 0.1, "kl_sequence": NAN, "kl_sequence_se": NAN}],
+    "negative KL": [{"beta": 0.1, "kl_sequence": -0.1}, {"beta": 1.0, "kl_sequence": 0.0}],
+    "negative KL of one kind": [{"beta": 0.1, "kl_sequence": -1.0}, {"beta": 0.1, "method": "asft"}],
+    "no reporting split": [{"beta": 0.1, "quality_reporting": NAN, "quality_reporting_se": NAN}],
+    "no errors": [{"beta": 0.1, "quality_reporting_se": NAN, "kl_sequence_se": NAN}],
+}
+
+
+@pytest.mark.parametrize("rows", EDGES.values(), ids=EDGES)
+def test_one_value_or_none_is_drawn_without_a_warning(rows, tmp_path):
+    drawn = draw(tmp_path, *rows)
+    assert {f"{name}.png" for name in drawn} == {path.name for path in tmp_path.glob("*.png")} and len(drawn) >= 2
+    has_kl = any(row.get("kl_sequence", 0.5) > 0 for row in rows)
+    assert ("no value above 0" in drawn["s_quality_over_kl"]) == (not has_kl)
+
+
+def test_without_a_finished_point_there_is_no_figure(tmp_path):
+    assert draw(tmp_path, {"beta": 0.1, "state": "failed"}) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["a$x_{$", "\\$", "_<b>&amp;", "😀", "שלום\u202e", "\x00\ud83d\n", "s" * 3000, "漢" * 300]
+)
+def test_any_name_is_text_in_titles_and_labels(name, tmp_path):
+    rows = [{"setup": name, "variant": f"dataset.path={name}{end}", "beta": 0.1} for end in ("1", "2")]
+    drawn = draw(tmp_path, *rows, *[row | {"beta": 1.0, "quality_selection": 0.4} for row in rows])
+    assert len(drawn) == 5 and all(path.stat().st_size for path in tmp_path.iterdir())
+    (labels,) = (svg for stem, svg in drawn.items() if stem.endswith("_side_by_side"))
+    assert re.findall(r"[12](?=</text>)", labels).count("1") >= 1, "the end of a label tells two variants apart"
+
+
+def test_names_that_make_equal_file_names_do_not_overwrite_each_other(tmp_path):
+    drawn = draw(tmp_path, {"setup": "a b", "beta": 0.1}, {"setup": "a_b", "beta": 0.1})
+    assert len(drawn) == len(list(tmp_path.glob("*.svg"))) == 4
+    assert "a_b_quality_over_beta" in drawn
