@@ -13,7 +13,8 @@ from typing import Any
 
 from src.methods import METHODS
 from src.stages.evaluate import mean_and_error, selection_prompts
-from src.store.files import write_json
+from src.store.files import with_checksum, write_json
+from src.store.integrity import describe_files
 from src.store.store import DONE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, Store
 from src.store.sweep_folder import SweepFolder
 
@@ -27,6 +28,7 @@ def make_sweep(
     betas: int = 10,
     setup: str = "synthetic",
     methods: Sequence[str] = tuple(METHODS),
+    metric: str = "win_rate",
 ) -> SweepFolder:
     """Write a synthetic sweep and its store, as runs leave them: methods over betas, learning rates and seeds."""
     rng, points, store = random.Random(0), [], Store(output_dir)
@@ -36,7 +38,9 @@ def make_sweep(
     for method, beta, lr, seed in product(methods, range(betas), range(lrs), range(seeds)):
         identity = f"{method}-{beta}-{lr}-{seed}"
         ability = 0.4 + 0.02 * beta + rng.gauss(0, 0.02)
-        _write_result(store.root / "evaluate" / identity, [float(d < ability) for d in difficulty], selection, beta)
+        _write_result(
+            store.root / "evaluate" / identity, [float(d < ability) for d in difficulty], selection, beta, metric
+        )
         points.append(
             {
                 "setup": setup,
@@ -61,13 +65,13 @@ def make_sweep(
     return folder
 
 
-def _write_result(stage: Path, values: list[float], selection: set[int], beta: int) -> None:
+def _write_result(stage: Path, values: list[float], selection: set[int], beta: int, metric: str) -> None:
     """Write what an evaluate stage writes; values: one per prompt."""
     stage.mkdir(parents=True)
     measurement = {"value": 1.0 + beta, "se": 0.1, "n": len(values)}
     result: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
-        "quality": {"metric": "win_rate", **mean_and_error(values)},
+        "quality": {"metric": metric, **mean_and_error(values)},
         "splits": {
             "selection": mean_and_error([v for i, v in enumerate(values) if i in selection]),
             "reporting": mean_and_error([v for i, v in enumerate(values) if i not in selection]),
@@ -81,7 +85,7 @@ def _write_result(stage: Path, values: list[float], selection: set[int], beta: i
     write_json(
         stage / QUALITY_FILE, {"prompts": prompts, "values": values, "selection": [i in selection for i in prompts]}
     )
-    (stage / DONE).write_text("{}")
+    write_json(stage / DONE, with_checksum({"identity": stage.name, "files": describe_files(stage)}))
 
 
 def main() -> int:

@@ -9,7 +9,8 @@ import yaml
 
 from benchmarks.aggregation import make_sweep
 from src.errors import SweepFailed
-from src.store.files import read_json
+from src.store.files import read_json, with_checksum, write_json
+from src.store.integrity import DONE, describe_files
 from src.store.store import QUALITY_FILE, RESULT_FILE, StageName
 from src.store.sweep_folder import SweepFolder
 from sweeps.aggregate import finalize
@@ -35,6 +36,20 @@ def folder(tmp_path):
 
 def result_dir(folder, number):
     return folder.store.dir(StageName("evaluate", folder.read()["points"][number]["identity"]))
+
+
+def publish(stage):
+    write_json(stage / DONE, with_checksum({"identity": stage.name, "files": describe_files(stage)}))
+
+
+def test_a_changed_digit_of_a_result_is_damage(folder):
+    result = result_dir(folder, 0) / RESULT_FILE
+    before = result.read_text()
+    result.write_text(before.replace('"seconds": 1.0', '"seconds": 2.0'))
+    assert before != result.read_text() and len(before) == len(result.read_text())
+    assert_one_line(run_in_process(folder.path, module="sweeps.aggregate"), 1, "1 points have damaged results")
+    publish(result.parent)
+    assert run_in_process(folder.path, module="sweeps.aggregate").returncode == 0, "the control"
 
 
 def assert_one_line(done, code, *texts):
@@ -68,11 +83,17 @@ def test_a_method_that_is_unknown_here_is_named(folder):
     assert_one_line(run_in_process(folder.path, module="sweeps.aggregate"), 2, "points[0] has an unknown method, mine")
 
 
-@pytest.mark.parametrize("content", [b"garbage", b"{}", b'{"schema": 2, "quality": "x", "values": []}'])
-def test_a_damaged_result_fails_its_point_alone(content, folder):
+@pytest.mark.parametrize(
+    ("content", "published"),
+    [(b"garbage", False), (b"{}", True), (b'{"schema": 2, "quality": "x", "values": []}', True)],
+)
+def test_a_damaged_result_fails_its_point_alone(content, published, folder):
+    """published: whether the damage has the digest of DONE, so that only its content shows it."""
     damaged = [result_dir(folder, 0) / RESULT_FILE, result_dir(folder, 3) / QUALITY_FILE]
     for path in damaged:
         path.write_bytes(content)
+        if published:
+            publish(path.parent)
     with pytest.raises(SweepFailed, match="2 of 6 points failed"):
         finalize(folder.path, {})
     points, table = folder.read()["points"], pd.read_csv(folder.points_csv)
@@ -143,8 +164,8 @@ def test_with_a_damaged_description_of_a_selected_result_no_model_is_removed(kep
 
 
 def test_a_record_of_jobs_of_another_sweep_or_version_does_not_stop_a_sweep(folder, capfd):
-    for content in (b"", b"{}", b"[]", b'{"schema": 2}', b'{"schema": 2, "tasks": [1]}'):
-        record = folder.store.sweeps / "other" / "jobs" / f"a{len(content)}" / "submission.json"
+    for number, content in enumerate((b"", b"{}", b"[]", b'{"schema": 2}', b'{"schema": 2, "tasks": [1]}')):
+        record = folder.store.sweeps / "other" / "jobs" / str(number) / "submission.json"
         record.parent.mkdir(parents=True)
         record.write_bytes(content)
     finalize(folder.path, {})

@@ -9,6 +9,7 @@ A job's name ends in the ID, so that jobs of a submitter that died before record
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Container, Iterable
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.errors import DamagedFile, warn
+from src.errors import ConfigError, DamagedFile, warn
 from src.store.files import read_json, read_versioned_json, write_json
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
@@ -74,7 +75,11 @@ class Submission:
         return [task.job for task in self.tasks if task.job is not None]
 
     def write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        jobs = self.folder.parent
+        jobs.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(PermissionError):  # it belongs to somebody else
+            jobs.chmod(0o700)  # whoever could write here would run code as the submitter: jobs unpickle their arguments
+        self.folder.mkdir(exist_ok=True)
         values = {"schema": SCHEMA, **asdict(self)}
         del values["folder"]
         for task in values["tasks"]:
@@ -102,14 +107,14 @@ def read_submission(folder: Path) -> Submission:
 
 
 def submissions(*sweeps: SweepFolder) -> list[Submission]:
-    """Return the submissions of the sweeps, oldest first; warn of damaged records."""
+    """Return the submissions of the sweeps, oldest first; warn of records that are damaged or of another version."""
     records: list[Submission] = []
     for path in (path for sweep in sweeps for path in sweep.jobs.glob(f"*/{SUBMISSION_FILE}")):
         try:
             records.append(read_submission(path.parent))
         except FileNotFoundError:
             continue  # sbatch has just rejected it
-        except DamagedFile as error:
+        except ConfigError as error:
             warn(f"{error}; its jobs are not known here")
     return sorted(records, key=lambda submission: submission.written)
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from src.errors import ConfigError, DamagedFile, warn
 from src.methods import METHODS
+from src.store.integrity import find_damage
 from src.store.store import QUALITY_FILE, RESULT_FILE, read_result
 from src.store.sweep_folder import SweepFolder
 from sweeps.search import successive_halving
@@ -159,6 +160,8 @@ class Results:
             folder = store / "evaluate" / identity
             try:
                 if (folder / RESULT_FILE).exists():
+                    if damage := find_damage(folder, identity, names=(RESULT_FILE, QUALITY_FILE)):
+                        raise DamagedFile(damage)
                     results[identity] = read_result(folder)
                     read_quality(folder)
             except ConfigError as error:

@@ -39,7 +39,7 @@ from sweeps.report.plot_style import (
 MAX_TICKS = 12  # on either axis of a heat map; with more values only some are labeled
 MAX_NUMBERS = 60  # cells of a heat map that show their value; more would not fit
 MAX_STEM = 150  # bytes of a file name
-MAX_LABEL = 60  # characters of the label of a tick
+MAX_LABEL = 40  # characters of the label of a tick
 CURVE_BINS = 200  # points of a training curve
 SMOOTHING = 10  # a training curve is the running mean over 1 / SMOOTHING of its points
 

@@ -50,7 +50,9 @@ class SweepRecord:
             archive = next(candidate for candidate in candidates if not candidate.exists())
             archive.mkdir()
             if record["finished"] is None:  # it was killed, or its jobs were cancelled
-                write_states(self.folder, record, "failed", recorded_failures(record, self.folder.store))
+                store = self.folder.store
+                is_done = all(store.is_done(StageName("evaluate", p["identity"])) for p in record["points"])
+                write_states(self.folder, record, "done" if is_done else "failed", recorded_failures(record, store))
             for result in self.folder.results():  # not its jobs, their code and logs
                 result.rename(archive / result.name)
             print(
