@@ -44,6 +44,7 @@ def main() -> int:
 def upload(run_lists: list[RunList], project: str | None, entity: str | None) -> None:
     """Upload what is finished. Raises StageError when a tracker does not take it."""
     num_runs, num_synced, num_complete = 0, 0, 0
+    failures: list[str] = []
     with RunProgress() as report:
         for number, run_list in enumerate(run_lists):
             report("uploading", number, len(run_lists))
@@ -53,12 +54,15 @@ def upload(run_lists: list[RunList], project: str | None, entity: str | None) ->
                 sync.advance(live=False)
                 if sync.failure is not None:
                     raise StageError(f"{sync.failure}; run the same command again to continue")
+                failures += sync.failures
                 num_runs += len(is_synced)
                 num_synced += sum(is_synced)
                 num_complete += sum(run.is_complete for run in sync.listed())
     print(f"{num_complete - num_synced} of {num_runs} runs uploaded, {num_synced} were there")
     if num_complete < num_runs:
         print(f"{num_runs - num_complete} runs are still in progress; rerun later to upload them")
+    if failures:
+        raise StageError("; ".join(failures))
 
 
 def watch_runs(run_list: RunList, stages: list[str], startup_jitter: float) -> int:
@@ -73,7 +77,7 @@ def watch_runs(run_list: RunList, stages: list[str], startup_jitter: float) -> i
     ended.wait(random.uniform(0, startup_jitter))
     syncs = [SinkSync(run_list, sink, stages) for sink in make_sinks(run_list.tracking, run_list.output_dir)]
     watch(syncs, lambda seconds: run_list.is_finished or ended.wait(seconds))
-    failures = [sync.failure for sync in syncs if sync.failure is not None]
+    failures = [failure for sync in syncs for failure in sync.failures]
     if not failures:
         return 0
     print("; ".join(failures), flush=True)

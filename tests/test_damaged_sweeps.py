@@ -116,7 +116,7 @@ def test_a_deleted_result_is_a_point_that_was_not_run(folder):
 
 
 @pytest.fixture
-def kept(folder):
+def with_weights(folder):
     """The same with keep_checkpoints=best, and the weights of its models."""
     record = folder.read()
     folder.write(record | {"keep_checkpoints": "best"})
@@ -135,32 +135,32 @@ def num_models(folder):
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"- a\n- b\n", b"a: [1]\n", b"a: {dpo: 1}\n", b"{", b"a"])
-def test_with_an_unreadable_best_yaml_of_another_sweep_no_model_is_removed(content, kept, capfd):
-    other = SweepFolder(kept.store.sweeps / "other")
+def test_with_an_unreadable_best_yaml_of_another_sweep_no_model_is_removed(content, with_weights, capfd):
+    other = SweepFolder(with_weights.store.sweeps / "other")
     other.path.mkdir()
     other.best_yaml.write_bytes(content)
-    finalize(kept.path, {})
-    assert kept.read()["state"] == "done" and num_models(kept) == 6
+    finalize(with_weights.path, {})
+    assert with_weights.read()["state"] == "done" and num_models(with_weights) == 6
     error = capfd.readouterr().err
     assert error.count("warning: ") == 1 and str(other.best_yaml) in error and len(error.strip().splitlines()) == 1
 
 
-def test_with_readable_ones_the_models_that_none_selected_are_removed(kept):
-    other = SweepFolder(kept.store.sweeps / "other")
+def test_with_readable_ones_the_models_that_none_selected_are_removed(with_weights):
+    other = SweepFolder(with_weights.store.sweeps / "other")
     other.path.mkdir()
     other.best_yaml.write_text("# a sweep without results\n{}\n")
-    finalize(kept.path, {})
-    assert num_models(kept) == 2
+    finalize(with_weights.path, {})
+    assert num_models(with_weights) == 2
 
 
-def test_with_a_damaged_description_of_a_selected_result_no_model_is_removed(kept, capfd):
-    identity = kept.read()["points"][0]["identity"]
-    other = SweepFolder(kept.store.sweeps / "other")
+def test_with_a_damaged_description_of_a_selected_result_no_model_is_removed(with_weights, capfd):
+    identity = with_weights.read()["points"][0]["identity"]
+    other = SweepFolder(with_weights.store.sweeps / "other")
     other.path.mkdir()
     other.best_yaml.write_text(yaml.safe_dump({"s": {"dpo": {"identities": [identity]}}}))
-    (kept.store.dir(StageName("evaluate", identity)) / "stage.json").write_text("{}")
-    finalize(kept.path, {})
-    assert num_models(kept) == 6 and "stage.json: damaged" in capfd.readouterr().err
+    (with_weights.store.dir(StageName("evaluate", identity)) / "stage.json").write_text("{}")
+    finalize(with_weights.path, {})
+    assert num_models(with_weights) == 6 and "stage.json: damaged" in capfd.readouterr().err
 
 
 def test_a_record_of_jobs_of_another_sweep_or_version_does_not_stop_a_sweep(folder, capfd):

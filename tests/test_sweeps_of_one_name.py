@@ -58,11 +58,11 @@ def test_a_process_of_another_machine_is_watched_until_its_heartbeat_changes_or_
     file, holder = entry / "lease-000001", {"pid": 1, "start": "1", "machine": "far/b/c", "run": 0}
     file.write_text(json.dumps(holder | {"beat": 1}))
 
-    def beat():
+    def send_heartbeat():
         time.sleep(0.3)
         lease.atomic_write(file, json.dumps(holder | {"beat": 2}))
 
-    thread = threading.Thread(target=beat)
+    thread = threading.Thread(target=send_heartbeat)
     thread.start()
     with RunningSweep(folder) as running, pytest.raises(ConfigError, match="process 1 on far runs a sweep"):
         running.claim({"a"})
@@ -92,6 +92,7 @@ def test_the_sweep_that_runs_ends_as_if_the_other_had_not_been_started(tmp_path)
     assert read_json(folder.path.with_name("s.1") / "sweep.json")["state"] == "done"
 
 
+@pytest.mark.slow
 def test_the_record_of_a_killed_sweep_is_archived_with_a_final_state(tmp_path):
     folder = make_sweep(tmp_path, seeds=1, lrs=1, betas=1, methods=("dpo", "ipo"))
     folder.write(folder.read() | {"state": "running", "name": "s"})

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from src.store.files import write_jsonl
 from src.store.store import StageName, Store
 from src.store.sweep_folder import SweepFolder
-from src.tracking.runs import RunList
+from src.tracking.runs import RunList, run_lists_below
 from src.tracking.sink import RunLocked, RunWriter
+from src.tracking.sync_process import SyncProcess
 from src.tracking.watch import SinkSync, watch
 
 CONFIG = {"setup": {"name": "toy"}, "init": {"name": "sft"}, "method": {"name": "dpo"}, "beta": 0.1, "tracking": {}}
@@ -31,7 +33,7 @@ class RecordingSink:
 
 class RecordingWriter(RunWriter):
     def __init__(self, sink):
-        self.sink, self.steps, self.results, self.finished = sink, [], [], []
+        self.sink, self.steps, self.results, self.finished, self.tables = sink, [], [], [], {}
 
     @property
     def last_step(self):
@@ -49,6 +51,9 @@ class RecordingWriter(RunWriter):
     def add_result(self, result, summary):
         self.results.append(result)
         self.summary = summary
+
+    def add_table(self, name, columns, rows):
+        self.tables[name] = [dict(zip(columns, row, strict=True)) for row in rows]
 
     def finish(self, complete):
         self.finished.append(complete)
@@ -168,6 +173,87 @@ def test_the_next_rung_continues_the_run_of_the_one_before(store, sink):
     run = sink.runs["evaluate"]
     assert run.steps == list(range(6)) and run.results == ["evaluate@0.5", "evaluate"]
     assert run.finished == [True, True] and run.metadata.name == "dpo beta=0.1"
+
+
+ANY_TEXT = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\r", "\x1c", "\x00", "😀", '"\\\n', "x" * 100_000]
+
+
+def test_samples_of_any_text_arrive_as_they_are(store, sink):
+    stages = write_done_point(store, steps=3)
+    texts = [f"a{text}b" for text in ANY_TEXT]
+    rows = [{"index": n, "prompt": text, "response": text} for n, text in enumerate(texts)]
+    write_jsonl(store.dir(StageName("generate", "generate")) / "samples.jsonl", rows)
+    judged = [{"index": n, "verdict": 1.0, "reason": text} for n, text in enumerate(texts)]
+    write_jsonl(store.dir(StageName("evaluate", "evaluate")) / "judgements.jsonl", judged)
+    sync = SinkSync(write_sweep(store, stages), sink)
+    sync.advance(live=True)
+    assert sync.failures == []
+    table = sink.runs["evaluate"].tables["samples"]
+    for name in ("prompt", "response", "reason"):
+        assert [row[name] for row in table] == texts
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        ("generate", "samples.jsonl", "garbage\n"),
+        ("generate", "samples.jsonl", '{"prompt": 1}\n'),
+        ("align", "metrics.jsonl", "garbage\n"),
+        ("align", "metrics.jsonl", '{"step": "x"}\n'),
+        ("align", "metrics.jsonl", "[]\n"),
+        ("evaluate", "result.json", "[]"),
+        ("evaluate", "run_config.json", "{}"),
+        ("evaluate", "DONE", "garbage"),
+    ],
+)
+def test_a_run_with_a_damaged_file_does_not_stop_the_others(kind, name, content, store, sink):
+    write_done_point(store, steps=3, suffix="-other")
+    stages = write_done_point(store, steps=3)
+    runs = write_sweep(store, stages)
+    record = runs.sweep.read()
+    other = {role: f"{role}-other" for role in stages}
+    record["points"].append(record["points"][0] | {"identity": other["evaluate"], "stages": other})
+    runs.sweep.write(record)
+    (store.dir(StageName(kind, stages[kind])) / name).write_text(content)
+    sync = SinkSync(runs, sink)
+    for _ in range(2):
+        sync.advance(live=True, last=True)
+    assert sink.runs["evaluate-other"].finished == [True] and sync.failure is None
+    (failure,) = sync.failures
+    assert failure.startswith("Recording: run evaluate: ") and "\n" not in failure
+    assert True not in (sink.runs["evaluate"].finished if "evaluate" in sink.runs else [])
+
+
+def test_a_damaged_note_of_what_a_sink_has_only_writes_it_again(store, sink):
+    runs = write_sweep(store, write_done_point(store, steps=3))
+    SinkSync(runs, sink).advance(live=True)
+    (note,) = (store.output_dir / "tracking" / "recording").glob("evaluate.json")
+    note.write_text("garbage")
+    sync = SinkSync(runs, sink)
+    sync.advance(live=True)
+    assert sync.failures == [] and sink.runs["evaluate"].steps == [0, 1, 2]
+
+
+def test_one_unreadable_list_of_runs_does_not_hide_the_others(store, capsys):
+    write_sweep(store, write_done_point(store, steps=3))
+    for name, content in {"a": "garbage", "b": "{}", "c": "[]"}.items():
+        SweepFolder(store.sweeps / name).path.mkdir()
+        SweepFolder(store.sweeps / name).record.write_text(content)
+    single = store.output_dir / "tracking" / "runs" / "x.json"
+    single.parent.mkdir(parents=True)
+    single.write_text('{"points": [1]}')
+    assert [runs.sweep.name for runs in run_lists_below(store.output_dir)] == ["toy"]
+    assert capsys.readouterr().err.count("warning: ") == 4
+
+
+def test_a_process_that_cannot_start_is_one_warning(store, capfd):
+    runs = write_sweep(store, write_done_point(store, steps=3))
+    runs.sweep.write(runs.sweep.read() | {"tracking": {"name": "tensorboard", "tensorboard": {"enabled": True}}})
+    for log_file in (runs.sweep.record / "sync.log", runs.sweep.path / ("x" * 300)):
+        with SyncProcess(runs.sweep.path, log_file) as process:
+            process.start()
+        error = capfd.readouterr().err
+        assert error.count("warning: upload incomplete (") == 1 and len(error.strip().splitlines()) == 1
 
 
 def test_a_sink_that_fails_does_not_stop_another(store, sink):

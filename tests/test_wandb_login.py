@@ -30,6 +30,43 @@ def test_a_login_is_found_where_the_wandb_client_stores_it(tmp_path, monkeypatch
     assert resolve_target(enabled) is None and resolve_target(WandbTracking()) is None
 
 
+def fifo(path):
+    os.mkfifo(path)
+
+
+BROKEN_FILES = {
+    "not UTF-8": lambda path: path.write_bytes(b"machine api.wandb.ai password \xff\xfe"),
+    "no words of its format": lambda path: path.write_text("[[machine\n=\n"),
+    "NUL": lambda path: path.write_bytes(b"\x00" * 100),
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": fifo,
+    "a loop": lambda path: path.symlink_to(path),
+    "huge": lambda path: path.write_text("machine api.wandb.ai login user password secret\n" * 50_000),
+}
+
+
+@pytest.mark.parametrize("break_file", BROKEN_FILES.values(), ids=BROKEN_FILES)
+@pytest.mark.parametrize("name", ["netrc", "settings"])
+def test_a_broken_file_of_the_client_is_no_login(name, break_file, tmp_path, monkeypatch):
+    for variable in [variable for variable in os.environ if variable.startswith("WANDB_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {wandb_server.KEY}\n")
+    assert logged_in(), "the control: these files are read"
+    (tmp_path / name).unlink(missing_ok=True)
+    break_file(tmp_path / name)
+    assert logged_in() == (name == "settings")
+    assert resolve_target(WandbTracking(enabled=True)).mode == ("online" if name == "settings" else "offline")
+
+
+def test_without_a_home_nobody_is_logged_in(monkeypatch):
+    for variable in ("NETRC", "HOME", "WANDB_API_KEY", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert not logged_in()
+
+
 @pytest.mark.slow
 def test_without_a_login_runs_are_written_offline_with_the_same_numbers(tmp_path):
     done = run(None, "-m", *SMALL, "beta=0.2,0.4", "sweep.name=demo", f"output_dir={tmp_path}")

@@ -46,12 +46,12 @@ def live_holder(folder: Path) -> str | None:
 
     A process on another machine is alive when its heartbeat changes: it is watched for STALE_SECONDS at most.
     """
-    beat, since = None, time.monotonic()
+    heartbeat, since = None, time.monotonic()
     while in_use(folder) and time.monotonic() - since <= STALE_SECONDS:
         _, holder = Lease(folder)._current()
-        if holder is not None and (holder.get("machine") == _machine() or beat not in (None, holder.get("beat"))):
+        if holder is not None and (holder.get("machine") == _machine() or heartbeat not in (None, holder.get("beat"))):
             return _describe(holder)
-        beat = holder and holder.get("beat")
+        heartbeat = holder and holder.get("beat")
         time.sleep(0.5)
     return None
 

@@ -8,14 +8,14 @@ import json
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from src.errors import DamagedFile
 from src.planning.identity import digest
-from src.store.files import read_json, write_json
+from src.store.files import read_json, read_jsonl, write_json
 from src.store.store import DONE, JUDGEMENTS_FILE, RESULT_FILE, SAMPLES_FILE, SMALL_FILES, StageName, Store, full_run_id
 from src.store.sweep_folder import SweepFolder
 from src.tracking.runs import TrackedRun
@@ -79,7 +79,10 @@ class Sync(ABC):
 
     def _state(self) -> dict[str, Any]:
         """Return what the sink has; nothing when that was noted for another target."""
-        state = read_json(self._state_file) if self._state_file.exists() else {}
+        try:
+            state = read_json(self._state_file)
+        except (FileNotFoundError, DamagedFile):  # what is written again replaces what the sink has
+            state = {}
         return state if self.sink.target in ("", state.get("target")) else {}
 
 
@@ -125,9 +128,16 @@ class RunSync(Sync):
 
     def _new_rows(self, metrics_file: Path) -> list[dict[str, Any]]:
         """Return the complete lines of steps that are not in the sink yet; line n, from 0, is of step n."""
-        text = metrics_file.read_bytes()
-        lines = text[: text.rfind(b"\n") + 1].splitlines()
-        return [json.loads(line) for line in lines[self.last_step + 1 :]]
+        lines, rows = metrics_file.read_bytes().split(b"\n")[:-1], []
+        for number, line in enumerate(lines[self.last_step + 1 :], start=self.last_step + 2):
+            try:
+                row = json.loads(line)
+                if not isinstance(row["step"], int):
+                    raise TypeError("its step is no number")
+            except (KeyError, TypeError, ValueError) as error:
+                raise DamagedFile(f"{metrics_file}, line {number}: damaged ({error})") from None
+            rows.append(row)
+        return rows
 
     def _write_result(self, writer: RunWriter, done: dict[str, str]) -> None:
         folders = {kind: self.store.dir(StageName(kind, identity)) for kind, identity in done.items()}
@@ -216,10 +226,6 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _samples(samples: Path, judgements: Path) -> list[list[Any]]:
     """Return a row for every prompt: its response, and the judge's verdict on it if there is a judge."""
-    verdicts = {row["index"]: row for row in _json_lines(judgements)} if judgements.exists() else {}
-    rows = (verdicts.get(row["index"], {}) | row for row in _json_lines(samples))
+    verdicts = {row["index"]: row for row in read_jsonl(judgements, ("index",))} if judgements.exists() else {}
+    rows = (verdicts.get(row["index"], {}) | row for row in read_jsonl(samples, ("index",)))
     return [[row.get(name) for name in SAMPLE_COLUMNS] for row in rows]
-
-
-def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from src.errors import ConfigError, describe_failure
 from src.planning.plan import Plan
 from src.preemption import Interrupted
 from src.store.store import Store
@@ -36,6 +37,7 @@ class SyncProcess:
     startup_jitter: float = 0.0
     timeout: float = FINISH_TIMEOUT
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _failure: str | None = field(default=None, init=False)  # why the process did not start
 
     def announce(self) -> bool:
         """Print where the runs are tracked. Returns whether they are."""
@@ -54,7 +56,15 @@ class SyncProcess:
 
     def start(self) -> None:
         """Start the process, if a tracker is switched on and it is not started yet."""
-        if self._process is not None or not self.announce():
+        if self._process is not None or self._failure is not None:
+            return
+        try:
+            self._start()
+        except (OSError, ConfigError) as error:  # no folder for the log, no process, a list that cannot be read
+            self._failure = describe_failure(error)
+
+    def _start(self) -> None:
+        if not self.announce():
             return
         options = ["--startup-jitter", str(self.startup_jitter), *(["--stages", *self.stages] if self.stages else [])]
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +90,7 @@ class SyncProcess:
     def _finish(self, timeout: float) -> str | None:
         """Wait for the process to upload the rest. Returns why a tracker is incomplete, or None."""
         if self._process is None:
-            return None
+            return self._failure
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -88,8 +98,13 @@ class SyncProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return f"not finished within {timeout:.0f} s"
-        lines = self.log_file.read_text(errors="replace").splitlines()
-        return None if code == 0 else lines[-1] if lines else f"exit code {code}"
+        if code == 0:
+            return None
+        try:
+            lines = self.log_file.read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError:
+            lines = []
+        return next((" ".join(line.split()) for line in reversed(lines) if line.strip()), f"exit code {code}")
 
     @property
     def _upload(self) -> str:

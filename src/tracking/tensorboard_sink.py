@@ -10,6 +10,7 @@ from typing import Any
 
 from src.tracking.sink import RunMetadata, RunWriter, Sink, lock_run
 
+MAX_NAME = 200  # bytes of the name of a folder
 FLUSH_SECONDS = 2  # so often a reader sees new events
 
 
@@ -25,7 +26,7 @@ class EventFiles(RunWriter):
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
         from torch.utils.tensorboard import SummaryWriter
 
-        name = re.sub(r"[^\w.=+-]+", "_", metadata.name)
+        name = re.sub(r"[^\w.=+-]+", "_", metadata.name).encode()[:MAX_NAME].decode(errors="ignore")
         folder = output_dir / "tensorboard" / (metadata.group or "") / f"{name}-{metadata.id[-8:]}"
         self._config = metadata.config
         self._writer: Any = SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)

@@ -12,6 +12,8 @@ from urllib.parse import urlparse
 
 from src.config.schema import WandbTracking
 
+MAX_BYTES = 2**20  # of a file with logins or settings
+
 
 @dataclass(frozen=True)
 class WandbTarget:
@@ -41,11 +43,16 @@ def logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(base_url() or "https://api.wandb.ai").netloc
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+        file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+        return _is_small_file(file) and netrc.netrc(file).authenticators(host) is not None
+    except (OSError, RuntimeError, ValueError, netrc.NetrcParseError):  # no home; not UTF-8
         return False
+
+
+def _is_small_file(path: Path) -> bool:
+    """Return whether reading the file can neither wait, as for a pipe, nor take long."""
+    return path.is_file() and path.stat().st_size <= MAX_BYTES
 
 
 def base_url() -> str | None:
@@ -58,7 +65,9 @@ def _setting(name: str) -> str | None:
     if value := os.environ.get(f"WANDB_{name.upper()}"):
         return value
     settings = configparser.ConfigParser(interpolation=None)
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
-    with suppress(configparser.Error, OSError, UnicodeDecodeError):
-        settings.read([folder / "settings", Path("wandb") / "settings"])
+    for folder in (os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb"), "wandb"):
+        with suppress(configparser.Error, OSError, RuntimeError, UnicodeDecodeError):
+            file = Path(folder).expanduser() / "settings"
+            if _is_small_file(file):
+                settings.read(file, encoding="utf-8")
     return settings.get("default", name, fallback=None)

@@ -13,6 +13,7 @@ from typing import Any
 from src.tracking.sink import STEP, RunMetadata, RunWriter, Sink, lock_run
 from src.tracking.wandb_login import WandbTarget, base_url
 
+MAX_NAME, MAX_TAG = 128, 64  # characters
 INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 60.0  # seconds for the server to answer
 
 
@@ -44,6 +45,8 @@ class WandbRun(RunWriter):
             x_save_requirements=False,
         )
         options: dict[str, Any] = {**asdict(target), **asdict(metadata), "dir": str(output_dir), "settings": settings}
+        # W&B refuses longer ones.
+        options |= {"name": metadata.name[:MAX_NAME], "tags": [tag[:MAX_TAG] for tag in metadata.tags if tag]}
         self._run = wandb.init(**options, resume="allow", reinit="create_new")
         # Steps are a metric of their own: wandb's internal step neither repeats nor skips after a resume.
         self._run.define_metric(STEP)

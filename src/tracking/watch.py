@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from src.config.schema import Tracking
-from src.errors import describe_failure
+from src.errors import ConfigError, describe_failure
 from src.tracking.runs import RunList
 from src.tracking.sink import Sink
 from src.tracking.sync import RunSync, SweepSync, Sync
@@ -36,6 +36,7 @@ class SinkSync:
     def __init__(self, run_list: RunList, sink: Sink, stages: Collection[str] = ()) -> None:
         self.run_list, self.sink, self.stages = run_list, sink, set(stages)
         self.failure: str | None = None
+        self._damaged: dict[str, str] = {}  # runs that cannot be read -> why; the others go on
         self._runs: dict[str, RunSync] = {}
         self._sweeps = [SweepSync(run_list.sweep, sink)] if run_list.sweep and not stages else []
 
@@ -48,6 +49,11 @@ class SinkSync:
             self._runs[run.id].run = run  # a search by rungs lists it with the stages of its next rung
         return [*(self._runs[run.id] for run in runs), *self._sweeps]
 
+    @property
+    def failures(self) -> list[str]:
+        """Why the sink lacks runs."""
+        return [*([] if self.failure is None else [self.failure]), *self._damaged.values()]
+
     def advance(self, live: bool, last: bool = False) -> None:
         """Bring the sink up to date, unless it has failed before.
 
@@ -57,14 +63,22 @@ class SinkSync:
             return
         try:
             for sync in self.listed():
-                if not sync.is_complete:
-                    sync.advance(live and self.sink.resumable)
+                if sync.run_id not in self._damaged and not sync.is_complete:
+                    self._advance_run(sync, live and self.sink.resumable)
             if last:
                 for run in self._runs.values():
                     run.close()
         except Exception as error:
             log.exception("%s failed", self.sink.title)
             self.failure = f"{self.sink.title}: {describe_failure(error)}"
+
+    def _advance_run(self, sync: Sync, live: bool) -> None:
+        try:
+            sync.advance(live)
+        except (AttributeError, ConfigError, KeyError, TypeError, ValueError) as error:  # its files, or a value in them
+            log.exception("%s: run %s failed", self.sink.title, sync.run_id)
+            sync.close()
+            self._damaged[sync.run_id] = f"{self.sink.title}: run {sync.run_id}: {describe_failure(error)}"
 
 
 def watch(syncs: Collection[SinkSync], wait_for_end: Callable[[float], bool]) -> None:
