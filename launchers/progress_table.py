@@ -34,7 +34,7 @@ class LiveTable:
 
     def __init__(self, name: str, schedule: Schedule, store: Store, workers: list[Worker]) -> None:
         self.name, self.schedule, self.store, self.workers = name, schedule, store, workers
-        self.live = Live(console=Console(), auto_refresh=False, transient=True)
+        self.live = Live(console=Console(markup=False, emoji=False), auto_refresh=False, transient=True)
         self.is_terminal = self.live.console.is_terminal
         self.started = self._last_line = time.monotonic()
 

@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -38,13 +40,18 @@ class Worker:
         # libraries may query them on import, and a CUDA context does not survive a fork.
         context = multiprocessing.get_context("forkserver" if slot.gpu is None else "spawn")
         context.set_forkserver_preload([f"src.stages.{kind}" for kind in VERSIONS])
+        if slot.gpu is None:
+            with _without_interrupts():
+                forkserver.ensure_running()
         self.slot = slot
         self.stage: Stage | None = None
         self.pipe, worker_end = context.Pipe()
         self.process: BaseProcess = context.Process(  # type: ignore[attr-defined] # both contexts have it
             target=worker_main, args=(worker_end, slot), daemon=False
         )
-        self.process.start()
+        # Not for the fork server: it answers after its imports, and Ctrl-C would wait for it.
+        with contextlib.nullcontext() if slot.gpu is None else _without_interrupts():
+            self.process.start()
         worker_end.close()
 
     def submit(self, stage: Stage) -> None:
@@ -75,9 +82,20 @@ class Worker:
         self.pipe.close()
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Start processes in which Ctrl-C is blocked: it reaches the whole group, and would interrupt their imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def worker_main(pipe: Connection, slot: WorkerSlot) -> None:
     """Compute stages until the pipe is closed or the launcher has died."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the launcher handles it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     signal.signal(signal.SIGTERM, _exit_on_signal)
     threading.Thread(target=_exit_with_launcher, daemon=True).start()
     if slot.gpu is not None:

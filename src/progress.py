@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
 LINE_SECONDS = 5.0  # between plain lines
@@ -38,7 +39,7 @@ class RunProgress:
 
     def __call__(self, label: str, step: int, total: int) -> None:
         if label not in self._tasks:
-            self._tasks[label] = self._bars.add_task(label, total=total or None)
+            self._tasks[label] = self._bars.add_task(escape(label), total=total or None)
         self._bars.update(self._tasks[label], completed=step, total=total or None)
         now = time.monotonic()
         if self._bars.disable and (now - self._last_line >= self.line_seconds or (step == total and total)):

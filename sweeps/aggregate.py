@@ -6,7 +6,6 @@ A sweep is given by its folder, or where its store is not available by its group
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from sweeps.analysis import reporting_split
 from sweeps.analysis.results import Results, collect
 from sweeps.analysis.selection import average_seeds, select_points
 from sweeps.analysis.significance import pairwise_against_pointwise
+from sweeps.arguments import ArgumentParser
 from sweeps.report import figures
 from sweeps.report.escapes import csv_text
 from sweeps.report.report import write_report
@@ -136,7 +136,7 @@ def best_yaml(best: pd.DataFrame, settings: Mapping[str, dict[str, Any]]) -> str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
+    parser = ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
     parser.add_argument("dir", nargs="+", help="a sweep's folder, such as outputs/sweeps/demo, or wandb://E/P/GROUP")
     parser.add_argument(
         "--select", choices=choices_of(Sweep, "select"), help="how one point of each method is selected"

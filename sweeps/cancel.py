@@ -1,8 +1,7 @@
-"""Cancel a sweep's jobs: `python -m sweeps.cancel DIR [--removed]`. Finished stages stay; rerun the sweep to resume."""
+"""Cancel a sweep's jobs: `python -m sweeps.cancel DIR`. Finished stages stay; rerun the sweep to resume."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,12 +12,12 @@ from launchers.slurm.submit import cancel_unrecorded
 from src.errors import report_errors
 from src.store.lease import Lease
 from src.store.sweep_folder import SweepFolder
+from sweeps.arguments import ArgumentParser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.cancel", description=__doc__)
+    parser = ArgumentParser(prog="python -m sweeps.cancel", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
-    parser.add_argument("--removed", action="store_true", help="only jobs of points that were removed from the sweep")
     arguments = parser.parse_args()
     with report_errors():
         folder = SweepFolder.open(arguments.dir)
@@ -29,8 +28,6 @@ def main() -> int:
             raise cluster.SlurmUnavailable(status.slurm_error)
         # The aggregation stays: it writes the final state of every point.
         jobs = [job.id for job in status.jobs if job.id not in status.aggregation]
-        if arguments.removed:
-            jobs = list(status.removed)
         cluster.cancel(jobs)
         print(f"{folder.name}: {len(jobs)} jobs cancelled" if jobs else f"{folder.name}: no jobs to cancel")
     return 0

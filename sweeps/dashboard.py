@@ -6,7 +6,6 @@ both are saved in W&B, and a second call updates them.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from string import Template
@@ -22,6 +21,7 @@ from src.store.sweep_folder import SweepFolder
 from src.tracking.runs import RunList
 from src.tracking.wandb_login import WandbTarget, logged_in
 from sweeps.analysis.results import Results, collect
+from sweeps.arguments import ArgumentParser
 from sweeps.report.plot_style import COLORS, NAMES, metric_label
 
 TEMPLATE = Path(__file__).parent / "wandb" / "dashboard.yaml"
@@ -91,7 +91,7 @@ def save(folder: SweepFolder, dashboard: dict[str, Any], project: str | None, en
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.dashboard", description=__doc__)
+    parser = ArgumentParser(prog="python -m sweeps.dashboard", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
     parser.add_argument("--local", action="store_true", help="only write dashboard.json")
     parser.add_argument("--project", help="W&B project; the sweep's own when not given")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from launchers.slurm.status import read_status
 from launchers.slurm.status_table import render, watch
 from src.errors import report_errors
 from src.store.sweep_folder import SweepFolder
+from sweeps.arguments import ArgumentParser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.status", description=__doc__)
+    parser = ArgumentParser(prog="python -m sweeps.status", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo")
     parser.add_argument("--watch", action="store_true", help="update until all jobs have ended")
     parser.add_argument("--all", action="store_true", help="show every point")
@@ -23,7 +23,7 @@ def main() -> int:
     with report_errors():
         folder = SweepFolder.open(arguments.dir)
         # No line breaks at 80 columns in a file or a pipe.
-        console = Console(width=None if sys.stdout.isatty() else 240)
+        console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 240)
         if arguments.watch:
             status = watch(folder, console)
         else:

@@ -6,7 +6,6 @@ DIR are synced while they are computed, to the trackers they were started with: 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import random
@@ -23,10 +22,11 @@ from src.tracking.runs import RunList, run_lists_below
 from src.tracking.sink import Sink
 from src.tracking.wandb_login import logged_in
 from src.tracking.watch import SinkSync, make_sinks, watch
+from sweeps.arguments import ArgumentParser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.wandb_sync", description=__doc__)
+    parser = ArgumentParser(prog="python -m sweeps.wandb_sync", description=__doc__)
     parser.add_argument("dir", type=Path, help="a sweep's folder, such as outputs/sweeps/demo, or an output_dir")
     parser.add_argument("--project", help="W&B project; default: the one the runs were started with")
     parser.add_argument("--entity", help="W&B entity; default: the one the runs were started with, or yours")

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -51,6 +52,20 @@ def test_ctrl_c_stops_the_workers_and_the_same_command_resumes(tmp_path):
     assert not any(is_alive(worker) for worker in workers)
     train(*arguments)
     assert states(tmp_path, "stopped") == ["done"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 2.5])
+def test_ctrl_c_while_the_workers_start_is_one_line(seconds, tmp_path):
+    launcher = start(*SWEEP, f"output_dir={tmp_path}", "sweep.name=early")
+    assert launcher.stdout is not None
+    while "stages to run" not in launcher.stdout.readline():
+        pass
+    time.sleep(seconds)
+    os.killpg(launcher.pid, signal.SIGINT)
+    output = launcher.communicate(timeout=60)[0]  # to the end of the fork server, which has the same stderr
+    assert launcher.returncode == 130 and "Run the same command again to resume" in output
+    assert "Traceback" not in output and "KeyboardInterrupt" not in output
 
 
 @pytest.mark.slow

@@ -119,29 +119,31 @@ def test_a_failed_sft_is_named_its_dependents_are_cancelled_and_a_rerun_complete
     assert folder.read()["state"] == "done"
 
 
-def test_only_new_points_are_submitted_and_cancelling_removed_points_is_offered(slurm, tmp_path):
-    def submit(betas: str) -> str:
+def test_only_new_points_are_submitted_and_other_points_are_refused_while_jobs_are_queued(slurm, tmp_path):
+    def submit(betas: str, **options: bool) -> subprocess.CompletedProcess[str]:
         arguments = ["-m", "method=dpo", f"beta={betas}", *SMALL, "sweep.name=grown", START_LATER]
-        return train(*arguments, *SLURM, f"output_dir={tmp_path}").stdout
+        return train(*arguments, *SLURM, f"output_dir={tmp_path}", **options)
 
     folder = sweep(tmp_path, "grown")
-    assert "2 submitted" in submit("0.1,1")
+    assert "2 submitted" in submit("0.1,1").stdout
     first_jobs = queue(slurm)
     assert len(first_jobs) == 3 + 2 + 1
 
-    assert "2 in progress, 0 submitted" in submit("0.1,1") and queue(slurm) == first_jobs
+    assert "2 in progress, 0 submitted" in submit("0.1,1").stdout and queue(slurm) == first_jobs
 
-    assert "2 in progress, 1 submitted" in submit("0.1,1,3")
+    assert "2 in progress, 1 submitted" in submit("0.1,1,3").stdout
     assert len(queue(slurm)) == len(first_jobs) + 1, "one more point, and the aggregation replaced"
 
-    fewer = submit("0.1,3")
-    assert "dpo beta=1 lr=0.001" in fewer and f"sweeps.cancel {folder.path} --removed" in fewer
-    assert len(queue(slurm)) == len(first_jobs) + 1, "nothing is cancelled without the user's command"
-    status = run_tool("status", folder)
-    assert "2 points: 2 queued" in status.stdout and "removed from this sweep" in status.stdout
+    jobs, record = queue(slurm), folder.record.read_bytes()
+    fewer = submit("0.1,3", check=False)
+    assert fewer.returncode == 2 and len(fewer.stderr.strip().splitlines()) == 1
+    assert "sweep.name=grown: 6 jobs of a sweep of this name with other points" in fewer.stderr
+    assert f"python -m sweeps.cancel {folder.path}" in fewer.stderr
+    assert queue(slurm) == jobs and folder.record.read_bytes() == record
 
-    assert "1 jobs cancelled" in run_tool("cancel", folder, "--removed").stdout
-    wait_until(lambda: len(queue(slurm)) == len(first_jobs), TIMEOUT_S, "the removed point to leave the queue")
+    assert "6 jobs cancelled" in run_tool("cancel", folder).stdout
+    wait_until(lambda: len(queue(slurm)) == 1, TIMEOUT_S, "the jobs to leave the queue")
+    assert "the old results were moved to grown.1" in submit("0.1,3").stdout
     assert "2 points: 2 queued" in run_tool("status", folder).stdout
 
     assert "5 jobs cancelled" in run_tool("cancel", folder).stdout
@@ -215,10 +217,11 @@ def test_an_outdated_aggregation_is_cancelled_when_the_remaining_points_are_done
 
     folder = sweep(tmp_path, "less")
     assert "1 done, 0 in progress, 1 submitted" in submit("0.1,3")
-    point = job_of(folder, "align")
     assert len(queue(slurm)) == 2
-    assert "dpo beta=3 lr=0.001" in submit("0.1")
-    wait_until(lambda: queue(slurm) == [point], 30, "the aggregation of both points to leave the queue")
+    assert "1 jobs cancelled" in run_tool("cancel", folder).stdout
+    wait_until(lambda: len(queue(slurm)) == 1, TIMEOUT_S, "the point to leave the queue")
+    submit("0.1")
+    wait_until(lambda: not queue(slurm), 30, "the aggregation of both points to leave the queue")
     assert folder.read()["state"] == "done"
 
 
@@ -282,6 +285,7 @@ def test_ctrl_c_on_a_waiting_command_leaves_the_jobs_running(slurm, tmp_path):
         ("hydra.launcher.retry=none", "the key hydra.launcher.retry is called hydra.launcher.retry_failed"),
         ("hydra.launcher.partion=gpu", "Key 'partion' not in 'SlurmOptions'"),
         ("beta=-1", "beta=-1: must be > 0"),
+        ("output_dir=/tmp/with-%j", "/tmp/with-%j: must have no % with hydra/launcher=slurm"),
     ],
 )
 def test_a_bad_request_is_rejected_before_anything_is_written_or_submitted(slurm, tmp_path, override, message):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,16 +122,3 @@ def submissions(*sweeps: SweepFolder) -> list[Submission]:
 def all_submissions(store: Store) -> list[Submission]:
     """Return the submissions of every sweep of the store, oldest first."""
     return submissions(*map(SweepFolder, store.sweeps.glob("*")))
-
-
-def orphaned_jobs(submissions: Iterable[Submission], stages: Container[str], live: Container[str]) -> dict[str, str]:
-    """Return the live jobs of a sweep that compute none of its stages (any more): job -> label.
-
-    stages: identities of the sweep's stages. live: ids of pending and running jobs.
-    """
-    tasks = [task for submission in submissions for task in submission.tasks if task.stages]
-    return {
-        task.job: task.label
-        for task in tasks
-        if task.job is not None and task.job in live and not any(identity in stages for _, identity in task.stages)
-    }

@@ -17,6 +17,7 @@ from src.config.schema import Point
 from src.errors import ConfigError, PointFailure
 from src.planning.plan import Plan
 from src.store.lease import Lease
+from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 
 
@@ -33,6 +34,11 @@ class SlurmLauncher(PlanLauncher):
         """Raise ConfigError for a plan whose jobs cannot run, before anything is written."""
         if not plan.needed:
             return
+        output_dir = Store(plan.points[0].output_dir).output_dir
+        if "%" in str(output_dir):
+            raise ConfigError(
+                f"output_dir={output_dir}: must have no % with hydra/launcher=slurm, which replaces it in names of logs"
+            )
         kinds = {job_kind(plan.stages[identity]) for identity in plan.needed} | {"align"}
         for kind in sorted(kinds):
             for point in plan.points:

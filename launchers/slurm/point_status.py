@@ -10,6 +10,7 @@ from launchers.progress_table import metrics_text
 from launchers.slurm.cluster import QueuedJob
 from launchers.slurm.graph import SHARED
 from launchers.slurm.job_records import Submission, Task
+from src.errors import ConfigError
 from src.store.lease import in_use
 from src.store.store import StageName, Store
 
@@ -91,8 +92,11 @@ class StatusReader:
         """
         identity = stages[-1][1]
         if self._is_done(stages[-1]):
-            result = stages[-1][0] == "evaluate"
-            metrics = metrics_text(self.store.dir(_stage_name(stages[-1]))) if result else ""
+            try:
+                result = stages[-1][0] == "evaluate"
+                metrics = metrics_text(self.store.dir(_stage_name(stages[-1]))) if result else ""
+            except (ConfigError, FileNotFoundError) as error:
+                return PointStatus(label, identity, "failed", f"{error}; the same sweep again remakes it")
             return PointStatus(label, identity, "done", metrics)
         task = self._tasks.get(identity)
         if task is None:
@@ -117,7 +121,7 @@ class StatusReader:
             status.state = "running"
             self._add_progress(status, stages)
         elif recorded.get("state") in ("failed", "cancelled"):
-            status.state, status.detail = recorded["state"], recorded["error"] or ""
+            status.state, status.detail = recorded["state"], recorded.get("error") or ""
         return status
 
     def _pending_reason(self, queued: QueuedJob, stages: Stages, task: Task) -> str:
@@ -143,7 +147,7 @@ class StatusReader:
         """Set why a job ended without a result: its own error, a failed upstream stage, or the state in sacct."""
         sacct_state = self.sacct_states.get(task.job or "", "")
         if task.status().get("state") == "failed":
-            status.detail = task.status()["error"]
+            status.detail = str(task.status().get("error"))
         elif cause := self._upstream_failure(status.identity, stages):
             status.state, status.log = "cancelled", cause.log
             status.detail = f"{cause.label} {cause.state}: {cause.detail}"

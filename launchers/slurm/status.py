@@ -9,7 +9,7 @@ from typing import Any
 
 from launchers.slurm import cluster
 from launchers.slurm.cluster import QueuedJob
-from launchers.slurm.job_records import Submission, all_submissions, orphaned_jobs
+from launchers.slurm.job_records import Submission, all_submissions
 from launchers.slurm.point_status import PointStatus, StatusReader, last_line
 from src.errors import ConfigError, PointFailure
 from src.store.sweep_folder import SweepFolder
@@ -25,7 +25,6 @@ class SweepStatus:
     shared_stages: list[PointStatus]  # that are not done
     jobs: list[QueuedJob]  # pending and running jobs of the sweep's submissions
     aggregation: list[str]  # ids of those that aggregate the sweep
-    removed: dict[str, str]  # job -> label: jobs of points that the sweep no longer has
     aggregation_error: str | None  # why the aggregation ended without writing the results
     slurm_error: str | None = None  # why SLURM could not be asked
 
@@ -62,13 +61,11 @@ def read_status(folder: SweepFolder, sacct_timeout: float = SACCT_TIMEOUT_S) -> 
         time.sleep(0.5)
     sweep_submissions = [s for s in submissions if s.sweep.path == folder.path]
     aggregations = [s for s in sweep_submissions if s.kind == "aggregate"]
-    stages = {identity for point in record["points"] for identity in point["stages"].values()}
     return SweepStatus(
         reader.points(),
         reader.shared_stages(),
         [queue[job] for s in sweep_submissions for job in s.jobs if job in queue],
         [job for s in aggregations for job in s.jobs if job in queue],
-        orphaned_jobs(sweep_submissions, stages, queue),
         None if slurm_error else _aggregation_error(record, aggregations, queue),
         slurm_error,
     )

@@ -36,12 +36,6 @@ def announce(plan: Plan, folder: SweepFolder, submitted: Submitted) -> None:
     for submission in submitted.submissions:
         job, content = submission.jobs[0].partition("_")[0], submission.kind
         print(f"  job {job:>8}  {f'{len(submission.jobs)} points' if content == 'align' else content}")
-    if submitted.removed:
-        print(
-            f"{len(submitted.removed)} jobs belong to points removed from this sweep and are still running"
-            f" ({_first_three(list(submitted.removed.values()))}). To cancel them:\n"
-            f"  python -m sweeps.cancel {path} --removed"
-        )
     if submitted.submissions or submitted.in_flight:
         print(f"follow: python -m sweeps.status {path} --watch\ncancel: python -m sweeps.cancel {path}", flush=True)
 
@@ -55,7 +49,7 @@ def watch(folder: SweepFolder, console: Console | None = None) -> SweepStatus:
 
     Ctrl-C leaves the jobs running.
     """
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     live = Live(console=console, auto_refresh=False)
     last_printed, last_line = 0.0, ""
     try:
@@ -100,10 +94,6 @@ def render(status: SweepStatus, folder: SweepFolder, show_all: bool = False) -> 
     parts: list[Text | Table] = [Text(f"{folder.name}: {summary(status)}", style="bold"), table]
     for log in dict.fromkeys(row.log for row in rows if row.state == "failed" and row.log):
         parts.append(Text(f"log: {log}", style="dim"))
-    if status.removed:
-        parts.append(
-            Text(f"{len(status.removed)} more jobs belong to points removed from this sweep (cancel --removed)")
-        )
     if status.aggregation and not status.has_active_points:
         parts.append(Text("all points have ended; the aggregation is in progress"))
     parts += [Text(error, style="red") for error in (status.aggregation_error, status.slurm_error) if error]

@@ -16,7 +16,7 @@ from launchers.slurm import cluster
 from launchers.slurm.cluster import QueuedJob
 from launchers.slurm.graph import job_arrays, split_parallelism
 from launchers.slurm.job import run_aggregation, run_task
-from launchers.slurm.job_records import Submission, all_submissions, new_submission, orphaned_jobs
+from launchers.slurm.job_records import Submission, all_submissions, new_submission
 from launchers.slurm.options import SlurmOptions
 from src.errors import ConfigError
 from src.planning.plan import Plan
@@ -30,7 +30,6 @@ class Submitted:
 
     submissions: list[Submission] = field(default_factory=list)  # new ones, the aggregation last
     in_flight: int = 0  # points that queued or running jobs compute already
-    removed: dict[str, str] = field(default_factory=dict)  # job -> label: jobs of points that the sweep no longer has
 
 
 def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions, skipped: set[str]) -> Submitted:
@@ -65,7 +64,6 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
 
     sweep_submissions = [s for s in known if s.sweep.path == folder.path]
     stages = {identity for stage_ids in plan.point_stages for identity in stage_ids}
-    outcome.removed = orphaned_jobs(sweep_submissions, stages, queue)
     waits_for = sorted({jobs[identity] for identity in stages if identity in jobs})
     queued = [s for s in sweep_submissions if s.kind == "aggregate" and any(job in queue for job in s.jobs)]
     valid = [s for s in queued if waits_for and s.results == plan.results and set(waits_for) <= set(s.waits_for)]

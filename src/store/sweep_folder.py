@@ -69,10 +69,7 @@ class SweepFolder:
         return Store(self.output_dir)
 
     def exists(self) -> bool:
-        try:
-            return self.record.is_file()
-        except OSError:  # a name that no file can have
-            return False
+        return os.path.isfile(self.record)  # False also for a name that no file can have
 
     def read(self) -> dict[str, Any]:
         """Read sweep.json. Raises FileNotFoundError without one, and ConfigError for another version's."""

@@ -5,6 +5,7 @@ They are listed by sweep.json or, for a single run, by a file of the same form b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ class RunList:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        self.sweep = SweepFolder.open(self.path) if self.path.is_dir() else None
+        self.sweep = SweepFolder.open(self.path) if os.path.isdir(self.path) else None
         self.output_dir = self.path.parents[1 if self.sweep else 2]
         self.store = Store(self.output_dir)
 
@@ -160,9 +161,9 @@ def write_run_list(plan: Plan, store: Store) -> Path:
 
 def run_lists_below(path: Path) -> list[RunList]:
     """Return the list of a sweep's folder, or all of an output_dir. Raises ConfigError when it is neither."""
-    if SweepFolder(path).exists() or path.is_file():
+    if SweepFolder(path).exists() or os.path.isfile(path):
         return [RunList(path)]
-    if not Store(path).root.is_dir():
+    if not os.path.isdir(Store(path).root):
         raise ConfigError(f"{path}: neither a sweep's folder, such as outputs/sweeps/demo, nor an output_dir")
     return list(
         _readable([*(folder.path for folder in SweepFolder.all_in(path)), *(path / SINGLE_RUNS).glob("*.json")])
