@@ -83,7 +83,8 @@ def _write_result(stage: Path, values: list[float], selection: set[int], beta: i
     prompts = list(range(len(values)))
     write_json(stage / RESULT_FILE, result)
     write_json(
-        stage / QUALITY_FILE, {"prompts": prompts, "values": values, "selection": [i in selection for i in prompts]}
+        stage / QUALITY_FILE,
+        {"schema": RESULT_SCHEMA, "prompts": prompts, "values": values, "selection": [i in selection for i in prompts]},
     )
     write_json(stage / DONE, with_checksum({"identity": stage.name, "files": describe_files(stage)}))
 

@@ -8,7 +8,7 @@ from scipy.stats import ttest_rel
 
 from benchmarks.selection import coverage, simulate
 from src.errors import ConfigError
-from src.store.store import QUALITY_FILE
+from src.store.store import QUALITY_FILE, RESULT_SCHEMA
 from sweeps.analysis import reporting_split
 from sweeps.analysis.results import PromptQuality
 from sweeps.analysis.selection import average_seeds, select_points
@@ -29,7 +29,12 @@ class Results:
         self.values[identity] = values[~selection]
         stage = self.folder / "evaluate" / identity
         stage.mkdir(parents=True)
-        quality = {"prompts": list(range(NUM_PROMPTS)), "values": values.tolist(), "selection": selection.tolist()}
+        quality = {
+            "schema": RESULT_SCHEMA,
+            "prompts": list(range(NUM_PROMPTS)),
+            "values": values.tolist(),
+            "selection": selection.tolist(),
+        }
         (stage / QUALITY_FILE).write_text(json.dumps(quality))
         self.rows.append(
             row | {"quality_selection": values[selection].mean(), "quality_reporting": values[~selection].mean()}
@@ -118,7 +123,7 @@ def test_nothing_done_is_no_error(tmp_path):
 
 
 def test_a_missing_quality_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"abc/quality.json not found: .* written by an older version; rerun"):
+    with pytest.raises(ConfigError, match=r"abc/quality.json: missing; run the sweep again"):
         PromptQuality(tmp_path).reporting([["abc"]])
 
 

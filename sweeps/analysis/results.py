@@ -16,7 +16,7 @@ import pandas as pd
 from src.errors import ConfigError, DamagedFile, warn
 from src.methods import METHODS
 from src.store.integrity import find_damage
-from src.store.store import QUALITY_FILE, RESULT_FILE, read_result
+from src.store.store import QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, read_result
 from src.store.sweep_folder import SweepFolder
 from sweeps.search import successive_halving
 from sweeps.search.variants import disambiguating_settings, variant_text
@@ -83,7 +83,7 @@ def read_quality(folder: Path) -> dict[str, list[Any]]:
     try:
         quality = orjson.loads(path.read_bytes())  # fast: a sweep may have ten thousand of these files
         prompts, values, selection = (quality[name] for name in ("prompts", "values", "selection"))
-        is_whole = len(prompts) == len(values) == len(selection)
+        is_whole = len(prompts) == len(values) == len(selection) and quality["schema"] == RESULT_SCHEMA
         is_whole &= {*map(type, prompts)} <= {int} and {*map(type, selection)} <= {bool}
         is_whole &= {*map(type, values)} <= {int, float}
     except OSError as error:
@@ -91,7 +91,7 @@ def read_quality(folder: Path) -> dict[str, list[Any]]:
     except (KeyError, TypeError, ValueError):
         is_whole = False
     if not is_whole:
-        raise DamagedFile(f"{path}: damaged, the quality of each prompt is missing")
+        raise DamagedFile(f"{path}: damaged or of another version, the quality of each prompt is missing")
     return quality
 
 
