@@ -117,12 +117,21 @@ def test_a_holder_whose_lease_was_taken_over_notices_before_it_publishes(tmp_pat
             lease.check()
 
 
-GARBAGE = ["", "[]", "5", "{", '{"pid": "x"}', '{"pid": 1, "run": "x"}', '{"pid": null, "machine": 3}', "\x00"]
+HERE = {"machine": lease_module._machine()}  # where holders are looked up by their process id
+GARBAGE = [
+    "",
+    "[]",
+    "5",
+    "{",
+    "\x00",
+    *map(json.dumps, (HERE, HERE | {"pid": "x"}, {"pid": 1, "job": "7", "run": "x"})),
+]
 
 
 @pytest.mark.parametrize("content", [*GARBAGE, None])
 def test_a_lease_that_cannot_be_read_is_replaced_once_it_is_stale(content, tmp_path, short_timeouts, monkeypatch):
     monkeypatch.setattr(lease_module, "STALE_SECONDS", 0.2)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     path = tmp_path / "lease-000007"
     path.mkdir() if content is None else path.write_text(content)
     with Lease(tmp_path) as lease:

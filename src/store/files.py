@@ -147,8 +147,9 @@ def remove(path: Path) -> None:
 
 
 def is_full(folder: Path) -> bool:
-    """Return whether the disk under `folder` has less than a megabyte left."""
-    return shutil.disk_usage(folder).free < 2**20
+    """Return whether the disk under `folder`, which may have been deleted, has less than a megabyte left."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free < 2**20
 
 
 def fsync_tree(folder: Path) -> None:
