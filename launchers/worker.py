@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -85,6 +85,7 @@ class Worker:
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Start processes in which Ctrl-C is blocked: it reaches the whole group, and would interrupt their imports."""
+    resource_tracker.ensure_running()  # each kind of process needs it, and starting it lifts the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

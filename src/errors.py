@@ -127,6 +127,7 @@ def report_errors() -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (*USER_FACING_ERRORS, OSError)):
             traceback.print_exc()
-        log.info("failed", exc_info=error)  # to the log file of a run
+        if any(isinstance(handler, logging.FileHandler) for handler in logging.root.handlers):
+            log.info("failed", exc_info=error)  # to the log file of a run; in a sweep Hydra's logs go to the console
         print(f"failed: {printable(describe_failure(error))}", file=sys.stderr)
         raise SystemExit(1) from error
