@@ -104,6 +104,7 @@ def worker_main(pipe: Connection, slot: WorkerSlot) -> None:
     message = "%(asctime)s %(levelname)s %(name)s %(message)s"
     logging.basicConfig(filename=slot.log_file, level=logging.INFO, format=message, force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a full disk fails the stage in one line; its log cannot be written either
     log = logging.getLogger(__name__)
 
     # The launcher itself imports no torch.

@@ -155,7 +155,7 @@ def main() -> int:
         except OSError as error:
             raise StageError(
                 f"{error.filename or out}: {error.strerror}; --out=FOLDER names another folder for the results"
-            ) from error
+            ) from None
         if out == folders[0].path and not arguments.dir[0].startswith(SCHEME):
             with sync_sweep(folders[0]) as sync:  # the trackers that the sweep was started with
                 sync.start()

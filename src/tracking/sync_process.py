@@ -108,7 +108,8 @@ class SyncProcess:
 
     @property
     def _upload(self) -> str:
-        return f"python -m sweeps.wandb_sync {self.path if self.path.is_dir() else RunList(self.path).output_dir}"
+        is_list = self.path.suffix == ".json"  # of a single run; else it is a sweep's folder, perhaps deleted since
+        return f"python -m sweeps.wandb_sync {RunList(self.path).output_dir if is_list else self.path}"
 
 
 def sync_sweep(folder: SweepFolder, log_file: Path | None = None, **options: Any) -> SyncProcess:

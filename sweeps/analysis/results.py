@@ -16,7 +16,7 @@ import pandas as pd
 from src.errors import ConfigError, DamagedFile, warn
 from src.methods import METHODS
 from src.store.integrity import find_damage
-from src.store.store import QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, read_result
+from src.store.store import JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, read_result
 from src.store.sweep_folder import SweepFolder
 from sweeps.search import successive_halving
 from sweeps.search.variants import disambiguating_settings, variant_text
@@ -160,7 +160,7 @@ class Results:
             folder = store / "evaluate" / identity
             try:
                 if (folder / RESULT_FILE).exists():
-                    if damage := find_damage(folder, identity, names=(RESULT_FILE, QUALITY_FILE)):
+                    if damage := find_damage(folder, identity, names=(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE)):
                         raise DamagedFile(damage)
                     results[identity] = read_result(folder)
                     read_quality(folder)

@@ -63,7 +63,7 @@ class Search:
             if not self._is_recorded:
                 raise
             where = error.filename or folder.path
-            raise StageError(f"{where}: {error.strerror or error}; mend that and run the same command again") from error
+            raise StageError(f"{where}: {error.strerror or error}; mend that and run the same command again") from None
 
     def _run(self, launcher: PlanLauncher, folder: SweepFolder, command: str) -> None:
         with RunningSweep(folder) as running, sync_sweep(folder) as sync:
