@@ -56,11 +56,11 @@ def warn(message: str) -> None:
 def one_line(error: BaseException) -> str:
     """Return the message of an error on one line: of Hydra and OmegaConf with that of its causes.
 
-    A ConfigError that passed through either of them is the whole message: what they wrap around it helps nobody.
+    An error of ours is the whole message: what they wrap around it, and what it was raised from, helps nobody.
     """
     parts: list[str] = []
     for cause in _causes(error):
-        if isinstance(cause, ConfigError):
+        if isinstance(cause, (ConfigError, StageError, SweepFailed)):
             return " ".join(str(cause).split("\n"))
         # Of the coordinates that OmegaConf appends, only the full key is useful to a user.
         lines = [line.strip() for line in str(cause).split("\n")]

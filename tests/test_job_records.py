@@ -1,4 +1,4 @@
-"""Damaged records of one sweep's jobs do not stop another sweep; records of another version are refused by name."""
+"""Damaged records of one sweep's jobs do not stop another sweep; nor do those of another version."""
 
 import json
 
@@ -35,11 +35,14 @@ def test_a_damaged_record_is_left_out_with_a_warning(content, record, tmp_path, 
     assert warning.startswith(f"warning: {record}")
 
 
-def test_a_record_of_another_version_is_refused_by_name(record, tmp_path):
+def test_a_record_of_another_version_is_left_out_by_name(record, tmp_path, capsys):
     record.write_text(json.dumps(json.loads(record.read_text()) | {"schema": 99}))
     with pytest.raises(ConfigError, match="schema 99, this one reads 2") as refused:
-        all_submissions(Store(tmp_path))
+        read_submission(record.parent)
     assert str(refused.value).startswith(str(record))
+    (submission,) = all_submissions(Store(tmp_path))
+    assert submission.tasks[0].label == "sound"
+    assert capsys.readouterr().err.startswith(f"warning: {record} was written by another version")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"\xff"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from src import preemption
 from src.distributed import get_distributed
-from src.errors import USER_FACING_ERRORS, StageError, describe_failure
+from src.errors import USER_FACING_ERRORS, DamagedFile, StageError, describe_failure
 from src.planning.content import reading
 from src.planning.stage import Stage
 from src.store.attempt import Attempt, Report
@@ -51,6 +51,8 @@ def _complete(stage: Stage, store: Store, report: Report) -> None:
                 if get_distributed().size > 1:
                     raise  # the other ranks are in the middle of a step that will not end
                 log.warning("%s: %s", stage.label, error)  # another process computes it: wait for that
+    except DamagedFile as error:
+        raise StageError(str(error)) from None  # no fault of the request
     except USER_FACING_ERRORS:
         raise
     except Exception as error:
@@ -59,7 +61,7 @@ def _complete(stage: Stage, store: Store, report: Report) -> None:
                 f"disk full while computing {stage.label} under {store.root}: free some space and run again"
             ) from error
         if isinstance(error, OSError) and error.filename is not None:
-            raise StageError(f"{stage.label}: {describe_failure(error)}; mend that and run again") from error
+            raise StageError(f"{describe_failure(error)}; mend that and run the same command again") from error
         raise
 
 
@@ -79,10 +81,10 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
 
     with Lease(store.work(stage), waiting) as lease:
         if lease.held and not _is_complete(stage, store):
+            if damage := store.damage(stage):
+                store.set_aside(stage, damage)
+            _complete_upstream(stage, store, report)
             with reading((stage.inputs, stage.resources.pairs)):
-                if damage := store.damage(stage):
-                    store.set_aside(stage, damage)
-                _complete_upstream(stage, store, report)
                 attempt = store.begin(stage, lease, report)
                 if stage.kind in DISTRIBUTED_STAGES:
                     get_distributed().broadcast_object((stage, attempt.out))

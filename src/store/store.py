@@ -143,9 +143,9 @@ class Store:
         Those of another version are left out, whose inputs have other fields, and with a warning damaged ones.
         """
         by_time: list[tuple[float, Path]] = []
-        for done in (self.root / kind).glob(f"*/{DONE}"):
+        for path in (self.root / kind).glob(f"*/{DONE}"):
             with contextlib.suppress(FileNotFoundError):  # moved away since
-                by_time.append((done.stat().st_mtime, done.parent))
+                by_time.append((path.stat().st_mtime, path.parent))
         for _, folder in sorted(by_time, reverse=True)[:newest]:
             try:
                 description = read_json(folder / STAGE_FILE)
