@@ -132,6 +132,16 @@ def test_an_end_token_in_an_earlier_answer_neither_cuts_nor_doubles_it(name):
     )
 
 
+@pytest.mark.parametrize("name", ["mini plain", "smollm2 own", "llama3", "sentencepiece mistral"])
+def test_a_special_token_in_a_text_has_the_tokens_that_other_text_has(name):
+    """The text is not cut there: no blank is added, and what stands before the token is tokenized with it."""
+    template = TEMPLATES[name]()
+    for token in template.tokenizer.all_special_tokens:
+        before = " " if template.name in ("plain", "mistral") else ""
+        text = f"the cat {token} sat{token}{token}"
+        assert template.response_ids(text)[:-1] == ids_of(template, before + text, split_special_tokens=True)
+
+
 def test_tokens_that_overlap_or_that_the_tokenizer_does_not_call_special_are_cut():
     bpe = Tokenizer(models.BPE({c: i for i, c in enumerate("abcx")}, []))
     bpe.add_tokens([AddedToken("ab"), AddedToken("bc")])
