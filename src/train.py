@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> None:
         point = build_point(cfg)
         if point.sweep.search != "grid":
             raise ConfigError(f"sweep.search={point.sweep.search} needs a sweep: add -m")
-        rank = read_integer("RANK", 0)
+        rank, _ = read_integer("RANK", 0), read_integer("WORLD_SIZE", 1, minimum=1)
         store = Store(point.output_dir)
         check_input_files([point])
         plan = make_plan([point], store)

@@ -32,7 +32,7 @@ from sweeps.search.variants import check_sweep_wide_settings, keys_without_effec
 
 GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
 ALL_METHODS = "method=all"  # every method that the chosen beta_grid lists
-MAX_POINTS = 100_000
+MAX_POINTS = 10_000  # each takes some milliseconds to check; the paper's largest sweep has 200
 MAX_COMPOSITIONS = 2_000  # choices of groups, each of which takes tenths of a second to compose
 
 
@@ -124,6 +124,7 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
     _check_size(axes, simple)
     composed: dict[tuple[str, ...], DictConfig] = {}
     points: dict[str, Point] = {}
+    num_points = 0  # with those that turn out to be equal
     for combination in itertools.product(*axes):
         values = [s for s in combination if s.partition("=")[0] in simple]
         groups = tuple(s for s in combination if s not in values)
@@ -131,11 +132,13 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
             composed[groups] = _compose(groups, master, loader)
         if not implied.isdisjoint(groups) and composed[groups].method.name not in composed[groups].beta_grid:
             continue  # method=all means the methods of the beta grid
-        for assignment in itertools.product(*(_grid_values(v, composed[groups]) for v in values)):
+        assigned = [_grid_values(v, composed[groups]) for v in values]
+        num_points += math.prod(map(len, assigned))
+        if num_points > MAX_POINTS:
+            raise ConfigError(f"{_sweeping(axes)}: more than {MAX_POINTS:,} points; sweep over fewer values")
+        for assignment in itertools.product(*assigned):
             point = _set(composed[groups], assignment, combination)
             points.setdefault(repr(point), point)
-            if len(points) > MAX_POINTS:
-                raise ConfigError(f"{_sweeping(axes)}: more than {MAX_POINTS:,} points; sweep over fewer values")
     if not points:
         raise ConfigError("the sweep has no points")
     return list(points.values())

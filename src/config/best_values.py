@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from src.config.fields import shortened
 from src.config.renamed_keys import new_name
 from src.errors import ConfigError
 
@@ -98,6 +99,6 @@ def _number(entry: dict[str, Any], name: str, place: str) -> float:
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        text = json.dumps(given, default=str) if name in entry else "missing"
+        text = shortened(json.dumps(given, default=str)) if name in entry else "missing"
         raise ConfigError(f"{place}.{name} must be a finite number > 0, not {text}; correct it, or set {name}=VALUE")
     return value

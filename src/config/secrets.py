@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -39,6 +40,7 @@ _QUERY = re.compile(r"[?&;#]([^=&?#;\s]+)=([^&\s\"']+)")
 _NO_SECRET = {"", "0", "1", "true", "false", "yes", "no", "on", "off", "null", "none", "???"}
 
 
+@lru_cache(maxsize=10_000)  # points of a sweep have most values in common
 def find_secret(key: str, value: str) -> str | None:
     """Return in words what looks like a secret in the value of a key; None when nothing does."""
     if re.search(r"\w://\S*@", value) or (re.match(r"[\"']?\w+://", value) and "@" in value):
