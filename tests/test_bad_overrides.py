@@ -99,8 +99,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(a)[:60] for a, _ in REFUSED])
 def test_a_bad_override_is_one_line_and_leaves_nothing(arguments, message, tmp_path):
-    own = [] if any("output_dir=" in a for a in arguments) else [f"output_dir={tmp_path}/outputs"]
-    done = run_in_process(*arguments, *own)
+    output_dir = [] if any("output_dir=" in a for a in arguments) else [f"output_dir={tmp_path}/outputs"]
+    done = run_in_process(*arguments, *output_dir)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert message in line and len(line) < 1000
