@@ -1,4 +1,4 @@
-"""Checks before anything runs or is submitted: input files, packages, keys, programs, and hub names. No torch."""
+"""Checks before anything runs or is submitted: files and models, packages, keys, programs, and hub names. No torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from src.data.sources import open_source
 from src.errors import ConfigError
 from src.hardware import check_num_threads
 from src.judges.prompt_file import load_judge_prompt
+from src.model.files import check_model_files
 from src.planning.content import locate
 from src.planning.identity import DataInputs
 from src.planning.resources import splits_validation_prompts
@@ -31,7 +32,15 @@ HubName = tuple[str, str, str, str | None]
 
 
 def check_input_files(points: Sequence[Point]) -> None:
-    """Read every row of the local files that points name. Raises ConfigError naming file and line."""
+    """Read every row of the local files that points name, and what their models say about themselves.
+
+    Raises ConfigError naming file and line, or model and file.
+    """
+    for path in dict.fromkeys(point.model.path for point in points):
+        check_model_files(path)
+    for name in dict.fromkeys(p.judge.model for p in points if p.judge.name == "reward_model"):
+        if name is not None:
+            check_model_files(name, "judge.model", causal=False)
     for point in {repr(p.dataset): p for p in points}.values():
         for data in (sft_data(point), pair_data(point)):
             open_source(data).check()

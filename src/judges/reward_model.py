@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from src.data.control_tokens import ControlTokens
 from src.data.rows import Prompt
 from src.errors import ConfigError, StageError
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers, is_number, is_text
-from src.model.loading import copy_weights_, device_of
+from src.model.loading import copy_weights_, device_of, load_pretrained, load_tokenizer
 from src.planning.content import ContentPath, digest, locate, reading
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
@@ -62,13 +62,10 @@ def _rewards(path: ContentPath, texts: dict[str, tuple[Prompt, str]], device: st
     """Yield (key, reward) of every text, in batches of similar length."""
     name = path.location
     source = str(locate(name, "judge.model") or name)
-    try:
-        with reading(path):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
-            copy_weights_(model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"judge.model={name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    with reading(path):
+        tokenizer = load_tokenizer(source, f"judge.model={name}")
+        model = load_pretrained(AutoModelForSequenceClassification, source, f"judge.model={name}")
+        copy_weights_(model)
     if model.config.num_labels != 1:
         raise ConfigError(f"judge.model={name} has {model.config.num_labels} labels; a reward model has one")
     model.to(device_of(device)).eval()

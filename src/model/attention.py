@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from src.errors import ConfigError
 from src.model.cpu.attention import BlockAttention
 from src.model.cpu.linear import ONEDNN
+from src.model.files import why_not_supported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,10 +196,12 @@ def why_not_varlen(device: torch.device, precision: str) -> str | None:
 def check_supported(config: Any, max_sequence_tokens: int) -> None:
     """Refuse a model whose log-probs this project would get wrong.
 
-    Attention must be plain causal softmax over the whole sequence of up to max_sequence_tokens (of training and
-    sampling), and logits the output of the head. Raises ConfigError.
+    Its architecture must be one that has been compared, its attention plain causal softmax over the whole sequence of
+    up to max_sequence_tokens (of training and sampling), and its logits the output of the head. Raises ConfigError.
     """
     name = config.model_type
+    if reason := why_not_supported(name):
+        raise ConfigError(reason)
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < max_sequence_tokens:
         raise ConfigError(
@@ -216,5 +219,3 @@ def check_supported(config: Any, max_sequence_tokens: int) -> None:
             raise ConfigError(
                 f"model {name}: {field}={getattr(config, field)} changes logits after the head; not supported"
             )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"model {name}: not a causal decoder")

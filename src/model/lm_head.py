@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 # The largest block of float32 logits is TOKEN_CHUNK rows times the vocabulary, or times the head's vocab_chunk.
 TOKEN_CHUNK = 1024
+KL_CHUNK = 128  # rows at once where several tensors of logits exist beside each other
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -21,8 +22,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
-        device = hidden.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.dtype = _matmul_dtype(hidden)
         ctx.matmul_nt, ctx.vocab_chunks = head.matmul_nt, _vocab_chunks(len(weight), head.vocab_chunk)
         weight_cast = weight.to(ctx.dtype)
         logps, lses = [], []
@@ -69,6 +69,11 @@ class _TokenLogps(torch.autograd.Function):
         return *(None if grad is None else grad.to(x.dtype) for grad, x in grads), None, None
 
 
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 def _vocab_chunks(vocab_size: int, width: int | None) -> list[slice]:
     width = width or vocab_size
     return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
@@ -100,3 +105,24 @@ class Head(torch.nn.Linear):
         if targets is None:
             return super().forward(x)
         return _TokenLogps.apply(x, self.weight, self.bias, targets, self)
+
+
+@torch.no_grad()
+def next_token_kl(head: Head, hidden: Tensor, other_head: Head, other_hidden: Tensor) -> Tensor:
+    """Return the KL divergence of the next-token distribution from the other model's at every position, nats.
+
+    hidden: (t, d); other_hidden: (t, d of the other model). A sum over the whole vocabulary, (t,) float32 and never
+    negative.
+    """
+    dtype = _matmul_dtype(hidden)
+    weight, other_weight = head.weight.to(dtype), other_head.weight.to(dtype)
+
+    def log_probs(head: Head, weight: Tensor, hidden: Tensor) -> Tensor:
+        return _logits(head.matmul_nt, hidden.to(dtype), weight, head.bias, slice(None)).log_softmax(1)
+
+    divergences = []
+    for h, other_h in zip(hidden.split(KL_CHUNK), other_hidden.split(KL_CHUNK), strict=True):
+        log_p, log_q = log_probs(head, weight, h), log_probs(other_head, other_weight, other_h)
+        # Rounding can make a divergence of nearly zero negative.
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(1).clamp(min=0))
+    return torch.cat(divergences)

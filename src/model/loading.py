@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.data.templates import Template
 from src.distributed import get_distributed
-from src.errors import ConfigError
+from src.errors import ConfigError, DamagedFile
 from src.hardware import check_num_threads, cores_of_process
 from src.model import attention
+from src.model.files import too_many_tokens, wrapper_hint
 from src.model.logprobs import NumericsConfig, patch_model_
 from src.planning.content import ContentPath, locate, reading
 from src.planning.identity import ModelInputs
@@ -61,24 +64,31 @@ def set_cpu_threads(configured: int | None, sharing: int = 1) -> None:
 def load_model(model: ModelInputs, resources: Resources, checkpoint: Path | None = None) -> Any:
     """Load a stage's checkpoint, or the base model: float32, on the run's device, patched for the log-prob path.
 
-    Raises ConfigError when it cannot be loaded or the log-prob path does not support its architecture.
+    Raises ConfigError when it cannot be loaded whole, when the log-prob path does not support its architecture, or when
+    the tokenizer is not its own; DamagedFile for a stage's checkpoint.
     """
-    source, options = (str(checkpoint), {}) if checkpoint is not None else _pretrained_source(model.path)
-    try:
-        with reading(None if checkpoint is not None else model.path):
-            loaded = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, attn_implementation="sdpa", **options
-            )
-            if checkpoint is None:
-                copy_weights_(loaded)
-    except OSError as error:
-        raise ConfigError(f"model.path={model.path.location} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if "gguf_file" in options:
+    if checkpoint is not None:
+        try:
+            loaded = load_pretrained(AutoModelForCausalLM, str(checkpoint), str(checkpoint), attn_implementation="sdpa")
+        except ConfigError as error:
+            raise DamagedFile(str(error)) from error
+        return patch_model_(loaded.to(device_of(resources.device)))
+    name, (source, options) = f"model.path={model.path.location}", _pretrained_source(model.path)
+    is_gguf = "gguf_file" in options
+    with reading(model.path):
+        if not is_gguf:  # before gigabytes of weights are fetched; a GGUF file's config takes as long as its weights
+            attention.check_supported(_load_config(source, name, options), resources.max_sequence_tokens)
+        loaded = load_pretrained(AutoModelForCausalLM, source, name, attn_implementation="sdpa", **options)
+        copy_weights_(loaded)
+    largest = max(load_template(model).tokenizer.get_vocab().values())
+    if largest >= (num_embeddings := loaded.get_input_embeddings().num_embeddings):
+        raise ConfigError(f"{name}: {too_many_tokens(largest, num_embeddings)}")
+    if is_gguf:
         # The weights were dequantized while reading; metadata that says otherwise would make saving fail.
         del loaded.config.quantization_config
         loaded.hf_quantizer, loaded.is_quantized = None, False
         loaded.config.architectures = [type(loaded).__name__]
-    attention.check_supported(loaded.config, resources.max_sequence_tokens)
+        attention.check_supported(loaded.config, resources.max_sequence_tokens)
     return patch_model_(loaded.to(device_of(resources.device)))
 
 
@@ -86,6 +96,74 @@ def copy_weights_(model: Any) -> None:
     """Copy weights that are mapped from a file: until they are, what is written to the file is written to them."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
+
+
+def _load_config(source: str, name: str, options: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # as in load_pretrained
+        raise ConfigError(f"{name} cannot be loaded: {_reason(error)}") from error
+
+
+def load_pretrained(auto_class: Any, source: str, name: str, **options: Any) -> Any:
+    """Load a model whole, float32, without executing code that comes with it.
+
+    auto_class: of transformers. name: the setting or folder that messages begin with. Raises ConfigError when it cannot
+    be loaded, and when a tensor is not finite, or is missing or has another shape, where transformers would fill in
+    random numbers. Tensors that the model does not have are a warning.
+    """
+    try:
+        loaded, info = auto_class.from_pretrained(
+            source,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
+        )
+    except Exception as error:  # of any type: each of the libraries that read models has its own
+        raise ConfigError(f"{name} cannot be loaded: {_reason(error)}") from error
+    architecture = type(loaded).__name__
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if mismatched := sorted(info["mismatched_keys"]):
+        tensor, shape, expected = mismatched[0]
+        raise ConfigError(
+            f"{name}: the shapes of {len(mismatched)} tensors do not fit its config.json, the first {tensor}: "
+            f"{tuple(shape)} in the file, {tuple(expected)} by the config"
+        )
+    if missing:
+        raise ConfigError(
+            f"{name}: {len(missing)} tensors of a {architecture} are missing from its files: "
+            f"{_first(missing)}{wrapper_hint(unexpected)}"
+        )
+    # A sum is finite only if all its terms are.
+    if bad := [tensor for tensor, weight in loaded.named_parameters() if not weight.detach().sum().isfinite()]:
+        raise ConfigError(f"{name}: {len(bad)} tensors have values that are not finite: {_first(bad)}")
+    if unexpected:
+        _warn_unexpected(name, architecture, tuple(unexpected))
+    return loaded
+
+
+def _reason(error: Exception) -> str:
+    """Return one line that says what a library found wrong with a model's files."""
+    if "trust_remote_code" in str(error):
+        return "its auto_map names code of its own, which is never executed; use an architecture of transformers"
+    if isinstance(error, UnpicklingError):
+        return "its pickled weights hold other objects than tensors, which are never executed; use model.safetensors"
+    text = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@lru_cache
+def _warn_unexpected(name: str, architecture: str, tensors: tuple[str, ...]) -> None:
+    """Warn once per process, though several stages load the model."""
+    log.warning(
+        "%s: %d tensors that a %s does not have are ignored: %s", name, len(tensors), architecture, _first(tensors)
+    )
 
 
 def _pretrained_source(path: ContentPath) -> tuple[str, dict[str, Any]]:
@@ -103,13 +181,17 @@ def _pretrained_source(path: ContentPath) -> tuple[str, dict[str, Any]]:
 def load_template(model: ModelInputs) -> Template:
     """Load the tokenizer with its chat template, once per process: a GGUF tokenizer takes seconds."""
     source, options = _pretrained_source(model.path)
-    try:
-        with reading(model.path):
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.path={model.path.location}: its tokenizer cannot be loaded: {reason}") from error
+    with reading(model.path):
+        tokenizer = load_tokenizer(source, f"model.path={model.path.location}", **options)
     return Template(model.template, tokenizer)
+
+
+def load_tokenizer(source: str, name: str, **options: Any) -> Any:
+    """Load a tokenizer without executing code that comes with it. Raises ConfigError; name: as in load_pretrained."""
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # as in load_pretrained
+        raise ConfigError(f"{name}: its tokenizer cannot be loaded: {_reason(error)}") from error
 
 
 def save_checkpoint(model: Any, template: Template, folder: Path) -> None:

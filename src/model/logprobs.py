@@ -18,7 +18,7 @@ from src.errors import ConfigError
 from src.hardware import HeapTrimmer
 from src.model import attention
 from src.model.cpu.patch import patch_for_cpu_
-from src.model.lm_head import Head
+from src.model.lm_head import Head, next_token_kl
 from src.model.packing import PackedBatch, pack, pack_first_fit
 
 
@@ -86,26 +86,50 @@ def patch_model_(model: Any) -> Any:
     return model
 
 
+def _hidden_states(model: Any, batch: PackedBatch, numerics: NumericsConfig) -> Tensor:
+    """Return the hidden states of the positions that predict a response token, (t, width); inside autocast."""
+    name = attention.registered_name(numerics.attention)
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+    sparse_output = any(isinstance(module, SparseOutputLayer) for module in model.modules())
+    options = {"output_positions": batch.predict_positions} if sparse_output else {}
+    hidden = model.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, layout=batch.layout, **options
+    ).last_hidden_state[0]
+    return hidden if sparse_output else hidden[batch.predict_positions]
+
+
+def _sum_by_sequence(values: Tensor, batch: PackedBatch) -> Tensor:
+    return values.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, values)
+
+
 def sequence_logps(model: Any, batch: PackedBatch, numerics: NumericsConfig = FLOAT32) -> tuple[Tensor, Tensor]:
     """Return the sum of log-probs and the number of response tokens of every sequence of the batch.
 
     model: a patched causal LM. Both are (sequences,) float32, log-probs in nats. The head computes only positions that
     predict a response token; the softmax is float32 whatever precision the model computes in.
     """
-    name = attention.registered_name(numerics.attention)
-    if model.config._attn_implementation != name:
-        model.set_attn_implementation(name)
-    sparse_output = any(isinstance(module, SparseOutputLayer) for module in model.modules())
-    options = {"output_positions": batch.predict_positions} if sparse_output else {}
     with numerics.autocast(batch.input_ids.device):
-        hidden = model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, layout=batch.layout, **options
-        ).last_hidden_state[0]
-        hidden = hidden if sparse_output else hidden[batch.predict_positions]
-        logps = model.get_output_embeddings()(hidden, batch.targets)
-    zeros = logps.new_zeros(batch.num_sequences)
-    sums, counts = (zeros.index_add(0, batch.sequence_ids, values) for values in (logps, torch.ones_like(logps)))
-    return sums, counts
+        logps = model.get_output_embeddings()(_hidden_states(model, batch, numerics), batch.targets)
+    return _sum_by_sequence(logps, batch), _sum_by_sequence(torch.ones_like(logps), batch)
+
+
+@torch.no_grad()
+def sequence_kl(
+    policy: Any, initial: Any, batch: PackedBatch, numerics: NumericsConfig = FLOAT32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs under the policy and under the initial model, and KL, of every sequence: (sequences,), nats.
+
+    KL is the sum, over the prefixes of a response, of the divergence of the policy's next-token distribution from the
+    initial model's.
+    """
+    with numerics.autocast(batch.input_ids.device):
+        heads = [model.get_output_embeddings() for model in (policy, initial)]
+        hidden = [_hidden_states(model, batch, numerics) for model in (policy, initial)]
+        logps = [head(states, batch.targets) for head, states in zip(heads, hidden, strict=True)]
+        kl = next_token_kl(heads[0], hidden[0], heads[1], hidden[1])
+    policy_logps, initial_logps, kl = (_sum_by_sequence(values, batch) for values in (*logps, kl))
+    return policy_logps, initial_logps, kl
 
 
 class SequenceLogps(torch.nn.Module):
@@ -133,11 +157,29 @@ def iter_logps(
     model: Any, examples: Sequence[Example], token_budget: int | None, numerics: NumericsConfig = FLOAT32
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yield (indices, logps, tokens) for micro-batches of the examples, sequences in order of (example, response)."""
+    for indices, batch in _batches(model, examples, token_budget):
+        logps, tokens = sequence_logps(model, batch, numerics)
+        yield indices, logps.cpu(), tokens.cpu()
+
+
+def iter_kl(
+    policy: Any, initial: Any, examples: Sequence[Example], token_budget: int | None, numerics: NumericsConfig = FLOAT32
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Yield (indices, policy_logps, initial_logps, kl) of `sequence_kl` for micro-batches of the examples."""
+    initial.eval()
+    for indices, batch in _batches(policy, examples, token_budget):
+        policy_logps, initial_logps, kl = sequence_kl(policy, initial, batch, numerics)
+        yield indices, policy_logps.cpu(), initial_logps.cpu(), kl.cpu()
+
+
+def _batches(
+    model: Any, examples: Sequence[Example], token_budget: int | None
+) -> Iterator[tuple[list[int], PackedBatch]]:
     model.eval()
     device = next(model.parameters()).device
-    lengths = [e.length for e in examples]
     heap = HeapTrimmer()
-    for indices in pack_first_fit(lengths, range(len(examples)), token_budget or SCORING_TOKEN_BUDGET):
-        logps, tokens = sequence_logps(model, pack(examples, indices).to(device), numerics)
+    for indices in pack_first_fit(
+        [e.length for e in examples], range(len(examples)), token_budget or SCORING_TOKEN_BUDGET
+    ):
+        yield indices, pack(examples, indices).to(device)
         heap.maybe_trim()
-        yield indices, logps.cpu(), tokens.cpu()

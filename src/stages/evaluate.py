@@ -106,12 +106,23 @@ def _comparisons(
 def kl_estimates(samples: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Return Monte Carlo estimates of KL(policy || initial model) in nats, per sequence and per token.
 
-    For samples of the policy at temperature 1, the mean of log p(y|x) - log p_0(y|x) is unbiased ("k1" of Schulman,
-    "Approximating KL divergence", 2020). Per token: the sum of these log-ratios over the sum of response lengths.
+    Both kinds are unbiased for samples of the policy at temperature 1. The mean log-ratio, log p(y|x) - log p_0(y|x),
+    is "k1" of Schulman, "Approximating KL divergence" (2020). It is negative for some samples, and can be so in the
+    mean when a policy barely moved. The Rao-Blackwellized one (`_rb`) has, for each token, the expectation of its
+    log-ratio given the prefix: the KL divergence of the two next-token distributions, a sum over the vocabulary. It is
+    never negative and mostly varies less (Amini, Vieira and Cotterell, arXiv 2504.10637). Schulman's "k3" is not
+    negative either, but at several nats per sequence it varies far more than the log-ratio (docs/mini_tldr.md).
+
+    Per token: the sum of the estimates of all samples over the sum of response lengths.
     """
     log_ratios = [sample["logp"] - sample["reference_logp"] for sample in samples]
-    lengths = [sample["tokens"] for sample in samples]
-    return {"per_sequence": mean_and_error(log_ratios), "per_token": ratio_and_error(log_ratios, lengths)}
+    divergences, lengths = [sample["kl"] for sample in samples], [sample["tokens"] for sample in samples]
+    return {
+        "per_sequence": mean_and_error(log_ratios),
+        "per_token": ratio_and_error(log_ratios, lengths),
+        "per_sequence_rb": mean_and_error(divergences),
+        "per_token_rb": ratio_and_error(divergences, lengths),
+    }
 
 
 def selection_prompts(items: list[int], fraction: float, seed: int) -> set[int]:

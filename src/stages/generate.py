@@ -14,7 +14,7 @@ from src.data.examples import Example
 from src.data.templates import Template
 from src.hardware import release_accelerator
 from src.model.loading import load_model, load_template, numerics_of
-from src.model.logprobs import iter_logps
+from src.model.logprobs import iter_kl
 from src.model.sampling import sample
 from src.planning.identity import GenerateInputs
 from src.planning.resources import Resources
@@ -29,9 +29,9 @@ RESPONSES_FILE = "responses.jsonl"  # among the checkpoints: the responses sampl
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return one row per prompt: index, prompt, response, finished, tokens, logp, reference_logp.
+    """Return one row per prompt: index, prompt, response, finished, tokens, logp, reference_logp, kl.
 
-    Both log-probs are summed over the response, in nats, at temperature 1.
+    All three of `src.model.logprobs.sequence_kl`: summed over the response, in nats, at temperature 1.
     """
     return list(read_jsonl(folder / SAMPLES_FILE))
 
@@ -57,12 +57,9 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     responses = _sample(inputs, resources, model or checkpoint, template, prompt_ids, seed, attempt)
     model = model or load_model(inputs.model, resources, checkpoint)  # after the server has released the accelerator
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i]["ids"]),)) for i in range(count)]
-    logps = _logps(inputs, resources, model, examples)
-    reference_logps = logps
-    if inputs.role == "policy":
-        attempt.step(count + count // 2, 2 * count)
-        reference_model = load_model(inputs.model, resources, upstream.get("reference"))
-        reference_logps = _logps(inputs, resources, reference_model, examples)
+    # A baseline is its own reference.
+    initial = load_model(inputs.model, resources, upstream.get("reference")) if inputs.role == "policy" else model
+    scores = _scores(inputs, resources, model, initial, examples)
     attempt.step(2 * count, 2 * count)
 
     samples = (
@@ -72,8 +69,7 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
             "response": template.text(responses[i]["ids"]),
             "finished": responses[i]["finished"],
             "tokens": len(responses[i]["ids"]),
-            "logp": logps[i],
-            "reference_logp": reference_logps[i],
+            **scores[i],
         }
         for i, (number, _) in enumerate(rows)
     )
@@ -152,10 +148,14 @@ def _read_responses(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _logps(inputs: GenerateInputs, resources: Resources, model: Any, examples: list[Example]) -> dict[int, float]:
-    """Return the summed log-prob of every response, nats."""
+def _scores(
+    inputs: GenerateInputs, resources: Resources, model: Any, initial: Any, examples: list[Example]
+) -> dict[int, dict[str, float]]:
+    """Return logp, reference_logp and kl of every response."""
     numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
-    logps: dict[int, float] = {}
-    for indices, values, _ in iter_logps(model, examples, budget, numerics):
-        logps |= zip(indices, values.tolist(), strict=True)
-    return logps
+    names = ("logp", "reference_logp", "kl")
+    scores: dict[int, dict[str, float]] = {}
+    for indices, *columns in iter_kl(model, initial, examples, budget, numerics):
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        scores |= {i: dict(zip(names, row, strict=True)) for i, row in zip(indices, rows, strict=True)}
+    return scores

@@ -29,7 +29,9 @@ COLUMNS = [
     *("candidate", "state", "metric"),
     *("quality", "quality_se", "quality_selection", "quality_selection_se"),
     *("quality_reporting", "quality_reporting_se"),
-    *("kl_sequence", "kl_sequence_se", "kl_token", "kl_token_se", "reward_accuracy", "reward_margin"),
+    *("kl_sequence", "kl_sequence_se", "kl_token", "kl_token_se"),  # mean log-ratio
+    *("kl_sequence_rb", "kl_sequence_rb_se", "kl_token_rb", "kl_token_rb_se"),
+    *("reward_accuracy", "reward_margin"),
     *("response_tokens", "seconds", "identity", "checkpoint", "error"),
 ]
 NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
@@ -225,12 +227,15 @@ def _check_conflicts(points: pd.DataFrame) -> None:
 
 def _measurements(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
     """Return the columns of points.csv that come from a result.json."""
+    unknown = {"value": None, "se": None}  # results of version 0.2 have none of these
     with_errors = {
         "quality": result["quality"],
         "quality_selection": result["splits"]["selection"],
         "quality_reporting": result["splits"]["reporting"],
         "kl_sequence": result["kl"]["per_sequence"],
         "kl_token": result["kl"]["per_token"],
+        "kl_sequence_rb": result["kl"].get("per_sequence_rb", unknown),
+        "kl_token_rb": result["kl"].get("per_token_rb", unknown),
     }
     unshared = {stages[kind] for kind in ("align", "generate")}  # stages that no other point uses
     return {

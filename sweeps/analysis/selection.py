@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 # One beta and lr are selected per study: points that differ in these columns are not compared when selecting.
 STUDY = ["setup", "method", "init", "variant"]
 GROUP = ["setup", "init", "variant"]  # methods are compared with each other within a group
-MEANS = ["quality", "quality_selection", "quality_reporting", "kl_sequence", "kl_token"]
+MEANS = [
+    *("quality", "quality_selection", "quality_reporting"),
+    *("kl_sequence", "kl_token", "kl_sequence_rb", "kl_token_rb"),
+]
 
 
 def average_seeds(points: pd.DataFrame) -> pd.DataFrame:

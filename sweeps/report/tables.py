@@ -21,7 +21,9 @@ BEST, NOT_SIGNIFICANT = "best", "n.s."  # values of the column "Gap to best"
 # Of all validation pairs; where quality is reward accuracy, that is the average by prompt on the reporting split.
 ALL_PAIRS = "Accuracy, all pairs"
 OPTIONAL_COLUMNS = ("KL / sequence", "Shortlist", "Gap to best")  # dropped in this order on a narrow terminal
+NOT_ON_TERMINAL = ["Kind", "Top 3", "KL / token", "KL (RB) / sequence", "KL (RB) / token", ALL_PAIRS, "Length"]
 CAPTION = """selected on the selection split, measured on the reporting split (95 % interval)
+KL: mean log-ratio of policy and initial model over samples of the policy, nats
 shortlist: number of points not significantly different from the method's best one
 n.s.: not significantly different from the best method (paired t-test, Holm, 5 %)"""
 
@@ -44,6 +46,8 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
                 "Shortlist": str(row["shortlist"]),
                 "KL / sequence": with_error(row["kl_sequence"], row["kl_sequence_se"], 2),
                 "KL / token": with_error(row["kl_token"], row["kl_token_se"], 3),
+                "KL (RB) / sequence": with_error(row["kl_sequence_rb"], row["kl_sequence_rb_se"], 2),
+                "KL (RB) / token": with_error(row["kl_token_rb"], row["kl_token_rb_se"], 3),
                 ALL_PAIRS: with_error(row["reward_accuracy"], None, 3),
                 "Length": with_error(row["response_tokens"], None, 1),
             }
@@ -168,7 +172,7 @@ def print_best(results: Results, folder: Path, tables: dict[str, pd.DataFrame]) 
     if not console.is_terminal:
         console.width = 200  # the width at which a log is read is unknown
     if len(tables["best"]):
-        table = tables["best"].drop(columns=["Kind", "Top 3", "KL / token", ALL_PAIRS, "Length"])
+        table = tables["best"].drop(columns=NOT_ON_TERMINAL)
         terminal_table = _terminal_table(results.name, table)
         for column in OPTIONAL_COLUMNS:
             if console.measure(terminal_table).minimum > console.width:

@@ -1,0 +1,65 @@
+"""Every supported architecture, as a small random model: the packed log-prob path gives what the model itself gives."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from src.model.files import ARCHITECTURES, why_not_supported
+from src.model.logprobs import patch_model_, sequence_logps
+from src.model.packing import pack
+from tests.support.padded import padded_logps
+from tests.support.small_models import VOCABULARY, random_pairs, relative
+
+# The names that configs have for the same sizes.
+SIZES = {
+    **dict.fromkeys(("vocab_size",), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 48),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_key_value_heads", "num_experts_per_tok"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_experts", "num_local_experts"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window"), 256),
+    "head_dim": 12,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def small_model(model_type):
+    config = CONFIG_MAPPING[model_type]
+    fields = config.__dataclass_fields__
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**{name: v for name, v in SIZES.items() if name in fields})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Far from uniform attention, so that attending to a wrong position shows.
+            parameter.uniform_(0.5, 1.5) if "norm" in name or "ln" in name else parameter.normal_(0, 0.2)
+    return model
+
+
+def errors(model_type):
+    """Return the relative error of packed log-probs, and that of a batch whose pairs see each other."""
+    model, examples = small_model(model_type), random_pairs(5, 0)
+    expected = padded_logps(model, examples)
+    patch_model_(model)
+    batch = pack(examples, range(len(examples)))
+    first = examples[0]
+    alone = padded_logps(model, [first])
+    joined = type(first)((*first.prompt, *examples[1].prompt), first.responses)
+    return relative(sequence_logps(model, batch)[0], expected), relative(padded_logps(model, [joined]), alone)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@torch.no_grad()
+def test_packed_log_probs_are_those_of_the_model_itself(model_type):
+    error, with_another_prompt = errors(model_type)
+    assert error < 1e-5 < with_another_prompt, "the second is the control: log-probs depend on what is attended to"
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "bert"])
+@torch.no_grad()
+def test_architectures_that_would_give_wrong_numbers_without_an_error_are_not_supported(model_type):
+    assert errors(model_type)[0] > 1e-3
+    assert f"model_type {model_type} are not supported" in why_not_supported(model_type)
