@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 
@@ -44,7 +43,14 @@ def files(tmp_path):
     return tmp_path
 
 
-JSONL = ["dataset=jsonl", "judge=none", "evaluation=preference", "dataset.path={files}/pairs.jsonl"]
+JSONL = [
+    "dataset=jsonl",
+    "dataset.max_tokens=160",
+    "dataset.max_prompt_tokens=112",
+    "judge=none",
+    "evaluation=preference",
+    "dataset.path={files}/pairs.jsonl",
+]
 ARENA = [
     *("evaluation=arena_hard", "evaluation.prompts_file={files}/prompts.jsonl", "evaluation.num_prompts=2"),
     *("judge=arena_hard", "judge.model=m", "judge.baseline={files}/answers.jsonl"),
@@ -197,11 +203,11 @@ def test_jobs_that_wait_in_the_queue_do_not_read_a_file_that_was_replaced(files,
     train(*points, *SLURM, START_LATER)
     file.write_text(pairs("evil", 64))
     for job in queue(slurm):
-        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False, capture_output=True)
+        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
     wait_queue_empty(slurm)
     wait_until(lambda: is_finished(sweep(output_dir, "s")), 60, "the sweep to finish")
-    failures = [(p["state"], p.get("reason")) for p in sweep(output_dir, "s").read()["points"]]
-    assert all("changed since this run was planned" in str(reason) for _, reason in failures), failures
+    failures = [p["error"] for p in sweep(output_dir, "s").read()["points"]]
+    assert all("changed since this run was planned" in str(error) for error in failures), failures
     assert not list((output_dir / "store").glob("*/*/DONE"))
     file.write_text(original)
     train(*points)
