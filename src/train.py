@@ -21,7 +21,7 @@ from src.config.validation import build_point
 from src.environment import read_integer
 from src.errors import ConfigError, report_errors
 from src.planning.cost import Cost
-from src.planning.plan import Plan, make_plan
+from src.planning.plan import Plan, make_plan, warn_of_other_versions
 from src.preflight import check_cpu_threads, check_input_files, check_key, check_packages, check_programs
 from src.progress import RunProgress
 from src.store.attempt import Report
@@ -63,6 +63,8 @@ def run(cfg: DictConfig) -> None:
         store = Store(point.output_dir)
         check_input_files([point])
         plan = make_plan([point], store)
+        if rank == 0:
+            warn_of_other_versions(plan, store)
         if point.dry_run:
             print(plan.text(), Cost(plan, store).text(), sep="\n")
             return

@@ -24,7 +24,7 @@ from src.config.validation import build_point, check_grid
 from src.errors import CONFIG_ERRORS, ConfigError, one_line
 from src.methods import METHODS
 from src.planning.identity import digest
-from src.planning.plan import make_plan
+from src.planning.plan import make_plan, warn_of_other_versions
 from src.preflight import check_input_files
 from src.store.store import Store
 from sweeps.search.search import Search
@@ -75,6 +75,7 @@ class GridSweeper(Sweeper):
             if keys := keys_without_effect(points):
                 print(f"note: no result depends on {', '.join(keys)}: points that differ only there are run once")
             plan = make_plan([plan.points[plan.results.index(r)] for r in dict.fromkeys(plan.results)], store)
+        warn_of_other_versions(plan, store)
         points = plan.points
         name = points[0].sweep.name or f"{points[0].setup.name}-{_digest_of(overrides)}"
         name_variants(points)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from src.config.schema import Point
+from src.errors import warn
 from src.planning.stage import Stage, stages_of
+from src.store.provenance import describe_other_versions
 from src.store.store import Store
 
 
@@ -72,6 +74,14 @@ class Plan:
         lines.append("stage      to do  done or not needed")
         lines += [f"{role:9} {todo[role]:6} {total - todo[role]:6}" for role, total in roles.items()]
         return "\n".join(lines)
+
+
+def warn_of_other_versions(plan: Plan, store: Store) -> None:
+    """Print one line when results, or what they are computed from, were made with other major versions of packages."""
+    used = {up.identity for identity in plan.needed for up in plan.stages[identity].upstream.values()}
+    reused = plan.done & (used | set(plan.results))
+    if message := describe_other_versions(store.dir(plan.stages[identity]) for identity in sorted(reused)):
+        warn(message)
 
 
 def make_plan(points: Iterable[Point], store: Store) -> Plan:

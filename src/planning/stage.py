@@ -63,6 +63,18 @@ class Stage:
         return partial_run_id(full_run.identity, self.stop_fraction)
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        """The optional packages that computing the stage uses, for provenance."""
+        match self.inputs:
+            case SftInputs() | AlignInputs() if self.resources.zero_stage:
+                return ("deepspeed",)
+            case GenerateInputs(generation=GenerationInputs(server=(name, _))):
+                return name, "openai"
+            case EvaluateInputs(judge=JudgeInputs(name=name)) if name in ENDPOINT_JUDGES:
+                return ("alpaca-eval", "openai") if name == "alpaca_eval" else ("openai",)
+        return ()
+
+    @property
     def run_config(self) -> dict[str, Any]:
         """The resolved config of a run that needs the stage, for provenance: nothing is read from it."""
         return asdict(self.point)

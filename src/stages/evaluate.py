@@ -18,6 +18,7 @@ from src.planning.resources import Resources
 from src.stages import align, generate
 from src.store.attempt import Attempt
 from src.store.files import read_json, read_jsonl, write_json, write_jsonl
+from src.store.provenance import provenance
 from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, STAGE_FILE
 
 
@@ -153,9 +154,16 @@ def ratio_and_error(totals: list[float], counts: list[int]) -> dict[str, float |
 
 
 def _stages(upstream: dict[str, Path], attempt: Attempt) -> list[dict[str, Any]]:
-    """Return identity, seconds and tokens of this stage and of all its upstream, as their artifacts record them."""
+    """Return what DONE records of this stage and of all its upstream: seconds, tokens, processes, provenance."""
     seconds = round(attempt.seconds, 3)
-    this_stage = {"stage": "evaluate", "identity": attempt.identity, "seconds": seconds, "tokens": 0, "processes": 1}
+    this_stage: dict[str, Any] = {
+        "stage": "evaluate",
+        "identity": attempt.identity,
+        "seconds": seconds,
+        "tokens": 0,
+        "processes": 1,
+    }
+    this_stage |= provenance(attempt.packages)
     stages: dict[str, dict[str, Any]] = {attempt.identity: this_stage}
     folders = list(upstream.values())
     while folders:
@@ -163,7 +171,7 @@ def _stages(upstream: dict[str, Path], attempt: Attempt) -> list[dict[str, Any]]
         done = read_json(folder / DONE)
         if done["identity"] in stages:
             continue
-        stages[done["identity"]] = {key: done[key] for key in this_stage}
+        stages[done["identity"]] = {key: done.get(key) for key in this_stage}
         for identity in read_json(folder / STAGE_FILE)["upstream"].values():
             folders += (file.parent for file in folder.parents[1].glob(f"*/{identity}/{DONE}"))
     return sorted(stages.values(), key=lambda stage: (stage["stage"], stage["identity"]))

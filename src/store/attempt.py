@@ -35,6 +35,7 @@ class Attempt:
     prior_seconds: float = 0.0  # of earlier attempts, as recorded in the checkpoint
     tokens: int = 0
     processes: int = 1  # ranks that compute the stage together, with one accelerator each where there are any
+    packages: tuple[str, ...] = ()  # that the stage uses besides torch and the like
     _last_report: float = 0.0
     _first_step: int | None = None
 

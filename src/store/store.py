@@ -29,6 +29,7 @@ from src.store.files import (
 )
 from src.store.integrity import DONE, STAGE_FILE, WEIGHTS, WEIGHTS_REMOVED, describe_files, find_damage
 from src.store.lease import Lease
+from src.store.provenance import provenance
 
 if TYPE_CHECKING:
     from src.planning.stage import Stage
@@ -196,7 +197,8 @@ class Store:
         write_json(out / RUN_CONFIG_FILE, stage.run_config)
         checkpoints = work / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
-        return Attempt(out, checkpoints, lease, report, stage.label, stage.identity, self.output_dir)
+        names = stage.label, stage.identity
+        return Attempt(out, checkpoints, lease, report, *names, self.output_dir, packages=stage.packages)
 
     def join_attempt(self, stage: Stage, out: Path) -> Attempt:
         """Return rank 0's attempt as the other ranks see it."""
@@ -223,6 +225,7 @@ class Store:
             "host": socket.gethostname(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "commit": revision()["commit"],
+            **provenance(attempt.packages),
             "files": describe_files(attempt.out),
         }
         write_json(attempt.out / DONE, with_checksum(done))
