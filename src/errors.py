@@ -105,6 +105,11 @@ def _tolerate_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _interrupted() -> SystemExit:
+    print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
+    return SystemExit(130)
+
+
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Turn an exception into one line on stderr and an exit code.
@@ -116,8 +121,7 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise _interrupted() from None
     except CONFIG_ERRORS as error:
         print(f"error: {printable(one_line(error))}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -125,6 +129,8 @@ def report_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
+        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):  # during an import in a C extension
+            raise _interrupted() from None
         if not isinstance(error, (*USER_FACING_ERRORS, OSError)):
             traceback.print_exc()
         if any(isinstance(handler, logging.FileHandler) for handler in logging.root.handlers):
