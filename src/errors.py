@@ -69,6 +69,7 @@ def one_line(error: BaseException) -> str:
         # Hydra suggests `+key=value`, which a typed config refuses as well, and points to documentation of syntax.
         message = re.sub(r"\. To append to your config use \+\S+| See https://hydra\.cc/\S+ for details", "", message)
         message = re.sub(r" Config search path:.*", "", message)
+        message = re.sub(r"\b\w+ raised while resolving interpolation: ", "", message)
         if message and not any(message in part or part in message for part in parts):
             parts.append(message)
     return ": ".join(parts)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.command_line import check_command_line
-from src.config.composition_errors import explain
+from src.config.composition_errors import explain, explain_assertion, is_of_composition
 from src.config.hydra_setup import register
 from src.config.overrides import encode_keywords
 from src.config.schema import Point
@@ -115,6 +115,10 @@ def main() -> None:
             run()
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error, overrides)) from None
+        except (AssertionError, AttributeError, TypeError, ValueError) as error:
+            if isinstance(error, ConfigError) or not is_of_composition(error):
+                raise
+            raise ConfigError(explain_assertion(overrides)) from None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from launchers.protocol import PlanLauncher
-from src.config.composition_errors import explain
+from src.config.composition_errors import explain, explain_assertion
 from src.config.fields import shortened
 from src.config.overrides import decode_keywords, parse_overrides
 from src.config.schema import Point
@@ -191,6 +191,8 @@ def _compose(groups: tuple[str, ...], master: DictConfig, loader: Any) -> DictCo
     except CONFIG_ERRORS as error:
         message, names = explain(error, groups), " ".join(map(shortened, groups))
         raise ConfigError(message if message.startswith(groups) else f"{names}: {message}") from error
+    except (AssertionError, AttributeError, TypeError, ValueError):
+        raise ConfigError(explain_assertion(groups)) from None
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg

@@ -10,7 +10,7 @@ from tests.fuzz.__main__ import KINDS, draw
 from tests.fuzz.invariants import check_artifacts, check_command, check_secrets, check_written, files_below
 from tests.fuzz.sandbox import CANARIES, Finished
 from tests.support.artifacts import results
-from tests.support.commands import ROOT
+from tests.support.commands import ROOT, run_in_process
 
 
 def ended(code=2, stderr="error: beta=x: must be a number\n", stdout="", seconds=1.0):
@@ -118,3 +118,25 @@ def test_every_kind_of_damage_changes_a_file(tmp_path, action):
     before = damage.state(path)
     changed = damage.apply(damage.Change(action, 0, 0, 400, 0), tmp_path)
     assert path in changed and damage.state(path) != before
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]])
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("dataset.sft.path=x", "++dataset.preference.tokens=${seed}", "dataset.sft={a:b}", "tracking=[inf,0.5]"),
+        *("hydra/sweeper=8", "~init=[1e-5,1]", "dataset=[2]", "trainer.sft.lr=${hydra:runtime.nope}"),
+    ],
+)
+def test_what_hydra_has_no_words_for_is_one_line(multirun, override):
+    done = run_in_process(*multirun, "dry_run=true", override)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert override.partition("=")[0].lstrip("+~") in done.stderr
+    assert not check_command(ended(done.returncode, done.stderr))
+
+
+@pytest.mark.slow
+def test_random_cases_break_nothing():
+    command = [sys.executable, "-m", "tests.fuzz", "--seed", "0", "--cases", "60", "--jobs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
@@ -15,6 +16,8 @@ from src.config.overrides import GRID_KEYWORDS, decode_keywords, did_you_mean
 from src.config.renamed_keys import rename_hint
 from src.config.schema import Point
 from src.errors import one_line
+
+OPTIONAL_TABLES = ("dataset.sft", "dataset.preference")  # null where a dataset has no table
 
 
 def explain(error: BaseException, overrides: Sequence[str]) -> str:
@@ -49,6 +52,25 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
     named = re.match(r"Could not override '([^']+)'", message)
     cause = _override_of(named[1], overrides) if named else next((o for o in overrides if f"'{o}'" in message), None)
     return f"{cause}: {message}" if cause and not message.startswith(cause) else message
+
+
+def is_of_composition(error: BaseException) -> bool:
+    """Return whether an exception was raised while Hydra composed, whose assertions some overrides run into."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code.co_name in ("compose_config", "load_sweep_config") for frame in frames)
+
+
+def explain_assertion(overrides: Sequence[str]) -> str:
+    """Return one line for overrides that Hydra or OmegaConf composes neither, nor says why not."""
+    for override in decode_keywords(overrides):
+        key = override.partition("=")[0].lstrip("+~")
+        for table in OPTIONAL_TABLES:
+            if key == table or key.startswith(f"{table}."):
+                return (
+                    f"{shortened(override)}: {table} is null here or has no such value; see the tables in conf/dataset"
+                )
+    expressions = [override for override in overrides if "${" in override]
+    return f"{' '.join(map(shortened, expressions or overrides))}: cannot be composed; check types and nesting"
 
 
 def _override_of(key: str, overrides: Sequence[str]) -> str | None:

@@ -58,8 +58,11 @@ def _parse(argument: str, parser: OverridesParser) -> Override:
     group = key.lstrip("+~").partition("@")[0]
     if override.is_sweep_override():
         _check_sweep(shown, value)
-    elif group in GROUPS and not override.is_delete() and not isinstance(value, str | list | dict):
-        raise ConfigError(f"{shown}: must be {group}=NAME; {options_text(group)}")
+    elif group in GROUPS and not (override.is_delete() and value is None):
+        names = value if isinstance(value, list) else [value]
+        only_one = override.is_delete() and isinstance(value, list)
+        if only_one or (not isinstance(value, dict) and not all(isinstance(name, str) for name in names)):
+            raise ConfigError(f"{shown}: must be {group}=NAME; {options_text(group)}")
     return override
 
 
@@ -111,7 +114,7 @@ def check_without_sweep(arguments: Sequence[str]) -> None:
 
 
 # Config groups, of which an option is chosen by name, as in `model=NAME`.
-GROUPS = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir() and folder.name != "hydra"}
+GROUPS = {file.parent.relative_to(CONF_DIR).as_posix() for file in CONF_DIR.glob("**/*/*.yaml")}
 
 
 def options_text(group: str) -> str:
