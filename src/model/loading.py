@@ -77,7 +77,7 @@ def load_model(model: ModelInputs, resources: Resources, checkpoint: Path | None
     is_gguf = "gguf_file" in options
     with reading(model.path):
         if not is_gguf:  # before gigabytes of weights are fetched; a GGUF file's config takes as long as its weights
-            attention.check_supported(_load_config(source, name, options), resources.max_sequence_tokens)
+            _check_supported(_load_config(source, name, options), name, resources)
         loaded = load_pretrained(AutoModelForCausalLM, source, name, attn_implementation="sdpa", **options)
         copy_weights_(loaded)
     largest = max(load_template(model).tokenizer.get_vocab().values())
@@ -88,7 +88,7 @@ def load_model(model: ModelInputs, resources: Resources, checkpoint: Path | None
         del loaded.config.quantization_config
         loaded.hf_quantizer, loaded.is_quantized = None, False
         loaded.config.architectures = [type(loaded).__name__]
-        attention.check_supported(loaded.config, resources.max_sequence_tokens)
+        _check_supported(loaded.config, name, resources)
     return patch_model_(loaded.to(device_of(resources.device)))
 
 
@@ -96,6 +96,13 @@ def copy_weights_(model: Any) -> None:
     """Copy weights that are mapped from a file: until they are, what is written to the file is written to them."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
+
+
+def _check_supported(config: Any, name: str, resources: Resources) -> None:
+    try:
+        attention.check_supported(config, resources.max_sequence_tokens)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _load_config(source: str, name: str, options: dict[str, Any]) -> Any:
