@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
+from src.config.fields import shortened
 from src.config.overrides import check_without_sweep, encode_keywords, parse_overrides
 from src.config.renamed_keys import check_renamed
 from src.config.secrets import check_arguments
@@ -54,4 +55,6 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"{message}; --hydra-help lists the options")
+    if message.startswith("unrecognized") and "=" in message:  # argparse takes overrides in one run of words
+        raise ConfigError(f"{shortened(message)}; write flags such as -m first, then all overrides")
+    raise ConfigError(f"{shortened(message)}; --hydra-help lists the options")
