@@ -103,7 +103,7 @@ def test_a_stage_does_not_run_when_a_file_changed_since_it_was_planned(files, ca
         if role in refused:
             with pytest.raises(StageError, match=rf"^{key}=\S+ changed since this run was planned: run the same"):
                 runner.compute_or_wait(stage, Store(files / "disturbed"))
-    assert ran == list(before), "not one of them began"
+    assert refused.isdisjoint(ran[len(before) :]), "not one of them began"
     assert refused <= before.keys()
 
 
