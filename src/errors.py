@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 
 from hydra.errors import HydraException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -88,8 +89,9 @@ def describe_failure(error: BaseException) -> str:
     """Return one line for any exception: a user-facing message as it is, any other with the name of its type."""
     if isinstance(error, USER_FACING_ERRORS):
         return one_line(error)
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        hint = "; free some space and run the same command again" if error.errno in (ENOSPC, EDQUOT) else ""
+        return (f"{os.fsdecode(error.filename)}: " if error.filename else "") + error.strerror + hint
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -119,6 +121,7 @@ def report_errors() -> Iterator[None]:
     a file system's nor an endpoint's doing has a traceback before its line.
     """
     _tolerate_any_text()
+    logging.raiseExceptions = False  # a log that a full disk refuses is not worth a traceback
     try:
         yield
     except KeyboardInterrupt:

@@ -1,9 +1,12 @@
+import errno
 import json
+import logging
+import os
 from pathlib import Path
 
 import pytest
 
-from src.errors import DamagedFile
+from src.errors import DamagedFile, report_errors
 from src.store.files import read_json, read_jsonl, write_jsonl
 
 DAMAGE = {
@@ -40,3 +43,14 @@ def test_a_folder_or_a_missing_file_in_place_of_a_file(tmp_path):
         read_json(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_json(Path(tmp_path, "missing"))
+
+
+def test_a_full_disk_under_the_log_as_well_is_one_line(capfd, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    handler = logging.FileHandler("/dev/full", delay=True)
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    with pytest.raises(SystemExit) as exit, report_errors():
+        logging.warning("a line that the disk has no room for")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert exit.value.code == 1
+    assert capfd.readouterr().err == "failed: No space left on device; free some space and run the same command again\n"

@@ -1,6 +1,7 @@
 """Damaged records of one sweep's jobs do not stop another sweep; nor do those of another version."""
 
 import json
+import os
 
 import pytest
 
@@ -53,3 +54,15 @@ def test_a_status_that_cannot_be_read_is_that_of_a_job_that_has_not_started(cont
     path = record.with_name("task-0.json")
     path.unlink() if content is None else path.write_bytes(content)
     assert task.status() == {}
+
+
+def test_only_the_submitter_may_write_where_jobs_read_their_pickles(tmp_path):
+    umask = os.umask(0o002)  # of a group folder
+    try:
+        submission = new_submission(SweepFolder(tmp_path / "sweeps" / "s"), "align", [])
+        submission.write()
+    finally:
+        os.umask(umask)
+    jobs = submission.folder.parent
+    assert jobs.stat().st_mode & 0o777 == 0o700
+    assert jobs.parent.stat().st_mode & 0o070 == 0o070, "the results beside them stay the group's"

@@ -72,7 +72,7 @@ RUNGS = "must be an increasing list of step fractions ending in 1.0"
 INVALID = [
     ("sweep.rungs=[0.5,0.25,1]", f"sweep.rungs=[0.5, 0.25, 1.0]: {RUNGS}"),
     ("sweep.rungs=[0.25,0.5]", RUNGS),
-    ("sweep.rungs=[0,1]", RUNGS),
+    ("sweep.rungs=[0,1]", "sweep.rungs[0]=0: must be > 0 and <= 1"),
     ("sweep.rungs=[]", RUNGS),
     ("sweep.keep_fraction=0", "sweep.keep_fraction=0: must be > 0 and <= 1"),
     ("sweep.keep_fraction=1.5", "sweep.keep_fraction=1.5: must be > 0 and <= 1"),
