@@ -1,13 +1,10 @@
 """report.html in a browser: no requests, no console errors, tooltips, narrow windows, dark mode, print."""
 
-import shutil
 from itertools import product
 
 import pytest
 
 from tests.support.commands import SMALL, train
-
-sync_api = pytest.importorskip("playwright.sync_api")
 
 
 @pytest.fixture(scope="module")
@@ -17,17 +14,6 @@ def report(tmp_path_factory):
     grid = ["-m", "method=dpo,asft", "beta=0.05,0.1", "lr=5e-4,1e-3", "sweep.name=page"]
     train(*grid, *SMALL, f"output_dir={folder}")
     return folder / "sweeps" / "page" / "report.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if executable is None:
-        pytest.skip("Chromium is not installed (apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
