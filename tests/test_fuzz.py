@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from src.data.examples import Example
+from src.data.tokenization import RowCounts, TokenizedDataset
 from tests.fuzz import damage, invariants
 from tests.fuzz.__main__ import KINDS, draw
 from tests.fuzz.invariants import check_artifacts, check_command, check_secrets, check_written, files_below
@@ -140,3 +142,18 @@ def test_random_cases_break_nothing():
     command = [sys.executable, "-m", "tests.fuzz", "--seed", "0", "--cases", "60", "--jobs", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-900] + b"\1" + data[-899:], lambda data: data + b"x"])
+def test_a_cache_of_tokens_is_read_only_as_it_was_saved(tmp_path, change):
+    def save():
+        examples = [Example((1, 2, n), ((3, 2), (4, 2))) for n in range(5, 25)]
+        TokenizedDataset.collect(examples, RowCounts()).save(tmp_path / "tokens")
+
+    save()
+    assert len(TokenizedDataset.load(tmp_path / "tokens").examples) == 20
+    (arrow,) = (tmp_path / "tokens").glob("*.arrow")
+    arrow.write_bytes(change(arrow.read_bytes()))
+    assert TokenizedDataset.load(tmp_path / "tokens") is None
+    save()
+    assert TokenizedDataset.load(tmp_path / "tokens") is not None

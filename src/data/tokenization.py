@@ -18,16 +18,17 @@ from src.data.examples import Example
 from src.data.rows import Demonstration, ExpectedRows, Pair, name_of
 from src.data.sources import open_source, sample_demonstrations
 from src.data.templates import Template
-from src.errors import ConfigError
+from src.errors import ConfigError, DamagedFile
 from src.planning.identity import DataInputs, ModelInputs, digest, hashable
 from src.store.attempt import Attempt
-from src.store.files import fsync_tree, publish_folder, read_json, write_json
+from src.store.files import fsync_tree, publish_folder, read_checksummed_json, with_checksum, write_json
+from src.store.integrity import describe_files
 from src.store.store import Store
 
 log = logging.getLogger(__name__)
 
 VERSION = 3  # raise it when the same rows become other tokens: cached ones are then not reused
-COUNTS_FILE = "counts.json"  # beside the Arrow file: rows dropped by reason, and rows that spell a control token
+COUNTS_FILE = "counts.json"  # beside the Arrow file: counts of rows, and sizes and digests of the files
 CHUNK_ROWS = 1000  # converted to Arrow at a time: a whole table of Python integers takes ten times the memory
 
 _TOKENS = datasets.List(datasets.Value("int32"))
@@ -115,10 +116,14 @@ class TokenizedDataset:
 
     @classmethod
     def load(cls, folder: Path) -> TokenizedDataset | None:
-        """Return what `save` wrote, memory-mapped; None without it. A cache that cannot be read is deleted."""
+        """Return what `save` wrote, memory-mapped; None without it. A cache that is not as it was saved is deleted."""
         try:
-            return cls(datasets.load_from_disk(folder), RowCounts(**read_json(folder / COUNTS_FILE)))
-        except (OSError, ValueError, TypeError):
+            saved = read_checksummed_json(folder / COUNTS_FILE)
+            files = {name: entry for name, entry in describe_files(folder).items() if name != COUNTS_FILE}
+            if files != saved["files"]:
+                raise DamagedFile(f"{folder}: damaged, its content is not what was saved")
+            return cls(datasets.load_from_disk(folder), RowCounts(**saved["counts"]))
+        except (OSError, ValueError, TypeError, KeyError):
             shutil.rmtree(folder, ignore_errors=True)
             return None
 
@@ -128,7 +133,8 @@ class TokenizedDataset:
         with TemporaryDirectory(dir=folder.parent, prefix=".draft-") as temporary:
             draft = Path(temporary) / folder.name
             self.dataset.save_to_disk(draft)
-            write_json(draft / COUNTS_FILE, vars(self.counts))
+            saved = {"counts": vars(self.counts), "files": describe_files(draft)}
+            write_json(draft / COUNTS_FILE, with_checksum(saved))
             fsync_tree(draft)
             publish_folder(draft, folder)
 
