@@ -185,10 +185,10 @@ REFUSED = [
     (["model.path=package://src.nothing/y"], "the package src.nothing is not installed"),
     (["model.path=" + "m" * 300], "File name too long"),
     (["model.path='~nobody_has_this_name/m'"], "model.path=~nobody_has_this_name/m: "),
-    (["model.path=/dev/zero"], "model.path=/dev/zero: neither a file nor a folder"),
-    (["model.path={empty}"], "model.path={empty}: the folder has no file that a model is read from"),
-    (["model.path={unreadable}"], "model.path={unreadable}: {unreadable}/config.json: Input/output error"),
-    (["model.path={adapter}"], "model.path={adapter}: an adapter"),
+    (["model.path=/dev/zero"], "model.path=/dev/zero: neither "),
+    (["model.path={empty}"], "model.path={empty}: no config.json"),
+    (["model.path={unreadable}"], "model.path={unreadable}: {unreadable}/config.json: cannot be read (Input/output error)"),
+    (["model.path={adapter}"], "model.path={adapter}: a LoRA adapter"),
     (["dataset=jsonl", "judge=none", "evaluation=preference", "dataset.path=" + "m" * 300], "File name too long"),
     (["dataset=jsonl", "judge=none", "evaluation=preference", "dataset.path={broken}"], "dataset.path={broken}: "),
 ]
@@ -217,6 +217,12 @@ def test_a_path_that_cannot_be_read_is_one_line_that_names_its_key(tmp_path, fol
     (line,) = done.stderr.splitlines()
     assert message.format(**folders) in line and line.startswith("error: ")
     assert f"{overrides[-1].partition('=')[0]}=" in line and "output_dir: cannot write" not in line
+
+
+def test_a_folder_in_which_nothing_would_be_read_is_refused(folders):
+    for key, kind in (("judge.model", "model"), ("dataset.path", "table")):
+        with pytest.raises(ConfigError, match=rf"^{key}=\S+: the folder has no file that a {kind} is read from$"):
+            fingerprint(folders["empty"], None, key, kind)
 
 
 def test_an_outer_package_is_not_imported_to_find_an_inner_one(tmp_path, monkeypatch):

@@ -170,11 +170,6 @@ def fingerprint(path: str, revision: str | None = None, key: str = "model.path",
             return digest(_file_digest(local))
         if not local.is_dir():
             raise ConfigError(f"{key}={path}: neither a file nor a folder")
-        if kind == "model" and (local / "adapter_config.json").exists():
-            raise ConfigError(
-                f"{key}={path}: an adapter, which needs the weights of another model; merge it into that model, "
-                "save the result and give its folder"
-            )
         files = [(file.relative_to(local).as_posix(), _content_digest(file, kind)) for file in files_read(local, kind)]
     content = sorted(entry for entry in files if entry[1] is not None)
     if not content:
