@@ -21,7 +21,8 @@ from src.data.templates import Template
 from src.data.tokenization import tokenize
 from src.model.loading import save_checkpoint, set_cpu_threads
 from src.model.logprobs import patch_model_
-from src.planning.identity import ContentPath, DataInputs, ModelInputs, SftInputs
+from src.planning.content import ContentPath
+from src.planning.identity import DataInputs, ModelInputs, SftInputs
 from src.planning.resources import Resources
 from src.progress import RunProgress
 from src.store.attempt import Attempt

@@ -23,7 +23,7 @@ from src.config.schema import Point
 from src.config.validation import build_point, check_grid
 from src.errors import CONFIG_ERRORS, ConfigError, one_line
 from src.methods import METHODS
-from src.planning.identity import digest
+from src.planning.content import digest
 from src.planning.plan import make_plan, warn_of_other_versions
 from src.preflight import check_input_files
 from src.store.store import Store

@@ -12,7 +12,8 @@ from src.data.templates import Template
 from src.data.tokenization import load_examples, tokenize
 from src.judges import reward_model
 from src.model.loading import load_template
-from src.planning.identity import ContentPath, ModelInputs
+from src.planning.content import ContentPath
+from src.planning.identity import ModelInputs
 from src.planning.stage import pair_data
 from src.store.attempt import Attempt
 from tests.support import tiny_llama

@@ -187,7 +187,10 @@ REFUSED = [
     (["model.path='~nobody_has_this_name/m'"], "model.path=~nobody_has_this_name/m: "),
     (["model.path=/dev/zero"], "model.path=/dev/zero: neither "),
     (["model.path={empty}"], "model.path={empty}: no config.json"),
-    (["model.path={unreadable}"], "model.path={unreadable}: {unreadable}/config.json: cannot be read (Input/output error)"),
+    (
+        ["model.path={unreadable}"],
+        "model.path={unreadable}: {unreadable}/config.json: cannot be read (Input/output error)",
+    ),
     (["model.path={adapter}"], "model.path={adapter}: a LoRA adapter"),
     (["dataset=jsonl", "judge=none", "evaluation=preference", "dataset.path=" + "m" * 300], "File name too long"),
     (["dataset=jsonl", "judge=none", "evaluation=preference", "dataset.path={broken}"], "dataset.path={broken}: "),

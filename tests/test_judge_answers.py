@@ -7,7 +7,8 @@ import pytest
 
 from src.config.validation import build_point
 from src.judges.answers import Answers, is_number
-from src.planning.identity import ContentPath, JudgeInputs
+from src.planning.content import ContentPath
+from src.planning.identity import JudgeInputs
 from src.planning.stage import stages_of
 from src.store.store import Store
 from tests.support.commands import SMALL, train

@@ -15,7 +15,8 @@ from src.judges import Comparison
 from src.judges.answers import Answers, is_text
 from src.judges.judge_client import JudgeClient
 from src.judges.tldr import average_games, build_chats, parse_winner
-from src.planning.identity import ContentPath, DataInputs, EvaluateInputs, JudgeInputs, PromptInputs
+from src.planning.content import ContentPath
+from src.planning.identity import DataInputs, EvaluateInputs, JudgeInputs, PromptInputs
 from src.planning.resources import Resources
 from tests.support.commands import ROOT, SMALL, run_in_process, start, train
 

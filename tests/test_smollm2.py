@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from src.errors import ConfigError
-from src.planning.identity import locate
+from src.planning.content import locate
 from tests.support.commands import train
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,8 @@ from src.config.endpoints import read_key
 from src.config.schema import JudgeEndpoint
 from src.errors import ConfigError, StageError
 from src.judges.answers import Answers, Shape, is_number, is_text
-from src.planning.identity import JudgeInputs, digest
+from src.planning.content import digest
+from src.planning.identity import JudgeInputs
 from src.serving.http_client import MalformedResponse
 from src.serving.openai_client import ConcurrentClient
 from src.store.attempt import Attempt

@@ -12,8 +12,6 @@ from typing import Any, ClassVar, TypeVar
 
 from src.config.schema import Lora, Table, Training
 from src.planning.content import ContentPath
-from src.planning.content import digest as digest
-from src.planning.content import locate as locate
 
 T = TypeVar("T")
 

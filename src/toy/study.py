@@ -20,7 +20,8 @@ from omegaconf import MISSING
 from src.config.fields import check_value, choice, number
 from src.errors import ConfigError
 from src.methods import METHODS
-from src.planning.identity import digest, select_fields
+from src.planning.content import digest
+from src.planning.identity import select_fields
 from src.store.files import atomic_write
 from src.toy.networks import OBJECTIVES, OPTIMIZERS, NetworkSettings, train
 

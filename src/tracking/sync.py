@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from src.errors import DamagedFile
-from src.planning.identity import digest
+from src.planning.content import digest
 from src.store.files import read_json, read_jsonl, write_json
 from src.store.store import DONE, JUDGEMENTS_FILE, RESULT_FILE, SAMPLES_FILE, SMALL_FILES, StageName, Store, full_run_id
 from src.store.sweep_folder import SweepFolder

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from src.errors import DamagedFile, warn
 from src.methods import METHODS
-from src.planning.identity import digest
+from src.planning.content import digest
 from src.store.files import read_jsonl
 from src.store.store import METRICS_FILE
 from sweeps.analysis.selection import GROUP, best_lr_per_beta

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from launchers.slurm.job_records import submissions
 from launchers.slurm.status import read_status
 from src.errors import ConfigError
-from src.planning.identity import digest
+from src.planning.content import digest
 from src.store.lease import Lease, live_holder
 from src.store.sweep_folder import SweepFolder
 
