@@ -69,6 +69,17 @@ def test_a_secret_in_a_users_yaml_is_nowhere(content, key, sweep, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m", "beta=0.1,1"]], ids=["run", "sweep"])
+def test_a_secret_of_the_wrong_type_in_a_users_yaml_is_nowhere(sweep, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    command = ["--config-dir", str(tmp_path), *sweep, "+sweep=mine", f"output_dir={tmp_path}/outputs"]
+    for value, shown in (("many", "'many'"), (f"sk-{CANARY}", "'[secret]'")):
+        (tmp_path / "sweep" / "mine.yaml").write_text(f"# @package _global_\njudge: {{max_tokens: {value}}}")
+        done = run_in_process(*command)
+        assert done.returncode == 2 and shown in done.stderr and "judge.max_tokens" in done.stderr, done.stderr
+        assert CANARY not in done.stderr + done.stdout and not (tmp_path / "outputs").exists()
+
+
 def test_what_only_resembles_a_secret_is_allowed():
     allowed = {
         "model.revision": WANDB_KEY,

@@ -15,6 +15,7 @@ from src.config.fields import shortened
 from src.config.overrides import GRID_KEYWORDS, decode_keywords, did_you_mean
 from src.config.renamed_keys import rename_hint
 from src.config.schema import Point
+from src.config.secrets import conceal_secrets
 from src.errors import one_line
 
 OPTIONAL_TABLES = ("dataset.sft", "dataset.preference")  # null where a dataset has no table
@@ -22,7 +23,7 @@ OPTIONAL_TABLES = ("dataset.sft", "dataset.preference")  # null where a dataset 
 
 def explain(error: BaseException, overrides: Sequence[str]) -> str:
     """Return one line for an error of composing these overrides; it begins with the override that caused it."""
-    message = one_line(error)
+    message = conceal_secrets(one_line(error))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.rpartition("/")
         cause = _override_of(group, overrides) or error.missing_cfg_file

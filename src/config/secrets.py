@@ -72,6 +72,14 @@ def _is_reference(text: str) -> bool:
     return bare.startswith("$") or bare.lower() in _NO_SECRET
 
 
+def conceal_secrets(message: str) -> str:
+    """Return an error's message with quoted values that look like secrets struck out: one in a YAML file may be mistyped.
+
+    Values of the command line are checked before anything can quote them.
+    """
+    return re.sub(r"'([^']*)'", lambda m: "'[secret]'" if find_secret("", m[1]) else m[0], message)
+
+
 def check_secret(key: str, value: Any) -> None:
     """Raise ConfigError, which names the key alone, for a secret in a value or in what it contains."""
     for place, text in _texts(key, value):

@@ -14,7 +14,7 @@ from src.config.judge_rules import check_judge, check_server
 from src.config.overrides import MAX_VALUES
 from src.config.paths import is_dir, is_file
 from src.config.schema import Point, typed_leaves
-from src.config.secrets import check_secret
+from src.config.secrets import check_secret, conceal_secrets
 from src.errors import ConfigError, one_line
 from src.methods import METHODS
 
@@ -31,7 +31,7 @@ def build_point(cfg: DictConfig) -> Point:
         missing = f"{key} has no value: add {key}=VALUE" if group == key else f"{group} has no option: add {group}=NAME"
         raise ConfigError(missing) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(conceal_secrets(one_line(error))) from error
     assert isinstance(point, Point)
     check(point)
     return point
