@@ -73,7 +73,7 @@ def _is_reference(text: str) -> bool:
 
 
 def conceal_secrets(message: str) -> str:
-    """Return an error's message with quoted values that look like secrets struck out: one in a YAML file may be mistyped.
+    """Return an error's message with quoted values that look like secrets struck out, which a YAML file may have.
 
     Values of the command line are checked before anything can quote them.
     """
