@@ -215,7 +215,10 @@ def _grid_values(string: str, cfg: DictConfig) -> list[str]:
 def _set(cfg: DictConfig, assignment: tuple[str, ...], strings: tuple[str, ...]) -> Point:
     try:
         for override in parse_overrides(list(assignment)):
-            OmegaConf.update(cfg, override.key_or_group, override.value())
+            try:
+                OmegaConf.update(cfg, override.key_or_group, override.value())
+            except (AssertionError, AttributeError, TypeError) as error:
+                raise ConfigError(explain_assertion([str(override.input_line)])) from error
         return build_point(cfg)
     except CONFIG_ERRORS as error:
         message, assigned = one_line(error), {a.partition("=")[0]: a for a in assignment}

@@ -127,7 +127,14 @@ def test_every_kind_of_damage_changes_a_file(tmp_path, action):
     "override",
     [
         *("dataset.sft.path=x", "++dataset.preference.tokens=${seed}", "dataset.sft={a:b}", "tracking=[inf,0.5]"),
-        *("hydra/sweeper=8", "~init=[1e-5,1]", "dataset=[2]", "trainer.sft.lr=${hydra:runtime.nope}"),
+        *(
+            "dataset.sft.tokens=0.1",
+            "~init.sft_weight='" + "x" * 6000 + "'",
+            "hydra/sweeper=8",
+            "~init=[1e-5,1]",
+            "dataset=[2]",
+            "trainer.sft.lr=${hydra:runtime.nope}",
+        ),
     ],
 )
 def test_what_hydra_has_no_words_for_is_one_line(multirun, override):
@@ -135,6 +142,11 @@ def test_what_hydra_has_no_words_for_is_one_line(multirun, override):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert override.partition("=")[0].lstrip("+~") in done.stderr
     assert not check_command(ended(done.returncode, done.stderr))
+
+
+def test_a_swept_key_below_a_table_that_is_null_is_one_line():
+    done = run_in_process("-m", "dry_run=true", "dataset.sft.tokens=0.1,0.5")
+    assert done.returncode == 2 and done.stderr.startswith("error: dataset.sft.tokens=0.1"), done.stderr
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
         )
     named = re.match(r"Could not override '([^']+)'", message)
     cause = _override_of(named[1], overrides) if named else next((o for o in overrides if f"'{o}'" in message), None)
+    message = shortened(message, 1000)
     return f"{cause}: {message}" if cause and not message.startswith(cause) else message
 
 

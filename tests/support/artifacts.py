@@ -26,7 +26,7 @@ def content(path: Path) -> object:
     data = path.read_bytes()
     try:
         return _parsed(path.name, data)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return data
 
 
