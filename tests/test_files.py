@@ -45,6 +45,12 @@ def test_a_folder_or_a_missing_file_in_place_of_a_file(tmp_path):
         read_json(Path(tmp_path, "missing"))
 
 
+def test_a_named_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "DONE")
+    with pytest.raises(DamagedFile, match="it is a named pipe"):
+        read_json(tmp_path / "DONE")
+
+
 def test_a_full_disk_under_the_log_as_well_is_one_line(capfd, monkeypatch):
     monkeypatch.setattr(logging, "raiseExceptions", True)
     handler = logging.FileHandler("/dev/full", delay=True)

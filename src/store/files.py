@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def read_jsonl(path: Path, keys: Collection[str] = ()) -> Iterator[dict[str, Any
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # reading one waits for a writer
+            raise DamagedFile(f"{path}: damaged, it is a named pipe")
         return path.read_bytes()
     except FileNotFoundError:
         raise
