@@ -146,9 +146,10 @@ def _annotate(annotator: ContentPath, row: dict[str, Any], client: openai.OpenAI
 
 
 def _parse_annotation(client: JudgeClient, annotation: dict[str, Any]) -> dict[str, Any] | None:
-    preference, tokens = _to_float(annotation["preference"]), _to_float(annotation[PRICE_COLUMN])
+    preference = _to_float(annotation["preference"])
     if not is_preference(preference):
-        return None
+        return None  # then the package gives no price either
+    tokens = _to_float(annotation[PRICE_COLUMN])
     usage = {"prompt_tokens": tokens if is_number(tokens) and tokens >= 0 else 0, "completion_tokens": 0}
     return {"preference": preference, **usage, "model": client.read_model(annotation["model"])}
 
