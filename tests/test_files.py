@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from src.errors import DamagedFile, report_errors
-from src.store.files import read_json, read_jsonl, write_jsonl
+from src.store.files import file_digest, read_json, read_jsonl, write_jsonl
 
 DAMAGE = {
     "empty": (b"", "line 1: damaged, not JSON"),
@@ -60,3 +60,9 @@ def test_a_full_disk_under_the_log_as_well_is_one_line(capfd, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert exit.value.code == 1
     assert capfd.readouterr().err == "failed: No space left on device; free some space and run the same command again\n"
+
+
+def test_a_named_pipe_has_no_digest(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DamagedFile, match="named pipe"):
+        file_digest(tmp_path / "pipe")

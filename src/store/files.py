@@ -60,7 +60,11 @@ def _checksum(value: dict[str, Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return a checksum against damage, not forgery: fast enough for the optimizer state of an 8B model."""
+    """Return a checksum against damage, not forgery: fast enough for the optimizer state of an 8B model.
+
+    Raises OSError, and DamagedFile for a named pipe.
+    """
+    _refuse_pipe(path)
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()
 
@@ -77,10 +81,14 @@ def read_jsonl(path: Path, keys: Collection[str] = ()) -> Iterator[dict[str, Any
         yield row
 
 
+def _refuse_pipe(path: Path) -> None:
+    if stat.S_ISFIFO(path.stat().st_mode):  # reading one waits for a writer
+        raise DamagedFile(f"{path}: damaged, it is a named pipe")
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
-        if stat.S_ISFIFO(path.stat().st_mode):  # reading one waits for a writer
-            raise DamagedFile(f"{path}: damaged, it is a named pipe")
+        _refuse_pipe(path)
         return path.read_bytes()
     except FileNotFoundError:
         raise

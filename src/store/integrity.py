@@ -55,6 +55,8 @@ def find_damage(folder: Path, identity: str, names: Collection[str] | None = Non
                 return f"{path}: missing"
         except IsADirectoryError:
             return f"{path}: damaged, it is a folder"
+        except DamagedFile as error:
+            return str(error)
     return None
 
 

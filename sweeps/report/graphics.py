@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import logging
 import re
 import textwrap
@@ -14,6 +15,7 @@ from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from src.store.files import atomic_write
 from sweeps.report.escapes import printable
 
 _GID = "tooltip-"
@@ -60,9 +62,15 @@ class Drawing:
                 self.figure.set_layout_engine("none")  # not again for each format
             # Text stays text: small and searchable. With a fixed salt and no date equal results give equal bytes.
             with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
-                self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
-            self.figure.savefig(folder / f"{self.name}.png", dpi=150)
+                self._save(folder / f"{self.name}.svg", metadata={"Date": None})
+            self._save(folder / f"{self.name}.png", dpi=150)
         return self._inline((folder / f"{self.name}.svg").read_text(encoding="utf-8"))
+
+    def _save(self, path: Path, **options: Any) -> None:
+        """Replace the file, whatever is there: readers see the old figure or the new."""
+        content = io.BytesIO()
+        self.figure.savefig(content, format=path.suffix[1:], **options)
+        atomic_write(path, content.getvalue())
 
     def _inline(self, svg: str) -> str:
         svg = svg[svg.index("<svg") :]
