@@ -160,7 +160,9 @@ def main() -> int:
             with sync_sweep(folders[0]) as sync:  # the trackers that the sweep was started with
                 sync.start()
         if results.damaged:
-            raise SweepFailed(f"{len(results.damaged)} points have damaged results; run the sweep again to remake them")
+            first, count = next(iter(results.damaged.values())), len(results.damaged)
+            others = f" ({count - 1} more points have damaged results)" if count > 1 else ""
+            raise SweepFailed(f"{first}{others}; run the sweep again to remake it")
     return 0
 
 

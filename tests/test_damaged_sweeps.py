@@ -47,7 +47,7 @@ def test_a_changed_digit_of_a_result_is_damage(folder):
     before = result.read_text()
     result.write_text(before.replace('"seconds": 1.0', '"seconds": 2.0'))
     assert before != result.read_text() and len(before) == len(result.read_text())
-    assert_one_line(run_in_process(folder.path, module="sweeps.aggregate"), 1, "1 points have damaged results")
+    assert_one_line(run_in_process(folder.path, module="sweeps.aggregate"), 1, "run the sweep again to remake it")
     publish(result.parent)
     assert run_in_process(folder.path, module="sweeps.aggregate").returncode == 0, "the control"
 
@@ -105,7 +105,7 @@ def test_a_damaged_result_fails_its_point_alone(content, published, folder):
         )
     assert set(yaml.safe_load(folder.best_yaml.read_text())["synthetic"]) == {"dpo", "asft"}
     again = run_in_process(folder.path, module="sweeps.aggregate")
-    assert_one_line(again, 1, "2 points have damaged results; run the sweep again")
+    assert_one_line(again, 1, "(1 more points have damaged results); run the sweep again")
 
 
 def test_a_deleted_result_is_a_point_that_was_not_run(folder):

@@ -47,8 +47,9 @@ def test_a_folder_or_a_missing_file_in_place_of_a_file(tmp_path):
 
 def test_a_named_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "DONE")
-    with pytest.raises(DamagedFile, match="it is a named pipe"):
-        read_json(tmp_path / "DONE")
+    for read in (read_json, file_digest):
+        with pytest.raises(DamagedFile, match="it is a named pipe"):
+            read(tmp_path / "DONE")
 
 
 def test_a_full_disk_under_the_log_as_well_is_one_line(capfd, monkeypatch):

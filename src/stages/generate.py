@@ -20,7 +20,7 @@ from src.planning.identity import GenerateInputs
 from src.planning.resources import Resources
 from src.serving.model_server import sample_through, served_folder, serving
 from src.store.attempt import Attempt
-from src.store.files import has_valid_checksum, read_jsonl, with_checksum, write_jsonl
+from src.store.files import has_valid_checksum, read_jsonl, remove, with_checksum, write_jsonl
 from src.store.store import SAMPLES_FILE
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,8 @@ def _sample(
 def _read_responses(file: Path) -> list[dict[str, Any]]:
     """Return the rows of earlier attempts; remove damaged ones, such as a last line that a kill has cut off."""
     rows: list[dict[str, Any]] = []
+    if not file.is_file():
+        remove(file)  # a folder or a named pipe in its place
     lines = file.read_bytes().split(b"\n") if file.exists() else []
     for line in filter(None, lines):
         with contextlib.suppress(ValueError, RecursionError):

@@ -23,7 +23,7 @@ from src.errors import ConfigError, DamagedFile
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises FileNotFoundError, and DamagedFile naming path and line for anything else."""
-    return _parse_object(_read_bytes(path), path)
+    return _parse_object(read_bytes(path), path)
 
 
 def read_versioned_json(path: Path, schema: int) -> dict[str, Any]:
@@ -74,19 +74,15 @@ def read_jsonl(path: Path, keys: Collection[str] = ()) -> Iterator[dict[str, Any
 
     Raises FileNotFoundError, and DamagedFile naming path and line for a line that is not an object with these keys.
     """
-    for number, line in enumerate(_read_bytes(path).removesuffix(b"\n").split(b"\n"), start=1):
+    for number, line in enumerate(read_bytes(path).removesuffix(b"\n").split(b"\n"), start=1):
         row = _parse_object(line, path, number)
         if missing := [key for key in keys if key not in row]:
             raise DamagedFile(f"{path}, line {number}: damaged, it has no {missing[0]}")
         yield row
 
 
-def _refuse_pipe(path: Path) -> None:
-    if stat.S_ISFIFO(path.stat().st_mode):  # reading one waits for a writer
-        raise DamagedFile(f"{path}: damaged, it is a named pipe")
-
-
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Read a file. Raises FileNotFoundError, and DamagedFile for what cannot be read, or is a named pipe."""
     try:
         _refuse_pipe(path)
         return path.read_bytes()
@@ -94,6 +90,12 @@ def _read_bytes(path: Path) -> bytes:
         raise
     except OSError as error:
         raise DamagedFile(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _refuse_pipe(path: Path) -> None:
+    """Raise DamagedFile for a named pipe, which would be waited for until somebody writes to it."""
+    if stat.S_ISFIFO(path.stat().st_mode):
+        raise DamagedFile(f"{path}: damaged, it is a named pipe")
 
 
 def _parse_object(content: bytes, path: Path, line: int = 1) -> dict[str, Any]:

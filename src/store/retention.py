@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence, Set
 import yaml
 
 from src.errors import ConfigError, warn
-from src.store.files import read_json
+from src.store.files import read_bytes, read_json
 from src.store.lease import in_use
 from src.store.store import STAGE_FILE, StageName, Store, full_run_id
 
@@ -61,7 +61,7 @@ def best_results_in_store(store: Store) -> set[str] | None:
     best: set[str] = set()
     for path in store.sweeps.glob("*/best.yaml"):
         try:
-            for methods in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).values():
+            for methods in (yaml.safe_load(read_bytes(path).decode()) or {}).values():
                 best.update(identity for entry in methods.values() for identity in entry.get("identities") or [])
         except FileNotFoundError:  # its sweep has just been moved away
             continue

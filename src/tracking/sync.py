@@ -15,7 +15,7 @@ import yaml
 
 from src.errors import DamagedFile
 from src.planning.content import digest
-from src.store.files import read_json, read_jsonl, write_json
+from src.store.files import read_bytes, read_json, read_jsonl, write_json
 from src.store.store import DONE, JUDGEMENTS_FILE, RESULT_FILE, SAMPLES_FILE, SMALL_FILES, StageName, Store, full_run_id
 from src.store.sweep_folder import SweepFolder
 from src.tracking.runs import TrackedRun
@@ -128,7 +128,7 @@ class RunSync(Sync):
 
     def _new_rows(self, metrics_file: Path) -> list[dict[str, Any]]:
         """Return the complete lines of steps that are not in the sink yet; line n, from 0, is of step n."""
-        lines, rows = metrics_file.read_bytes().split(b"\n")[:-1], []
+        lines, rows = read_bytes(metrics_file).split(b"\n")[:-1], []
         for number, line in enumerate(lines[self.last_step + 1 :], start=self.last_step + 2):
             try:
                 row = json.loads(line)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from src.errors import ConfigError, DamagedFile, warn
 from src.methods import METHODS
+from src.store.files import read_bytes
 from src.store.integrity import find_damage
 from src.store.store import JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, read_result
 from src.store.sweep_folder import SweepFolder
@@ -83,7 +84,7 @@ def read_quality(folder: Path) -> dict[str, list[Any]]:
     """
     path = folder / QUALITY_FILE
     try:
-        quality = orjson.loads(path.read_bytes())  # fast: a sweep may have ten thousand of these files
+        quality = orjson.loads(read_bytes(path))  # fast: a sweep may have ten thousand of these files
         prompts, values, selection = (quality[name] for name in ("prompts", "values", "selection"))
         is_whole = len(prompts) == len(values) == len(selection) and quality["schema"] == RESULT_SCHEMA
         is_whole &= {*map(type, prompts)} <= {int} and {*map(type, selection)} <= {bool}
@@ -181,7 +182,9 @@ class Results:
         if (reason := self.damaged.get(point["identity"])) is not None:
             row |= {"state": "failed", "error": reason}
         elif point["identity"] not in results and row["state"] == "done":
-            row["state"] = "to do"  # its result was deleted
+            row["state"] = "to do"
+            label = f"{point['method']} beta={point['beta']:g} lr={point['lr']:g}"
+            warn(f"{label}: its result was deleted; the tables are without it, run the sweep again to remake it")
         if (final := results.get(point["identity"])) is not None:
             row |= {"state": "done", "error": None} | _measurements(final, point["stages"])
             self.scores[point["identity"]] = (final.get("judge") or {}).get("scores", {})
