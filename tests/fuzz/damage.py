@@ -242,7 +242,8 @@ def check(case: Damage, sandbox: Sandbox, bases: Bases) -> list[str]:
 
 
 def _names_no_file(done: Finished) -> list[str]:
-    return [] if "/" in done.stderr or "output_dir" in done.stderr else [f"names no file: {done.stderr.strip()[-300:]}"]
+    message = done.stderr + "".join(line for line in done.stdout.splitlines() if line.startswith("failed"))
+    return [] if "/" in message or "output_dir" in message else [f"names no file: {done.stderr.strip()[-300:]}"]
 
 
 def smaller(case: Damage) -> Iterator[Damage]:
