@@ -17,6 +17,8 @@ from src.config.renamed_keys import new_name
 from src.errors import ConfigError
 
 MAX_BYTES = 2**24  # of a best.yaml, which has some hundred bytes for each method
+_SET = "set beta=VALUE and lr=VALUE"
+_CURE = f"give the best.yaml of a sweep (OUTPUT_DIR/sweeps/NAME/best.yaml), or {_SET}"
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,6 @@ def read_best_values(file: str, setup: str, method: str) -> BestValues:
         settings = {"init.name": init, **settings}
     renamed = {new_name(key) or key: text for key, text in words.items()}
     return BestValues(_number(entry, "beta", place), _number(entry, "lr", place), settings, renamed)
-
-
-_SET = "set beta=VALUE and lr=VALUE"
-_CURE = f"give the best.yaml of a sweep (OUTPUT_DIR/sweeps/NAME/best.yaml), or {_SET}"
 
 
 def _read(file: str) -> dict[Any, Any]:

@@ -136,8 +136,9 @@ def _read_header(file: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(handle.read(length))
             tensors = {name: dict(tensor) for name, tensor in header.items() if name != "__metadata__"}
             end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
-            assert all(isinstance(tensor["dtype"], str) for tensor in tensors.values())
-        except (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError):
+            if not all(isinstance(tensor["dtype"], str) for tensor in tensors.values()):
+                raise TypeError("a dtype is no text")
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
             raise _Unusable(f"{file.name} is not in the safetensors format") from None
     if 8 + length + end != size:
         raise _Unusable(f"{file.name} has {size} of {8 + length + end} bytes: an interrupted download or copy")

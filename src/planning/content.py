@@ -22,7 +22,7 @@ import yaml
 from src.config.packages import package_folder
 from src.config.paths import naming
 from src.errors import ConfigError, StageError
-from src.store.files import atomic_write
+from src.store.files import atomic_write, status_of
 
 # What reads a folder: `from_pretrained`, `load_dataset` or `load_from_disk`, or the package alpaca-eval.
 Kind = Literal["model", "table", "annotator"]
@@ -234,24 +234,19 @@ def _card_settings(card: str) -> str | None:
 
 
 def _stamp(file: Path) -> tuple[str, int, int, int]:
-    stat = file.stat()
-    return str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    size, mtime, ctime, _ = status_of(file)
+    return str(file), size, mtime, ctime
 
 
 def _file_digest(file: Path) -> str:
-    stat = file.stat()
-    return _cached_sha256(str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    return _cached_sha256(str(file.absolute()), status_of(file))
 
 
 @lru_cache(maxsize=4096)
-def _cached_sha256(file: str, *stat: int) -> str:
-    """Return the SHA-256 of a file whose size, mtime, ctime and inode are given: where all are unchanged, it is too.
-
-    Size and mtime alone do not show it: archives and `rsync -t` restore the mtime, and all checkpoints of an
-    architecture have one size.
-    """
+def _cached_sha256(file: str, status: tuple[int, ...]) -> str:
+    """Return the SHA-256 of a file while it has this status; that of a large one is kept on disk."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "alignment-sweep" / "fingerprints"
-    entry = cache / digest([file, *stat])
+    entry = cache / digest([file, *status])
     with contextlib.suppress(OSError, ValueError):
         if len(value := entry.read_text(encoding="utf-8")) == hashlib.sha256().digest_size * 2:
             return value
@@ -260,7 +255,7 @@ def _cached_sha256(file: str, *stat: int) -> str:
             value = hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:  # of reading, which does not say of what
         raise OSError(error.errno, error.strerror, file) from None
-    if stat[0] > CACHE_DIGEST_ABOVE:
+    if status[0] > CACHE_DIGEST_ABOVE:
         with contextlib.suppress(OSError):  # the cache only saves time
             cache.mkdir(parents=True, exist_ok=True)
             atomic_write(entry, value)

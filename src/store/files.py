@@ -69,6 +69,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()
 
 
+def status_of(path: Path) -> tuple[int, int, int, int]:
+    """Return size, mtime, ctime (ns) and inode of a file: while all are the same, its content is.
+
+    Size and mtime alone do not tell: archives and `rsync -t` restore the mtime, and all checkpoints of an
+    architecture have one size.
+    """
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 def read_jsonl(path: Path, keys: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file that `write_jsonl` wrote.
 

@@ -5,14 +5,13 @@ No torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from src.errors import DamagedFile
-from src.store.files import file_digest, read_checksummed_json
+from src.store.files import file_digest, read_checksummed_json, status_of
 
 DONE = "DONE"
 STAGE_FILE = "stage.json"
@@ -61,15 +60,11 @@ def find_damage(folder: Path, identity: str, names: Collection[str] | None = Non
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    stat = path.stat()
-    return {"bytes": stat.st_size, "xxh3": _digest(str(path), _signature(stat))}
-
-
-def _signature(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    status = status_of(path)
+    return {"bytes": status[0], "xxh3": _digest(path, status)}
 
 
 @lru_cache(maxsize=2**17)
-def _digest(path: str, signature: tuple[int, ...]) -> str:
-    """Return the digest of a file as it was when it had this inode, size and times."""
-    return file_digest(Path(path))
+def _digest(path: Path, status: tuple[int, ...]) -> str:
+    """Return the digest of a file while it has this status."""
+    return file_digest(path)

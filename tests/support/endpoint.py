@@ -80,7 +80,25 @@ class Served:
         self.process.wait()
 
 
-class FakeEndpoint:
+class LoopbackServer:
+    """An HTTP server on loopback, in threads of this process."""
+
+    def serve(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        handler.log_message = lambda *_: None  # type: ignore[method-assign]
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class FakeEndpoint(LoopbackServer):
     """Answers every request with `reply(question)`: a JSON value, or (status, headers, body).
 
     A body is bytes; None closes the connection without a response, and `cut` sends half of what was announced.
@@ -112,20 +130,7 @@ class FakeEndpoint:
                 with contextlib.suppress(OSError):  # the client has had enough
                     self.wfile.write(body)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.serve(Handler)
 
 
 def completion(content: Any, model: Any = "served-model-7", **changes: Any) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def completion(content: Any, model: Any = "served-model-7", **changes: Any) -> d
     return {"id": "x", "object": "chat.completion", "model": model, "choices": choices, "usage": usage} | changes
 
 
-class Proxy:
+class Proxy(LoopbackServer):
     """Forwards requests; each of `faults` makes the next one fail.
 
     A fault is a status (429, 500, 401), slow (no answer), cut (half of one), garbage (no JSON) or empty (JSON, but no
@@ -198,17 +203,4 @@ class Proxy:
                 self.end_headers()
                 self.wfile.write(text)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.serve(Handler)

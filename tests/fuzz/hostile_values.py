@@ -1,0 +1,155 @@
+"""Values that have broken commands, or could: numbers, expressions, texts and secrets for overrides; Hydra's flags."""
+
+from __future__ import annotations
+
+from tests.fuzz.sandbox import TYPED_CANARY
+
+HYDRA_KEYS = [
+    *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.launcher.workers"),
+    *("hydra.launcher._target_", "hydra.sweeper.params", "hydra.sweeper.parts", "hydra.sweeper._target_"),
+    *("hydra.job.name", "hydra.job.chdir", "hydra.job.env_set.KEY", "hydra.job_logging", "hydra.verbose"),
+    *("hydra.launcher.partition", "hydra.launcher.mem_gb", "hydra.launcher.setup", "hydra.launcher.environment.KEY"),
+    *("hydra.launcher.kinds.align.nodes", "hydra.mode", "hydra.runtime.cwd", "hydra.searchpath", "hydra.nope", "hydra"),
+]
+
+NUMBERS = [
+    *("0", "1", "2", "-1", "+1", "0.5", "1e-5", "1e-320", "1e308", "1e400", "-1e400", "inf", "+inf", "-inf", "nan"),
+    *(
+        "-nan",
+        "NaN",
+        ".5",
+        "5.",
+        "1e",
+        "1_000",
+        "0x10",
+        "0b1",
+        "1,5",
+        "2147483647",
+        "2147483648",
+        "9223372036854775808",
+    ),
+    *("9" * 400, "9" * 5000, "1.0000000000000002", "0.999999999999", "true", "false", "-0", "-0.0", "000", "١٢"),
+]
+EXPRESSIONS = [
+    *("choice(0.1,0.2)", "choice(a,b)", "choice()", "choice(1,null,'x',[1],{a:1})", "range(1,4)", "range(4,1)"),
+    *("range(0,3,0)", "range(0.1,inf)", "range(-inf,inf)", "range(nan,1)", "range(0,1,step=nan)", "interval(0,1)"),
+    *("glob(*)", "glob([a*,b*],exclude=*c)", "sort(3,1,2)", "shuffle(1,2,3)", "tag(a,choice(1,2))", "int(1.5)"),
+    *(
+        "float(abc)",
+        "str([1])",
+        "bool(x)",
+        "json_str({a:1})",
+        "extend_list(1)",
+        "abs(1)",
+        "1,2",
+        "1,1",
+        "1,null",
+        "0.1,x",
+    ),
+    *("[1,2],[3]", "{a:1},{b:2}", "grid", "all", "grid,0.1", "choice(grid)", "1,", ",1", ",", "range(1,4", "choice(1,"),
+]
+INTERPOLATIONS = [
+    *("${beta}", "${seed}", "${nope}", "${setup}", "${setup.name}", "${..x}", "${.}", "${", "$", "$$", "\\${beta}"),
+    *("${best:beta}", "${best:}", "${best:nope}", "${best}", "${oc.env:HOME}", "${oc.env:NOPE}", "${oc.env:NOPE,1}"),
+    *("${oc.env:OPENAI_API_KEY}", "${oc.decode:'['}", "${oc.select:beta}", "${now:%Y}", "${now:}", "${output_dir}/x"),
+    *(
+        "${oc.create:{a:1}}",
+        "${oc.deprecated:beta}",
+        "${hydra:runtime.cwd}",
+        "${hydra:nope}",
+        "${${seed}}",
+        "${eval:1}",
+    ),
+]
+TEXTS = [
+    *("", " ", "null", "None", "~", "???", "yes", "'quoted'", '"double"', "'open", '"open', "''", "[", "]", "[]", "{}"),
+    *("{", "}", "[1,2", "[[1],[2]]", "[null]", "[,]", "{a:1}", "{a:{b:[1,null]}}", "{1:2}", "{a}", "(", ")", "()"),
+    *("a=b", "=", "==", "a,b", "x y", " x", "x ", "\\", "\\\\", "\\,", "$HOME", "$(touch pwned)", "`touch pwned`"),
+    *(
+        "%s%n",
+        "%(asctime)s",
+        "%j",
+        "{0}",
+        "{checkpoint.foo} {port}",
+        "{checkpoint}",
+        "\t",
+        "\n",
+        "a\nb",
+        "\r",
+        "\x1b[31mred",
+    ),
+    *(
+        "\x07",
+        "\x7f",
+        "\u2028",
+        "\u202e",
+        "é",
+        "\U0001f98a",
+        "\U0001f98a" * 40,
+        "\udcff",
+        "مرحبا",
+        "ﬃ",
+        "../..",
+        "/",
+        ".",
+    ),
+    *(
+        "..",
+        "/dev/null",
+        "/proc/self/mem",
+        "/nope/x",
+        "~/x",
+        "~nobody/x",
+        "-",
+        "--help",
+        "@",
+        "a@b",
+        "!",
+        "*",
+        "?",
+        "#",
+    ),
+    *("x" * 300, "x" * 6000, "[" * 300, "nope/nope", "a/b/c", "package://src.data/mini_tldr_base", "package://", "a:b"),
+    *(
+        "package://.x/y",
+        "package://os",
+        "file:///etc/passwd",
+        "http://127.0.0.1:9/v1",
+        "_target_: os.system",
+        "<b>x</b>",
+    ),
+    *("=cmd|x", "+1+1", "@SUM(1)", "a$x_{$", "$\\frac{$", "&amp;", "'; --", "con", "nul", ".hidden", "x" * 200 + "/y"),
+]
+SECRETS = [
+    f"https://user:{TYPED_CANARY}@host/v1",
+    f"https://user:pa/{TYPED_CANARY}@host/v1",
+    f"https://host/v1?api-key={TYPED_CANARY}",
+    f"'https://host/v1?x=1&token={TYPED_CANARY}'",
+    f"sk-proj-{TYPED_CANARY}{'7' * 20}",
+    f"hf_{TYPED_CANARY}{'7' * 16}",
+    f"[a,sk-{TYPED_CANARY}{'7' * 30}]",
+]
+FLAGS = [
+    *(
+        "--help",
+        "--hydra-help",
+        "--info",
+        "--info all",
+        "--cfg job",
+        "--cfg all",
+        "--cfg hydra",
+        "--cfg nope",
+        "--resolve",
+    ),
+    *(
+        "--config-name nope",
+        "--config-path /nope",
+        "--config-dir /nope",
+        "--package x",
+        "--nope",
+        "-m",
+        "--version",
+        "--run",
+    ),
+    *("--cfg job --resolve", "--experimental-rerun nope", "--shell-completion x", "-c"),
+]
