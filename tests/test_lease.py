@@ -128,16 +128,21 @@ GARBAGE = [
 ]
 
 
-@pytest.mark.parametrize("content", [*GARBAGE, None])
+@pytest.mark.parametrize("content", [*GARBAGE, "a folder", "a link to nowhere"])
 def test_a_lease_that_cannot_be_read_is_replaced_once_it_is_stale(content, tmp_path, short_timeouts, monkeypatch):
     monkeypatch.setattr(lease_module, "STALE_SECONDS", 0.2)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     path = tmp_path / "lease-000007"
-    path.mkdir() if content is None else path.write_text(content)
+    if content == "a folder":
+        path.mkdir()
+    elif content == "a link to nowhere":
+        path.symlink_to("nowhere")
+    else:
+        path.write_text(content)
     with Lease(tmp_path) as lease:
         assert lease.held and lease.number == 8
         lease.check()
-    assert not path.exists()
+    assert not os.path.lexists(path)
 
 
 def test_other_files_beside_a_lease_are_none(tmp_path):

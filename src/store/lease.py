@@ -146,10 +146,13 @@ class Lease:
         A file that cannot be read counts as a holder whose heartbeat does not change.
         """
         while number := self._highest():
+            path = LEASES.path(self.folder, number)
             try:
-                holder = read_json(LEASES.path(self.folder, number))
+                holder = read_json(path)
             except FileNotFoundError:
-                continue  # the holder of the next number has just removed it
+                if not path.is_symlink():
+                    continue  # the holder of the next number has just removed it
+                holder = {}  # a link to nowhere
             except DamagedFile:  # or replaced while a network file system read it
                 holder = {}
             is_ours = type(holder.get("pid")) is int and type(holder.get("run", 0)) is int
