@@ -14,6 +14,8 @@ import yaml
 from src.errors import PointFailure, SweepFailed
 from src.planning.plan import Plan, make_plan
 from src.stages.runner import compute_or_wait
+from src.store.files import read_checksummed_json, with_checksum, write_json
+from src.store.integrity import DONE, describe_files
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 from sweeps.aggregate import aggregate, finalize
@@ -132,6 +134,10 @@ def aggregate_copy(output_dir: Path, copy: Path, label: str) -> pd.DataFrame:
     result = json.loads(path.read_text())
     result["splits"]["selection"]["value"] = 2.0
     path.write_text(json.dumps(result))
+    done = read_checksummed_json(path.parent / DONE)
+    del done["checksum"]
+    done["files"]["result.json"] = describe_files(path.parent)["result.json"]
+    write_json(path.parent / DONE, with_checksum(done))
     return aggregate([sweep_folder(copy)], quiet=True)
 
 
