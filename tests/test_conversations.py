@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.data.rows import Demonstration, Prompt, parse_demonstration, text_prompt
+from src.data.rows import Demonstration, Prompt, parse_demonstration, parse_pair, text_prompt
 from src.data.templates import Template
 from src.data.tokenization import tokenize
 from src.errors import ConfigError
@@ -15,6 +15,7 @@ def chat(name: str) -> Template:
     return smollm2_template() if name == "tokenizer" else Template(name, tiny_llama.tokenizer())
 
 
+RESPONSES = {"chosen": "yes", "rejected": "no"}
 TURNS = ("Hi", "Yes?", "How are you", "well , thanks", "Bye", "See you")
 
 
@@ -46,6 +47,19 @@ def test_every_answer_of_a_conversation_carries_loss_and_no_user_turn_does(name)
     (single,) = tokenize([conversation(TURNS[:2])], template, 1000, 500).examples
     assert single.unsupervised_spans == () and single.prompt == example.prompt
     assert list(single.responses[0]) == template.response_ids(TURNS[1])
+
+
+def test_a_greeting_that_opens_a_conversation_is_part_of_the_prompt():
+    template = chat("llama3")
+    turns = [("assistant", "Hello"), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye"), ("assistant", "See you")]
+    row = parse_demonstration({"messages": [{"role": r, "content": t} for r, t in turns]}, "here")
+    (example,) = tokenize([row], template, 1000, 500).examples
+    assert [text.strip() for text in supervised_texts([example], template)] == ["Yes?", "See you", ""]
+    assert list(example.prompt) == template.prompt_ids(Prompt(row.prompt.messages[:2]))
+    assert "Hello" in template.tokenizer.decode(example.prompt)
+    # Nothing else before the answer: the prompt is the greeting alone.
+    greeting = parse_pair({"conversations": [{"role": "assistant", "content": "Hello"}], **RESPONSES}, "here")
+    assert template.turns(greeting.prompt) == (template.prompt_ids(greeting.prompt), [])
 
 
 @pytest.mark.parametrize("name", ["llama3", "tokenizer"])

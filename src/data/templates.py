@@ -78,7 +78,8 @@ class Template:
         A turn is (ids of an answer with its end token, ids from there to the next answer). Plain text has no turns: it
         is one prompt. Raises ConfigError when the template renders an answer differently once others follow.
         """
-        answers = [i for i, m in enumerate(prompt.messages) if m["role"] == "assistant"]
+        # A greeting that opens the conversation has nothing before it to be predicted from: it belongs to the prompt.
+        answers = [i for i, m in enumerate(prompt.messages) if m["role"] == "assistant" and i > 0]
         if self.name == "plain" or not answers:
             return self.prompt_ids(prompt), []
         prompts = [Prompt(prompt.messages[:i]) for i in answers]
