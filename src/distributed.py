@@ -1,4 +1,4 @@
-"""Multi-process runs (DDP or ZeRO).
+"""Multi-process runs (DDP, FSDP2 or ZeRO).
 
 Rank 0 holds the lease, writes and publishes; the other ranks take part in the training stages only.
 """
@@ -81,7 +81,7 @@ def init_distributed(strategy: str) -> DistributedContext:
     if _context is not None or (size == 1 and not strategy.startswith("zero")):
         return get_distributed()
     if strategy == "none":
-        raise ConfigError(f"{size} processes were started, but engine.strategy=none uses one: choose engine=ddp")
+        raise ConfigError(f"{size} processes were started, but engine.strategy=none uses one: choose engine=fsdp")
     if rank >= size:
         raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={size}; start the processes with torchrun")
     if size > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):

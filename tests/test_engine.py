@@ -213,7 +213,7 @@ def test_steps_of_3e_7_move_weights_in_bf16_as_they_do_in_float32(tmp_path):
     moves = {}
     for precision in ("fp32", "bf16"):
         folder = tmp_path / precision
-        train(*arguments, f"engine.precision={precision}", f"output_dir={folder}")
+        train(*arguments, "engine=fsdp", f"engine.precision={precision}", f"output_dir={folder}")
         before, after = weights(folder, "sft"), weights(folder)
         moves[precision] = torch.cat([(after[n] - before[n]).flatten().double() for n in sorted(after)])
         in_bf16 = torch.cat([(after[n].bfloat16() - before[n].bfloat16()).flatten() for n in sorted(after)])

@@ -33,6 +33,7 @@ NOT_HASHED = {
     "trainer.max_tokens_per_micro_batch": "how a step is split into micro-batches; every example keeps its weight",
     "trainer.save_steps": "how often a checkpoint to resume from is written",
     "engine.name": "a display name; precision is hashed",
+    "engine.gpu": "the card that costs are planned for",
     "engine.device": "where it is computed; equal to rounding",
     "engine.cpu_threads": "how many cores compute it; equal to rounding",
     "engine.strategy": "how many processes compute it; equal to rounding",

@@ -1,9 +1,9 @@
-"""Keys and values of version 0.1, on a command line or in a user's own YAML, are one line that names the new ones."""
+"""Keys and values of earlier versions, given anywhere, are one line that names the new ones."""
 
 import pytest
 import yaml
 
-from src.config.renamed_keys import RENAMED_KEYS, rename_hint
+from src.config.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, rename_hint
 from tests.support.commands import run_in_process
 
 COMMAND_LINES = [
@@ -34,9 +34,20 @@ def test_a_key_below_an_old_one_is_refused_with_its_new_place(key, tmp_path):
     assert f"is called {new} since" in refusal(tmp_path, f"{key}=1")
 
 
-@pytest.mark.parametrize("arguments", [["sweep.search=halving"], ["-m", "beta=0.1,1", "sweep.search=halving"]])
-def test_an_old_value_is_refused_with_the_new_one(arguments, tmp_path):
-    assert "this is sweep.search=successive_halving" in refusal(tmp_path, *arguments)
+@pytest.mark.parametrize("sweep", [[], ["-m", "beta=0.1,1"]], ids=["run", "sweep"])
+@pytest.mark.parametrize("value", RENAMED_VALUES)
+def test_an_old_value_is_refused_with_the_new_one(value, sweep, tmp_path):
+    assert f"{value}: this is {RENAMED_VALUES[value]} now" in refusal(tmp_path, *sweep, value)
+
+
+@pytest.mark.parametrize("name", ["single_bf16", "ddp_bf16"])
+def test_an_old_engine_in_a_users_yaml_or_a_sweep_is_refused_with_the_new_name(name, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text(
+        f"# @package _global_\ndefaults:\n  - override /engine: {name}\n  - _self_\n"
+    )
+    assert "this is engine=fsdp now" in refusal(tmp_path, "--config-dir", str(tmp_path), "+sweep=mine")
+    assert "this is engine=fsdp now" in refusal(tmp_path, "-m", f"engine={name},single", "beta=0.1")
 
 
 @pytest.mark.parametrize("key", [key for key in RENAMED_KEYS if key != "hydra.launcher.kinds.point"])

@@ -92,7 +92,7 @@ def test_the_status_of_a_job_that_cannot_start_names_its_log_and_quotes_it(slurm
 def test_two_processes_of_a_job_train_a_point_as_one_process_does(slurm, local_four_points, tmp_path):
     arguments = ["-m", "method=dpo", "beta=0.1", *SMALL, "engine=ddp", "sweep.name=two"]
     single = train(*arguments, *SLURM, "hydra.launcher.gpus_per_node=2", "engine=single", check=False)
-    assert single.returncode == 2 and "choose engine=ddp" in single.stderr
+    assert single.returncode == 2 and "choose engine=fsdp" in single.stderr
     gpus = ["hydra.launcher.gpus_per_node=2", "hydra.launcher.wait=true"]
     train(*arguments, *SLURM, *gpus, f"output_dir={tmp_path}")
     (two,) = (tmp_path / "store").glob("align/*/model.safetensors")

@@ -59,7 +59,7 @@ class SlurmLauncher(PlanLauncher):
         if num_processes > 1 and point.engine.strategy == "none":
             raise ConfigError(
                 f"hydra.launcher: {kind} jobs have {num_processes} GPUs, but engine={point.engine.name} uses one:"
-                " choose engine=ddp, or give the job gpus_per_node=1"
+                " choose engine=fsdp, or give the job gpus_per_node=1"
             )
 
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure] | None:

@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from src.config.fields import shortened
 from src.config.overrides import GRID_KEYWORDS, decode_keywords, did_you_mean
-from src.config.renamed_keys import rename_hint
+from src.config.renamed_keys import RENAMED_VALUES, rename_hint
 from src.config.schema import Point
 from src.config.secrets import conceal_secrets
 from src.errors import one_line
@@ -28,6 +28,8 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         cause = _override_of(group, overrides) or error.missing_cfg_file
         known = f"; there are {', '.join(error.options)}" if error.options else ""
+        if renamed := RENAMED_VALUES.get(f"{group}={name}"):
+            return f"{cause}: this is {renamed} now{known}"
         return f"{cause}: {group}/{name} does not exist{did_you_mean(name, list(error.options))}{known}"
     unknown = error.__cause__
     if isinstance(unknown, ConfigAttributeError | ConfigKeyError) and isinstance(unknown.full_key, str):

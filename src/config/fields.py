@@ -40,7 +40,7 @@ class Interval:
         return " and ".join(f"{sign} {number_text(bound)}" for sign, bound in bounds if bound is not None)
 
 
-def choice(*values: str | None, default: Any = MISSING) -> Any:
+def choice(*values: str | bool | None, default: Any = MISSING) -> Any:
     """Return a dataclass field whose value is one of `values`."""
     return field(default=default, metadata={"choices": values})
 
@@ -73,7 +73,7 @@ def folder_name(default: Any = MISSING) -> Any:
     return field(default=default, metadata={"name": True})
 
 
-def choices_of(schema: Any, name: str) -> tuple[str | None, ...]:
+def choices_of(schema: Any, name: str) -> tuple[str | bool | None, ...]:
     """Return the values that a `choice` field of a schema class may have."""
     return schema.__dataclass_fields__[name].metadata["choices"]
 
@@ -83,13 +83,18 @@ def number_text(value: float) -> str:
     return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e16 else repr(value)
 
 
+def yaml_text(choice: str | bool | None) -> str:
+    """Return a choice as it is written in YAML and in overrides."""
+    return "null" if choice is None else str(choice).lower() if isinstance(choice, bool) else choice
+
+
 def check_value(key: str, field: Field[Any], value: Any) -> None:
     """Raise ConfigError when a value is missing, not among its field's choices, or outside its interval."""
     rule = field.metadata
     if isinstance(value, str) and value == MISSING:
         raise ConfigError(f"{key} has no value: add {key}=VALUE")
     if "choices" in rule and value not in rule["choices"]:
-        allowed = ", ".join("null" if choice is None else choice for choice in rule["choices"])
+        allowed = ", ".join(yaml_text(choice) for choice in rule["choices"])
         raise ConfigError(f"{key}={value}: must be one of {allowed}")
     if rule.get("name") and value is not None:
         _check_name(key, value)

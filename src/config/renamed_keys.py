@@ -1,4 +1,4 @@
-"""Config keys and values of version 0.1 that have new names: using one is an error that gives the new name."""
+"""Config keys and values of earlier versions that have new names: using one is an error that gives the new name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ RENAMED_KEYS, RENAMED_VALUES = _NEW_NAMES["keys"], _NEW_NAMES["values"]
 
 
 def check_renamed(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for an override that uses a key or value of version 0.1."""
+    """Raise ConfigError for an override that uses a key or value of an earlier version."""
     for override in overrides:
         setting = override.lstrip("+~")
         key = setting.partition("=")[0]
         if new := new_name(key):
             raise ConfigError(f"{override}: the key {key} is called {new} since version 0.2")
         if setting in RENAMED_VALUES:
-            raise ConfigError(f"{override}: since version 0.2 this is {RENAMED_VALUES[setting]}")
+            raise ConfigError(f"{override}: this is {RENAMED_VALUES[setting]} now")
 
 
 def rename_hint(message: str) -> str:

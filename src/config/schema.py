@@ -144,10 +144,11 @@ class Trainer(Option):
 @dataclass
 class Engine(Option):
     device: str = choice("auto", "cpu", "cuda", default="auto")
-    precision: str = choice("fp32", "bf16", default="fp32")  # of the computation; weights are float32
+    gpu: str | None = None  # the card stages are planned for: a name of conf/gpus.yaml
+    precision: str = choice("fp32", "bf16", default="fp32")  # of the computation; trained weights are float32
     cpu_threads: int | None = number(None, minimum=1, maximum=10_000)  # and at most the machine's cores
-    strategy: str = choice("none", "ddp", "zero1", "zero2", "zero3", "zero3_offload", default="none")
-    activation_checkpointing: bool = False
+    strategy: str = choice("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload", default="none")
+    activation_checkpointing: bool | str = choice("auto", True, False, default="auto")
     compile: bool = False
     tflops: float | None = number(None, above=0, maximum=1e6)
     mfu: float = number(0.4, above=0, maximum=1)

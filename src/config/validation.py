@@ -53,6 +53,7 @@ def check(point: Point) -> None:
     _check_search(point)
     _check_method(point)
     _check_dataset(point)
+    _check_engine(point)
     if point.model.attention in ("varlen", "flash_attention_2"):
         if point.engine.precision != "bf16":
             raise ConfigError(f"model.attention={point.model.attention} requires engine.precision=bf16")
@@ -88,6 +89,15 @@ def check_folder(key: str, folder: str) -> None:
     except OSError as error:
         reason = f"{error.strerror}"
     raise ConfigError(f"{key}={shortened(folder)}: cannot be written ({reason}); choose another folder")
+
+
+def _check_engine(point: Point) -> None:
+    engine = point.engine
+    if engine.precision == "bf16" and engine.strategy in ("none", "ddp"):
+        raise ConfigError(
+            f"engine.precision=bf16: engine.strategy={engine.strategy} holds one copy of the weights, and steps of "
+            "3e-7 vanish in bf16 ones: choose engine=fsdp, which also holds float32 ones, on one GPU or several"
+        )
 
 
 def _check_search(point: Point) -> None:

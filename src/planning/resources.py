@@ -16,7 +16,7 @@ class Resources:
     device: str = "auto"
     strategy: str = "none"
     cpu_threads: int | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | str = "auto"
     compile: bool = False
     attention: str = "auto"
     max_tokens_per_micro_batch: int | None = None

@@ -77,7 +77,7 @@ class TrainingEngine:
     def configure_model(self, model: Any) -> Any:
         """Add adapters, activation checkpointing and compilation to the model as configured, in place."""
         self._add_adapters(model)
-        if self.resources.activation_checkpointing:
+        if self.resources.activation_checkpointing is True:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.resources.compile:
             for layer in model.base_model.layers:

@@ -216,7 +216,7 @@ OPTIONAL = [
         "dataset.max_tokens=4 dataset.max_prompt_tokens=2",
         "dataset.sft_fraction=0.5",
         "method=orpo",
-        "engine.precision=bf16",
+        "engine=fsdp",
     ),
     *("dataset.seed=3", "model.lora.rank=2", "evaluation.generation.temperature=0", "judge.baseline=chosen"),
 ]
