@@ -16,7 +16,8 @@ from src.data.examples import Example
 from src.model import attention, lm_head
 from src.model.cpu import linear
 from src.model.loading import load_model, load_template, numerics_of, save_checkpoint, set_cpu_threads
-from src.model.logprobs import NumericsConfig, SparseOutputLayer, patch_model_
+from src.model.logprobs import SparseOutputLayer, patch_model_
+from src.model.numerics import NumericsConfig
 from src.planning.content import ContentPath
 from src.planning.identity import AlignInputs, DataInputs, ModelInputs
 from src.planning.resources import Resources

@@ -7,9 +7,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from src.model.files import ARCHITECTURES, why_not_supported
 from src.model.logprobs import patch_model_, sequence_logps
+from src.model.numerics import NumericsConfig, cast_for_inference_
 from src.model.packing import pack
 from tests.support.padded import padded_logps
 from tests.support.small_models import VOCABULARY, random_pairs, relative
+
+BF16 = NumericsConfig("bf16")
 
 # The names that configs have for the same sizes.
 SIZES = {
@@ -56,6 +59,26 @@ def errors(model_type):
 def test_packed_log_probs_are_those_of_the_model_itself(model_type):
     error, with_another_prompt = errors(model_type)
     assert error < 1e-5 < with_another_prompt, "the second is the control: log-probs depend on what is attended to"
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@torch.no_grad()
+def test_with_bf16_weights_the_residual_stream_stays_float32(model_type):
+    model, examples = small_model(model_type), random_pairs(5, 0)
+    expected = padded_logps(model, examples)
+    patch_model_(cast_for_inference_(model, BF16))
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    dtypes = []
+
+    def record(_module, _inputs, output):
+        dtypes.append((output[0] if isinstance(output, tuple) else output).dtype)
+
+    for module in (*layers, *(m for m in model.modules() if isinstance(m, torch.nn.Embedding))):
+        module.register_forward_hook(record)
+    logps, _ = sequence_logps(model, pack(examples, range(len(examples))), BF16)
+    assert len(dtypes) > len(layers) and set(dtypes) == {torch.float32} == {logps.dtype}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert 1e-5 < relative(logps, expected) < 0.01, "rounded, and by no more than products in bf16 are"
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "falcon", "bert"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from src.data.examples import Example
-from src.model.logprobs import FLOAT32, NumericsConfig, iter_kl
+from src.model.logprobs import iter_kl
+from src.model.numerics import FLOAT32, NumericsConfig
 from src.stages.evaluate import kl_estimates
 from tests.support.small_models import make_model
 

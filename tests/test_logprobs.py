@@ -26,7 +26,8 @@ from src.model import attention, logprobs
 from src.model.cpu.linear import OneDNNLinear
 from src.model.cpu.patch import OneDNNHead
 from src.model.lm_head import Head
-from src.model.logprobs import FLOAT32, NumericsConfig, SparseOutputLayer, iter_logps, patch_model_, sequence_logps
+from src.model.logprobs import SparseOutputLayer, iter_logps, patch_model_, sequence_logps
+from src.model.numerics import FLOAT32, NumericsConfig
 from src.model.packing import Layout, Segment, pack, pack_first_fit
 from tests.support.padded import padded_logps
 from tests.support.small_models import make_model, random_pairs, relative
@@ -78,7 +79,7 @@ def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(cls, confi
 
 @pytest.mark.parametrize(("cls", "config", "changes"), FAMILIES)
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_on_other_devices_than_a_cpu_all_modules_but_head_and_last_layer_are_upstreams(cls, config, changes, device):
+def test_on_other_devices_than_a_cpu_only_embedding_last_layer_and_head_are_ours(cls, config, changes, device):
     """Liger, hub kernels, wrap policies and quantizers find modules by class. The CPU is the negative control."""
     with torch.device(device):
         upstream, model = (make_model(cls, config, patched=False, **changes) for _ in range(2))
@@ -87,7 +88,7 @@ def test_on_other_devices_than_a_cpu_all_modules_but_head_and_last_layer_are_ups
     expected = {name: type(module) for name, module in upstream.named_modules()}
     changed = {name for name, module in model.named_modules() if type(module) is not expected[name]}
     linear = {name for name, cls in expected.items() if cls is torch.nn.Linear}
-    assert changed == ({last, "lm_head"} if device == "meta" else {last} | linear)
+    assert changed == {last, "model.embed_tokens"} | ({"lm_head"} if device == "meta" else linear)
     assert type(model.lm_head).__mro__[:2] == (Head, torch.nn.Linear) or device == "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Loading and saving checkpoints: hub, local folder, GGUF file, or a stage's artifacts. Weights are always float32."""
+"""Loading and saving checkpoints: hub, local folder, GGUF file, or a stage's artifacts. Files are read as float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from src.errors import ConfigError, DamagedFile
 from src.hardware import check_num_threads, cores_of_process
 from src.model import attention
 from src.model.files import too_many_tokens, wrapper_hint
-from src.model.logprobs import NumericsConfig, patch_model_
+from src.model.logprobs import patch_model_
+from src.model.numerics import NumericsConfig, cast_for_inference_
 from src.planning.content import ContentPath, locate, reading
 from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
@@ -62,17 +63,31 @@ def set_cpu_threads(configured: int | None, sharing: int = 1) -> None:
 
 
 def load_model(model: ModelInputs, resources: Resources, checkpoint: Path | None = None) -> Any:
-    """Load a stage's checkpoint, or the base model: float32, on the run's device, patched for the log-prob path.
+    """Load a stage's checkpoint, or the base model, for training: float32, on the run's device, patched.
 
     Raises ConfigError when it cannot be loaded whole, when the log-prob path does not support its architecture, or when
     the tokenizer is not its own; DamagedFile for a stage's checkpoint.
     """
+    return patch_model_(_load(model, resources, checkpoint).to(device_of(resources.device)))
+
+
+def load_for_inference(model: ModelInputs, resources: Resources, checkpoint: Path | None = None) -> Any:
+    """Load a model for log-probs and samples: as `load_model`, with the weights of `cast_for_inference_`.
+
+    They are cast before they reach the device, which holds half of the bytes in bf16.
+    """
+    loaded = cast_for_inference_(_load(model, resources, checkpoint), numerics_of(model, resources))
+    return patch_model_(loaded.to(device_of(resources.device)))
+
+
+def _load(model: ModelInputs, resources: Resources, checkpoint: Path | None) -> Any:
+    """Load float32 weights into memory of the CPU; errors as in load_model."""
     if checkpoint is not None:
         try:
             loaded = load_pretrained(AutoModelForCausalLM, str(checkpoint), str(checkpoint), attn_implementation="sdpa")
         except ConfigError as error:
             raise DamagedFile(str(error)) from error
-        return patch_model_(loaded.to(device_of(resources.device)))
+        return loaded
     name, (source, options) = f"model.path={model.path.location}", _pretrained_source(model.path)
     is_gguf = "gguf_file" in options
     with reading(model.path):
@@ -89,7 +104,7 @@ def load_model(model: ModelInputs, resources: Resources, checkpoint: Path | None
         loaded.hf_quantizer, loaded.is_quantized = None, False
         loaded.config.architectures = [type(loaded).__name__]
         _check_supported(loaded.config, name, resources)
-    return patch_model_(loaded.to(device_of(resources.device)))
+    return loaded
 
 
 def copy_weights_(model: Any) -> None:

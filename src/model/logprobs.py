@@ -6,7 +6,6 @@ The only log-prob path of the project: SFT, reference, alignment, validation and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,24 +18,8 @@ from src.hardware import HeapTrimmer
 from src.model import attention
 from src.model.cpu.patch import patch_for_cpu_
 from src.model.lm_head import Head, next_token_kl
+from src.model.numerics import FLOAT32, NumericsConfig, keep_residual_float32_
 from src.model.packing import PackedBatch, pack, pack_first_fit
-
-
-@dataclass(frozen=True)
-class NumericsConfig:
-    """Numerics shared by policy, reference and sampling.
-
-    If they differed, log-ratios would contain rounding differences between the two.
-    """
-
-    precision: str = "fp32"  # or bf16; weights are float32 either way
-    attention: str = "sdpa"  # a key of ATTENTION_BACKENDS
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-
-FLOAT32 = NumericsConfig()
 
 SCORING_TOKEN_BUDGET = 16384  # without gradients only the activations of one layer are held
 
@@ -69,15 +52,17 @@ def _sparse_output(layer: type) -> Any:
 def patch_model_(model: Any) -> Any:
     """Patch a transformers causal LM in place, by changing `__class__`, and return it.
 
-    Its head can return log-probs of targets, and its last layer can compute some positions only. On a CPU all linear
-    layers are swapped too; elsewhere every other module stays as it is. Parameters and their names do not change. The
-    model must already be on its device. Raises ConfigError for a head that is not one linear layer.
+    Its embeddings return float32, its head can return log-probs of targets, and its last layer can compute some
+    positions only. On a CPU all linear layers are swapped too; elsewhere every other module stays as it is. Parameters
+    and their names do not change. The model must already be on its device. Raises ConfigError for a head that is not
+    one linear layer.
     """
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear:
         head.__class__ = Head
     if not isinstance(head, Head):
         raise ConfigError(f"model {model.config.model_type}: its head is {type(head).__name__}, not one linear layer")
+    keep_residual_float32_(model)
     for module in model.modules():
         if type(module).__name__ in _DECODERS and not isinstance(last := module.layers[-1], SparseOutputLayer):
             last.__class__ = _sparse_output(type(last))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from src.data.templates import Template
-from src.model.logprobs import FLOAT32, NumericsConfig
+from src.model.numerics import FLOAT32, NumericsConfig
 from src.planning.identity import GenerationInputs
 
 

@@ -15,6 +15,7 @@ from src.losses import PairLoss, preference_loss
 from src.methods import METHODS
 from src.model.loading import load_model, load_template, numerics_of, save_checkpoint
 from src.model.logprobs import iter_logps
+from src.model.numerics import cast_for_inference_
 from src.model.packing import PackedBatch
 from src.planning.identity import AlignInputs
 from src.planning.resources import Resources
@@ -98,8 +99,9 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     model = train(model, data.examples, loss_fn, inputs, resources, attempt)
     if not attempt.is_main_process:
         return
-    _validate(inputs, resources, model, validation, references.get("validation"), attempt)
     save_checkpoint(model, template, attempt.out)
+    cast_for_inference_(model, numerics_of(inputs.model, resources))
+    _validate(inputs, resources, model, validation, references.get("validation"), attempt)
     counts = {"train": data.counts, "validation": validation.counts}
     content = {
         "pairs": len(data.examples),

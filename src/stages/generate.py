@@ -13,7 +13,7 @@ from src.data.evaluation_prompts import read_prompts
 from src.data.examples import Example
 from src.data.templates import Template
 from src.hardware import release_accelerator
-from src.model.loading import load_model, load_template, numerics_of
+from src.model.loading import load_for_inference, load_template, numerics_of
 from src.model.logprobs import iter_kl
 from src.model.sampling import sample
 from src.planning.identity import GenerateInputs
@@ -52,13 +52,15 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     # same, so that points are compared on common random numbers.
     seed = f"{inputs.seed}/{inputs.generation.seed}/{inputs.role}"
 
-    count, checkpoint = len(rows), upstream["checkpoint"]
-    model = load_model(inputs.model, resources, checkpoint) if inputs.generation.server is None else None
-    responses = _sample(inputs, resources, model or checkpoint, template, prompt_ids, seed, attempt)
-    model = model or load_model(inputs.model, resources, checkpoint)  # after the server has released the accelerator
+    def load(checkpoint: str) -> Any:
+        return load_for_inference(inputs.model, resources, upstream.get(checkpoint))
+
+    count = len(rows)
+    model = load("checkpoint") if inputs.generation.server is None else None
+    responses = _sample(inputs, resources, model or upstream["checkpoint"], template, prompt_ids, seed, attempt)
+    model = model or load("checkpoint")  # after the server has released the accelerator
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i]["ids"]),)) for i in range(count)]
-    # A baseline is its own reference.
-    initial = load_model(inputs.model, resources, upstream.get("reference")) if inputs.role == "policy" else model
+    initial = load("reference") if inputs.role == "policy" else model  # a baseline is its own reference
     scores = _scores(inputs, resources, model, initial, examples)
     attempt.step(2 * count, 2 * count)
 

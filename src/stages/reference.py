@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from src.data.tokenization import load_examples
-from src.model.loading import load_model, load_template, numerics_of
+from src.model.loading import load_for_inference, load_template, numerics_of
 from src.model.logprobs import iter_logps
 from src.planning.identity import ReferenceInputs
 from src.planning.resources import Resources
@@ -25,7 +25,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 def run(inputs: ReferenceInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     template = load_template(inputs.model)
-    model = load_model(inputs.model, resources, upstream.get("init"))
+    model = load_for_inference(inputs.model, resources, upstream.get("init"))
     numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
     splits = {
         split: load_examples(inputs.data, inputs.model, split, template, attempt, resources.expected_rows).examples
