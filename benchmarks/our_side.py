@@ -161,6 +161,6 @@ def disable(optimization: str, model: Any) -> None:
         def pack_apart(examples: Any, indices: Any) -> Any:
             apart = [Example(examples[i].prompt, (r,)) for i in indices for r in examples[i].responses]
             batch = pack(apart, range(len(apart)))
-            return type(batch)(**{**vars(batch), "example_indices": tuple(indices)})
+            return type(batch)(**{**vars(batch), "example_indices": torch.tensor(indices)})
 
         loop.pack = pack_apart

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from src.data.examples import Example
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Queries [start, end) attend causally to themselves, and to all of [prefix_start, prefix_end).
 
     A prefix is the beginning of the last preceding segment without prefix.
@@ -42,19 +43,21 @@ class Layout:
 
     @staticmethod
     def from_segments(segments: Sequence[Segment]) -> Layout:
-        keys = [[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in segments]
+        start, end, prefix_start, prefix_end = np.array(segments).T
+        prefix_length, length = prefix_end - prefix_start, end - start
+        # The keys of a segment are two ranges of positions: its prefix, then itself.
+        key_starts, key_lengths = (
+            np.stack(pair, 1).ravel() for pair in ((prefix_start, start), (prefix_length, length))
+        )
+        cu_seqlens_k = np.concatenate([[0], np.cumsum(prefix_length + length)])
         return Layout(
             tuple(segments),
-            torch.tensor([position for positions in keys for position in positions]),
-            torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32),
-            torch.tensor([0, *accumulate(map(len, keys))], dtype=torch.int32),
-            max(s.end - s.start for s in segments),
-            max(map(len, keys)),
+            torch.as_tensor(_ranges(key_starts, key_lengths)),
+            torch.as_tensor(np.concatenate([[0], end]), dtype=torch.int32),
+            torch.as_tensor(cu_seqlens_k, dtype=torch.int32),
+            int(length.max()),
+            int((prefix_length + length).max()),
         )
-
-    def to(self, device: torch.device) -> Layout:
-        names = ("key_positions", "cu_seqlens_q", "cu_seqlens_k")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
@@ -68,58 +71,92 @@ class PackedBatch:
     targets: Tensor  # (t,) the token predicted there
     sequence_ids: Tensor  # (t,) the sequence it belongs to, numbered in order of (example, response)
     num_sequences: int
-    example_indices: tuple[int, ...]  # of the examples in the list that was packed
+    example_indices: Tensor  # (examples,) int64, of the examples in the list that was packed
 
     def to(self, device: torch.device) -> PackedBatch:
+        """Return the batch on `device`; on a GPU by one copy from pinned memory, for which nothing waits."""
         if device.type == "cpu":
             return self
-        names = ("input_ids", "position_ids", "predict_positions", "targets", "sequence_ids")
-        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, layout=self.layout.to(device), **tensors)
+        own, layout = _tensors(self), _tensors(self.layout)
+        copies = copy_together([*own.values(), *layout.values()], device)
+        layout_copy = replace(self.layout, **dict(zip(layout, copies[len(own) :], strict=True)))
+        return replace(self, layout=layout_copy, **dict(zip(own, copies, strict=False)))
+
+
+def _tensors(record: PackedBatch | Layout) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+
+
+def copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return copies on `device` of integer tensors on the CPU, made by one transfer of int64 numbers."""
+    sizes = [tensor.numel() for tensor in tensors]
+    block = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    torch.cat([tensor.flatten().long() for tensor in tensors], out=block)
+    parts = block.to(device, non_blocking=True).split(sizes)
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
-    """Pack the examples of these indices, in this order. Positions restart with each example and each response."""
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    segments: list[Segment] = []
-    predict_positions: list[int] = []
-    targets: list[int] = []
-    sequence_ids: list[int] = []
-    num_sequences = 0
+    """Pack the examples of these indices, in this order. Positions restart with each example and each response.
+
+    A piece is a prompt or a response. The last token of a response is a target that the model does not read.
+    """
+    all_tokens: list[int] = []
+    lengths: list[int] = []
+    responses: list[bool] = []  # whether a piece is one
+    spans: list[tuple[int, int, int]] = []  # the piece, and its first token without loss and the one after the last
     for index in indices:
         example = examples[index]
-        prompt_start, prompt_length = len(input_ids), len(example.prompt)
-        assert prompt_length and all(example.responses) and example.num_supervised_tokens, "nothing to predict"
+        assert example.prompt and all(example.responses) and example.num_supervised_tokens, "nothing to predict"
         assert not example.unsupervised_spans or len(example.responses) == 1, "spans are those of a single response"
-        input_ids += example.prompt
-        position_ids += range(prompt_length)
-        for number, response in enumerate(example.responses):
-            start = len(input_ids)
-            input_ids += response[:-1]
-            position_ids += range(prompt_length, prompt_length + len(response) - 1)
-            # The first response follows its prompt without a gap, so one causal segment covers both.
-            if number == 0:
-                segments.append(Segment(prompt_start, len(input_ids)))
-            elif len(input_ids) > start:
-                segments.append(Segment(start, len(input_ids), prompt_start, prompt_start + prompt_length))
-            predicting = [prompt_start + prompt_length - 1, *range(start, len(input_ids))]
-            edges = [0, *(edge for span in example.unsupervised_spans for edge in span), len(response)]
-            for first, end in zip(edges[::2], edges[1::2], strict=True):
-                predict_positions += predicting[first:end]
-                targets += response[first:end]
-                sequence_ids += [num_sequences] * (end - first)
-            num_sequences += 1
+        spans += [(len(lengths) + 1, *span) for span in example.unsupervised_spans]
+        pieces = (example.prompt, *example.responses)
+        for tokens_of_piece in pieces:
+            all_tokens += tokens_of_piece
+        lengths += map(len, pieces)
+        responses += [False, *(True for _ in example.responses)]
+    tokens, length, is_response = np.array(all_tokens, np.int64), np.array(lengths), np.array(responses)
+    first_token = np.cumsum(length) - length
+    num_read = length - is_response
+    start = np.cumsum(num_read) - num_read  # the position of the first token of a piece in the batch
+    prompt = np.maximum.accumulate(np.where(is_response, 0, np.arange(len(length))))  # the piece that is its prompt
+
+    is_read = np.ones(len(tokens), bool)
+    is_read[(first_token + length - 1)[is_response]] = False
+    is_target = np.repeat(is_response, length)
+    for response, begin, end in spans:
+        is_target[first_token[response] + begin : first_token[response] + end] = False
+    # A token is predicted at the position before it, the first one of each response at the last one of its prompt.
+    predicted_at = _ranges(start - 1, length)
+    predicted_at[first_token[is_response]] = (start + length - 1)[prompt[is_response]]
     return PackedBatch(
-        torch.tensor([input_ids]),
-        torch.tensor([position_ids]),
-        Layout.from_segments(segments),
-        torch.tensor(predict_positions),
-        torch.tensor(targets),
-        torch.tensor(sequence_ids),
-        num_sequences,
-        tuple(indices),
+        torch.as_tensor(tokens[is_read])[None],
+        torch.as_tensor(_ranges(np.where(is_response, length[prompt], 0), num_read))[None],
+        Layout.from_segments(_segments(is_response, prompt, start, start + num_read)),
+        torch.as_tensor(predicted_at[is_target]),
+        torch.as_tensor(tokens[is_target]),
+        torch.as_tensor(np.repeat(np.cumsum(is_response) - 1, length)[is_target]),
+        int(is_response.sum()),
+        torch.tensor(indices),
     )
+
+
+def _segments(is_response: NDArray[Any], prompt: NDArray[Any], start: NDArray[Any], end: NDArray[Any]) -> list[Segment]:
+    """Return the segments of pieces at the positions [start, end); prompt: the piece that is the prompt of each."""
+    prompt_start, prompt_end = start[prompt], end[prompt]
+    # The first response follows its prompt without a gap, so one causal segment covers both.
+    is_first = is_response & (prompt == np.arange(len(prompt)) - 1)
+    starts = np.where(is_first, prompt_start, start)
+    prefix_starts, prefix_ends = np.where(is_first, 0, prompt_start), np.where(is_first, 0, prompt_end)
+    is_segment = is_response & (end > starts)  # a response of one token is not read
+    rows = np.stack([starts, end, prefix_starts, prefix_ends], 1)[is_segment]
+    return [Segment(*row) for row in rows.tolist()]
+
+
+def _ranges(starts: NDArray[Any], lengths: NDArray[Any]) -> NDArray[Any]:
+    """Return start, start + 1, ..., start + length - 1 of every range, one after the other: int64."""
+    offsets = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - offsets, lengths)
 
 
 @dataclass(frozen=True)

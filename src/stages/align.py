@@ -13,7 +13,7 @@ from src.data.held_out import check_held_out
 from src.data.tokenization import TokenizedDataset, load_examples
 from src.losses import PairLoss, preference_loss
 from src.methods import METHODS
-from src.model.loading import load_model, load_template, numerics_of, save_checkpoint
+from src.model.loading import device_of, load_model, load_template, numerics_of, save_checkpoint
 from src.model.logprobs import iter_logps
 from src.model.numerics import cast_for_inference_
 from src.model.packing import PackedBatch
@@ -29,13 +29,14 @@ ROUNDING_ULPS = 8  # units in the last place of the summed log-probs; difference
 
 
 def pair_losses(
-    inputs: AlignInputs, logps: Tensor, tokens: Tensor, references: Tensor | None, indices: Sequence[int]
+    inputs: AlignInputs, logps: Tensor, tokens: Tensor, references: Tensor | None, indices: Sequence[int] | Tensor
 ) -> PairLoss:
     """Return the losses of the pairs `indices`, whose sequences are chosen, rejected, chosen, rejected, ...
 
-    references: (all pairs, 2) log-probs of chosen and rejected; None for a method without reference.
+    references: (all pairs, 2) log-probs of chosen and rejected; None for a method without reference. All tensors are on
+    one device.
     """
-    reference_logps = None if references is None else references[list(indices)].to(logps.device)
+    reference_logps = None if references is None else references[indices]
     pairs = logps.view(-1, 2), tokens.view(-1, 2), reference_logps
     weights: dict[str, Any] = {"sft_weight": inputs.sft_weight, "align_weight": inputs.align_weight}
     return preference_loss(inputs.method, inputs.beta, *pairs, options=inputs.options, **weights)
@@ -52,7 +53,7 @@ def score_rounding(
     size = logps.view(-1, 2).abs()
     if METHODS[inputs.method].score == "log_ratio":
         assert references is not None
-        size = size + references[list(indices)].to(logps.device).abs()
+        size = size + references[indices].abs()
     else:
         size = size / tokens.view(-1, 2)
     return ROUNDING_ULPS * torch.finfo(torch.float32).eps * size.sum(1)
@@ -62,7 +63,7 @@ def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:
     """Return the mean of the method's loss over the pairs of a step, with TRL's metrics.
 
     A reward is beta times the score that the method compares, in nats: for methods with a reference TRL's
-    beta * log-ratio.
+    beta * log-ratio. references: as in `pair_losses`, on the device of the log-probs.
     """
 
     def loss_fn(
@@ -94,7 +95,9 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
         inputs.data, data.examples, validation.examples, resources.min_validation_prompts, "training pairs"
     )
     references = reference.read(upstream["reference"]) if METHODS[inputs.method].needs_reference else {}
-    loss_fn = make_loss_fn(inputs, references.get("train"))
+    # On the device from the start: a copy for every micro-batch would wait for the kernels before it.
+    train_references = references["train"].to(device_of(resources.device)) if references else None
+    loss_fn = make_loss_fn(inputs, train_references)
     model = load_model(inputs.model, resources, upstream.get("init"))
     model = train(model, data.examples, loss_fn, inputs, resources, attempt)
     if not attempt.is_main_process:
