@@ -5,12 +5,12 @@ What only loading shows (missing tensors, shapes that do not fit the config) is 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from src.errors import ConfigError, DamagedFile
 from src.planning.content import locate
+from src.planning.weight_files import UnreadableWeights, read_safetensors_header
 from src.store.files import read_json
 
 # Architectures (`model_type` of config.json) for which the packed log-prob path gives what the model itself gives:
@@ -47,7 +47,7 @@ def check_model_files(location: str, key: str = "model.path", *, causal: bool = 
             _check_gguf(path)
         else:
             raise _Unusable("neither the folder of a model nor a .gguf file")
-    except (_Unusable, DamagedFile) as error:
+    except (_Unusable, DamagedFile, UnreadableWeights) as error:
         raise ConfigError(f"{key}={location}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{key}={location}: {error.filename} cannot be read ({error.strerror})") from None
@@ -108,7 +108,7 @@ def _check_weights(file: Path, is_quantized: bool) -> None:
     names: list[str] = []
     for shard in shards:
         if shard.suffix == ".safetensors":
-            tensors = _read_header(shard)
+            tensors = read_safetensors_header(shard)
             integers = [n for n, t in tensors.items() if n.endswith("weight") and not t["dtype"].startswith(("F", "B"))]
             if integers and not is_quantized:
                 raise _Unusable(
@@ -120,29 +120,6 @@ def _check_weights(file: Path, is_quantized: bool) -> None:
             raise _Unusable(f"{shard.name} is empty")
     if hint := wrapper_hint(names):
         raise _Unusable(f"{file.name} has no tensors of this model{hint}")
-
-
-def _read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Return dtype, shape and data_offsets of every tensor of a safetensors file.
-
-    The file is 8 bytes with the length of the header, the header as JSON, and the tensors without gaps.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _Unusable(f"{file.name} is cut off or not in the safetensors format ({size} bytes)")
-        try:
-            header = json.loads(handle.read(length))
-            tensors = {name: dict(tensor) for name, tensor in header.items() if name != "__metadata__"}
-            end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
-            if not all(isinstance(tensor["dtype"], str) for tensor in tensors.values()):
-                raise TypeError("a dtype is no text")
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-            raise _Unusable(f"{file.name} is not in the safetensors format") from None
-    if 8 + length + end != size:
-        raise _Unusable(f"{file.name} has {size} of {8 + length + end} bytes: an interrupted download or copy")
-    return tensors
 
 
 def _check_gguf(file: Path) -> None:

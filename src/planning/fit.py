@@ -1,0 +1,132 @@
+"""What one process holds of a stage, by arithmetic: weights, gradients, optimizer state, activations, cache. No torch.
+
+Quick enough to ask for every point. A rehearsal (`src.rehearsal`) runs the stage's own code instead, and its peak is
+the one to trust; tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from src.config.schema import Lora
+from src.planning.gpus import Gpu
+from src.planning.model_shape import ModelShape
+
+TARGET_FRACTION = 0.9  # of a card that a peak may take: the rest is for fragmentation, NCCL and other processes
+
+_FLOAT32, _BF16 = 4, 2
+_ADAM = 2 * _FLOAT32  # two moments
+_HEAD_CHUNK = 1024  # tokens whose logits are there at once (src/model/lm_head.py)
+_SHARDED_WEIGHTS = ("fsdp", "zero3", "zero3_offload")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one process holds of a stage.
+
+    weights: float32 ones and their bf16 copy, or the process's shards of them; of scoring and sampling the model in the
+    precision of the computation. gathered: layers that sharding assembles for the computation. working: logits of a
+    chunk. activations: of one token in training, without and with activation checkpointing.
+    """
+
+    weights: int
+    gradients: int = 0
+    optimizer_state: int = 0
+    gathered: int = 0
+    kv_cache: int = 0
+    working: int = 0
+    activations_per_token: int = 0
+    checkpointed_per_token: int = 0
+
+    @property
+    def constant(self) -> int:
+        """What is held whatever the size of a micro-batch."""
+        return self.weights + self.gradients + self.optimizer_state + self.gathered + self.kv_cache + self.working
+
+
+def held_by_process(
+    shape: ModelShape,
+    stage: str,
+    *,
+    strategy: str = "none",
+    precision: str = "fp32",
+    ranks: int = 1,
+    lora: Lora | None = None,
+    cached_tokens: int = 0,
+) -> Held:
+    """Return what each of `ranks` processes holds of a stage of this kind (sft, align, reference or generate).
+
+    cached_tokens: of all prompts and responses that are sampled together.
+    """
+    computed = _BF16 if precision == "bf16" else _FLOAT32
+    working = 3 * _FLOAT32 * _HEAD_CHUNK * shape.vocab_size
+    if stage not in ("sft", "align"):  # one process holds the whole model, and trains nothing
+        cache = cached_tokens * shape.kv_bytes_per_token * computed // _BF16
+        return Held(computed * shape.num_parameters, kv_cache=cache, working=working)
+    trained = shape.num_parameters if lora is None else _adapters(shape, lora)
+    weights, gradients, state = _training_bytes(shape.num_parameters, trained, strategy, computed, ranks)
+    # Two layers, as the next one is fetched meanwhile, and the embedding and the head, which stay.
+    gathered = computed * (2 * shape.layer + _outside_layers(shape)) if strategy in _SHARDED_WEIGHTS else 0
+    layer = _activations_of_layer(shape, computed)
+    checkpoint = _FLOAT32 * shape.hidden_size
+    return Held(
+        weights=weights,
+        gradients=gradients,
+        optimizer_state=state,
+        gathered=gathered,
+        working=working,
+        activations_per_token=shape.num_layers * layer,
+        checkpointed_per_token=shape.num_layers * checkpoint + layer,
+    )
+
+
+def fits(held: Held, gpu: Gpu, tokens: int, *, checkpointing: bool) -> bool:
+    """Return whether a micro-batch of `tokens` fits, as far as arithmetic shows."""
+    per_token = held.checkpointed_per_token if checkpointing else held.activations_per_token
+    return held.constant + tokens * per_token <= TARGET_FRACTION * gpu.memory
+
+
+def _training_bytes(total: int, trained: int, strategy: str, computed: int, ranks: int) -> tuple[int, int, int]:
+    """Return bytes of weights, gradients and optimizer state in one process.
+
+    FSDP2 and ZeRO-3 shard all of them, ZeRO-2 all but the weights, ZeRO-1 the optimizer state; ZeRO has a float32 copy
+    of the trained weights beside those it computes with, which it shards with the optimizer state.
+    """
+    whole = _FLOAT32 * total, _FLOAT32 * trained, _ADAM * trained
+    if strategy == "fsdp":
+        weights, gradients, state = (size // ranks for size in whole)
+        return weights, gradients, state
+    if not strategy.startswith("zero"):
+        return whole
+    stage = int(strategy[4])
+    weights = computed * total // (ranks if stage == 3 else 1)
+    gradients = _FLOAT32 * trained // (ranks if stage >= 2 else 1)
+    master, state = _FLOAT32 * trained // ranks, _ADAM * trained // ranks
+    return (0, gradients, 0) if strategy.endswith("_offload") else (weights + master, gradients, state)
+
+
+def _adapters(shape: ModelShape, lora: Lora) -> int:
+    """Return the parameters of adapters of the layers' products, all of them or those named."""
+    width, inner = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    sizes = {"q_proj": width + queries, "k_proj": width + keys, "v_proj": width + keys, "o_proj": queries + width}
+    sizes |= {"gate_proj": width + inner, "up_proj": width + inner, "down_proj": inner + width}
+    named = [sizes.get(name, width + inner) for name in lora.targets] if lora.targets else sizes.values()
+    return (lora.rank or 0) * shape.num_layers * sum(named)
+
+
+def _outside_layers(shape: ModelShape) -> int:
+    return max(0, shape.num_parameters - shape.num_layers * shape.layer)
+
+
+def _activations_of_layer(shape: ModelShape, computed: int) -> int:
+    """Return the bytes that one decoder layer keeps of a token for the backward pass.
+
+    The float32 residual stream before each norm; in the computation's precision the outputs of the two norms, queries,
+    keys and values, the attention's output, and gate, up and the product of both: what fused kernels keep. Without them
+    it is half as much again.
+    """
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    residuals = 2 * _FLOAT32 * shape.hidden_size
+    attention = 2 * shape.hidden_size + 2 * queries + 2 * keys
+    return residuals + computed * (attention + 3 * shape.intermediate_size) + _FLOAT32 * shape.num_heads
