@@ -30,7 +30,7 @@ from tests.support.slurm_cluster import Cluster, missing
 
 SWEEP = [
     *("-m", "method=dpo,ipo,simpo", "beta=0.03,0.1,0.3,1", "lr=1e-3", "sweep.name=chaos", "tracking=none"),
-    *("trainer.align.epochs=4", "trainer.save_steps=10"),
+    *("trainer.align.epochs=4", "trainer.checkpoint_minutes=0.01"),
 ]
 SLURM = [
     *("hydra/launcher=slurm", "hydra.launcher.partition=preempt", "hydra.launcher.array_parallelism=4"),
@@ -131,7 +131,7 @@ class FaultInjector:
             return False
         newest = max(self.random.choice(sorted(folders)).glob("step-*"), default=None)
         try:
-            with (newest or self.output_dir).joinpath("model.safetensors").open("r+b") as handle:
+            with (newest or self.output_dir).joinpath("__0_0.distcp").open("r+b") as handle:
                 handle.seek(self.random.randrange(1000, 100_000))
                 handle.write(b"\xff" * 64)
         except OSError:  # deleted meanwhile

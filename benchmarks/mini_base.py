@@ -34,7 +34,7 @@ FOLDER = Path(mini_tldr.__file__).parent / "mini_tldr_base"
 VOCAB_SIZE = 800
 NUM_EXAMPLES = 64_000  # one epoch of 1000 steps
 QUALITY = 0.97  # of the summaries, in [0, 1]
-RESOURCES = Resources(cpu_threads=1, max_tokens_per_micro_batch=8192, save_steps=10**6)
+RESOURCES = Resources(cpu_threads=1, max_tokens_per_micro_batch=8192, checkpoint_minutes=10**6)
 TRAINER = Training(
     lr=4e-3,
     epochs=1.0,

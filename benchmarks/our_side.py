@@ -38,7 +38,7 @@ def model_inputs(path: str, precision: str = "fp32") -> ModelInputs:
 
 
 def resources(**changes: Any) -> Resources:
-    return Resources(max_sequence_tokens=4096, save_steps=10**6, **changes)
+    return Resources(max_sequence_tokens=4096, checkpoint_minutes=10**6, **changes)
 
 
 def default_numerics() -> NumericsConfig:

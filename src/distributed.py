@@ -42,6 +42,13 @@ class DistributedContext:
             dist.broadcast_object_list(box, src=0, group=self.gloo_group)
         return box[0]
 
+    def gather_objects(self, message: Any) -> list[Any]:
+        """Return the messages of all ranks, in their order, on every rank."""
+        messages = [message] * self.size
+        if self.size > 1:
+            dist.all_gather_object(messages, message, group=self.gloo_group)
+        return messages
+
     def barrier(self) -> None:
         """Wait until every rank has called this."""
         if self.size > 1:

@@ -41,7 +41,7 @@ def two_checkpoints(tmp_path_factory) -> Path:
 
 
 def checkpoints_in(output_dir: Path) -> Path:
-    (folder,) = (output_dir / "store").glob("align/.work/*/checkpoints/full")
+    (folder,) = (output_dir / "store").glob("align/.work/*/checkpoints/sharded")
     return folder
 
 
@@ -71,7 +71,7 @@ def copied_from_another_step(checkpoint: Path) -> None:
 
 DAMAGES = {
     "files: null": edited(files=None),
-    "files: a list": edited(files=["model.safetensors"]),
+    "files: a list": edited(files=["__0_0.distcp"]),
     "no files": edited(files={}),
     "another number of tokens": edited(tokens=1),
     "a text as step": edited(step="six"),
@@ -79,14 +79,14 @@ DAMAGES = {
     "a list": written(b"[]"),
     "binary": written(b"\xff\x00"),
     "a file in its place": into_a_file,
-    "a part is missing": lambda checkpoint: (checkpoint / "optimizer.bin").unlink(),
+    "a part is missing": lambda checkpoint: (checkpoint / "__0_0.distcp").unlink(),
     "a copy of another": copied_from_another_step,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, two_checkpoints, tmp_path, caplog):
-    folder = tmp_path / "full"
+    folder = tmp_path / "sharded"
     shutil.copytree(checkpoints_in(two_checkpoints), folder)
     (folder / "step-abc").mkdir()
     (folder / "step-7").mkdir()

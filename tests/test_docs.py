@@ -117,7 +117,7 @@ def test_config_keys_of_a_page_are_in_the_schema(page):
 
 
 def test_a_key_that_was_renamed_is_found():
-    assert unknown_keys("`trainer.checkpoint_steps=1` `trainer.save_steps`") == ["trainer.checkpoint_steps"]
+    assert unknown_keys("`trainer.checkpoint_steps=1` `trainer.checkpoint_minutes`") == ["trainer.checkpoint_steps"]
 
 
 def test_the_glossary_has_at_most_thirty_words():

@@ -31,7 +31,7 @@ NOT_HASHED = {
     "dataset.preference.tokens": "for cost estimates",
     "trainer.name": "a display name; its fields are hashed",
     "trainer.max_tokens_per_micro_batch": "how a step is split into micro-batches; every example keeps its weight",
-    "trainer.save_steps": "how often a checkpoint to resume from is written",
+    "trainer.checkpoint_minutes": "how often a checkpoint to resume from is written",
     "engine.name": "a display name; precision is hashed",
     "engine.gpu": "the card that costs are planned for",
     "engine.device": "where it is computed; equal to rounding",

@@ -56,7 +56,7 @@ def test_a_run_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(tmp_path, u
 
 def test_without_a_checkpoint_a_longer_run_starts_from_step_0_and_ends_the_same(tmp_path, uninterrupted, caplog):
     plan, store = train_to(tmp_path, 0.5)
-    assert [p.name for p in store.work(align_of(plan)).glob("checkpoints/full/*")] == ["step-00000004"]
+    assert [p.name for p in store.work(align_of(plan)).glob("checkpoints/sharded/*")] == ["step-00000004"]
     store.discard_work_dir(align_of(plan))
     caplog.set_level("INFO")
     train_to(tmp_path, 1.0)
@@ -71,7 +71,7 @@ def test_a_shorter_run_does_not_resume_from_a_later_checkpoint(tmp_path, uninter
     name = f"align/{align_of(short).identity}/model.safetensors"
     assert align_of(short).identity == align_of(other).identity
     assert results(tmp_path / "a")[name] == results(tmp_path / "b")[name]
-    checkpoints = {p.name for p in store.work(align_of(plan)).glob("checkpoints/full/*")}
+    checkpoints = {p.name for p in store.work(align_of(plan)).glob("checkpoints/sharded/*")}
     assert checkpoints == {"step-00000002", "step-00000006"}, "the later checkpoint stays"
 
 

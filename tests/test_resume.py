@@ -108,7 +108,7 @@ for fatal in {numbers!r}:
 
 
 def sft_stage(folder: str) -> Stage:
-    tiny = ["dataset.sft_size=128", "trainer.sft.max_steps=4", "trainer.save_steps=1", f"output_dir={folder}"]
+    tiny = ["dataset.sft_size=128", "trainer.sft.max_steps=4", "trainer.checkpoint_minutes=0", f"output_dir={folder}"]
     point = build_point(composed(*tiny))
     return next(s for s in make_plan([point], Store(folder)).stages.values() if s.kind == "sft")
 
@@ -144,11 +144,11 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, un
     arguments = [*POINT, f"output_dir={tmp_path}"]
     assert kill_when(checkpoint("sft", 10), tmp_path, *arguments)
     newest = max((tmp_path / "store").glob("sft/.work/*/checkpoints/*/step-*"))
-    optimizer = newest / "optimizer.bin"
-    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    part = newest / "__0_0.distcp"
+    part.write_bytes(part.read_bytes()[:-100])
     train(*arguments, f"hydra.run.dir={tmp_path}/runs/again")
     log = (tmp_path / "runs" / "again" / "train.log").read_text()
-    assert "checksum mismatch in optimizer.bin" in log and "resuming from step" in log
+    assert "checksum mismatch in __0_0.distcp" in log and "resuming from step" in log
     assert results(tmp_path) == undisturbed
 
 

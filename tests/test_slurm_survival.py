@@ -53,7 +53,7 @@ def test_kills_requeues_preemption_and_the_time_limit_leave_results_unchanged(sl
     interrupt("scontrol", "requeue", job)
     interrupt("sbatch", "-p", "gpu", "-N", "2", "--exclusive", "-t", "1", "-o", "/dev/null", "--wrap", "sleep 1")
     wait_for_checkpoint(tmp_path)
-    newest = max((tmp_path / "store").glob("align/.work/*/checkpoints/*/step-*/model.safetensors"))
+    newest = max((tmp_path / "store").glob("align/.work/*/checkpoints/*/step-*/__0_0.distcp"))
     with newest.open("r+b") as handle:
         handle.seek(newest.stat().st_size // 2)
         handle.write(b"\xff" * 64)
@@ -122,7 +122,7 @@ def test_processes_of_a_stopped_job_wait_for_rank_0_to_save(slurm, local_long_ru
         "    return copy(*a, **k)\n"
         "shutil.copy = slow\n"
     )
-    training = [*LONG, "trainer.save_steps=10000", "engine=ddp", "sweep.name=stop"]
+    training = [*LONG, "trainer.checkpoint_minutes=1000", "engine=ddp", "sweep.name=stop"]
     jobs = [
         "hydra.launcher.kinds.align.gpus_per_node=2",
         f"hydra.launcher.kinds.align.setup=['export PYTHONPATH={slow}']",
@@ -151,7 +151,7 @@ def test_a_full_disk_is_named_and_a_rerun_with_more_space_completes(slurm, tmp_p
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
     try:
-        arguments = ["-m", "method=dpo", "beta=0.1", *SMALL, "trainer.save_steps=1", "sweep.name=full"]
+        arguments = ["-m", "method=dpo", "beta=0.1", *SMALL, "trainer.checkpoint_minutes=0", "sweep.name=full"]
         train(*arguments, *SLURM, f"output_dir={disk}")
         folder = sweep(disk, "full")
         wait_until(

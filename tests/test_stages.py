@@ -28,7 +28,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_the_same_command_resumes_with_more_space(small_disk):
-    arguments = [*SMALL, "trainer.save_steps=1", f"output_dir={small_disk}"]
+    arguments = [*SMALL, "trainer.checkpoint_minutes=0", f"output_dir={small_disk}"]
     done = train(*arguments, f"hydra.run.dir={small_disk.parent}/run", check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "failed: disk full while computing mini_tldr sft" in done.stderr

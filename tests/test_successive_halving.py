@@ -177,7 +177,7 @@ def test_between_rungs_only_models_to_keep_and_checkpoints_of_promoted_points_st
 
     class CountingLauncher(InProcessLauncher):
         def launch_plan(self, plan, folder, finalize):
-            checkpoints = folder.store.root.glob("align/.work/*/checkpoints/full/step-*")
+            checkpoints = folder.store.root.glob("align/.work/*/checkpoints/sharded/step-*")
             num_checkpoints.append(len(list(checkpoints)))
             return super().launch_plan(plan, folder, finalize)
 
@@ -253,7 +253,7 @@ def test_a_command_killed_in_the_last_rung_and_rerun_ends_as_an_uninterrupted_on
     last_rung = {f"step-{step:08d}" for step in range(13, 24)}  # the first rung stops at 12
 
     def in_last_rung(store: Path) -> bool:
-        return any(p.name in last_rung for p in store.glob("align/.work/*/checkpoints/full/*"))
+        return any(p.name in last_rung for p in store.glob("align/.work/*/checkpoints/sharded/*"))
 
     assert kill_when(in_last_rung, tmp_path, *command), "the kill came too late"
     output = train(*command).stdout

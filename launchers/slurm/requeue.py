@@ -51,7 +51,7 @@ def _requeue(task: Task, store: Store, status: dict[str, Any], job: str, code: i
     max_stalled_runs, advice = MAX_STALLED_RUNS, "see its log"
     if status.get("state") == "stopped" and status.get("near_time_limit"):
         cause, max_stalled_runs = "stopped before its time limit", MAX_STALLED_RUNS_AT_TIME_LIMIT
-        advice = "raise hydra.launcher.timeout_min or lower trainer.save_steps"
+        advice = "raise hydra.launcher.timeout_min"
     else:
         cause = "stopped by a signal" if code == EXIT_REQUEUE else f"killed (exit code {code})"
     marker = progress_marker(store, task.stages)

@@ -20,7 +20,7 @@ def check_renamed(overrides: Sequence[str]) -> None:
         setting = override.lstrip("+~")
         key = setting.partition("=")[0]
         if new := new_name(key):
-            raise ConfigError(f"{override}: the key {key} is called {new} since version 0.2")
+            raise ConfigError(f"{override}: the key {key} is called {new} now")
         if setting in RENAMED_VALUES:
             raise ConfigError(f"{override}: this is {RENAMED_VALUES[setting]} now")
 
@@ -32,7 +32,7 @@ def rename_hint(message: str) -> str:
         return ""
     key = f"{place[1]}.{argument[1]}" if argument else place[1]
     new = new_name(key)
-    return f"; the key {key} is called {new} since version 0.2" if new else ""
+    return f"; the key {key} is called {new} now" if new else ""
 
 
 def new_name(key: str) -> str | None:

@@ -138,7 +138,7 @@ class Trainer(Option):
     sft: Training = field(default_factory=Training)
     align: AlignOptimization = field(default_factory=AlignOptimization)
     max_tokens_per_micro_batch: int | None = number(None, minimum=1, maximum=10**9)
-    save_steps: int = number(100, minimum=1, maximum=10**9)
+    checkpoint_minutes: float = number(20.0, maximum=10**6)
 
 
 @dataclass

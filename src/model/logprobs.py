@@ -123,18 +123,9 @@ class SequenceLogps(torch.nn.Module):
     def __init__(self, model: Any, numerics: NumericsConfig) -> None:
         super().__init__()
         self.model, self.numerics = model, numerics
-        # A checkpoint holds trained parameters only: with LoRA they are few.
-        self.frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        if self.frozen:
-            self.register_state_dict_post_hook(_drop_frozen)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         return sequence_logps(self.model, batch, self.numerics)
-
-
-def _drop_frozen(module: Any, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    for name in module.frozen:
-        state.pop(prefix + name, None)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ class Resources:
     compile: bool = False
     attention: str = "auto"
     max_tokens_per_micro_batch: int | None = None
-    save_steps: int = 100
+    checkpoint_minutes: float = 20.0
     sampling_batch_size: int = 64
     server_timeout: float = 600.0
     server_concurrency: int = 64
@@ -45,7 +45,7 @@ def resources_of(point: Point, pairs: DataInputs) -> Resources:
         point.engine,
         attention=point.model.attention,
         max_tokens_per_micro_batch=point.trainer.max_tokens_per_micro_batch,
-        save_steps=point.trainer.save_steps,
+        checkpoint_minutes=point.trainer.checkpoint_minutes,
         sampling_batch_size=generation.batch_size,
         server_timeout=point.server.timeout,
         server_concurrency=point.server.concurrency,

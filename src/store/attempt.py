@@ -34,6 +34,7 @@ class Attempt:
     started: float = field(default_factory=time.monotonic)  # durations must not jump with the clock
     prior_seconds: float = 0.0  # of earlier attempts, as recorded in the checkpoint
     tokens: int = 0
+    save_seconds: float | None = None  # of the last checkpoint: from the end of a step until its state was on disk
     processes: int = 1  # ranks that compute the stage together, with one accelerator each where there are any
     packages: tuple[str, ...] = ()  # that the stage uses besides torch and the like
     _last_report: float = 0.0

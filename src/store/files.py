@@ -175,12 +175,17 @@ def is_full(folder: Path) -> bool:
     return shutil.disk_usage(existing).free < 2**20
 
 
+def fsync_file(path: Path) -> None:
+    """Flush a file to disk, so that a rename of its folder afterwards cannot expose a partly written one."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
 def fsync_tree(folder: Path) -> None:
-    """Flush every file below `folder` to disk, so that a rename afterwards cannot expose a partly written one."""
+    """Flush every file below `folder` to disk, as `fsync_file` does."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+            fsync_file(path)
 
 
 def publish_folder(draft: Path, final: Path) -> None:

@@ -220,6 +220,7 @@ class Store:
             "identity": stage.identity,
             "seconds": round(attempt.seconds, 3),
             "tokens": attempt.tokens,
+            "save_seconds": attempt.save_seconds,
             "processes": attempt.processes,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),

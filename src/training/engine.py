@@ -32,6 +32,7 @@ from src.errors import ConfigError
 from src.model.loading import device_of
 from src.model.logprobs import patch_model_
 from src.planning.resources import Resources
+from src.training.training_state import DeepSpeedState, ShardedState, StagedState, load_sharded
 
 # accelerate logs every file of every checkpoint, and warns about tied weights, which safetensors stores once.
 logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -71,8 +72,8 @@ class TrainingEngine:
 
     @property
     def checkpoint_format(self) -> str:
-        """The format of this engine's checkpoints: `full` (one process or DDP) or `zeroSxN` (ZeRO-S on N ranks)."""
-        return f"zero{self.zero}x{get_distributed().size}" if self.zero else "full"
+        """The format of this engine's checkpoints: `sharded` (torch's) or `zeroSxN` (ZeRO-S on N ranks)."""
+        return f"zero{self.zero}x{get_distributed().size}" if self.zero else "sharded"
 
     def configure_model(self, model: Any) -> Any:
         """Add adapters, activation checkpointing and compilation to the model as configured, in place."""
@@ -140,14 +141,22 @@ class TrainingEngine:
             self.optimizer.zero_grad(set_to_none=True)
         return torch.as_tensor(norm)
 
-    def save(self, folder: Path) -> None:
-        """Save what `load` resumes from; of the weights, the trainable ones."""
-        options = {"exclude_frozen_parameters": True} if self.zero else {}
-        self.accelerator.save_state(str(folder), **options)
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether a staged state is written without the other ranks, while training goes on."""
+        return not self.zero
 
-    def load(self, folder: Path) -> None:
-        options = {"load_module_strict": False} if self.zero else {"strict": False}
-        self.accelerator.load_state(str(folder), **options)
+    def stage_state(self, folder: Path) -> StagedState:
+        """Return what `load_state` resumes from, to be written into the folder; of the weights, the trainable ones."""
+        if self.zero:
+            return DeepSpeedState(self.accelerator, folder)
+        return ShardedState(self.policy, self.optimizer.optimizer, folder)
+
+    def load_state(self, folder: Path) -> None:
+        if self.zero:
+            self.accelerator.load_state(str(folder), load_module_strict=False)
+        else:
+            load_sharded(self.policy, self.optimizer.optimizer, folder)
 
     def gather_model(self, model: Any) -> Any:
         """Return the trained model unwrapped, with adapters merged. Under ZeRO-3 ranks other than 0 get None."""

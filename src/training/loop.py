@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src import preemption
 from src.data.examples import Example
 from src.distributed import get_distributed
 from src.errors import ConfigError, StageError
@@ -25,7 +24,7 @@ from src.planning.identity import AlignInputs, SftInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
 from src.store.store import METRICS_FILE
-from src.training import checkpoints
+from src.training.checkpoints import Checkpointer, Votes
 from src.training.engine import TrainingEngine
 from src.training.lr_schedule import lr_multiplier, total_steps
 from src.training.token_budget import find_token_budget
@@ -81,20 +80,21 @@ def train(
         raise ConfigError(
             f"trainer.{inputs.kind}.batch_size={trainer.batch_size}: below the number of processes, {ranks.size}"
         )
-    with contextlib.closing(TrainingEngine(resources, trainer, inputs.lora, inputs.seed)) as engine:
+    with contextlib.ExitStack() as cleanup:
+        engine = TrainingEngine(resources, trainer, inputs.lora, inputs.seed)
+        cleanup.enter_context(contextlib.closing(engine))
         policy = engine.prepare(SequenceLogps(engine.configure_model(model), numerics_of(inputs.model, resources)))
         total = total_steps(len(examples), trainer)
         end = max(1, round(inputs.stop_fraction * total)) if isinstance(inputs, AlignInputs) else total
-        first = checkpoints.resume(engine, attempt, end)
+        checkpointer = cleanup.enter_context(
+            contextlib.closing(Checkpointer(engine, attempt, resources.checkpoint_minutes))
+        )
+        first = checkpointer.resume(end)
         lengths = [example.length for example in examples]
         budget = find_token_budget(engine, policy, examples)
         model.train()
         heap = HeapTrimmer()
-        num_stop_requests = 0  # ranks that were asked to stop; every rank has the same number
         for step in range(first, end):
-            if num_stop_requests:
-                checkpoints.save(engine, attempt, step)
-                raise preemption.Interrupted(f"{attempt.label} stopped at {step}/{end}: {preemption.stop_reason()}")
             attempt.step(step, end, interruptible=False)
             started = time.perf_counter()
             indices = batch_indices(step, len(examples), trainer.batch_size, inputs.seed)
@@ -105,7 +105,7 @@ def train(
             grad_norm = engine.step()
             heap.maybe_trim()
             num_local_tokens = sum(lengths[i] for m in micro_batches if not m.is_filler for i in m.indices)
-            (loss, *totals), num_tokens, num_stop_requests = _reduce_metrics(metric_sums, num_local_tokens)
+            (loss, *totals), num_tokens, votes = _reduce_metrics(metric_sums, num_local_tokens, checkpointer.votes())
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise StageError(f"diverged at step {step}: loss {loss:g}, gradient norm {grad_norm:g}")
             attempt.tokens += num_tokens
@@ -113,11 +113,11 @@ def train(
             values |= {name: total / batch.num_examples for name, total in zip(names, totals, strict=True)}
             values["tokens_per_second"] = round(num_tokens / (time.perf_counter() - started), 1)
             log_metrics(attempt, step, values)
-            if (step + 1) % resources.save_steps == 0 and step + 1 < end:
-                checkpoints.save(engine, attempt, step + 1)
+            checkpointer.end_step(step + 1, end, votes)
         if end < total:
             # May be the final checkpoint: this point may never be promoted to the next rung.
-            checkpoints.save(engine, attempt, end, keep=1)
+            checkpointer.save(end, keep=1)
+            checkpointer.wait()
         attempt.step(end, end)
         return engine.gather_model(model)
 
@@ -150,15 +150,16 @@ def _accumulate_step(
     return names, metric_sums
 
 
-def _reduce_metrics(metric_sums: Tensor, num_tokens: int) -> tuple[list[float], int, int]:
-    """Return, over all ranks: the sums, the tokens of the step, and how many ranks were asked to stop.
+def _reduce_metrics(metric_sums: Tensor, num_tokens: int, votes: Votes) -> tuple[list[float], int, Votes]:
+    """Return, over all ranks: the sums, the tokens of the step, and the votes about its checkpoint.
 
     Besides the gradient norm this is the only device-to-host copy of a step, after all its kernels are enqueued.
     """
-    local = torch.tensor([num_tokens, preemption.stop_reason() is not None])
-    packed = torch.cat([metric_sums, local.to(metric_sums.device, torch.float64)])
-    *totals, all_tokens, num_stop_requests = get_distributed().all_reduce_sum(packed).tolist()
-    return totals, int(all_tokens), int(num_stop_requests)
+    local = torch.tensor([num_tokens, *votes], dtype=torch.float64)
+    packed = torch.cat([metric_sums, local.to(metric_sums.device)])
+    sums = get_distributed().all_reduce_sum(packed).tolist()
+    num_sums = len(metric_sums)
+    return sums[:num_sums], int(sums[num_sums]), Votes(*map(int, sums[num_sums + 1 :]))
 
 
 def log_metrics(attempt: Attempt, step: int, values: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ _COLUMNS = {"setup", "beta", "lr", "seed"}  # of points.csv, as method and init 
 # Results do not depend on these keys and groups; engine.precision is the exception within its group.
 _WITHOUT_EFFECT = {"sweep", "tracking", "output_dir", "keep_checkpoints", "dry_run", "best_from"}
 _WITHOUT_EFFECT |= {"beta_grid", "lr_grid", "engine", "model.attention"}
-_WITHOUT_EFFECT |= {"trainer.save_steps", "trainer.max_tokens_per_micro_batch"}
+_WITHOUT_EFFECT |= {"trainer.checkpoint_minutes", "trainer.max_tokens_per_micro_batch"}
 _WITHOUT_EFFECT |= {"evaluation.generation.batch_size", "server.timeout", "server.concurrency"}
 _JUDGING = {"name", "baseline", *(name for names in JUDGES.values() for name in names)}
 _WITHOUT_EFFECT |= {f"judge.{f.name}" for f in fields(Judge) if f.name not in _JUDGING}

@@ -29,7 +29,7 @@ SMALL = [
     "dataset.validation_size=16",
     "evaluation.num_prompts=16",
     "evaluation.generation.max_new_tokens=24",
-    "trainer.save_steps=2",
+    "trainer.checkpoint_minutes=0",
     "trainer.align.batch_size=16",
     "trainer.sft.batch_size=32",
 ]

@@ -14,7 +14,7 @@ from src.planning.stage import Stage, stages_of
 TINY = [
     *("dataset.sft_size=64", "dataset.train_size=64", "dataset.validation_size=8", "evaluation.num_prompts=8"),
     *("evaluation.generation.max_new_tokens=8", "trainer.align.batch_size=8", "trainer.sft.max_steps=2"),
-    "trainer.save_steps=3",
+    "trainer.checkpoint_minutes=0",
 ]
 
 

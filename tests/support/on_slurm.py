@@ -19,7 +19,7 @@ SLURM = [
 ]
 FOUR_POINTS = ["-m", "method=dpo,orpo", "beta=0.1,1", *SMALL, "sweep.name=four"]
 # Long enough to be interrupted several times.
-LONG = [*SMALL, "dataset.train_size=256", "trainer.align.epochs=16", "trainer.save_steps=5"]
+LONG = [*SMALL, "dataset.train_size=256", "trainer.align.epochs=16", "trainer.checkpoint_minutes=0.005"]
 START_LATER = "hydra.launcher.additional_parameters.begin=now+1hour"  # jobs stay queued and use no CPU
 TIMEOUT_S = 120.0
 

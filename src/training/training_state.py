@@ -1,0 +1,140 @@
+"""What training resumes from, weights and optimizer state, as every rank writes its own part of it.
+
+One process, DDP and FSDP2 have one format, that of torch.distributed.checkpoint: any of them, with any number of ranks,
+loads what any other has saved. DeepSpeed has its own, which the same strategy on as many ranks loads.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from src.distributed import get_distributed
+from src.store.files import file_digest, fsync_file
+
+# strict=False: adapters are saved without the frozen weights, and a tied weight under one of its names.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+@dataclass(frozen=True)
+class WrittenPart:
+    """What one rank has written and hashed."""
+
+    digests: dict[str, str]  # of its files, by path in the folder of the checkpoint
+    index: Any = field(default_factory=list)  # where in them is what, for `finish`
+
+
+class StagedState(Protocol):
+    """A training state between the step that it belongs to and its publication. Every rank has one."""
+
+    def write(self) -> WrittenPart:
+        """Write and flush this rank's files, and hash them."""
+
+    def finish(self, parts: Sequence[WrittenPart]) -> dict[str, str]:
+        """Complete the folder on rank 0, once all ranks have written; return the digests of the files it adds."""
+
+
+class _StagingPlanner(DefaultSavePlanner):
+    """Copies this rank's part of the state to CPU memory as soon as it is known, so that training can go on."""
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        # Of a parameter that ranks hold in copies (DDP) exactly one has it in its plan: the one with least to write.
+        self._staged = {item.index: self._copy(item) for item in plan.items}
+        return plan
+
+    def _copy(self, item: WriteItem) -> Tensor:
+        tensor = super().resolve_data(item)
+        assert isinstance(tensor, Tensor)
+        return tensor.detach().to("cpu", copy=True)
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._staged.pop(write_item.index)
+
+
+class ShardedState:
+    """The state of one process, DDP or FSDP2. `write` uses no other rank and no live tensor: it may run in a thread."""
+
+    def __init__(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        """Decide who writes what and copy this rank's part to CPU memory. Every rank calls this at the same step."""
+        ranks = get_distributed()
+        self._folder, self._writer, self._planner = folder, FileSystemWriter(folder), _StagingPlanner()
+        self._planner.set_up_planner(_state(policy, optimizer), self._writer.storage_meta(), ranks.is_main_process)
+        self._writer.set_up_storage_writer(ranks.is_main_process)
+        local_plans = ranks.gather_objects(self._writer.prepare_local_plan(self._planner.create_local_plan()))
+        plans = None
+        if ranks.is_main_process:
+            plans, self._metadata = self._planner.create_global_plan(local_plans)
+            plans = self._writer.prepare_global_plan(plans)
+        self._plan = self._planner.finish_plan(ranks.broadcast_object(plans)[ranks.rank])
+
+    def write(self) -> WrittenPart:
+        if not self._plan.items:  # more ranks than tensors
+            return WrittenPart({})
+        index = self._writer.write_data(self._plan, self._planner).wait()
+        names = sorted({result.storage_data.relative_path for result in index})
+        return WrittenPart({name: file_digest(self._folder / name) for name in names}, index)
+
+    def finish(self, parts: Sequence[WrittenPart]) -> dict[str, str]:
+        self._writer.finish(self._metadata, [part.index for part in parts])
+        return {".metadata": file_digest(self._folder / ".metadata")}
+
+
+def load_sharded(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Load what ShardedState has written, on every rank, into a policy of any of its strategies."""
+    state = _state(policy, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a single process is meant to load alone
+        dcp.load(state, storage_reader=FileSystemReader(folder), process_group=get_distributed().gloo_group)
+    param_groups = get_state_dict(policy, optimizer, options=_OPTIONS)[1]["param_groups"]
+    set_state_dict(
+        policy,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict={"state": state["optimizer"], "param_groups": param_groups},
+        options=_OPTIONS,
+    )
+
+
+def _state(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return trained weights and state of the optimizer by parameter, without what the config says (learning rates)."""
+    weights, optimizer_state = get_state_dict(policy, optimizer, options=_OPTIONS)
+    trained: Any = optimizer_state["state"]
+    return {"model": {name: weights[name] for name in trained}, "optimizer": trained}
+
+
+class DeepSpeedState:
+    """The state of a ZeRO strategy: DeepSpeed saves it, all ranks at once and before training goes on."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        self._accelerator, self._folder = accelerator, folder
+
+    def write(self) -> WrittenPart:
+        ranks = get_distributed()
+        self._accelerator.save_state(str(self._folder), exclude_frozen_parameters=True)
+        ranks.barrier()  # until the folder is complete: which files are this rank's is read from their names
+        own = [path for path in sorted(self._folder.rglob("*")) if path.is_file() and _writer_of(path) == ranks.rank]
+        for path in own:
+            fsync_file(path)
+        return WrittenPart({path.relative_to(self._folder).as_posix(): file_digest(path) for path in own})
+
+    def finish(self, parts: Sequence[WrittenPart]) -> dict[str, str]:
+        return {}
+
+
+def _writer_of(path: Path) -> int:
+    """Return the rank that has written a file of DeepSpeed or accelerate; 0 for those that are not numbered."""
+    numbered = re.match(r"(?:bf16_)?zero_pp_rank_(\d+)_|random_states_(\d+)\.", path.name)
+    return int(next(filter(None, numbered.groups()))) if numbered else 0

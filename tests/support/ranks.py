@@ -1,0 +1,51 @@
+"""Ranks of one run in forked processes, connected by gloo: torch is imported once, so that eight start in a second."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from src.distributed import destroy_distributed, init_distributed
+from tests.support.endpoint import free_port
+
+
+def on_ranks(num_ranks: int, strategy: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what `function(*arguments)` returns on each of `num_ranks` ranks. Raises RuntimeError when one fails."""
+    context = multiprocessing.get_context("fork")
+    results, port = context.SimpleQueue(), free_port()
+    processes = [
+        context.Process(target=_rank, args=(results, rank, num_ranks, port, strategy, function, arguments), daemon=True)
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        received = [results.get() for _ in processes]
+    finally:
+        for process in processes:
+            process.join(30)
+            process.kill()
+    if errors := [error for _, _, error in received if error]:
+        raise RuntimeError("\n".join(errors))
+    return [result for _, result, _ in sorted(received, key=lambda entry: entry[0])]
+
+
+def _rank(results: Any, rank: int, num_ranks: int, port: int, strategy: str, function: Any, arguments: Any) -> None:
+    result, error = None, None
+    try:
+        torch.set_num_threads(1)
+        environment = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        init_distributed(strategy)
+        result = function(*arguments)
+        destroy_distributed()
+    except BaseException:
+        error = f"rank {rank}: {traceback.format_exc()}"
+    results.put((rank, result, error))
+    os._exit(0)  # without the exit handlers of the process that was forked
