@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 LOG_FILE = "server.log"
 REQUEST_TIMEOUT = 600.0  # seconds for one sample
 MAX_RETRIES = 4  # per prompt, when the server fails
+# What torchrun, submitit and our SLURM jobs set for one rank of a run, and accelerate for the libraries that it drives.
+_OF_A_RANK = re.compile(
+    r"((LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|ACCELERATE|FSDP)_.*)"
+)
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _LIBC = ctypes.CDLL(None)  # loaded at import time: dlopen between fork and exec could deadlock
 
@@ -54,6 +59,7 @@ def serving(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env=_own_environment(),
                 start_new_session=True,
                 preexec_fn=_die_with_parent,  # covers SIGKILL of this process, which cannot clean up
             )
@@ -72,6 +78,11 @@ def serving(
                 ) from error
         finally:
             _stop(process)
+
+
+def _own_environment() -> dict[str, str]:
+    """Return the environment of a server, without the rank and address by which it would join the job's processes."""
+    return {name: value for name, value in os.environ.items() if not _OF_A_RANK.fullmatch(name)}
 
 
 def _die_with_parent() -> None:
