@@ -259,7 +259,6 @@ def shares(folder: Path, strategy: str) -> dict[str, int]:
     return count
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp"])
 def test_each_of_eight_ranks_writes_and_hashes_its_share(strategy, tmp_path):
     counts = on_ranks(8, strategy, shares, tmp_path, strategy)
@@ -286,7 +285,6 @@ def resumed_state(folder: Path, strategy: str) -> tuple[int, dict[str, torch.Ten
         return run.resume(), run.state()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [("none", "ddp"), ("ddp", "none")])
 def test_any_strategy_resumes_from_what_any_other_has_saved(saved_by, loaded_by, tmp_path):
     def on(strategy, function):
@@ -299,7 +297,6 @@ def test_any_strategy_resumes_from_what_any_other_has_saved(saved_by, loaded_by,
         assert step == 3 and equal(state, saved)
 
 
-@pytest.mark.slow
 def test_one_damaged_part_is_noticed_by_all_ranks(tmp_path):
     on_ranks(2, "ddp", save_three_steps, tmp_path, "ddp")
     (part,) = tmp_path.rglob("__1_0.distcp")
@@ -323,7 +320,6 @@ def failing_on_rank_1(folder: Path) -> tuple[int | None, str]:
         return raised.value.errno, str(raised.value)
 
 
-@pytest.mark.slow
 def test_a_part_that_one_rank_cannot_write_fails_all_ranks_with_that_error(tmp_path):
     outcomes = on_ranks(2, "ddp", failing_on_rank_1, tmp_path)
     assert {code for code, _ in outcomes} == {errno.ENOSPC}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
 
 from src.distributed import destroy_distributed, init_distributed
 from tests.support.endpoint import free_port
@@ -25,7 +26,7 @@ def on_ranks(num_ranks: int, strategy: str, function: Callable[..., Any], *argum
     for process in processes:
         process.start()
     try:
-        received = [results.get() for _ in processes]
+        received = [pickle.loads(results.get()) for _ in processes]
     finally:
         for process in processes:
             process.join(30)
@@ -47,5 +48,5 @@ def _rank(results: Any, rank: int, num_ranks: int, port: int, strategy: str, fun
         destroy_distributed()
     except BaseException:
         error = f"rank {rank}: {traceback.format_exc()}"
-    results.put((rank, result, error))
+    results.put(pickle.dumps((rank, result, error)))  # by value: tensors would be in memory of this process
     os._exit(0)  # without the exit handlers of the process that was forked
