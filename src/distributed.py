@@ -18,8 +18,9 @@ from src.errors import ConfigError
 
 # Control messages between stages wait while rank 0 generates samples alone, which can take days.
 CONTROL_TIMEOUT = timedelta(days=7)
-# Within a step rank 0 may write a checkpoint of a large model to a slow disk.
-STEP_TIMEOUT = timedelta(hours=2)
+# After it a collective that one rank never joins ends the run. Ranks meet in every step; the longest that some wait for
+# others is while weights are read, or DeepSpeed writes its files, on a slow disk.
+STEP_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)

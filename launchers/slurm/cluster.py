@@ -98,6 +98,16 @@ def cancel(jobs: Iterable[str]) -> None:
             raise StageError(f"scancel: {_one_line(process.stderr)}")
 
 
+def seconds_left(job: str) -> float | None:
+    """Return the seconds until the time limit of a running job; None without a limit, or when SLURM does not answer."""
+    text = _run(["squeue", "--noheader", f"--jobs={job}", "--format=%L"]).stdout.strip()
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+)", text, re.ASCII)  # [[days-]hours:]minutes:seconds
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
 def requeue(job: str) -> None:
     """Requeue a job. Raises SlurmUnavailable with SLURM's message when it still refuses after RETRY_SECONDS."""
     _run_with_retries(["scontrol", "requeue", job])

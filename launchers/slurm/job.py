@@ -16,6 +16,7 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
+from launchers.slurm import cluster
 from launchers.slurm.job_records import Task, read_submission
 from launchers.slurm.status import failed_points
 from src import preemption
@@ -55,6 +56,9 @@ def run_task(stages: Sequence[Stage], folder: Path, index: int, upload: str) -> 
         from src.stages.runner import compute_or_wait
 
         set_cpu_threads(stages[0].point.engine.cpu_threads)
+        if rank() == 0:  # the others follow it
+            # The signal was asked for before anybody had measured a save; a requeued job has the same one again.
+            preemption.set_time_limit(cluster.seconds_left(JobEnvironment().job_id), NEAR_TIME_LIMIT)
         targets = {identity for _, identity in task.stages}
         log_file, jitter = folder / f"tracking-{index}.log", STARTUP_JITTER * len(submission.tasks)
         sync = sync_sweep(submission.sweep, log_file, stages=targets, startup_jitter=jitter)

@@ -63,6 +63,7 @@ class Submission:
     waits_for: list[str] = field(default_factory=list)  # the jobs it depends on
     finalize: str = ""  # of an aggregation: "MODULE:FUNCTION" it calls with the sweep's folder and the failures
     code: str = ""
+    signal_delay_s: int = 0  # seconds before the time limit at which its jobs are told to stop
     written: float = field(default_factory=time.time)
     state: str = "preparing"  # preparing, submitted, abandoned
 

@@ -13,9 +13,11 @@ from launchers.slurm.options import complete_options
 from launchers.slurm.status import failed_points, read_status
 from launchers.slurm.status_table import announce, watch
 from launchers.slurm.submit import submit
+from launchers.slurm.time_limit import signal_delay
 from src.config.schema import Point
 from src.errors import ConfigError, PointFailure
 from src.planning.plan import Plan
+from src.planning.save_time import SaveTimes
 from src.store.lease import Lease
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
@@ -43,6 +45,10 @@ class SlurmLauncher(PlanLauncher):
         for kind in sorted(kinds):
             for point in plan.points:
                 self._check_num_processes(kind, point)
+        times = SaveTimes(Store(output_dir))
+        for kind in sorted(kinds):
+            stages = [plan.stages[identity] for identity in plan.needed if job_kind(plan.stages[identity]) == kind]
+            signal_delay(kind, stages, self.options, times)
         for kind in sorted(kinds | {"aggregate"}):
             cluster.check_request(kind, self.options.kinds[kind].sbatch())
 

@@ -14,6 +14,7 @@ from src.errors import ConfigError
 
 KINDS = ("sft", "reference", "baseline", "align", "aggregate")
 UPLOAD = ("during", "after")
+EARLY_S = 60  # seconds that SLURM may send a signal before it is due
 
 # sbatch options that the launcher relies on, and the key that decides each.
 _RESERVED_OPTIONS = {
@@ -45,7 +46,7 @@ class JobResources:
     nodes: int = number(minimum=1, maximum=100_000)
     gpus_per_node: Any = MISSING  # 8, or with a type h100:8
     cpus_per_task: int = number(minimum=1, maximum=100_000)
-    mem_gb: float | None = number(above=0, maximum=1e6)
+    mem_gb: float | None = number(maximum=1e6)  # 0: all of the node
     timeout_min: int = number(minimum=1, maximum=10**7)
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     setup: list[str] = MISSING
@@ -71,7 +72,7 @@ class JobResources:
             **{name: getattr(self, name) for name in ("partition", "account", "qos", "constraint", "nodes")},
             "ntasks-per-node": self.tasks_per_node,
             "cpus-per-task": self.cpus_per_task,
-            "mem": None if self.mem_gb is None else f"{round(self.mem_gb * 1024)}M",
+            "mem": None if self.mem_gb is None else f"{round(self.mem_gb * 1024)}M" if self.mem_gb else "0",
             "time": self.timeout_min,
             "gpus-per-node": self.gpus_per_node if self.gpus else None,
         }
@@ -123,8 +124,7 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
     _check_resources(options, "hydra.launcher")
     for kind, resources in options.kinds.items():
         _check_resources(resources, f"hydra.launcher.kinds.{kind}")
-        # SLURM sends the signal up to 60 s early.
-        if resources.timeout_min * 60 <= options.signal_delay_s + 60:
+        if resources.timeout_min * 60 <= options.signal_delay_s + EARLY_S:
             raise ConfigError(
                 f"hydra.launcher: timeout_min={resources.timeout_min} is too short for {kind} jobs: the stop signal"
                 f" (signal_delay_s={options.signal_delay_s}) would arrive at job start"

@@ -18,7 +18,7 @@ STATES = ("failed", "cancelled", "running", "queued", "to do", "done")  # in the
 
 # The final states of sacct that have a known cause and remedy.
 _END_REASONS = {
-    "TIMEOUT": "hit the time limit before it could checkpoint: raise hydra.launcher.signal_delay_s or timeout_min",
+    "TIMEOUT": "hit the time limit before it could checkpoint: the same command asks for a signal twice as early",
     "OUT_OF_MEMORY": "out of memory: raise hydra.launcher.mem_gb or lower trainer.max_tokens_per_micro_batch",
     "NODE_FAIL": "its node failed",
     "PREEMPTED": "preempted and not requeued",

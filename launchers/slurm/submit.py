@@ -18,8 +18,10 @@ from launchers.slurm.graph import job_arrays, split_parallelism
 from launchers.slurm.job import run_aggregation, run_task
 from launchers.slurm.job_records import Submission, all_submissions, new_submission
 from launchers.slurm.options import SlurmOptions
+from launchers.slurm.time_limit import after_timeouts, signal_delay
 from src.errors import ConfigError
 from src.planning.plan import Plan
+from src.planning.save_time import SaveTimes
 from src.store.code_snapshot import snapshot
 from src.store.sweep_folder import SweepFolder, result_folders
 
@@ -51,11 +53,15 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
     for array, count in zip(point_arrays, parallelism, strict=True):
         array.parallelism = count
     code = str(snapshot(folder.code, result_folders(store.output_dir)))
-    jobs = dict(in_flight)  # stage -> the job that computes it
+    jobs, times = dict(in_flight), SaveTimes(store)  # stage -> the job that computes it
     for array in arrays:
         tasks = [(task.label, [[stage.kind, stage.identity] for stage in task.targets]) for task in array.tasks]
         waits_for = list(dict.fromkeys(jobs[identity] for identity in array.upstream if identity in jobs))
         submission = new_submission(folder, array.kind, tasks, waits_for=waits_for, code=code)
+        targets = {stage.identity: stage for task in array.tasks for stage in task.targets}
+        delay = signal_delay(array.kind, targets.values(), options, times)
+        timeout_min = options.kinds[array.kind].timeout_min
+        submission.signal_delay_s = after_timeouts(delay, targets, known, queue, timeout_min)
         arguments = [(task.stages, submission.folder, i, options.upload) for i, task in enumerate(array.tasks)]
         _sbatch(submission, options, run_task, arguments, array.parallelism)
         outcome.submissions.append(submission)
@@ -69,6 +75,7 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
     valid = [s for s in queued if waits_for and s.results == plan.results and set(waits_for) <= set(s.waits_for)]
     if waits_for and not valid:
         fields = {"results": plan.results, "waits_for": waits_for, "finalize": finalize, "code": code}
+        fields["signal_delay_s"] = options.signal_delay_s
         aggregation = new_submission(folder, "aggregate", [("aggregation", [])], **fields)
         _sbatch(aggregation, options, run_aggregation, [(aggregation.folder,)])
         outcome.submissions.append(aggregation)
@@ -124,7 +131,7 @@ def _sbatch(
     executor.update_parameters(
         **native,
         job_name=f"{submission.sweep.name}-{submission.kind}-{submission.folder.name}",
-        signal_delay_s=options.signal_delay_s,
+        signal_delay_s=submission.signal_delay_s,
         array_parallelism=parallelism or len(submission.tasks),
         wckey=None,  # a site may reject submitit's default
         # Since 22.05 srun does not inherit cpus-per-task from sbatch.

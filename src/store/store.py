@@ -40,6 +40,7 @@ JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, with a judge: verdict and rea
 RUN_CONFIG_FILE = "run_config.json"  # beside stage.json: the resolved config of the run that computed the stage
 SAMPLES_FILE = "samples.jsonl"  # of a generate stage
 METRICS_FILE = "metrics.jsonl"  # of a stage that trains: one object per optimizer step; trackers are fed from it
+CHECKPOINT_FILE = "trainer.json"  # of a checkpoint: step, digests of its files, what the save took
 CHECKPOINTS = NumberedNames("step-", 8)  # of a stage that trains, by the step they were saved before
 RESULT_SCHEMA = 2  # of result.json and quality.json
 # The small files of a stage, which suffice to aggregate without the store.

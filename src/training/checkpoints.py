@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 from src import preemption
 from src.distributed import get_distributed
 from src.errors import DamagedFile, StageError, describe_failure
+from src.planning.save_time import seconds_to_stop
 from src.store.attempt import Attempt
 from src.store.files import file_digest, fsync_file, is_full, read_checksummed_json, remove, with_checksum, write_json
-from src.store.store import CHECKPOINTS, METRICS_FILE
+from src.store.store import CHECKPOINT_FILE, CHECKPOINTS, METRICS_FILE
 from src.training.checkpoint_schedule import CheckpointSchedule
 from src.training.engine import TrainingEngine
 from src.training.training_state import StagedState, WrittenPart
 
 log = logging.getLogger(__name__)
 
-_STATE_FILE = "trainer.json"
 KEEP = 2  # the newest and the one before it, in case the newest is damaged
 
 
@@ -109,7 +109,7 @@ class Checkpointer:
         with _removed_on_error(pending.draft):
             if failed := next((part.error for part in parts if part.error is not None), None):
                 raise failed from pending.outcome.error
-            self._schedule.save_seconds = self._attempt.save_seconds = max(part.seconds for part in parts)
+            self._note_save_seconds(max(part.seconds for part in parts))
             if ranks.is_main_process:
                 self._publish(pending, [part.written for part in parts])
         ranks.barrier()
@@ -121,7 +121,7 @@ class Checkpointer:
         for part in parts:
             digests |= part.digests
         state = {**pending.state, "save_seconds": self._attempt.save_seconds, "files": digests}
-        write_json(draft / _STATE_FILE, with_checksum(state))
+        write_json(draft / CHECKPOINT_FILE, with_checksum(state))
         assert self._attempt.lease is not None
         self._attempt.lease.check()
         os.rename(draft, final)
@@ -129,6 +129,10 @@ class Checkpointer:
         step = pending.state["step"]
         for old in [path for n, path in CHECKPOINTS.entries(self._folder).items() if n <= step][: -pending.keep]:
             remove(old)
+
+    def _note_save_seconds(self, seconds: float) -> None:
+        self._schedule.save_seconds = self._attempt.save_seconds = seconds
+        preemption.reserve(seconds_to_stop(seconds))
 
     def close(self) -> None:
         """Give up a pending checkpoint. Its thread ends by itself, and the next attempt removes what it leaves."""
@@ -144,9 +148,9 @@ class Checkpointer:
         self._engine.load_state(checkpoint)
         if get_distributed().is_main_process:
             shutil.copy(checkpoint / METRICS_FILE, attempt.out)
-        state = read_checksummed_json(checkpoint / _STATE_FILE)
+        state = read_checksummed_json(checkpoint / CHECKPOINT_FILE)
         attempt.prior_seconds, attempt.tokens = state["seconds"], state["tokens"]
-        self._schedule.save_seconds = attempt.save_seconds = state["save_seconds"]
+        self._note_save_seconds(state["save_seconds"])
         log.info("resuming from step %d", state["step"])
         return state["step"]
 
@@ -247,7 +251,7 @@ def _damage(checkpoint: Path, step: int) -> str | None:
 
 def _damage_of_share(checkpoint: Path, step: int, rank: int, size: int) -> str | None:
     try:
-        state = read_checksummed_json(checkpoint / _STATE_FILE)
+        state = read_checksummed_json(checkpoint / CHECKPOINT_FILE)
         if state["step"] != step:
             return f"it is that of step {state['step']}"
         for name in sorted(state["files"])[rank::size]:
