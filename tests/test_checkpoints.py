@@ -1,7 +1,9 @@
 """Checkpoints of real engines and small models: who writes what, what goes on meanwhile, and what a load gives back."""
 
 import errno
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -338,3 +340,28 @@ def test_the_measured_time_of_a_save_is_recorded_for_the_next_attempt(tmp_path):
         assert run.attempt.save_seconds is None
         run.resume()
         assert run.attempt.save_seconds == seconds
+
+
+def seconds_of_a_save(folder: Path, strategy: str) -> float:
+    """Return the shortest of three saves of 300 MB."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 5, "vocab_size": 4096}
+    with training(folder, strategy, **shape) as run:
+        run.train()
+        seconds = []
+        for number in (1, 2, 3):
+            get_distributed().barrier()
+            started = time.perf_counter()
+            run.checkpointer.save(number)
+            run.checkpointer.wait()
+            seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+@pytest.mark.timing
+def test_two_ranks_save_in_at_most_three_fifths_of_the_time_of_one(tmp_path):
+    """In memory: it is the work of the ranks that is divided, not that of one disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        one = seconds_of_a_save(Path(folder) / "one", "none")
+        two = max(on_ranks(2, "ddp", seconds_of_a_save, Path(folder) / "two", "ddp"))
+    print(f"{one:.2f} s, two ranks {two:.2f} s: {two / one:.2f}")
+    assert two <= 0.6 * one

@@ -132,6 +132,48 @@ def test_a_kill_at_any_single_file_operation_loses_nothing_and_publishes_nothing
     assert results(killed) == results(calm)
 
 
+# Compute the SFT stage with checkpoints after steps 1 and 2, and die in the middle of writing the second one, when
+# training has taken the two steps after it.
+DIE_WHILE_SAVING = """
+import os, signal, sys, threading, time
+sys.path.insert(0, {root!r})
+import src.stages.sft
+from src.stages.runner import compute_or_wait
+from src.store.store import Store
+from src.training.checkpoint_schedule import CheckpointSchedule
+from tests.test_resume import sft_stage
+
+ends_of_steps, writers, fsync = [], [], os.fsync
+def is_due(schedule):
+    ends_of_steps.append(None)
+    return len(ends_of_steps) <= 2
+def fsync_or_die(handle):
+    thread = threading.current_thread()
+    if thread.name == "checkpoint" and thread not in writers:
+        writers.append(thread)
+        if len(writers) == 2:
+            while len(ends_of_steps) < 4:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+    fsync(handle)
+CheckpointSchedule.is_due, os.fsync = is_due, fsync_or_die
+compute_or_wait(sft_stage({folder!r}), Store({folder!r}))
+"""
+
+
+def test_kill_9_in_the_middle_of_a_save_that_training_has_passed_and_the_same_again_is_identical(tmp_path):
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    assert sft_process(calm, [10**9]) == [0]
+    script = DIE_WHILE_SAVING.format(root=str(ROOT), folder=str(killed))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    (checkpoints,) = (killed / "store").glob("sft/.work/*/checkpoints/sharded")
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000001"]
+    assert list(checkpoints.glob(".draft-*/__0_0.distcp")), "it was killed while it wrote"
+    assert sft_process(killed, [10**9]) == [0]
+    assert results(killed) == results(calm)
+
+
 def test_a_resumed_run_really_resumes(tmp_path):
     arguments = [*POINT, f"output_dir={tmp_path}"]
     assert kill_when(checkpoint("sft", 10), tmp_path, *arguments)
