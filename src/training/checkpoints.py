@@ -246,7 +246,7 @@ def _damage(checkpoint: Path, step: int) -> str | None:
     """Return what is wrong with a checkpoint, if anything, before anything is loaded. Every rank reads its share."""
     ranks = get_distributed()
     damage = _damage_of_share(checkpoint, step, ranks.rank, ranks.size)
-    return next((found for found in ranks.gather_objects(damage) if found is not None), None)
+    return next((reason for reason in ranks.gather_objects(damage) if reason is not None), None)
 
 
 def _damage_of_share(checkpoint: Path, step: int, rank: int, size: int) -> str | None:

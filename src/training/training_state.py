@@ -125,10 +125,10 @@ class DeepSpeedState:
         ranks = get_distributed()
         self._accelerator.save_state(str(self._folder), exclude_frozen_parameters=True)
         ranks.barrier()  # until the folder is complete: which files are this rank's is read from their names
-        own = [path for path in sorted(self._folder.rglob("*")) if path.is_file() and _writer_of(path) == ranks.rank]
-        for path in own:
+        files = [path for path in sorted(self._folder.rglob("*")) if path.is_file() and _writer_of(path) == ranks.rank]
+        for path in files:
             fsync_file(path)
-        return WrittenPart({path.relative_to(self._folder).as_posix(): file_digest(path) for path in own})
+        return WrittenPart({path.relative_to(self._folder).as_posix(): file_digest(path) for path in files})
 
     def finish(self, parts: Sequence[WrittenPart]) -> dict[str, str]:
         return {}
