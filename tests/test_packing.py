@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.data.examples import Example
-from src.errors import ConfigError
 from src.model.logprobs import sequence_logps
 from src.model.packing import Layout, PackedBatch, Segment, copy_together, distribute_examples, pack
 from src.stages.align import make_loss_fn
 from src.training.loop import GlobalBatch
-from src.training.token_budget import max_token_budget
 from tests.support.configs import stage_of
 from tests.support.small_models import make_model, random_pairs, relative
 
@@ -65,16 +63,6 @@ def test_the_gradient_of_a_step_does_not_depend_on_budget_or_number_of_ranks(num
     torch.manual_seed(0)
     whole = gradient(distribute_examples(lengths, range(9), 10**6, 1))
     assert relative(gradient(distribute_examples(lengths, range(9), budget, num_ranks)), whole) < 1e-6
-
-
-def test_the_token_budget_is_what_fits_in_memory_and_a_longer_example_is_an_error():
-    def measure(tokens):
-        return tokens, 7_000_000 + 1_000_000 * tokens  # a megabyte per token, and a constant
-
-    assert max_token_budget(20 * 2**30, measure, longest=4096) == 16384
-    assert max_token_budget(20 * 2**30 + 10**6, measure, longest=4096) == 16384, "a little more memory: the same budget"
-    with pytest.raises(ConfigError, match="an example of 20000 tokens does not fit"):
-        max_token_budget(20 * 2**30, measure, longest=20000)
 
 
 def test_a_batch_of_one_example_is_its_tokens_with_the_second_response_after_the_first():

@@ -11,7 +11,7 @@ from src.data.tokenization import load_examples
 from src.model.loading import load_template
 from src.planning.stage import stages_of
 from src.store.attempt import Attempt
-from src.training.loop import batch_indices
+from src.training.batches import batch_indices
 from tests.support.commands import SMALL, train
 from tests.support.configs import point
 

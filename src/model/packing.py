@@ -79,8 +79,9 @@ class PackedBatch:
             return self
         own, layout = _tensors(self), _tensors(self.layout)
         copies = copy_together([*own.values(), *layout.values()], device)
-        layout_copy = replace(self.layout, **dict(zip(layout, copies[len(own) :], strict=True)))
-        return replace(self, layout=layout_copy, **dict(zip(own, copies, strict=False)))
+        of_layout: dict[str, Any] = dict(zip(layout, copies[len(own) :], strict=True))
+        of_batch: dict[str, Any] = dict(zip(own, copies, strict=False))
+        return replace(self, layout=replace(self.layout, **of_layout), **of_batch)
 
 
 def _tensors(record: PackedBatch | Layout) -> dict[str, Tensor]:

@@ -77,13 +77,24 @@ class TrainingEngine:
 
     def configure_model(self, model: Any) -> Any:
         """Add adapters, activation checkpointing and compilation to the model as configured, in place."""
+        self._model = model
         self._add_adapters(model)
         if self.resources.activation_checkpointing is True:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.checkpoint_activations(True)
         if self.resources.compile:
             for layer in model.base_model.layers:
                 layer.compile(dynamic=True)
         return model
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Recompute activations in the backward passes of the following micro-batches, or stop doing so.
+
+        All ranks must decide alike: where weights are in shards, a forward pass gathers them from all ranks.
+        """
+        if enabled:
+            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self._model.gradient_checkpointing_disable()
 
     def _add_adapters(self, model: Any) -> None:
         """Add new adapters to `model`, in place, and freeze all else; nothing without model.lora.

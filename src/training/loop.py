@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,27 +15,19 @@ from torch import Tensor
 from src.data.examples import Example
 from src.distributed import get_distributed
 from src.errors import ConfigError, StageError
-from src.hardware import HeapTrimmer
+from src.hardware import HeapTrimmer, release_accelerator
 from src.model.loading import numerics_of
 from src.model.logprobs import SequenceLogps
-from src.model.packing import MicroBatch, PackedBatch, distribute_examples, pack
+from src.model.packing import PackedBatch
 from src.planning.identity import AlignInputs, SftInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
 from src.store.store import METRICS_FILE
+from src.training.batches import GlobalBatch, StepBatch, StepPlanner, prefetch
 from src.training.checkpoints import Checkpointer, Votes
 from src.training.engine import TrainingEngine
 from src.training.lr_schedule import lr_multiplier, total_steps
 from src.training.token_budget import find_token_budget
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """The size of one optimizer step over all ranks and micro-batches."""
-
-    num_examples: int
-    num_supervised_tokens: int
-
 
 # (batch, logps, token counts, global batch) -> (the part of the step's loss that is this micro-batch's,
 # values to log: sums over the examples of the micro-batch, by metric)
@@ -48,17 +39,6 @@ def sft_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Token-mean cross-entropy: every response token of the step weighs the same, whichever micro-batch it is in."""
     return -logps.sum() / batch.num_supervised_tokens, {"supervised_tokens": token_counts.sum()}
-
-
-def batch_indices(step: int, num_examples: int, batch_size: int, seed: int) -> list[int]:
-    """Return the examples of a step: consecutive slices of one seeded permutation per epoch, across epoch ends."""
-    indices: list[int] = []
-    while len(indices) < batch_size:
-        epoch, offset = divmod(step * batch_size + len(indices), num_examples)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(num_examples, generator=generator).tolist()
-        indices += order[offset : offset + batch_size - len(indices)]
-    return indices
 
 
 def train(
@@ -80,40 +60,53 @@ def train(
         raise ConfigError(
             f"trainer.{inputs.kind}.batch_size={trainer.batch_size}: below the number of processes, {ranks.size}"
         )
+    trained = _train(model, examples, loss_fn, inputs, resources, attempt)
+    release_accelerator()  # what validation and the next stage need: gradients and optimizer state no longer exist
+    return trained
+
+
+def _train(
+    model: Any,
+    examples: Sequence[Example],
+    loss_fn: LossFn,
+    inputs: SftInputs | AlignInputs,
+    resources: Resources,
+    attempt: Attempt,
+) -> Any:
+    trainer = inputs.trainer
     with contextlib.ExitStack() as cleanup:
         engine = TrainingEngine(resources, trainer, inputs.lora, inputs.seed)
         cleanup.enter_context(contextlib.closing(engine))
         policy = engine.prepare(SequenceLogps(engine.configure_model(model), numerics_of(inputs.model, resources)))
+        model.train()
         total = total_steps(len(examples), trainer)
         end = max(1, round(inputs.stop_fraction * total)) if isinstance(inputs, AlignInputs) else total
-        checkpointer = cleanup.enter_context(
-            contextlib.closing(Checkpointer(engine, attempt, resources.checkpoint_minutes))
-        )
+        checkpointer = Checkpointer(engine, attempt, resources.checkpoint_minutes)
+        cleanup.enter_context(contextlib.closing(checkpointer))
         first = checkpointer.resume(end)
-        lengths = [example.length for example in examples]
         budget = find_token_budget(engine, policy, examples)
-        model.train()
+        planner = StepPlanner(examples, trainer.batch_size, inputs.seed, budget, engine.device)
+        batches = cleanup.enter_context(contextlib.closing(prefetch(planner.prepare, range(first, end), engine.device)))
         heap = HeapTrimmer()
-        for step in range(first, end):
+        started = time.perf_counter()
+        for step, batch in enumerate(batches, first):
             attempt.step(step, end, interruptible=False)
-            started = time.perf_counter()
-            indices = batch_indices(step, len(examples), trainer.batch_size, inputs.seed)
-            batch = GlobalBatch(len(indices), sum(examples[i].num_supervised_tokens for i in indices))
             lr = engine.set_lr(trainer.lr * lr_multiplier(step, total, trainer))
-            micro_batches = distribute_examples(lengths, indices, budget, ranks.size)[ranks.rank]
-            names, metric_sums = _accumulate_step(engine, policy, examples, micro_batches, loss_fn, batch)
-            grad_norm = engine.step()
+            names, metric_sums = _accumulate_step(engine, policy, batch, loss_fn)
+            norm = engine.step()
             heap.maybe_trim()
-            num_local_tokens = sum(lengths[i] for m in micro_batches if not m.is_filler for i in m.indices)
-            (loss, *totals), num_tokens, votes = _reduce_metrics(metric_sums, num_local_tokens, checkpointer.votes())
+            (loss, *totals), grad_norm, num_tokens, votes = _reduce_metrics(
+                metric_sums, norm, batch.num_tokens, checkpointer.votes()
+            )
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise StageError(f"diverged at step {step}: loss {loss:g}, gradient norm {grad_norm:g}")
             attempt.tokens += num_tokens
-            values = {"loss": loss, "grad_norm": float(grad_norm), "learning_rate": lr}
-            values |= {name: total / batch.num_examples for name, total in zip(names, totals, strict=True)}
+            values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": lr}
+            values |= {name: total / batch.size.num_examples for name, total in zip(names, totals, strict=True)}
             values["tokens_per_second"] = round(num_tokens / (time.perf_counter() - started), 1)
             log_metrics(attempt, step, values)
             checkpointer.end_step(step + 1, end, votes)
+            started = time.perf_counter()
         if end < total:
             # May be the final checkpoint: this point may never be promoted to the next rung.
             checkpointer.save(end, keep=1)
@@ -123,12 +116,7 @@ def train(
 
 
 def _accumulate_step(
-    engine: TrainingEngine,
-    policy: Any,
-    examples: Sequence[Example],
-    micro_batches: Sequence[MicroBatch],
-    loss_fn: LossFn,
-    batch: GlobalBatch,
+    engine: TrainingEngine, policy: Any, batch: StepBatch, loss_fn: LossFn
 ) -> tuple[list[str], Tensor]:
     """Accumulate the gradients of this rank's micro-batches.
 
@@ -136,11 +124,12 @@ def _accumulate_step(
     """
     names: list[str] = []
     metric_sums: Tensor | None = None
-    for number, micro_batch in enumerate(micro_batches):
-        packed = pack(examples, micro_batch.indices).to(engine.device)
-        with engine.micro_step(last=number == len(micro_batches) - 1):
-            logps, token_counts = policy(packed)
-            loss, logged = loss_fn(packed, logps, token_counts, batch)
+    for micro_batch in batch.micro_batches:
+        if micro_batch.recompute is not None:
+            engine.checkpoint_activations(micro_batch.recompute)
+        with engine.micro_step(last=micro_batch is batch.micro_batches[-1]):
+            logps, token_counts = policy(micro_batch.packed)
+            loss, logged = loss_fn(micro_batch.packed, logps, token_counts, batch.size)
             engine.backward(0.0 * loss if micro_batch.is_filler else loss)
         if not micro_batch.is_filler:
             names = list(logged)
@@ -150,16 +139,20 @@ def _accumulate_step(
     return names, metric_sums
 
 
-def _reduce_metrics(metric_sums: Tensor, num_tokens: int, votes: Votes) -> tuple[list[float], int, Votes]:
-    """Return, over all ranks: the sums, the tokens of the step, and the votes about its checkpoint.
+def _reduce_metrics(
+    metric_sums: Tensor, grad_norm: Tensor, num_tokens: int, votes: Votes
+) -> tuple[list[float], float, int, Votes]:
+    """Return, over all ranks: the sums, the gradient norm, the tokens of the step, and the votes on its checkpoint.
 
-    Besides the gradient norm this is the only device-to-host copy of a step, after all its kernels are enqueued.
+    This is the only device-to-host copy of a step, and the only time that the host waits for the device.
     """
-    local = torch.tensor([num_tokens, *votes], dtype=torch.float64)
-    packed = torch.cat([metric_sums, local.to(metric_sums.device)])
-    sums = get_distributed().all_reduce_sum(packed).tolist()
+    device, float64 = metric_sums.device, torch.float64
+    local = torch.tensor([num_tokens, *votes], dtype=float64).to(device, non_blocking=True)
+    sums = get_distributed().all_reduce_sum(torch.cat([metric_sums, local]))
+    norm = grad_norm.detach().to(device, float64, non_blocking=True).reshape(1)
+    values = torch.cat([sums, norm]).tolist()
     num_sums = len(metric_sums)
-    return sums[:num_sums], int(sums[num_sums]), Votes(*map(int, sums[num_sums + 1 :]))
+    return values[:num_sums], values[-1], int(values[num_sums]), Votes(*map(int, values[num_sums + 1 : -1]))
 
 
 def log_metrics(attempt: Attempt, step: int, values: dict[str, float]) -> None:

@@ -1,82 +1,187 @@
-"""The tokens of a micro-batch with trainer.max_tokens_per_micro_batch=null: on a GPU, as many as fit in memory.
+"""How many tokens a micro-batch has, and of how many its activations are computed again in the backward pass.
 
-Results depend on it by rounding only, because an example has the same weight in any micro-batch.
+On a GPU both follow from the memory of forward and backward passes, measured with the model that is trained. Results
+depend on neither, but for the rounding of sums, because an example has the same weight in any micro-batch, and
+recomputed activations are the same.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from src.data.examples import Example
 from src.distributed import get_distributed
 from src.errors import ConfigError
 from src.hardware import release_accelerator
-from src.model import lm_head
-from src.model.packing import longest_first, pack
+from src.model.packing import pack
 from src.training.engine import TrainingEngine
 
 log = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 4096  # larger micro-batches exceed the caches and are no faster
+GPU_TOKEN_BUDGET = 16384  # enough for products at their full rate: larger ones are no faster either
+USABLE_FRACTION = 0.9  # of a GPU's memory, by everything on it; the rest is for fragmentation
+# With fewer tokens a micro-batch, reading all weights and adding to all gradients takes longer than recomputing
+# activations (by a count of bytes and FLOPs for 3B parameters on an H100).
+MIN_TOKENS_KEPT = 2048
 _MULTIPLE = 1024  # budgets are rounded down to it, so that slightly different free memory gives the same budget
-_USABLE_FRACTION = 0.8  # of the free memory; the rest is for fragmentation and temporary buffers of backward passes
+_FEW, _MANY = 1024, 4096  # tokens of the passes that are measured
 
 
-def find_token_budget(engine: TrainingEngine, policy: Any, examples: Sequence[Example]) -> int:
-    """Return the configured budget, else a constant on a CPU and what fits in memory on a GPU."""
-    if engine.resources.max_tokens_per_micro_batch is not None:
-        return engine.resources.max_tokens_per_micro_batch
-    return measure_token_budget(engine, policy, examples) if engine.device.type == "cuda" else CPU_TOKEN_BUDGET
+@dataclass(frozen=True)
+class TokenBudget:
+    """tokens: of a micro-batch; a longer example is one by itself.
 
-
-def max_token_budget(free: int, measure: Callable[[int], tuple[int, int]], longest: int) -> int:
-    """Return the largest multiple of 1024 tokens whose activations fit into `free` bytes.
-
-    measure: takes a number of tokens and returns (tokens tried, bytes they took), where about as many are tried.
-    longest: tokens of the longest example. Raises ConfigError when that does not fit.
+    max_tokens_kept: activations of larger micro-batches are recomputed, of others kept; None: as the engine is
+    configured.
     """
-    (few, small), (many, large) = measure(_MULTIPLE), measure(4 * _MULTIPLE)
-    bytes_per_token = (large - small) / (many - few) if many > few and large > small else large / many
-    budget = int(_USABLE_FRACTION * free / bytes_per_token) // _MULTIPLE * _MULTIPLE
-    if budget < longest:
-        raise ConfigError(
-            f"trainer.max_tokens_per_micro_batch=null: an example of {longest} tokens does not fit into "
-            f"{free / 2**30:.1f} GiB; try engine.activation_checkpointing=true, engine=zero3, or a smaller "
-            "dataset.max_tokens"
-        )
-    return budget
+
+    tokens: int
+    max_tokens_kept: int | None = None
+
+    def recomputes(self, num_tokens: int) -> bool | None:
+        """Return whether activations of a micro-batch of this size are recomputed; None: as configured."""
+        return None if self.max_tokens_kept is None else num_tokens > self.max_tokens_kept
 
 
-def measure_token_budget(engine: TrainingEngine, policy: Any, examples: Sequence[Example]) -> int:
-    """Measure activation memory with the real model; return the minimum over all ranks."""
-    device = engine.device
+class Pass(NamedTuple):
+    """Bytes of a forward and backward pass, where gradients are already there; the largest of all ranks."""
+
+    num_tokens: int
+    before: int
+    peak: int
+
+
+# (number of tokens, whether activations are recomputed) -> the pass of about as many tokens
+Measure = Callable[[int, bool], Pass]
+
+
+def find_token_budget(engine: TrainingEngine, policy: Any, examples: Sequence[Example]) -> TokenBudget:
+    """Return the budget of a run; on a GPU measure what fits. Every rank calls this and gets the same.
+
+    Raises ConfigError when not even the longest example fits.
+    """
+    configured, checkpointing = engine.resources.max_tokens_per_micro_batch, engine.resources.activation_checkpointing
+    if engine.device.type != "cuda" or (configured is not None and checkpointing != "auto"):
+        return TokenBudget(configured or CPU_TOKEN_BUDGET)
     # Blocks that torch's allocator cached for an earlier model of this process are free, but the driver counts them as
     # used: without this the second training stage of a process would find no memory.
     release_accelerator()
-    lengths = [example.length for example in examples]
-    order = longest_first(lengths, range(len(examples)))
+    longest = max(examples, key=lambda example: example.length)
 
-    def measure(tokens: int) -> tuple[int, int]:
-        indices: list[int] = []
-        while sum(lengths[i] for i in indices) < tokens and len(indices) < len(order):
-            indices.append(order[len(indices)])
-        before = torch.cuda.memory_allocated(device)
-        with engine.micro_step(last=False):
-            logps = policy(pack(examples, indices).to(device))  # keeps its activations alive
-        taken = torch.cuda.memory_allocated(device) - before
-        del logps
-        return sum(lengths[i] for i in indices), taken
+    def measure(num_tokens: int, recompute: bool) -> Pass:
+        return _measure(engine, policy, resized(longest, num_tokens), recompute)
 
-    shards = get_distributed().size if engine.zero else 1
-    vocab_size = next(m for m in policy.modules() if isinstance(m, lm_head.Head)).out_features
-    # Gradients and the two moments of Adam are allocated in the first step.
-    reserved_bytes = sum(p.numel() for p in policy.parameters() if p.requires_grad) * (4 + 8 // shards)
-    reserved_bytes += 3 * 4 * lm_head.TOKEN_CHUNK * vocab_size
-    free = torch.cuda.mem_get_info(device)[0] - reserved_bytes
-    budget = get_distributed().all_reduce_min(max_token_budget(free, measure, max(lengths)))
-    log.info("micro-batches of %d tokens, measured with %.1f GiB of free memory", budget, free / 2**30)
+    try:
+        limit = _memory_limit(engine, policy)
+        budget = choose_token_budget(measure, limit, longest.length, configured, checkpointing)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(_too_large(f"a micro-batch of {_FEW} tokens", "", checkpointing)) from error
+    finally:
+        release_accelerator()
+    log.info("micro-batches of %s, measured with %.1f GiB of memory", budget, limit / 2**30)
     return budget
+
+
+def choose_token_budget(
+    measure: Measure, limit: int, longest: int, configured: int | None, checkpointing: bool | str
+) -> TokenBudget:
+    """Return the budget of which every micro-batch peaks at no more than `limit` bytes.
+
+    longest: tokens of the longest example. configured, checkpointing: trainer.max_tokens_per_micro_batch and
+    engine.activation_checkpointing; with `auto` passes with recomputed activations are measured only if they are
+    needed. Raises ConfigError when a micro-batch of `longest` or `configured` tokens does not fit.
+    """
+    needed = max(longest, configured or 0)
+    kept = 0 if checkpointing is True else max_tokens(measure, limit, recompute=False)
+    recomputed = 0
+    if checkpointing is True or (checkpointing == "auto" and kept < max(needed, MIN_TOKENS_KEPT)):
+        recomputed = max_tokens(measure, limit, recompute=True)
+    if needed > max(kept, recomputed):
+        raise ConfigError(
+            _too_large(
+                f"an example of {needed} tokens" if needed == longest else f"a micro-batch of {needed} tokens",
+                f", only {max(kept, recomputed)} tokens do, in {limit / 2**30:.1f} GiB",
+                checkpointing,
+            )
+        )
+    fitting = kept if kept >= MIN_TOKENS_KEPT or not recomputed else recomputed
+    rounded = min(fitting, GPU_TOKEN_BUDGET) // _MULTIPLE * _MULTIPLE
+    return TokenBudget(configured or rounded or longest, kept if checkpointing == "auto" else None)
+
+
+def max_tokens(measure: Measure, limit: int, recompute: bool) -> int:
+    """Return the number of tokens whose pass peaks at `limit` bytes, by a line through two measured passes.
+
+    What a pass takes besides activations (blocks of logits, gathered weights) is the line's value at no tokens.
+    """
+    few = measure(_FEW, recompute)
+    if few.peak > limit:
+        return 0
+    # The memory of a pass grows no faster than its tokens, so that so many certainly fit.
+    certain = few.num_tokens * (limit - few.before) // max(1, few.peak - few.before)
+    if certain < 1.1 * few.num_tokens:
+        return certain
+    many = measure(min(_MANY, certain), recompute)
+    bytes_per_token = max(1.0, (many.peak - few.peak) / (many.num_tokens - few.num_tokens))
+    return int(few.num_tokens + (limit - few.peak) / bytes_per_token)
+
+
+def _too_large(what: str, why: str, checkpointing: bool | str) -> str:
+    remedies = ["engine=fsdp with more processes", "a smaller dataset.max_tokens"]
+    if checkpointing is False:
+        remedies.insert(0, "engine.activation_checkpointing=auto")
+    return f"{what} does not fit into the memory of the GPU{why}: use {' or '.join(remedies)}"
+
+
+def resized(example: Example, num_tokens: int) -> list[Example]:
+    """Return examples shaped like this one, cut or repeated, with about `num_tokens` tokens in all."""
+    copies = max(1, round(num_tokens / example.length))
+    share = min(1.0, num_tokens / (copies * example.length))
+    prompt, *responses = (ids[: max(1, round(share * len(ids)))] for ids in (example.prompt, *example.responses))
+    return [Example(prompt, tuple(responses))] * copies
+
+
+def _memory_limit(engine: TrainingEngine, policy: Any) -> int:
+    """Return the bytes that torch may allocate at the peak of a pass, the smallest number of all ranks.
+
+    Adam's moments are allocated in the first step, after which passes have to fit beside them. DeepSpeed allocates its
+    own when it starts. Gradients are there when a pass is measured.
+    """
+    free, total = torch.cuda.mem_get_info(engine.device)
+    of_others = total - free - torch.cuda.memory_allocated(engine.device)
+    moments = 0
+    if not engine.resources.zero_stage and not engine.optimizer.state:
+        trained = (p for p in policy.parameters() if p.requires_grad)
+        shards = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+        moments = sum(2 * shard.numel() * shard.element_size() for shard in shards)
+    return get_distributed().all_reduce_min(int(USABLE_FRACTION * total) - of_others - moments)
+
+
+def _measure(engine: TrainingEngine, policy: Any, examples: Sequence[Example], recompute: bool) -> Pass:
+    """Compute two micro-batches of these examples whose gradients are zeros; return the bytes of the second.
+
+    They are like fillers at the beginning of a step, so that DeepSpeed, which keeps sums of gradients to itself, adds
+    zeros to them; it would apply them in a last micro-batch of a step. All others exchange gradients there.
+    """
+    if engine.resources.activation_checkpointing == "auto":
+        engine.checkpoint_activations(recompute)
+    batch = pack(examples, range(len(examples))).to(engine.device)
+    before = 0
+    for last in (False, not engine.resources.zero_stage):
+        torch.cuda.reset_peak_memory_stats(engine.device)
+        before = torch.cuda.memory_allocated(engine.device)
+        with engine.micro_step(last):
+            logps, _ = policy(batch)
+            engine.backward(0.0 * logps.sum())
+        del logps
+    peak = torch.cuda.max_memory_allocated(engine.device)
+    if not engine.resources.zero_stage:
+        engine.optimizer.zero_grad(set_to_none=True)
+    return Pass(batch.input_ids.numel(), *(-get_distributed().all_reduce_min(-value) for value in (before, peak)))

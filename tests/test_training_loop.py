@@ -1,0 +1,195 @@
+"""The training loop on a small model: what its results do not depend on, what it waits for, and what it leaves."""
+
+import gc
+import json
+import threading
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+
+from src import preemption
+from src.model.packing import PackedBatch
+from src.stages.align import make_loss_fn
+from src.store.attempt import Attempt
+from src.store.lease import Lease
+from src.training import batches, loop, token_budget
+from src.training.engine import TrainingEngine
+from src.training.token_budget import TokenBudget
+from tests.support.configs import stage_of
+from tests.support.small_models import make_model, random_pairs
+
+NUM_EXAMPLES = 24
+
+
+def train(folder, num_steps=3, *overrides):
+    """Train a small model by steps of 8 pairs; return its weights, and the lines of its metrics without speed."""
+    stage = stage_of("align", "method=dpo", "beta=0.1", "trainer.align.batch_size=8", "lr=1e-3",
+                     f"trainer.align.max_steps={num_steps}", "trainer.align.epochs=9", *overrides)  # fmt: skip
+    examples, references = random_pairs(NUM_EXAMPLES, 3), torch.linspace(-60, -40, 2 * NUM_EXAMPLES).view(-1, 2)
+    folder.mkdir()
+    with Lease(folder) as lease:
+        attempt = Attempt(folder, folder, lease, lambda *_: None, "small", "small", folder)
+        model = make_model()
+        trained = loop.train(
+            model, examples, make_loss_fn(stage.inputs, references), stage.inputs, stage.resources, attempt
+        )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return dict(trained.named_parameters()), [{**line, "tokens_per_second": 0} for line in lines]
+
+
+def assert_identical(a, b):
+    assert a[1] == b[1]
+    assert a[0].keys() == b[0].keys() and all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+
+
+def use_budget(monkeypatch, budget):
+    monkeypatch.setattr(loop, "find_token_budget", lambda *_: budget)
+
+
+def test_no_bit_depends_on_which_micro_batches_are_recomputed(tmp_path, monkeypatch):
+    calls = Counter()
+    forward = torch.nn.Module.__call__
+
+    def count(module, *args, **kwargs):
+        calls[type(module).__name__] += type(module).__name__ == "LlamaRMSNorm"
+        return forward(module, *args, **kwargs)
+
+    results, num_calls = [], []
+    for kept in (None, 150, 0):
+        use_budget(monkeypatch, TokenBudget(200, kept))
+        calls.clear()
+        with monkeypatch.context() as counting:
+            counting.setattr("torch.nn.Module.__call__", count)
+            results.append(train(tmp_path / str(kept)))
+        num_calls.append(calls["LlamaRMSNorm"])
+    assert_identical(results[1], results[0])
+    assert_identical(results[2], results[0])
+    # The control: norms inside the layers of some micro-batches, and then of all, ran a second time.
+    assert num_calls[0] < num_calls[1] < num_calls[2]
+
+
+class Card:
+    """A GPU's name for what runs on the CPU."""
+
+    type = "cuda"
+
+
+def pretend_cuda(monkeypatch):
+    """Let the token budget measure on the CPU, where torch answers for 80 GiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (70 << 30, 80 << 30))
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: 10 << 30)
+    monkeypatch.setattr(PackedBatch, "to", lambda self, device: self)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_measuring_memory_changes_no_bit_of_the_result(recompute, tmp_path, monkeypatch):
+    use_budget(monkeypatch, TokenBudget(200))
+    expected = train(tmp_path / "unmeasured")
+    pretend_cuda(monkeypatch)
+    measured = []
+
+    def measure(engine, policy, examples):
+        before = [p.detach().clone() for p in policy.parameters()]
+        measured.append(token_budget._measure(engine, policy, examples[:5], recompute))
+        assert all(p.grad is None for p in policy.parameters())
+        assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), before, strict=True))
+        engine.checkpoint_activations(False)
+        return TokenBudget(200)
+
+    monkeypatch.setattr(loop, "find_token_budget", measure)
+    assert_identical(train(tmp_path / "measured"), expected)
+    assert measured[0].num_tokens == sum(e.length for e in random_pairs(NUM_EXAMPLES, 3)[:5])
+
+
+def test_the_host_reads_from_the_device_once_a_step(tmp_path, monkeypatch):
+    """On a GPU every read waits for all kernels before it."""
+    use_budget(monkeypatch, TokenBudget(200))
+    reads, main = Counter(), threading.main_thread()
+
+    def counted(name):
+        original = getattr(torch.Tensor, name)
+
+        def count(self, *args):
+            reads[name] += threading.current_thread() is main
+            return original(self, *args)
+
+        return count
+
+    for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    counts = []
+    for num_steps in (2, 5):
+        reads.clear()
+        train(tmp_path / str(num_steps), num_steps)
+        counts.append(reads.copy())
+    assert counts[1] - counts[0] == Counter(tolist=3)
+
+
+def test_optimizer_state_and_gradients_are_gone_after_training(tmp_path, monkeypatch):
+    use_budget(monkeypatch, TokenBudget(200))
+    tensors = []
+    step = TrainingEngine.step
+
+    def recorded(engine):
+        norm = step(engine)
+        state = next(iter(engine.optimizer.state.values()))
+        tensors.append(weakref.ref(state["exp_avg"]))
+        return norm
+
+    monkeypatch.setattr(TrainingEngine, "step", recorded)
+    gc.disable()  # the control: whatever is collected is collected by the loop
+    try:
+        trained, _ = train(tmp_path / "run")
+    finally:
+        gc.enable()
+    assert len(tensors) == 3 and all(reference() is None for reference in tensors)
+    assert all(parameter.grad is None for parameter in trained.values())
+
+
+@pytest.mark.parametrize("ending", ["stop", "error"])
+def test_no_thread_outlives_training(ending, tmp_path, monkeypatch):
+    use_budget(monkeypatch, TokenBudget(200))
+    prepare = batches.StepPlanner.prepare
+
+    def prepared(planner, step):
+        if step == 2 and ending == "error":
+            raise OSError("rows are gone")
+        if step == 2:
+            preemption.request("time limit")
+        return prepare(planner, step)
+
+    monkeypatch.setattr(batches.StepPlanner, "prepare", prepared)
+    try:
+        with pytest.raises(preemption.Interrupted if ending == "stop" else OSError, match=r"time limit|rows are gone"):
+            train(tmp_path / "run", 9)
+    finally:
+        preemption.request(None)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_second_training_stage_of_a_process_can_use_the_memory_cached_for_the_first(released, monkeypatch):
+    cached = [79 << 30]  # of the 80, by torch's allocator, for a model that no longer exists
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: released)  # the control: nothing is released
+    monkeypatch.setattr(torch.cuda, "empty_cache", cached.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: ((80 << 30) - sum(cached), 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
+    passes = []
+
+    def measure(engine, policy, examples, recompute):
+        passes.append(sum(e.length for e in examples))
+        return token_budget.Pass(passes[-1], 1 << 30, (1 << 30) + (passes[-1] << 20))
+
+    monkeypatch.setattr(token_budget, "_measure", measure)
+    resources = stage_of("align", "trainer.max_tokens_per_micro_batch=null").resources
+    engine = type(
+        "Engine", (), {"device": Card, "resources": resources, "optimizer": torch.optim.AdamW([torch.ones(1)])}
+    )
+    if released:
+        assert token_budget.find_token_budget(engine, make_model(), random_pairs(9, 1)).tokens == 16384
+    else:
+        with pytest.raises(token_budget.ConfigError, match="does not fit into the memory of the GPU"):
+            token_budget.find_token_budget(engine, make_model(), random_pairs(9, 1))
