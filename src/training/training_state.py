@@ -70,7 +70,9 @@ class ShardedState:
     def __init__(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
         """Decide who writes what and copy this rank's part to CPU memory. Every rank calls this at the same step."""
         ranks = get_distributed()
-        self._folder, self._writer, self._planner = folder, FileSystemWriter(folder), _StagingPlanner()
+        self._folder, self._planner = folder, _StagingPlanner()
+        # What is written is in CPU memory already; to copy ahead would open a CUDA context on GPU 0 in the thread.
+        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         self._planner.set_up_planner(_state(policy, optimizer), self._writer.storage_meta(), ranks.is_main_process)
         self._writer.set_up_storage_writer(ranks.is_main_process)
         local_plans = ranks.gather_objects(self._writer.prepare_local_plan(self._planner.create_local_plan()))
