@@ -75,8 +75,9 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
     valid = [s for s in queued if waits_for and s.results == plan.results and set(waits_for) <= set(s.waits_for)]
     if waits_for and not valid:
         fields = {"results": plan.results, "waits_for": waits_for, "finalize": finalize, "code": code}
-        fields["signal_delay_s"] = options.signal_delay_s
-        aggregation = new_submission(folder, "aggregate", [("aggregation", [])], **fields)
+        aggregation = new_submission(
+            folder, "aggregate", [("aggregation", [])], signal_delay_s=options.signal_delay_s, **fields
+        )
         _sbatch(aggregation, options, run_aggregation, [(aggregation.folder,)])
         outcome.submissions.append(aggregation)
     cluster.cancel(job for s in queued if s not in valid for job in s.jobs)  # replaced by the new aggregation

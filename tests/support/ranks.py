@@ -40,9 +40,9 @@ def _rank(results: Any, rank: int, num_ranks: int, port: int, strategy: str, fun
     result, error = None, None
     try:
         torch.set_num_threads(1)
-        environment = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in environment.items()})
+        numbers = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
+        os.environ.update({name: str(number) for name, number in numbers.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         init_distributed(strategy)
         result = function(*arguments)
         destroy_distributed()
