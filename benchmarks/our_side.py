@@ -13,9 +13,9 @@ import torch
 from benchmarks.pairs import make_pairs
 from src.config.schema import Training
 from src.data.examples import Example
-from src.model import attention, lm_head
+from src.model import attention, lm_head, logprobs
 from src.model.cpu import linear
-from src.model.loading import load_model, load_template, numerics_of, save_checkpoint, set_cpu_threads
+from src.model.loading import load_for_inference, load_template, numerics_of, save_checkpoint, set_cpu_threads
 from src.model.logprobs import SparseOutputLayer, patch_model_
 from src.model.numerics import NumericsConfig
 from src.planning.content import ContentPath
@@ -47,7 +47,7 @@ def default_numerics() -> NumericsConfig:
 
 def benchmark_model(num_layers: int | None = None) -> Any:
     """Return SmolLM2-135M, or its first layers."""
-    model = load_model(model_inputs(str(MODEL)), resources())
+    model = load_for_inference(model_inputs(str(MODEL)), resources())
     if num_layers:
         model.model.layers = model.model.layers[:num_layers]
         model.config.num_hidden_layers = num_layers
@@ -63,7 +63,7 @@ def convert_model() -> None:
     """Write SmolLM2-135M to MODEL, once."""
     if not MODEL.exists():
         draft, inputs = MODEL.with_name("draft"), model_inputs(GGUF)
-        save_checkpoint(load_model(inputs, resources()), load_template(inputs), draft)
+        save_checkpoint(load_for_inference(inputs, resources()), load_template(inputs), draft)
         draft.rename(MODEL)
 
 
@@ -131,9 +131,10 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     loop.log_metrics = lambda *_: clock.tick()
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease:
         attempt = Attempt(Path(work), Path(work), lease, lambda *_: None, "benchmark", "benchmark", Path(work))
-        budget = resources(max_tokens_per_micro_batch=max_tokens)
+        strategy = "fsdp" if inputs.model.precision == "bf16" else "none"
+        budget = resources(max_tokens_per_micro_batch=max_tokens, strategy=strategy)
         clock.tick()
-        loop.train(model, examples, make_loss_fn(inputs, references), inputs, budget, attempt)
+        loop.train(lambda: model, examples, make_loss_fn(inputs, references), inputs, budget, attempt)
     return {"seconds": clock.seconds(), "tokens": sum(e.length for e in pairs[count:])}
 
 
@@ -148,6 +149,7 @@ def disable(optimization: str, model: Any) -> None:
         last = model.base_model.layers[-1]
         assert isinstance(last, SparseOutputLayer)
         last.__class__ = type(last).__bases__[1]
+        logprobs._DECODERS = ()  # the engine patches the model again
     elif optimization == "head":  # the same positions, but autograd saves their logits
 
         def through_autograd(self: Any, x: Any, targets: Any = None) -> Any:

@@ -85,8 +85,8 @@ def init_distributed(strategy: str) -> DistributedContext:
     global _context
     size, rank = read_integer("WORLD_SIZE", 1, minimum=1), read_integer("RANK", 0)
     local_rank, local_size = read_integer("LOCAL_RANK", 0), read_integer("LOCAL_WORLD_SIZE", 1, minimum=1)
-    # DeepSpeed needs a process group even for a single process.
-    if _context is not None or (size == 1 and not strategy.startswith("zero")):
+    # DeepSpeed and FSDP2 need a process group even for a single process.
+    if _context is not None or (size == 1 and not strategy.startswith(("zero", "fsdp"))):
         return get_distributed()
     if strategy == "none":
         raise ConfigError(f"{size} processes were started, but engine.strategy=none uses one: choose engine=fsdp")
@@ -97,9 +97,9 @@ def init_distributed(strategy: str) -> DistributedContext:
     cuda = torch.cuda.is_available()
     if cuda:
         # Depending on the site, a process sees all GPUs of the job or only one of them.
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    if size == 1:
-        os.environ.setdefault("LOCAL_RANK", "0")
+        local_rank %= torch.cuda.device_count()
+        torch.cuda.set_device(local_rank)
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed and accelerate take it as the index of the GPU
     single: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=STEP_TIMEOUT, **single)
     _context = DistributedContext(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from src.model.logprobs import sequence_logps
 from src.model.packing import pack
-from src.training.engine import TrainingEngine
+from src.training.strategies import make_engine
 from tests.support.commands import ROOT, SMALL, environment, train
 from tests.support.configs import stage_of
 from tests.support.small_models import make_model, random_pairs, relative
@@ -133,7 +133,7 @@ def gradients(model, examples):
 def configured(model, *overrides):
     """Return the model as the engine of a run with these overrides configures it for training."""
     stage = stage_of("align", *overrides)
-    with closing(TrainingEngine(stage.resources, stage.inputs.trainer, stage.inputs.lora, seed=0)) as engine:
+    with closing(make_engine(stage.resources, stage.inputs.trainer, stage.inputs.lora, seed=0)) as engine:
         return engine.configure_model(model).train()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from src.config.packages import package_folder
 from src.errors import ConfigError
-from src.model.loading import load_model, load_template
+from src.model.loading import load_template, load_weights
 from src.planning.content import ContentPath, fingerprint
 from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
@@ -167,7 +167,7 @@ def test_a_gguf_file_is_read_alone_and_identified_alone(tmp_path):
 
 
 def test_weights_in_memory_are_no_view_of_the_file(model):
-    loaded = load_model(
+    loaded = load_weights(
         ModelInputs(ContentPath.of(str(model), "model.path"), "plain", "fp32"), Resources(max_sequence_tokens=64)
     )
     before = loaded.model.embed_tokens.weight.detach().clone()

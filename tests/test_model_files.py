@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from src.errors import ConfigError, DamagedFile
 from src.model.files import check_model_files
-from src.model.loading import load_model, load_pretrained
+from src.model.loading import load_pretrained, load_weights
 from src.planning.content import ContentPath
 from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
@@ -165,18 +165,18 @@ def test_a_model_that_is_not_whole_is_refused(kind, tmp_path, capfd):
     folder = damaged_copy(tmp_path / "model", change)
     check_model_files(str(folder))  # nothing to see in the files
     with pytest.raises(ConfigError, match=message) as refusal:
-        load_model(inputs(folder), RESOURCES)
+        load_weights(inputs(folder), RESOURCES)
     assert str(refusal.value).startswith(f"model.path={folder}") and "\n" not in str(refusal.value)
     assert "EXECUTED" not in capfd.readouterr().out
 
 
 def test_the_whole_model_is_loaded_and_more_tensors_are_a_warning(tmp_path, caplog):
     check_model_files(str(BASE))
-    load_model(inputs(BASE), RESOURCES)
+    load_weights(inputs(BASE), RESOURCES)
     assert not caplog.records
     extra = damaged_copy(tmp_path / "model", tensors(lambda weights: weights | {"rubbish.weight": torch.ones(3)}))
     for _ in range(2):
-        load_model(inputs(extra), RESOURCES)
+        load_weights(inputs(extra), RESOURCES)
     assert caplog.text.count("1 tensors that a LlamaForCausalLM does not have are ignored: rubbish.weight") == 1
 
 
@@ -185,7 +185,7 @@ def test_pickled_tensors_are_loaded(tmp_path):
         torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
         remove(WEIGHTS)(folder)
 
-    model = load_model(inputs(damaged_copy(tmp_path / "model", as_pickle)), RESOURCES)
+    model = load_weights(inputs(damaged_copy(tmp_path / "model", as_pickle)), RESOURCES)
     assert torch.equal(model.model.norm.weight, load_file(BASE / WEIGHTS)["model.norm.weight"])
 
 
@@ -195,14 +195,14 @@ def test_code_that_comes_with_a_model_is_never_executed(tmp_path, capfd):
     folder = damaged_copy(tmp_path / "model", change)
     (folder / "code.py").write_text("print('EXECUTED')")
     with pytest.raises(ConfigError, match="its auto_map names code of its own, which is never executed"):
-        load_model(inputs(folder), RESOURCES)
+        load_weights(inputs(folder), RESOURCES)
     assert "EXECUTED" not in capfd.readouterr().out
 
 
 def test_a_checkpoint_that_is_not_whole_is_a_damaged_file(tmp_path):
     folder = damaged_copy(tmp_path / "checkpoint", UNLOADABLE["missing"][0])
     with pytest.raises(DamagedFile, match=f"^{folder}: 1 tensors"):
-        load_model(inputs(BASE), RESOURCES, folder)
+        load_weights(inputs(BASE), RESOURCES, folder)
 
 
 def test_a_reward_model_without_a_trained_head_is_refused(tmp_path):

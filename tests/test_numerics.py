@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from src.model.loading import load_for_inference, load_model
+from src.model.loading import load_for_inference, load_weights
 from src.model.logprobs import patch_model_, sequence_logps
 from src.model.numerics import FLOAT32, NumericsConfig, cast_for_inference_
 from src.model.packing import pack
@@ -26,7 +26,7 @@ def num_bytes(model):
 def test_a_model_for_scoring_has_the_rounded_weights_of_the_one_for_training_and_half_of_its_bytes(tmp_path):
     path = ContentPath.of(str(tiny_llama.model(tmp_path)), "model.path")
     inputs, resources = ModelInputs(path, "plain", "bf16"), Resources(device="cpu")
-    trained, scored = load_model(inputs, resources), load_for_inference(inputs, resources)
+    trained, scored = load_weights(inputs, resources), load_for_inference(inputs, resources)
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
     assert num_bytes(scored) * 2 == num_bytes(trained)
     for (name, exact), (_, rounded) in zip(trained.named_parameters(), scored.named_parameters(), strict=True):

@@ -62,26 +62,21 @@ def set_cpu_threads(configured: int | None, sharing: int = 1) -> None:
     torch.set_num_threads(configured or cores_of_process(max(sharing, get_distributed().local_size)))
 
 
-def load_model(model: ModelInputs, resources: Resources, checkpoint: Path | None = None) -> Any:
-    """Load a stage's checkpoint, or the base model, for training: float32, on the run's device, patched.
-
-    Raises ConfigError when it cannot be loaded whole, when the log-prob path does not support its architecture, or when
-    the tokenizer is not its own; DamagedFile for a stage's checkpoint.
-    """
-    return patch_model_(_load(model, resources, checkpoint).to(device_of(resources.device)))
-
-
 def load_for_inference(model: ModelInputs, resources: Resources, checkpoint: Path | None = None) -> Any:
-    """Load a model for log-probs and samples: as `load_model`, with the weights of `cast_for_inference_`.
+    """Load a model for log-probs and samples: cast by `cast_for_inference_`, on the run's device, patched.
 
-    They are cast before they reach the device, which holds half of the bytes in bf16.
+    Weights are cast before they reach the device, which holds half of the bytes in bf16. Raises as load_weights does.
     """
-    loaded = cast_for_inference_(_load(model, resources, checkpoint), numerics_of(model, resources))
+    loaded = cast_for_inference_(load_weights(model, resources, checkpoint), numerics_of(model, resources))
     return patch_model_(loaded.to(device_of(resources.device)))
 
 
-def _load(model: ModelInputs, resources: Resources, checkpoint: Path | None) -> Any:
-    """Load float32 weights into memory of the CPU; errors as in load_model."""
+def load_weights(model: ModelInputs, resources: Resources, checkpoint: Path | None = None) -> Any:
+    """Load a stage's checkpoint, or the base model: float32, in CPU memory, as transformers builds it.
+
+    Training engines start from it. Raises ConfigError when it cannot be loaded whole, when the log-prob path does not
+    support its architecture, or when the tokenizer is not its own; DamagedFile for a stage's checkpoint.
+    """
     if checkpoint is not None:
         try:
             loaded = load_pretrained(AutoModelForCausalLM, str(checkpoint), str(checkpoint), attn_implementation="sdpa")

@@ -49,12 +49,14 @@ def _sparse_output(layer: type) -> Any:
     return type(f"SparseOutput{layer.__name__}", (SparseOutputLayer, layer), {})
 
 
-def patch_model_(model: Any) -> Any:
+def patch_model_(model: Any, device: torch.device | None = None) -> Any:
     """Patch a transformers causal LM in place, by changing `__class__`, and return it.
 
     Its embeddings return float32, its head can return log-probs of targets, and its last layer can compute some
     positions only. On a CPU all linear layers are swapped too; elsewhere every other module stays as it is. Parameters
-    and their names do not change. The model must already be on its device. Raises ConfigError for a head that is not
+    and their names do not change.
+
+    device: where the model will compute; by default where its weights are. Raises ConfigError for a head that is not
     one linear layer.
     """
     head = model.get_output_embeddings()
@@ -66,7 +68,7 @@ def patch_model_(model: Any) -> Any:
     for module in model.modules():
         if type(module).__name__ in _DECODERS and not isinstance(last := module.layers[-1], SparseOutputLayer):
             last.__class__ = _sparse_output(type(last))  # type: ignore[arg-type]
-    if head.weight.device.type == "cpu":
+    if (device or head.weight.device).type == "cpu":
         patch_for_cpu_(model)
     return model
 

@@ -36,6 +36,15 @@ class Resources:
         return int(self.strategy[4]) if self.strategy.startswith("zero") else 0
 
 
+def fsdp_keeps_whole(num_parameters: int, num_processes: int, device_bytes: int) -> bool:
+    """Return whether FSDP2 keeps gathered weights and unreduced gradients from one micro-batch of a step to the next.
+
+    With one process they are there anyway. With several, bf16 weights and float32 gradients of the whole model (6 bytes
+    a parameter) may take a quarter of a device (3B on 80 GB), for which all but the last micro-batch need no exchange.
+    """
+    return num_processes == 1 or 6 * num_parameters <= device_bytes / 4
+
+
 def resources_of(point: Point, pairs: DataInputs) -> Resources:
     """Return the resources of every stage of a point."""
     data, generation = point.dataset, point.evaluation.generation

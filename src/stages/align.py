@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from src.data.held_out import check_held_out
 from src.data.tokenization import TokenizedDataset, load_examples
 from src.losses import PairLoss, preference_loss
 from src.methods import METHODS
-from src.model.loading import device_of, load_model, load_template, numerics_of, save_checkpoint
+from src.model.loading import device_of, load_template, load_weights, numerics_of, save_checkpoint
 from src.model.logprobs import iter_logps
 from src.model.numerics import cast_for_inference_
 from src.model.packing import PackedBatch
@@ -98,8 +99,8 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     # On the device from the start: a copy for every micro-batch would wait for the kernels before it.
     train_references = references["train"].to(device_of(resources.device)) if references else None
     loss_fn = make_loss_fn(inputs, train_references)
-    model = load_model(inputs.model, resources, upstream.get("init"))
-    model = train(model, data.examples, loss_fn, inputs, resources, attempt)
+    load = partial(load_weights, inputs.model, resources, upstream.get("init"))
+    model = train(load, data.examples, loss_fn, inputs, resources, attempt)
     if not attempt.is_main_process:
         return
     save_checkpoint(model, template, attempt.out)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from src.data.held_out import check_held_out
 from src.data.tokenization import load_examples
-from src.model.loading import load_model, load_template, save_checkpoint
+from src.model.loading import load_template, load_weights, save_checkpoint
 from src.planning.identity import SftInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
@@ -26,7 +27,7 @@ def run(inputs: SftInputs, resources: Resources, upstream: dict[str, Path], atte
         check_held_out(
             resources.pairs, data.examples, validation.examples, resources.min_validation_prompts, "SFT demonstrations"
         )
-    model = train(load_model(inputs.model, resources), data.examples, sft_loss, inputs, resources, attempt)
+    model = train(partial(load_weights, inputs.model, resources), data.examples, sft_loss, inputs, resources, attempt)
     if attempt.is_main_process:
         save_checkpoint(model, template, attempt.out)
         counts = {"dropped": data.counts.dropped, "spelling_control_tokens": data.counts.spelling_control_tokens}

@@ -17,7 +17,6 @@ from src.distributed import get_distributed
 from src.errors import ConfigError, StageError
 from src.hardware import HeapTrimmer, release_accelerator
 from src.model.loading import numerics_of
-from src.model.logprobs import SequenceLogps
 from src.model.packing import PackedBatch
 from src.planning.identity import AlignInputs, SftInputs
 from src.planning.resources import Resources
@@ -25,8 +24,9 @@ from src.store.attempt import Attempt
 from src.store.store import METRICS_FILE
 from src.training.batches import GlobalBatch, StepBatch, StepPlanner, prefetch
 from src.training.checkpoints import Checkpointer, Votes
-from src.training.engine import TrainingEngine
+from src.training.engine import ModelLoader, TrainingEngine
 from src.training.lr_schedule import lr_multiplier, total_steps
+from src.training.strategies import make_engine
 from src.training.token_budget import find_token_budget
 
 # (batch, logps, token counts, global batch) -> (the part of the step's loss that is this micro-batch's,
@@ -42,14 +42,14 @@ def sft_loss(
 
 
 def train(
-    model: Any,
+    load: ModelLoader,
     examples: Sequence[Example],
     loss_fn: LossFn,
     inputs: SftInputs | AlignInputs,
     resources: Resources,
     attempt: Attempt,
 ) -> Any:
-    """Train `model` and return it, adapters merged; under ZeRO-3 ranks other than 0 get None.
+    """Train the model that `load` returns and return it, adapters merged; ranks other than 0 may get None.
 
     Resumes from the attempt's newest checkpoint; every rank of the run calls this. A run that stops early
     (`stop_fraction`) leaves a checkpoint for longer ones. Raises LeaseLost; Interrupted after saving a checkpoint;
@@ -60,13 +60,13 @@ def train(
         raise ConfigError(
             f"trainer.{inputs.kind}.batch_size={trainer.batch_size}: below the number of processes, {ranks.size}"
         )
-    trained = _train(model, examples, loss_fn, inputs, resources, attempt)
+    trained = _train(load, examples, loss_fn, inputs, resources, attempt)
     release_accelerator()  # what validation and the next stage need: gradients and optimizer state no longer exist
     return trained
 
 
 def _train(
-    model: Any,
+    load: ModelLoader,
     examples: Sequence[Example],
     loss_fn: LossFn,
     inputs: SftInputs | AlignInputs,
@@ -75,10 +75,8 @@ def _train(
 ) -> Any:
     trainer = inputs.trainer
     with contextlib.ExitStack() as cleanup:
-        engine = TrainingEngine(resources, trainer, inputs.lora, inputs.seed)
-        cleanup.enter_context(contextlib.closing(engine))
-        policy = engine.prepare(SequenceLogps(engine.configure_model(model), numerics_of(inputs.model, resources)))
-        model.train()
+        engine = cleanup.enter_context(contextlib.closing(make_engine(resources, trainer, inputs.lora, inputs.seed)))
+        policy = engine.prepare(load, numerics_of(inputs.model, resources))
         total = total_steps(len(examples), trainer)
         end = max(1, round(inputs.stop_fraction * total)) if isinstance(inputs, AlignInputs) else total
         checkpointer = Checkpointer(engine, attempt, resources.checkpoint_minutes)
@@ -112,7 +110,7 @@ def _train(
             checkpointer.save(end, keep=1)
             checkpointer.wait()
         attempt.step(end, end)
-        return engine.gather_model(model)
+        return engine.gather_model()
 
 
 def _accumulate_step(

@@ -40,10 +40,10 @@ def smollm2_folder(folder: Path) -> Path:
         locate(GGUF)
     except ConfigError:
         pytest.skip("make smollm2 has not been run")
-    from src.model.loading import load_model, load_template, save_checkpoint
+    from src.model.loading import load_for_inference, load_template, save_checkpoint
 
     model = ModelInputs(ContentPath.of(GGUF, "model.path"), "tokenizer", "fp32")
-    save_checkpoint(load_model(model, Resources(device="cpu")), load_template(model), folder)
+    save_checkpoint(load_for_inference(model, Resources(device="cpu")), load_template(model), folder)
     return folder
 
 

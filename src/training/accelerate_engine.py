@@ -1,0 +1,136 @@
+"""Training on one process, with DDP, or with DeepSpeed ZeRO, all through accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from src.config.packages import require_package
+from src.config.schema import Lora, Training
+from src.distributed import get_distributed, init_distributed
+from src.errors import ConfigError
+from src.model.logprobs import NumericsConfig, SequenceLogps
+from src.planning.resources import Resources
+from src.training.deepspeed_config import deepspeed_config
+from src.training.engine import ModelLoader, TrainingEngine
+from src.training.training_state import DeepSpeedState, ShardedState, StagedState, load_sharded
+
+# accelerate logs every file of every checkpoint, and warns about tied weights, which safetensors stores once.
+logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+class AccelerateEngine(TrainingEngine):
+    """engine.strategy = none, ddp, zero1, zero2, zero3 or zero3_offload."""
+
+    def __init__(self, resources: Resources, trainer: Training, lora: Lora | None, seed: int) -> None:
+        """Set up accelerate. Raises ConfigError also when DeepSpeed is missing."""
+        super().__init__(resources, trainer, lora, seed)
+        self.zero = resources.zero_stage
+        # Silence DeepSpeed, which accelerate imports wherever it is installed. torch's logger warns at every call.
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        plugin = None
+        if self.zero:
+            if self.device.type == "cpu" and torch.cuda.is_available():
+                raise ConfigError("engine.device=cpu: ZeRO uses any GPU it finds; hide GPUs with CUDA_VISIBLE_DEVICES=")
+            require_package("deepspeed", f"engine.strategy={resources.strategy}")
+            init_distributed(resources.strategy)
+            import deepspeed
+
+            if self.device.type == "cpu":  # do not compile its shared-memory all-reduce
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(resources, trainer, self.device))
+        # Precision is applied in the log-prob path, so that everything that uses that path agrees.
+        cpu = self.device.type == "cpu"
+        PartialState(cpu=cpu)
+        # Passing cpu=True again would disable the DeepSpeed plugin.
+        self.accelerator = Accelerator(
+            cpu=cpu and not self.zero,
+            deepspeed_plugin=plugin,
+            mixed_precision="no",
+            # The gradients are views of what DDP sends: otherwise there are two copies of them.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        # accelerate has been observed to fall back to a single process silently.
+        assert self.accelerator.num_processes == get_distributed().size, f"{self.accelerator.num_processes} processes"
+
+    @property
+    def checkpoint_format(self) -> str:
+        """The format of this engine's checkpoints: `sharded` (torch's) or `zeroSxN` (ZeRO-S on N ranks)."""
+        return f"zero{self.zero}x{get_distributed().size}" if self.zero else "sharded"
+
+    @property
+    def shards(self) -> int:
+        return get_distributed().size if self.zero else 1
+
+    def prepare(self, load: ModelLoader, numerics: NumericsConfig) -> Any:
+        policy = SequenceLogps(self.configure_model(load().to(self.device)), numerics).train()
+        self.policy, self.optimizer = self.accelerator.prepare(policy, self._optimizer_of(policy))
+        return self.policy
+
+    def backward(self, loss: Tensor) -> None:
+        # DDP and ZeRO average gradients over ranks.
+        self.accelerator.backward(loss * get_distributed().size)
+
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        """Under ZeRO the gradients are also applied in the last backward pass of a step."""
+        self.accelerator.sync_gradients = last
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
+            yield
+
+    def step(self) -> Tensor:
+        if self.zero:  # DeepSpeed has applied them in the last backward pass
+            norm = self.accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.trainer.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return torch.as_tensor(norm)
+
+    @property
+    def saves_in_background(self) -> bool:
+        return not self.zero
+
+    def stage_state(self, folder: Path) -> StagedState:
+        if self.zero:
+            return DeepSpeedState(self.accelerator, folder)
+        return ShardedState(self.policy, self.optimizer.optimizer, folder)
+
+    def load_state(self, folder: Path) -> None:
+        if self.zero:
+            self.accelerator.load_state(str(folder), load_module_strict=False)
+        else:
+            load_sharded(self.policy, self.optimizer.optimizer, folder)
+
+    def gather_model(self) -> Any:
+        model = self._model
+        if self.zero == 3:
+            weights = self.accelerator.get_state_dict(self.policy)
+            self.close()
+            if not get_distributed().is_main_process:
+                return None
+            model = self._rebuild(type(model), model.config, weights)
+        return self._published(model)
+
+    def close(self) -> None:
+        """Destroy the DeepSpeed engine and its global state."""
+        if self.zero:
+            if wrapped := self.accelerator.deepspeed_engine_wrapped:
+                wrapped.engine.destroy()
+                self.accelerator.deepspeed_engine_wrapped = None
+            unset_hf_deepspeed_config()
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
