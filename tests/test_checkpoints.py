@@ -14,7 +14,7 @@ import torch
 from src import preemption
 from src.config.schema import Lora, Training
 from src.distributed import get_distributed
-from src.model.logprobs import NumericsConfig, SequenceLogps
+from src.model.numerics import FLOAT32
 from src.model.packing import pack
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
@@ -22,8 +22,10 @@ from src.store.files import file_digest, read_json
 from src.store.lease import Lease, LeaseLost
 from src.store.store import METRICS_FILE
 from src.training import training_state
+from src.training.accelerate_engine import AccelerateEngine
 from src.training.checkpoints import Checkpointer, Votes
 from src.training.engine import TrainingEngine
+from src.training.strategies import make_engine
 from src.training.training_state import ShardedState
 from tests.support.ranks import on_ranks
 from tests.support.small_models import make_model, random_pairs
@@ -96,11 +98,11 @@ def training(
     out.mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
     lease = Lease(folder) if is_main_process else None
-    with closing(TrainingEngine(resources, Training(lr=1e-3), lora, seed=0)) as engine:
+    with closing(make_engine(resources, Training(lr=1e-3), lora, seed=0)) as engine:
         if lease is not None:
             lease.__enter__()
         try:
-            engine.prepare(SequenceLogps(engine.configure_model(make_model(**model)).train(), NumericsConfig()))
+            engine.prepare(lambda: make_model(**model), FLOAT32)
             attempt = Attempt(out, folder / "checkpoints", lease, lambda *_: None, "align", "id", folder)
             with closing(Checkpointer(engine, attempt, minutes)) as checkpointer:
                 yield Run(engine, checkpointer, attempt)
@@ -158,7 +160,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_has_the_state_of_
 
 def test_an_engine_that_cannot_save_in_the_background_waits_for_the_writer(held_back, monkeypatch, tmp_path):
     """The control of the test above."""
-    monkeypatch.setattr(TrainingEngine, "saves_in_background", False)
+    monkeypatch.setattr(AccelerateEngine, "saves_in_background", False)
     with training(tmp_path) as run:
         run.train(2)
         threading.Timer(0.2, held_back.set).start()
@@ -238,6 +240,10 @@ def test_adapters_are_saved_without_the_frozen_weights_and_tied_weights_once(tmp
             assert run.resume() == 2 and equal(run.state(), saved)
 
 
+# Wide enough for what is written beside each tensor not to count.
+WIDE = {"hidden_size": 192, "intermediate_size": 384}
+
+
 def shares(folder: Path, strategy: str) -> dict[str, int]:
     """Save and resume on one rank; return the bytes it has written and hashed, and the bytes it has verified."""
     hashed: list[Path] = []
@@ -245,7 +251,7 @@ def shares(folder: Path, strategy: str) -> dict[str, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("src.training.training_state.file_digest", counted)
         patch.setattr("src.training.checkpoints.file_digest", counted)
-        with training(folder, strategy) as run:
+        with training(folder, strategy, **WIDE) as run:
             run.train()
             run.checkpointer.save(1)
             run.checkpointer.wait()
@@ -261,10 +267,10 @@ def shares(folder: Path, strategy: str) -> dict[str, int]:
     return count
 
 
-@pytest.mark.parametrize("strategy", ["ddp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_each_of_eight_ranks_writes_and_hashes_its_share(strategy, tmp_path):
     counts = on_ranks(8, strategy, shares, tmp_path, strategy)
-    with training(tmp_path / "alone") as run:
+    with training(tmp_path / "alone", **WIDE) as run:
         run.train()
         num_bytes = sum(4 * tensor.numel() for tensor in run.state().values())
     total = counts[0]["all"]
@@ -287,7 +293,9 @@ def resumed_state(folder: Path, strategy: str) -> tuple[int, dict[str, torch.Ten
         return run.resume(), run.state()
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [("none", "ddp"), ("ddp", "none")])
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"), [("none", "ddp"), ("ddp", "none"), ("fsdp", "none"), ("none", "fsdp")]
+)
 def test_any_strategy_resumes_from_what_any_other_has_saved(saved_by, loaded_by, tmp_path):
     def on(strategy, function):
         if strategy == "none":
