@@ -15,7 +15,7 @@ from src.stages.align import make_loss_fn
 from src.store.attempt import Attempt
 from src.store.lease import Lease
 from src.training import batches, loop, token_budget
-from src.training.engine import TrainingEngine
+from src.training.accelerate_engine import AccelerateEngine
 from src.training.token_budget import TokenBudget
 from tests.support.configs import stage_of
 from tests.support.small_models import make_model, random_pairs
@@ -31,9 +31,8 @@ def train(folder, num_steps=3, *overrides):
     folder.mkdir()
     with Lease(folder) as lease:
         attempt = Attempt(folder, folder, lease, lambda *_: None, "small", "small", folder)
-        model = make_model()
         trained = loop.train(
-            model, examples, make_loss_fn(stage.inputs, references), stage.inputs, stage.resources, attempt
+            make_model, examples, make_loss_fn(stage.inputs, references), stage.inputs, stage.resources, attempt
         )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return dict(trained.named_parameters()), [{**line, "tokens_per_second": 0} for line in lines]
@@ -131,7 +130,7 @@ def test_the_host_reads_from_the_device_once_a_step(tmp_path, monkeypatch):
 def test_optimizer_state_and_gradients_are_gone_after_training(tmp_path, monkeypatch):
     use_budget(monkeypatch, TokenBudget(200))
     tensors = []
-    step = TrainingEngine.step
+    step = AccelerateEngine.step
 
     def recorded(engine):
         norm = step(engine)
@@ -139,7 +138,7 @@ def test_optimizer_state_and_gradients_are_gone_after_training(tmp_path, monkeyp
         tensors.append(weakref.ref(state["exp_avg"]))
         return norm
 
-    monkeypatch.setattr(TrainingEngine, "step", recorded)
+    monkeypatch.setattr(AccelerateEngine, "step", recorded)
     gc.disable()  # the control: whatever is collected is collected by the loop
     try:
         trained, _ = train(tmp_path / "run")
