@@ -75,6 +75,8 @@ def check_packages(points: Iterable[Point]) -> None:
             require_package("deepspeed", f"engine.strategy={engine.strategy}")
         if point.model.attention == "flash_attention_2":
             require_package("flash_attn", "model.attention=flash_attention_2")
+        if engine.fused is True:
+            require_package("liger_kernel", "engine.fused=true")
         if judge.name in ENDPOINT_JUDGES:
             require_package("openai", f"judge={judge.name}")
         if server.name != "none":

@@ -39,6 +39,8 @@ NOT_HASHED = {
     "engine.strategy": "how many processes compute it; equal to rounding",
     "engine.activation_checkpointing": "recomputes the same activations",
     "engine.compile": "compiles the same computation; equal to rounding",
+    "engine.fused": "other kernels for the same computation; equal to rounding",
+    "engine.deterministic": "the order in which a GPU sums; equal to rounding",
     "engine.tflops": "for cost estimates",
     "engine.mfu": "for cost estimates",
     "evaluation.name": "a display name; its fields are hashed",

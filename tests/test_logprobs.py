@@ -24,7 +24,7 @@ from src.data.examples import Example
 from src.errors import ConfigError
 from src.model import attention, logprobs
 from src.model.cpu.linear import OneDNNLinear
-from src.model.cpu.patch import OneDNNHead
+from src.model.cpu.lm_head import OneDNNHead
 from src.model.lm_head import Head
 from src.model.logprobs import SparseOutputLayer, iter_logps, patch_model_, sequence_logps
 from src.model.numerics import FLOAT32, NumericsConfig
@@ -38,6 +38,13 @@ def loss_and_gradient(model, logps):
     chosen, rejected = logps.view(-1, 2).unbind(1)
     F.softplus(-0.1 * (chosen - rejected)).mean().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def set_chunks(monkeypatch, tokens, vocabulary):
+    """Set the sizes of blocks of logits; None: the whole vocabulary."""
+    monkeypatch.setattr("src.model.lm_head._OTHER_ROWS", tokens)
+    monkeypatch.setattr("src.model.cpu.lm_head.TOKEN_CHUNK", tokens)
+    monkeypatch.setattr("src.model.cpu.lm_head.VOCAB_CHUNK", vocabulary or 10**6)
 
 
 FAMILIES = [
@@ -58,8 +65,7 @@ def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(cls, confi
         backend = "sdpa"
     # Several chunks of each, the last one smaller.
     monkeypatch.setattr("src.model.cpu.linear.ROW_CHUNK", 32)
-    monkeypatch.setattr("src.model.lm_head.TOKEN_CHUNK", 50)
-    monkeypatch.setattr(OneDNNHead, "vocab_chunk", 90)
+    set_chunks(monkeypatch, 50, 90)
     model, examples = make_model(cls, config, seed, patched=False, **changes), random_pairs(7, seed)
     expected = padded_logps(model, examples)
     expected_gradient = loss_and_gradient(model, expected)
@@ -142,8 +148,7 @@ def test_the_head_gives_the_same_in_chunks(token_chunk, vocab_chunk, monkeypatch
     batch = pack(examples, range(len(examples)))
     whole, _ = sequence_logps(model, batch)
     gradient = loss_and_gradient(model, whole)
-    monkeypatch.setattr("src.model.lm_head.TOKEN_CHUNK", token_chunk)
-    monkeypatch.setattr(OneDNNHead, "vocab_chunk", vocab_chunk)
+    set_chunks(monkeypatch, token_chunk, vocab_chunk)
     chunked, _ = sequence_logps(model, batch)
     assert relative(chunked, whole) < 1e-6
     assert relative(loss_and_gradient(model, chunked), gradient) < 1e-5
@@ -164,8 +169,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize(("token_chunk", "vocab_chunk"), [(16, None), (10**6, 500), (10**6, None)])
 def test_no_tensor_has_the_size_of_tokens_times_vocabulary(token_chunk, vocab_chunk, monkeypatch):
-    monkeypatch.setattr("src.model.lm_head.TOKEN_CHUNK", token_chunk)
-    monkeypatch.setattr(OneDNNHead, "vocab_chunk", vocab_chunk)
+    set_chunks(monkeypatch, token_chunk, vocab_chunk)
     model, examples = make_model(vocab_size=5000), random_pairs(12, 7)
     batch = pack(examples, range(len(examples)))
     predictions = len(batch.targets)

@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from src.model import kv_cache
+from src.model.kv_cache import bf16_cache
+from src.model.numerics import NumericsConfig, cast_for_inference_
 from src.model.sampling import sample
 from src.planning.identity import GenerationInputs
 from tests.support.small_models import make_model
@@ -65,3 +68,53 @@ def test_tokens_are_drawn_with_the_models_own_probabilities():
     assert ((counts - expected * 4000).abs() / error).max() < 5
     assert set(first_tokens(temperature=0.0)) == {int(expected.argmax())}
     assert set(first_tokens(top_k=3)) <= set(expected.topk(3).indices.tolist())
+
+
+def cache_after(num_tokens, numerics):
+    """Return the cache of a batch of all prompts after `num_tokens` sampled tokens."""
+    model = cast_for_inference_(make_model(initializer_range=0.02), numerics)
+    seen = []
+    model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["past_key_values"]), with_kwargs=True)
+    list(sample(model, Template(), PROMPTS, "s", generation_of(num_tokens), numerics))
+    return seen[-1]
+
+
+def test_the_cache_of_bf16_holds_two_bytes_a_number_and_that_of_fp32_four():
+    """Also keys, which rotary embeddings make float32: transformers' own cache would take values in it, too."""
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        cache = cache_after(5, NumericsConfig(precision))
+        assert len(cache.layers) == 3
+        assert {x.dtype for layer in cache.layers for x in (layer.keys, layer.values)} == {dtype}
+        assert cache.layers[0].keys.shape == (len(PROMPTS), 2, max(map(len, PROMPTS)) + 5 - 1, 12), (
+            "the last token has none"
+        )
+
+
+def test_keys_and_values_stay_where_they_were_written_until_a_block_is_full(monkeypatch):
+    monkeypatch.setattr(kv_cache, "BLOCK", 8)
+    cache, draw_ = bf16_cache(), torch.Generator().manual_seed(0)
+    steps = [torch.randn(2, 3, n, 4, generator=draw_) for n in (5, 1, 1, 1, 1, 17, 1)]
+    addresses = []
+    for number, step in enumerate(steps):
+        keys, values = cache.update(step, -step, 0)
+        expected = torch.cat(steps[: number + 1], dim=2).bfloat16()
+        assert torch.equal(keys, expected) and torch.equal(values, -expected)
+        assert cache.get_seq_length() == expected.shape[2]
+        addresses.append(keys.data_ptr())
+    assert addresses[0] == addresses[1] == addresses[2] == addresses[3] != addresses[4], "8 tokens fill a block"
+    assert addresses[5] == addresses[6] != addresses[4]
+
+
+def test_samples_in_bf16_are_those_of_transformers_own_cache(monkeypatch):
+    model = cast_for_inference_(make_model(initializer_range=0.3), NumericsConfig("bf16"))
+
+    def samples():
+        drawn = sample(model, Template(), PROMPTS, "s", generation_of(40), NumericsConfig("bf16"))
+        return {i: ids for i, ids, _ in drawn}
+
+    monkeypatch.setattr(kv_cache, "BLOCK", 8)
+    ours = samples()
+    monkeypatch.setattr("src.model.sampling.bf16_cache", lambda: None)
+    theirs = samples()
+    same = sum(ours[i] == theirs[i] for i in ours)
+    assert same >= len(ours) - 2, "rounding keys may change a draw that is close to an edge"

@@ -13,6 +13,7 @@ INSTALL = {
     "deepspeed": "pip install --no-build-isolation '.[zero]'",
     "flash_attn": "pip install --no-build-isolation '.[flash]'",
     "openai": "pip install '.[judges]'",
+    "liger_kernel": "pip install '.[fused]'",
     "alpaca_eval": "pip install '.[alpaca]'",
     "wandb_workspaces": "pip install '.[dashboards]'",
 }

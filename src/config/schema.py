@@ -150,6 +150,8 @@ class Engine(Option):
     strategy: str = choice("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload", default="none")
     activation_checkpointing: bool | str = choice("auto", True, False, default="auto")
     compile: bool = False
+    fused: bool | str = choice("auto", True, False, default="auto")
+    deterministic: bool = False
     tflops: float | None = number(None, above=0, maximum=1e6)
     mfu: float = number(0.4, above=0, maximum=1)
 

@@ -100,14 +100,16 @@ def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float 
         layout.max_seqlen_k,
         softmax_scale=scaling,
         causal=True,
-        deterministic=True,  # otherwise the gradient of the queries is summed in an arbitrary order
+        # Otherwise the gradient of the queries is summed in an arbitrary order. torch's varlen_attn asks by itself.
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return output[None]
 
 
 def _unpadded(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Return (tokens, heads, d) of (1, heads, n, d) in bf16, with the keys and values of every segment in a row."""
-    q, k, v = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
+    # Not x[0], whose gradient would be copied into zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
     # A position is in two segments at most, so its gradient has two terms: their order does not change the sum.
     return q, k.index_select(0, layout.key_positions), v.index_select(0, layout.key_positions)
 

@@ -1,4 +1,8 @@
-"""The language-model head of the log-prob path: hidden states and target tokens -> log-probs, without whole logits."""
+"""The language-model head of the log-prob path: hidden states and target tokens -> log-probs, without whole logits.
+
+Products multiply in the precision of the computation and write float32: logits are never rounded to bf16, nor are sums
+over chunks. The softmax is float32.
+"""
 
 from __future__ import annotations
 
@@ -7,104 +11,113 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-# The largest block of float32 logits is TOKEN_CHUNK rows times the vocabulary, or times the head's vocab_chunk.
-TOKEN_CHUNK = 1024
+_CARD_FRACTION = 40  # a chunk's logits take this part of a GPU's memory: 2 GiB, 4,096 rows of Llama 3, on 80 GB
+_ROW_MULTIPLE = 256
+_OTHER_ROWS = 1024  # on other devices
 KL_CHUNK = 128  # rows at once where several tensors of logits exist beside each other
 
 
-class _TokenLogps(torch.autograd.Function):
-    """Log-probs from logits that exist one chunk of positions and vocabulary at a time.
-
-    The backward pass computes each chunk again and overwrites it with its gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
-        ctx.dtype = _matmul_dtype(hidden)
-        ctx.matmul_nt, ctx.vocab_chunks = head.matmul_nt, _vocab_chunks(len(weight), head.vocab_chunk)
-        weight_cast = weight.to(ctx.dtype)
-        logps, lses = [], []
-        for h, t in zip(hidden.to(ctx.dtype).split(TOKEN_CHUNK), targets.split(TOKEN_CHUNK), strict=True):
-            target_logits = torch.zeros_like(t, dtype=torch.promote_types(ctx.dtype, torch.float32))
-            lse_chunks = []
-            for chunk in ctx.vocab_chunks:
-                logits = _logits(ctx.matmul_nt, h, weight_cast, bias, chunk)
-                inside, index = _targets_in_chunk(t, chunk)
-                target_logits = torch.where(inside, logits.gather(1, index[:, None])[:, 0], target_logits)
-                row_max = logits.amax(1)
-                lse_chunks.append(logits.sub_(row_max[:, None]).exp_().sum(1).log_().add_(row_max))
-            lse = torch.stack(lse_chunks).logsumexp(0)
-            logps.append(target_logits - lse)
-            lses.append(lse)
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lses))
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lses = ctx.saved_tensors
-        weight_cast = weight.to(ctx.dtype)
-        grad_hidden, grad_weight, grad_bias = (
-            torch.zeros_like(x, dtype=lses.dtype) if x is not None and needed else None
-            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        )
-        starts = range(0, len(hidden), TOKEN_CHUNK)
-        token_chunks = (x.split(TOKEN_CHUNK) for x in (hidden.to(ctx.dtype), targets, lses, grad_outputs[0]))
-        for start, h, t, lse, grad in zip(starts, *token_chunks, strict=True):
-            for chunk in ctx.vocab_chunks:
-                # d log p(t) / d logits = one-hot(t) - softmax(logits)
-                logits = _logits(ctx.matmul_nt, h, weight_cast, bias, chunk)
-                grad_logits = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
-                inside, index = _targets_in_chunk(t, chunk)
-                grad_logits.scatter_add_(1, index[:, None], (grad * inside)[:, None])
-                grad_cast = grad_logits.to(ctx.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[start : start + TOKEN_CHUNK] += ctx.matmul_nt(grad_cast, weight_cast[chunk].t())
-                if grad_weight is not None:
-                    grad_weight[chunk] += ctx.matmul_nt(grad_cast.t(), h.t())
-                if grad_bias is not None:
-                    grad_bias[chunk] += grad_logits.sum(0)
-        grads = ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
-        return *(None if grad is None else grad.to(x.dtype) for grad, x in grads), None, None
+def token_chunk(vocab_size: int, device: torch.device) -> int:
+    """Return the number of rows whose logits exist at once: the same on every card of a kind."""
+    if device.type != "cuda":
+        return _OTHER_ROWS
+    total_memory = torch.cuda.mem_get_info(device)[1]
+    rows = total_memory // (_CARD_FRACTION * 4 * vocab_size)
+    return max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
 
 
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype in which products of `hidden` are multiplied."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _vocab_chunks(vocab_size: int, width: int | None) -> list[slice]:
-    width = width or vocab_size
-    return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
+def product_nt(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b.T of a (t, k) and b (n, k), accumulated and written in float32 where they have less."""
+    if torch.promote_types(a.dtype, torch.float32) == a.dtype:
+        return linear(a, b)
+    if a.device.type == "cuda":
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return linear(a.float(), b.float())
 
 
-def _logits(
-    matmul_nt: Callable[..., Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: slice
-) -> Tensor:
-    """Return (t, chunk) logits of hidden (t, d) and weight (vocabulary, d), float32 after the product."""
-    logits = matmul_nt(hidden, weight[chunk])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if bias is None else logits.add_(bias[chunk])
+def _add_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
+    return logits if bias is None else logits.add_(bias)
 
 
-def _targets_in_chunk(targets: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-    """Return the mask of targets inside the vocabulary chunk, and their index in it (clamped for the others)."""
-    inside = (targets >= chunk.start) & (targets < chunk.stop)
-    return inside, (targets - chunk.start).clamp(0, chunk.stop - chunk.start - 1)
+class _TokenLogps(torch.autograd.Function):
+    """Log-probs from logits that exist for one chunk of positions at a time; the backward pass computes them again.
+
+    Besides products a chunk's logits are read by three kernels: log-softmax, and softmax and its product with the
+    gradient on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        ctx.dtype, ctx.rows = product_dtype(hidden), token_chunk(len(weight), hidden.device)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        weight_cast = weight.to(ctx.dtype)
+        logps = [
+            _add_bias(product_nt(h, weight_cast), bias).log_softmax(1).gather(1, t[:, None]).squeeze(1)
+            for h, t in zip(hidden.to(ctx.dtype).split(ctx.rows), targets.split(ctx.rows), strict=True)
+        ]
+        return torch.cat(logps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        weight_cast = weight.to(ctx.dtype)
+        grad_hidden: list[Tensor] = []
+        grad_weight = grad_bias = None
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        chunks = (x.split(ctx.rows) for x in (hidden.to(ctx.dtype), targets, grad_outputs[0]))
+        for h, t, grad in zip(*chunks, strict=True):
+            # d log p(t) / d logits = one-hot(t) - softmax(logits)
+            difference = _add_bias(product_nt(h, weight_cast), bias).softmax(1)
+            difference.scatter_add_(1, t[:, None], grad.new_full((len(t), 1), -1.0))
+            # Rounded as it is written, without a copy in float32.
+            grad_logits = torch.mul(difference, -grad[:, None], out=torch.empty_like(difference, dtype=ctx.dtype))
+            del difference
+            if needs_hidden:
+                grad_hidden.append(product_nt(grad_logits, weight_cast.t()).to(hidden.dtype))
+            if needs_weight:
+                product = product_nt(grad_logits.t(), h.t())
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+            if needs_bias:
+                total = grad_logits.sum(0, dtype=grad.dtype)
+                grad_bias = total if grad_bias is None else grad_bias.add_(total)
+        return (
+            torch.cat(grad_hidden) if needs_hidden else None,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+        )
 
 
 class Head(torch.nn.Linear):
     """A linear head that returns logits, or the log-probs of given targets."""
 
-    matmul_nt: ClassVar[Callable[..., Tensor]] = staticmethod(linear)  # (t, k), (n, k) -> (t, n)
-    vocab_chunk: int | None = None  # columns of logits at once; None: the whole vocabulary
+    product_nt: ClassVar[Callable[[Tensor, Tensor], Tensor]] = staticmethod(product_nt)
+    operand: ClassVar[Callable[[Tensor, torch.dtype], Tensor]] = staticmethod(torch.Tensor.to)  # what is multiplied
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return (..., vocabulary) logits; with targets (t,) int64 and x (t, d): (t,) float32 log-probs in nats."""
-        if targets is None:
+        if targets is not None:
+            return self.token_logps(x, targets)
+        if x.device.type != "cuda":
             return super().forward(x)
-        return _TokenLogps.apply(x, self.weight, self.bias, targets, self)
+        # Samples are drawn from the float32 logits that their log-probs are computed from.
+        dtype = product_dtype(x)
+        logits = product_nt(x.reshape(-1, x.shape[-1]).to(dtype), self.weight.to(dtype))
+        return _add_bias(logits, self.bias).view(*x.shape[:-1], -1)
+
+    def token_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return _TokenLogps.apply(hidden, self.weight, self.bias, targets)
 
 
 @torch.no_grad()
@@ -114,15 +127,13 @@ def next_token_kl(head: Head, hidden: Tensor, other_head: Head, other_hidden: Te
     hidden: (t, d); other_hidden: (t, d of the other model). A sum over the whole vocabulary, (t,) float32 and never
     negative.
     """
-    dtype = _matmul_dtype(hidden)
-    weight, other_weight = head.weight.to(dtype), other_head.weight.to(dtype)
-
-    def log_probs(head: Head, weight: Tensor, hidden: Tensor) -> Tensor:
-        return _logits(head.matmul_nt, hidden.to(dtype), weight, head.bias, slice(None)).log_softmax(1)
-
+    dtype = product_dtype(hidden)
+    weight, other_weight = (h.operand(h.weight, dtype) for h in (head, other_head))
+    chunks = (head.operand(h, dtype).split(KL_CHUNK) for h in (hidden, other_hidden))
     divergences = []
-    for h, other_h in zip(hidden.split(KL_CHUNK), other_hidden.split(KL_CHUNK), strict=True):
-        log_p, log_q = log_probs(head, weight, h), log_probs(other_head, other_weight, other_h)
+    for h, other_h in zip(*chunks, strict=True):
+        log_p = _add_bias(head.product_nt(h, weight), head.bias).log_softmax(1)
+        log_q = _add_bias(other_head.product_nt(other_h, other_weight), other_head.bias).log_softmax(1)
         # Rounding can make a divergence of nearly zero negative.
         divergences.append((log_p.exp() * (log_p - log_q)).sum(1).clamp(min=0))
     return torch.cat(divergences)

@@ -20,6 +20,7 @@ from src.errors import ConfigError, DamagedFile
 from src.hardware import check_num_threads, cores_of_process
 from src.model import attention
 from src.model.files import too_many_tokens, wrapper_hint
+from src.model.fused_ops import why_not_fused
 from src.model.logprobs import patch_model_
 from src.model.numerics import NumericsConfig, cast_for_inference_
 from src.planning.content import ContentPath, locate, reading
@@ -42,15 +43,21 @@ def device_of(device: str) -> torch.device:
 
 def numerics_of(model: ModelInputs, resources: Resources) -> NumericsConfig:
     """Return the numerics of log-probs and samples on this machine; log the reason once. Raises ConfigError."""
-    return _numerics(model.precision, resources.attention, device_of(resources.device))
+    fused = resources.fused if not resources.compile or resources.fused is True else False  # compilation fuses, too
+    return _numerics(model.precision, resources.attention, fused, device_of(resources.device))
 
 
 @lru_cache(maxsize=4)
-def _numerics(precision: str, requested: str, device: torch.device) -> NumericsConfig:
+def _numerics(precision: str, requested: str, fused: bool | str, device: torch.device) -> NumericsConfig:
     backend, reason = attention.resolve_backend(requested, device, precision)
     slower = backend == "sdpa" and requested == "auto" and device.type == "cpu" and precision == "fp32"
     log.log(logging.WARNING if slower else logging.INFO, "attention backend: %s (%s)", backend, reason)
-    return NumericsConfig(precision, backend)
+    not_fused = why_not_fused(device)
+    if fused is True and not_fused:
+        raise ConfigError(f"engine.fused=true: {not_fused}; use engine.fused=auto")
+    if device.type != "cpu":
+        log.info("fused kernels: %s", "off, as configured" if fused is False else not_fused or "liger-kernel's")
+    return NumericsConfig(precision, backend, fused=fused is not False and not not_fused)
 
 
 def set_cpu_threads(configured: int | None, sharing: int = 1) -> None:

@@ -17,6 +17,7 @@ from src.errors import ConfigError
 from src.hardware import HeapTrimmer
 from src.model import attention
 from src.model.cpu.patch import patch_for_cpu_
+from src.model.fused import set_fused_
 from src.model.lm_head import Head, next_token_kl
 from src.model.numerics import FLOAT32, NumericsConfig, keep_residual_float32_
 from src.model.packing import PackedBatch, pack, pack_first_fit
@@ -73,16 +74,22 @@ def patch_model_(model: Any, device: torch.device | None = None) -> Any:
     return model
 
 
-def _hidden_states(model: Any, batch: PackedBatch, numerics: NumericsConfig) -> Tensor:
-    """Return the hidden states of the positions that predict a response token, (t, width); inside autocast."""
+def configure_(model: Any, numerics: NumericsConfig) -> None:
+    """Let a model compute packed batches by these numerics, in place: its attention, and fused kernels or not."""
     name = attention.registered_name(numerics.attention)
     if model.config._attn_implementation != name:
         model.set_attn_implementation(name)
+    set_fused_(model, numerics.fused)
+
+
+def _hidden_states(model: Any, batch: PackedBatch, numerics: NumericsConfig) -> Tensor:
+    """Return the hidden states of the positions that predict a response token, (t, width); inside autocast."""
+    configure_(model, numerics)
     sparse_output = any(isinstance(module, SparseOutputLayer) for module in model.modules())
     options = {"output_positions": batch.predict_positions} if sparse_output else {}
     hidden = model.base_model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, layout=batch.layout, **options
-    ).last_hidden_state[0]
+    ).last_hidden_state.squeeze(0)
     return hidden if sparse_output else hidden[batch.predict_positions]
 
 
@@ -125,6 +132,7 @@ class SequenceLogps(torch.nn.Module):
     def __init__(self, model: Any, numerics: NumericsConfig) -> None:
         super().__init__()
         self.model, self.numerics = model, numerics
+        configure_(model, numerics)  # before FSDP2 changes the classes of modules
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         return sequence_logps(self.model, batch, self.numerics)

@@ -10,6 +10,7 @@ roundings, which is larger than what a step of alignment changes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,6 +25,7 @@ class NumericsConfig:
 
     precision: str = "fp32"  # or bf16
     attention: str = "sdpa"  # a key of ATTENTION_BACKENDS
+    fused: bool = False  # norms, rotary embeddings and SwiGLU as one kernel each
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Return the context of every forward pass: with bf16 it casts activations where products take bf16."""
@@ -44,6 +46,18 @@ def cast_for_inference_(model: Any, numerics: NumericsConfig) -> Any:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Make a GPU sum in a fixed order, or in any. On a CPU results are the same bits either way.
+
+    Nondeterministic otherwise: the gradient of queries in attention, the largest difference, and gradients of
+    embeddings. Call it before the first product on a GPU.
+    """
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only to find bugs, and slow
 
 
 class Float32Embedding(torch.nn.Embedding):

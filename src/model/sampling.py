@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from src.data.templates import Template
+from src.model.fused import set_fused_
+from src.model.kv_cache import bf16_cache
 from src.model.numerics import FLOAT32, NumericsConfig
 from src.planning.identity import GenerationInputs
 
@@ -71,6 +73,7 @@ def sample(
     """
     model.eval()
     model.set_attn_implementation("sdpa")
+    set_fused_(model, numerics.fused)
     # The checkpoint's generation_config would set what ours leaves open (a repetition penalty, for example).
     model.generation_config = GenerationConfig()
     device = next(model.parameters()).device
@@ -93,10 +96,16 @@ def sample(
         if generation.temperature > 0.0:
             uniforms = _uniforms([f"{seed}/{i}" for i in indices], generation.max_new_tokens, device)
             processors.append(_InverseCDFSampler(generation, uniforms, prompt_length))
+        cache = {"past_key_values": bf16_cache()} if numerics.precision == "bf16" else {}
         with numerics.autocast(device):
             output = model.generate(
-                ids.to(device), attention_mask=mask.to(device), generation_config=config, logits_processor=processors
+                ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=processors,
+                **cache,
             )
+        del cache  # before the next batch has one
         for i, response in zip(indices, output[:, prompt_length:].tolist(), strict=True):
             finished = end_id in response
             yield i, response[: response.index(end_id) + 1] if finished else response, finished

@@ -18,6 +18,8 @@ class Resources:
     cpu_threads: int | None = None
     activation_checkpointing: bool | str = "auto"
     compile: bool = False
+    fused: bool | str = "auto"
+    deterministic: bool = False
     attention: str = "auto"
     max_tokens_per_micro_batch: int | None = None
     checkpoint_minutes: float = 20.0

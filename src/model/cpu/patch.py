@@ -6,17 +6,9 @@ from typing import Any
 
 import torch
 
-from src.model.cpu.linear import OneDNNLinear, mm_nt
+from src.model.cpu.linear import OneDNNLinear
+from src.model.cpu.lm_head import OneDNNHead
 from src.model.lm_head import Head
-
-VOCAB_CHUNK = 2048  # logits columns at once: with lm_head.TOKEN_CHUNK rows they stay in the cache
-
-
-class OneDNNHead(Head, OneDNNLinear):
-    """A head that multiplies through oneDNN and computes its logits in chunks of the vocabulary."""
-
-    matmul_nt = staticmethod(mm_nt)
-    vocab_chunk = VOCAB_CHUNK
 
 
 def patch_for_cpu_(model: Any) -> None:
