@@ -136,6 +136,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Give up a pending checkpoint. Its thread ends by itself, and the next attempt removes what it leaves."""
+        preemption.reserve(0.0)
         if self._pending is not None and get_distributed().is_main_process:
             shutil.rmtree(self._pending.draft, ignore_errors=True)
 
