@@ -17,6 +17,7 @@ from src.distributed import get_distributed
 from src.model.numerics import FLOAT32
 from src.model.packing import pack
 from src.planning.resources import Resources
+from src.planning.save_time import seconds_to_stop
 from src.store.attempt import Attempt
 from src.store.files import file_digest, read_json
 from src.store.lease import Lease, LeaseLost
@@ -342,6 +343,8 @@ def test_the_measured_time_of_a_save_is_recorded_for_the_next_attempt(tmp_path):
         run.checkpointer.save(1)
         run.checkpointer.wait()
         seconds = run.attempt.save_seconds
+        assert preemption._reserve == seconds_to_stop(seconds) > seconds, "a job stops so long before its time limit"
+    assert preemption._reserve == 0, "what follows a training saves nothing"
     (state,) = tmp_path.rglob("trainer.json")
     assert 0 < seconds < 60 and read_json(state)["save_seconds"] == seconds
     with training(tmp_path) as run:
