@@ -1,11 +1,15 @@
 """All attention backends compute the same over packed segments; one that cannot run is refused before anything runs."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from src.errors import ConfigError
 from src.model import attention
 from src.model.cpu.attention import BlockAttention
+from src.model.numerics import set_deterministic
 from src.model.packing import Layout, Segment
 
 CPU = torch.device("cpu")
@@ -120,6 +124,40 @@ def test_backends_on_a_gpu(name):
     actual = outputs_and_gradients(lambda *x: attention.ATTENTION_BACKENDS[name](*x, 0.25, LAYOUT.to(device)), inputs)
     for a, b in zip(actual, expected, strict=True):
         assert ((a.float().cpu() - b).norm() / b.norm()) < 0.02
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_flash_attention_sums_in_a_fixed_order_when_asked_only(deterministic, monkeypatch):
+    given = []
+
+    def flash_attn_varlen_func(q, *_, **options):
+        given.append(options["deterministic"])
+        return q
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    set_deterministic(deterministic)
+    try:
+        attention.flash_attention_2(*tensors(), 0.25, LAYOUT)
+        assert given == [deterministic] == [torch.are_deterministic_algorithms_enabled()]  # torch's kernel asks it
+    finally:
+        set_deterministic(False)
+
+
+def test_no_gradient_is_copied_into_zeros_on_its_way_from_the_kernel(monkeypatch):
+    """An index (x[0]) would do so: zeros of the whole size, and a copy, for each of queries, keys and values."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of("2.12"))
+
+    def operators_of_backward(attend):
+        inputs = tensors()
+        out = attend(*inputs)
+        with torch.profiler.profile() as profile:
+            out.sum().backward()
+        return {event.name for event in profile.events()}
+
+    assert "aten::select_backward" not in operators_of_backward(lambda *x: attention.varlen(*x, 0.25, LAYOUT))
+    indexed = operators_of_backward(lambda *x: x[0][0].sum() + x[1][0].sum() + x[2][0].sum())
+    assert "aten::select_backward" in indexed, "the control"
 
 
 def test_neither_threads_nor_strides_change_results_on_a_cpu():

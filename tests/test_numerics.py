@@ -1,18 +1,22 @@
 """What bf16 means: weights rounded once, a float32 residual stream, the same for training, reference and samples."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from src.model.loading import load_for_inference, load_weights
+from src.config.schema import Training
+from src.distributed import destroy_distributed
+from src.model.loading import load_for_inference, load_weights, numerics_of
 from src.model.logprobs import patch_model_, sequence_logps
 from src.model.numerics import FLOAT32, NumericsConfig, cast_for_inference_
 from src.model.packing import pack
 from src.planning.content import ContentPath
 from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
+from src.training.strategies import make_engine
 from tests.support import tiny_llama
 from tests.support.small_models import make_model, random_pairs, relative
 
@@ -70,3 +74,24 @@ def test_a_residual_stream_in_bf16_has_a_larger_error():
     rounded.get_input_embeddings().__class__ = torch.nn.Embedding
     theirs, _ = sequence_logps(rounded, batch, BF16)
     assert relative(ours.double(), exact) < 0.7 * relative(theirs.double(), exact)
+
+
+@pytest.fixture
+def process_group():
+    yield
+    destroy_distributed()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp"])
+@torch.no_grad()
+def test_log_probs_of_training_and_of_scoring_are_the_same_bits(tmp_path, strategy, process_group):
+    """A policy that has not moved has log-ratios of exactly zero, in bf16 too, on every loading path."""
+    path = ContentPath.of(str(tiny_llama.model(tmp_path)), "model.path")
+    inputs, resources = ModelInputs(path, "plain", "bf16"), Resources(device="cpu", strategy=strategy)
+    numerics, batch = numerics_of(inputs, resources), pack(random_pairs(12, 0), range(12))
+    reference, _ = sequence_logps(load_for_inference(inputs, resources), batch, numerics)
+    with contextlib.closing(make_engine(resources, Training(lr=1e-6), None, seed=0)) as engine:
+        policy, _ = engine.prepare(lambda: load_weights(inputs, resources), numerics)(batch)
+    assert torch.equal(policy, reference)
+    autocast, _ = sequence_logps(patch_model_(load_weights(inputs, resources)), batch, numerics)
+    assert not torch.equal(autocast, reference), "the control: float32 weights that every product rounds"

@@ -27,7 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from src.config.schema import Lora, Training
 from src.errors import ConfigError
 from src.model.loading import device_of
-from src.model.logprobs import NumericsConfig, patch_model_
+from src.model.logprobs import patch_model_
+from src.model.numerics import NumericsConfig, set_deterministic
 from src.planning.resources import Resources
 from src.training.training_state import StagedState
 
@@ -48,6 +49,8 @@ class TrainingEngine(ABC):
         """`seed` is for the initial adapters. Raises ConfigError for a device that is not there."""
         self.resources, self.trainer, self.lora, self.seed = resources, trainer, lora, seed
         self.device = device_of(resources.device)
+        if self.device.type == "cuda":
+            set_deterministic(resources.deterministic)
 
     @property
     @abstractmethod
