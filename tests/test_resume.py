@@ -108,8 +108,8 @@ for fatal in {numbers!r}:
 
 
 def sft_stage(folder: str) -> Stage:
-    tiny = ["dataset.sft_size=128", "trainer.sft.max_steps=4", "trainer.checkpoint_minutes=0", f"output_dir={folder}"]
-    point = build_point(composed(*tiny))
+    tiny = ["dataset.sft_size=128", "trainer.sft.batch_size=32", "trainer.checkpoint_minutes=0"]  # four steps
+    point = build_point(composed(*tiny, f"output_dir={folder}"))
     return next(s for s in make_plan([point], Store(folder)).stages.values() if s.kind == "sft")
 
 
