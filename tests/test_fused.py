@@ -58,7 +58,7 @@ def test_fake_tensors_go_through_the_operators_with_the_dtypes_shapes_and_stride
 
 BF16, F32, INT = "*bf16", "*fp32", "i32"
 # Kernel, types of its arguments as src/model/fused_ops.py passes them (others are int32), and constants.
-KERNELS = {
+LAUNCHED = {
     "norm": (
         rms_norm._rms_norm_forward_kernel,
         {"Y_ptr": BF16, "X_ptr": F32, "W_ptr": BF16, "RSTD_ptr": F32, "eps": "fp32", "offset": "fp32"},
@@ -95,10 +95,10 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_kernels_compile_for_an_h100_with_the_dtypes_they_are_given(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, types, constants = KERNELS[name]
+    kernel, types, constants = LAUNCHED[name]
     signature = {n: "constexpr" if n in constants else types.get(n, INT) for n in kernel.arg_names}
     assert types.keys() | constants.keys() <= set(kernel.arg_names)
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))

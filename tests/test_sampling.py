@@ -73,10 +73,10 @@ def test_tokens_are_drawn_with_the_models_own_probabilities():
 def cache_after(num_tokens, numerics):
     """Return the cache of a batch of all prompts after `num_tokens` sampled tokens."""
     model = cast_for_inference_(make_model(initializer_range=0.02), numerics)
-    seen = []
-    model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["past_key_values"]), with_kwargs=True)
+    caches = []
+    model.model.register_forward_pre_hook(lambda _, args, kw: caches.append(kw["past_key_values"]), with_kwargs=True)
     list(sample(model, Template(), PROMPTS, "s", generation_of(num_tokens), numerics))
-    return seen[-1]
+    return caches[-1]
 
 
 def test_the_cache_of_bf16_holds_two_bytes_a_number_and_that_of_fp32_four():
