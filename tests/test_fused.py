@@ -56,6 +56,11 @@ def test_fake_tensors_go_through_the_operators_with_the_dtypes_shapes_and_stride
     assert operators["rms_norm"][0][0][0] == "torch.bfloat16", "of a float32 residual stream"
 
 
+@pytest.mark.slow
+def test_activation_checkpointing_and_compilation_change_no_bit_of_fused_kernels():
+    assert interpreted()["equal"] == [True, True]
+
+
 BF16, F32, INT = "*bf16", "*fp32", "i32"
 # Kernel, types of its arguments as src/model/fused_ops.py passes them (others are int32), and constants.
 LAUNCHED = {

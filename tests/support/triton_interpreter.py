@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import liger_kernel.ops.rms_norm as liger_rms_norm
@@ -17,12 +19,13 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from src.data.examples import Example
 from src.model import fused_ops
-from src.model.logprobs import patch_model_, sequence_logps
+from src.model.logprobs import configure_, patch_model_, sequence_logps
 from src.model.numerics import FLOAT32, NumericsConfig, cast_for_inference_
 from src.model.packing import pack
 from tests.support.small_models import VOCABULARY
@@ -110,6 +113,31 @@ def errors(model_type: str) -> dict[str, list[float]]:
     return {name: value.sqrt().tolist() for name, value in squares.items()} | {"swapped": swapped}
 
 
+def recomputed_and_compiled_are_equal() -> list[bool]:
+    """Return whether activation checkpointing, and compilation of layers, give the same bits.
+
+    The kernels overwrite what backward passes need once: a second use would show.
+    """
+    numerics = NumericsConfig("bf16", fused=True)
+
+    def gradient(change: Callable[[Any], None]) -> torch.Tensor:
+        model = patch_model_(cast_for_inference_(make_model("llama", 0), numerics)).train()
+        configure_(model, numerics)
+        for layer in model.base_model.layers:
+            change(layer)
+        return logps_and_gradient(model, 0, numerics)[1]
+
+    def checkpoint_activations(layer: Any) -> None:
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
+            True,
+            partial(checkpoint, use_reentrant=False),
+        )
+
+    plain = gradient(lambda layer: None)
+    changes = (checkpoint_activations, lambda layer: layer.compile(dynamic=True, backend="aot_eager"))
+    return [torch.equal(gradient(change), plain) for change in changes]
+
+
 def operator_outputs() -> dict[str, list[Any]]:
     """Return, for every operator, dtypes and shapes of its real outputs and of those on fake tensors."""
     bf16 = torch.bfloat16
@@ -139,4 +167,9 @@ def operator_outputs() -> dict[str, list[Any]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     complete_interpreter()
-    print(json.dumps({family: errors(family) for family in sys.argv[1:]} | {"operators": operator_outputs()}))
+    print(
+        json.dumps(
+            {family: errors(family) for family in sys.argv[1:]}
+            | {"operators": operator_outputs(), "equal": recomputed_and_compiled_are_equal()}
+        )
+    )
