@@ -39,6 +39,10 @@ class LocalLauncher(PlanLauncher):
             check_programs(plan.points)
             check_cpu_threads(plan.points)
 
+    def num_processes(self, stage: Stage) -> int:
+        """Return 1: each worker computes stages of its own."""
+        return 1
+
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure]:
         """Compute what the plan needs and return the points without a result: identity of the result -> why.
 

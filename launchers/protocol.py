@@ -11,6 +11,7 @@ from hydra.plugins.launcher import Launcher
 
 from src.errors import ConfigError, PointFailure
 from src.planning.plan import Plan
+from src.planning.stage import Stage
 from src.store.sweep_folder import SweepFolder
 
 
@@ -28,6 +29,10 @@ class PlanLauncher(Launcher):
     @abstractmethod
     def check(self, plan: Plan) -> None:
         """Raise ConfigError for a plan that cannot run here. Called before anything is written."""
+
+    @abstractmethod
+    def num_processes(self, stage: Stage) -> int:
+        """Return how many processes compute the stage together, each on a card of its own."""
 
     @abstractmethod
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure] | None:

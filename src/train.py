@@ -20,7 +20,8 @@ from src.config.schema import Point
 from src.config.validation import build_point
 from src.environment import read_integer
 from src.errors import ConfigError, report_errors
-from src.planning.cost import Cost
+from src.estimates.cost import Cost
+from src.estimates.forecast import Forecast
 from src.planning.plan import Plan, make_plan, warn_of_other_versions
 from src.preflight import check_cpu_threads, check_input_files, check_key, check_packages, check_programs
 from src.progress import RunProgress
@@ -49,6 +50,15 @@ def run_stages(plan: Plan, store: Store, report: Report) -> bool:
     return ranks.is_main_process
 
 
+def foresee(plan: Plan, store: Store, dry_run: bool) -> None:
+    """Print, for a dry run, the plan and its memory and cost. Raises ConfigError when it does not fit its card."""
+    num_processes = read_integer("WORLD_SIZE", 1, minimum=1)
+    forecast = Forecast(plan, lambda stage: num_processes if stage.is_training else 1, all_rehearsed=dry_run)
+    if dry_run:
+        print(*filter(None, (plan.text(), forecast.text(), Cost(plan, store, forecast).text())), sep="\n")
+    forecast.check()
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def run(cfg: DictConfig) -> None:
     """Run a single point; with -m Hydra calls the sweeper instead."""
@@ -65,8 +75,8 @@ def run(cfg: DictConfig) -> None:
         plan = make_plan([point], store)
         if rank == 0:
             warn_of_other_versions(plan, store)
+            foresee(plan, store, point.dry_run)
         if point.dry_run:
-            print(plan.text(), Cost(plan, store).text(), sep="\n")
             return
         if plan.needed or "WORLD_SIZE" in os.environ:
             for check in (check_packages, check_key, check_programs, check_cpu_threads):

@@ -83,7 +83,7 @@ class GridSweeper(Sweeper):
             point.sweep.name = name  # trackers group by it; no stage depends on it
         search = Search(plan, store)
         if points[0].dry_run:
-            print(search.text())
+            search.dry_run(self.launcher)
             return
         search.run(self.launcher, name, shlex.join(["python", "-m", "src.train", *decode_keywords(sys.argv[1:])]))
 

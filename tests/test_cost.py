@@ -5,41 +5,85 @@ import math
 import re
 
 import pytest
-from safetensors import safe_open
 
 from src.config.validation import build_point
-from src.planning.cost import Cost
+from src.errors import ConfigError
+from src.estimates import forecast
+from src.estimates.cost import Cost
+from src.estimates.forecast import Forecast
+from src.planning.gpus import find_gpu
 from src.planning.plan import make_plan
+from src.rehearsal.request import Result
 from src.store.store import Store
-from tests.support.commands import ROOT, SMALL, dry_run, train
+from tests.support.commands import SMALL, dry_run, train
 from tests.support.configs import composed
 
+SIZE_3B = 3_212_749_824  # parameters
 
-def planned(tmp_path, *overrides):
+
+def estimates(tmp_path, *overrides):
     store = Store(tmp_path)
-    point = build_point(composed(*overrides, f"output_dir={tmp_path}"))
-    return make_plan([point], store), store
+    plan = make_plan([build_point(composed(*overrides, f"output_dir={tmp_path}"))], store)
+    return Cost(plan, store, Forecast(plan, lambda stage: 1, all_rehearsed=True)).estimates
 
 
-def test_before_anything_was_measured_hours_are_flops_over_the_stated_speed(tmp_path):
-    plan, store = planned(tmp_path, "setup=llama32_3b_tldr")
-    estimates = Cost(plan, store).estimates
-    sft_tokens = 41_947 * 416  # conf/dataset/tldr.yaml
-    assert estimates["sft"].tokens == sft_tokens and not estimates["sft"].measured
-    assert estimates["sft"].hours == pytest.approx(6 * 3.21e9 * sft_tokens / (0.4 * 312e12) / 3600)
-    assert estimates["reference"].hours == pytest.approx(2 * 3.21e9 * (73_396 + 2000) * 451 / (0.4 * 312e12) / 3600)
-    assert estimates["align"].tokens == 73_396 * 451
-    faster = Cost(*planned(tmp_path, "setup=llama32_3b_tldr", "engine.tflops=624")).estimates
-    assert faster["align"].hours == pytest.approx(estimates["align"].hours / 2)
-    stepped = ["trainer.align.max_steps=10", "dataset.sft_fraction=0.1", "trainer.sft.epochs=2"]
-    fewer = Cost(*planned(tmp_path, "setup=llama32_3b_tldr", *stepped)).estimates
+@pytest.fixture
+def without_rehearsal(monkeypatch):
+    def refuse(requests):
+        raise ConfigError("no compiler")
+
+    monkeypatch.setattr(forecast, "rehearse_all", refuse)
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    """Every rehearsal takes 2 s for 50,000 tokens."""
+    asked = []
+
+    def rehearse_all(requests):
+        asked.extend(requests)
+        return [Result(tokens=50_000, seconds=2.0, host_seconds=0.5, peak=60 * 2**30) for _ in requests]
+
+    monkeypatch.setattr(forecast, "rehearse_all", rehearse_all)
+    return asked
+
+
+def test_where_nothing_can_be_rehearsed_hours_are_those_of_the_products(tmp_path, without_rehearsal):
+    paper = ["setup=llama32_3b_tldr", "engine.gpu=h100"]
+    sums = estimates(tmp_path, *paper)
+    sft_tokens, rate = 41_947 * 416, find_gpu("h100").bf16  # conf/dataset/tldr.yaml
+    assert sums["sft"].tokens == sft_tokens and sums["sft"].source == "at least"
+    assert sums["sft"].hours == pytest.approx(6 * SIZE_3B * sft_tokens / rate / 3600)
+    assert sums["reference"].hours == pytest.approx(2 * SIZE_3B * (73_396 + 2000) * 451 / rate / 3600)
+    assert sums["align"].tokens == 73_396 * 451
+    slower = estimates(tmp_path, *paper, "engine.gpu=a100_80")["align"].hours / sums["align"].hours
+    assert slower == pytest.approx(rate / find_gpu("a100_80").bf16)
+    fewer = estimates(
+        tmp_path, *paper, "trainer.align.max_steps=10", "dataset.sft_fraction=0.1", "trainer.sft.epochs=2"
+    )
     assert fewer["align"].tokens == 10 * 128 * 451
     assert fewer["sft"].tokens == pytest.approx(0.1 * 2 * sft_tokens)
 
 
+def test_hours_are_those_of_the_rehearsed_step(tmp_path, rehearsed):
+    sums = estimates(tmp_path, "setup=llama32_3b_tldr", "engine.gpu=h100")
+    assert {e.source for e in sums.values()} == {"rehearsed"}
+    assert sums["align"].hours == pytest.approx(73_396 * 451 * 2.0 / 50_000 / 3600)
+    assert {request.stage for request in rehearsed} == {"sft", "reference", "align", "generate"}
+    align = next(request for request in rehearsed if request.stage == "align")
+    assert (align.gpu, align.precision, align.strategy, len(align.examples)) == ("h100", "bf16", "fsdp", 128)
+    assert align.examples[0] == (379, 1024 - 379, 1024 - 379)  # the longest that the limits allow
+    assert align.config["hidden_size"] == 3072 and align.layers == (2, 4)
+
+
+def test_without_a_card_hours_are_unknown_until_they_are_measured(tmp_path, rehearsed):
+    sums = estimates(tmp_path, "setup=llama32_3b_tldr", "engine.gpu=null")
+    assert all(math.isnan(e.hours) for e in sums.values()) and not rehearsed
+
+
 def test_a_sweeps_estimate_counts_shared_stages_once(tmp_path):
-    _, output = dry_run("+sweep=paper_tldr_3b", f"output_dir={tmp_path}")
-    num_stages = dict(re.findall(r"^(sft|reference|align|generate) +(\d+) .*assumed$", output, re.M))
+    _, output = dry_run("+sweep=paper_tldr_3b", f"output_dir={tmp_path}", "engine.gpu=null")
+    num_stages = dict(re.findall(r"^(sft|reference|align|generate) +(\d+) +\S+ [MG] +-$", output, re.M))
     assert num_stages == {"sft": "1", "reference": "1", "align": "200", "generate": "200"}
     assert re.search(
         r"^disk: 2\.58 TB for the weights of 201 models until the sweep ends and keep_checkpoints=best", output, re.M
@@ -49,21 +93,14 @@ def test_a_sweeps_estimate_counts_shared_stages_once(tmp_path):
 @pytest.mark.slow
 def test_estimates_are_measured_once_a_stage_of_the_same_data_and_model_has_finished(tmp_path):
     labels, before = dry_run(*SMALL, "method=dpo", "beta=0.1", f"output_dir={tmp_path}")
-    assert labels and '"-" = no estimate yet' in before  # a CPU has no stated peak
+    assert labels and '"-" = not known' in before  # a CPU is no card of conf/gpus.yaml
     train(*SMALL, "method=dpo", "beta=0.1", f"output_dir={tmp_path}")
     output = dry_run(*SMALL, "method=dpo", "beta=0.2,0.3", f"output_dir={tmp_path}")[1]
     assert re.search(r"^align +2 .* measured$", output, re.M) and "sft " not in output.partition("cost")[2]
 
-    plan, store = planned(tmp_path, *SMALL, "method=ipo", "beta=0.1", "trainer.align.epochs=2")
-    estimate = Cost(plan, store).estimates["align"]
+    estimate = estimates(tmp_path, *SMALL, "method=ipo", "beta=0.1", "trainer.align.epochs=2")["align"]
     ((done,),) = [[json.loads(p.read_text()) for p in (tmp_path / "store" / "align").glob("*/DONE")]]
-    assert estimate.tokens == 2 * done["tokens"] and estimate.measured
+    assert estimate.tokens == 2 * done["tokens"] and estimate.source == "measured"
     assert estimate.hours == pytest.approx(2 * done["seconds"] / 3600)
-    other = Cost(*planned(tmp_path, *SMALL, "method=ipo", "engine=fsdp")).estimates["align"]
-    assert math.isnan(other.hours) and not other.measured  # another computation has another speed
-
-
-def test_the_config_of_the_mini_model_states_its_number_of_parameters():
-    with safe_open(ROOT / "src" / "data" / "mini_tldr_base" / "model.safetensors", "pt") as file:
-        num_parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    assert build_point(composed()).model.parameters == pytest.approx(num_parameters, rel=0.001)
+    other = estimates(tmp_path, *SMALL, "method=ipo", "engine=fsdp")["align"]
+    assert math.isnan(other.hours) and not other.source  # another computation has another speed

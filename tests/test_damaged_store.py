@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from src import errors
-from src.planning.cost import Cost
+from src.estimates.cost import Cost
 from src.planning.plan import Plan, make_plan
 from src.stages.runner import compute_or_wait
 from src.store.files import with_checksum

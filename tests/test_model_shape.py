@@ -34,7 +34,7 @@ def count(model):
 
 @pytest.mark.parametrize("name", hub_configs())
 def test_the_configs_of_the_papers_models_give_the_parameters_that_transformers_makes(name, monkeypatch):
-    monkeypatch.setattr("src.planning.model_shape._cached_on_hub", lambda *_: None)
+    monkeypatch.setattr("src.planning.model_shape.cached_on_hub", lambda *_: None)
     shape, model = model_shape(name), built(hub_configs()[name])
     assert shape.num_parameters == count(model)
     assert shape.layer == count(model.model.layers[0])

@@ -35,6 +35,9 @@ class InProcessLauncher:
     def check(self, plan: Plan) -> None:
         pass
 
+    def num_processes(self, stage):
+        return 1
+
     def launch_plan(self, plan, folder, finalize):
         from src.model.loading import set_cpu_threads
 

@@ -18,6 +18,7 @@ from src.config.schema import Point
 from src.errors import ConfigError, PointFailure
 from src.planning.plan import Plan
 from src.planning.save_time import SaveTimes
+from src.planning.stage import Stage
 from src.store.lease import Lease
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
@@ -67,6 +68,10 @@ class SlurmLauncher(PlanLauncher):
                 f"hydra.launcher: {kind} jobs have {num_processes} GPUs, but engine={point.engine.name} uses one:"
                 " choose engine=fsdp, or give the job gpus_per_node=1"
             )
+
+    def num_processes(self, stage: Stage) -> int:
+        """Return the tasks of the stage's job for training; all else is computed by one of them."""
+        return self.options.kinds[job_kind(stage)].tasks if stage.is_training else 1
 
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure] | None:
         """Submit what is neither done nor queued or running; return None while jobs run.

@@ -69,7 +69,6 @@ class Lora:
 class Model(Option):
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
     template: str = choice("plain", "tokenizer", "llama3", "mistral", default="plain")
-    parameters: float | None = number(None, above=0)
     revision: str | None = None
     attention: str = choice("auto", "flash_attention_2", "varlen", "onednn", "sdpa", default="auto")
     lora: Lora = field(default_factory=Lora)
@@ -92,6 +91,7 @@ class Table:
 class HubTable(Table):
     rows: dict[str, int] = number(default_factory=dict, maximum=MAX_ROWS)  # split -> expected number of rows
     tokens: float | None = number(None, above=0, maximum=MAX_TOKENS)  # mean per row, for cost estimates
+    prompt_tokens: float | None = number(None, above=0, maximum=MAX_TOKENS)  # of these, the prompt's
 
 
 @dataclass
@@ -152,8 +152,6 @@ class Engine(Option):
     compile: bool = False
     fused: bool | str = choice("auto", True, False, default="auto")
     deterministic: bool = False
-    tflops: float | None = number(None, above=0, maximum=1e6)
-    mfu: float = number(0.4, above=0, maximum=1)
 
 
 @dataclass

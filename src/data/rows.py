@@ -103,6 +103,14 @@ class Source:
             by_key.setdefault(pair.prompt.stripped_key, pair.prompt)
         return list(by_key.values())[:num_prompts]
 
+    def num_rows(self, split: str) -> int | None:
+        """Return the rows of `sft`, `train` or `validation`, before filters; None when nothing here tells them."""
+        raise NotImplementedError
+
+    def sample(self, split: str, count: int) -> Sequence[Demonstration | Pair]:
+        """Return about `count` rows that stand for all of a split; none when they are not on this machine."""
+        raise NotImplementedError
+
     def check(self) -> None:
         """Read local files, before anything runs. Raises ConfigError naming file and line."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cached_property
 
 from src.data import mini_tldr
@@ -25,6 +26,8 @@ from src.errors import ConfigError
 from src.planning.content import reading
 from src.planning.identity import DataInputs
 
+MINI_TLDR_ROWS = {"sft": 6400, "train": 2000, "validation": 256}  # where the config has no size
+
 
 class MiniTldr(Source):
     """Generated rows. Every list has its own seed, so a change of one size leaves the others unchanged."""
@@ -32,13 +35,26 @@ class MiniTldr(Source):
     def _seed(self, offset: int) -> int:
         return self.data.seed * 1000 + offset
 
+    def num_rows(self, split: str) -> int:
+        sizes = {"sft": self.data.sft_size, "train": self.data.train_size, "validation": self.data.validation_size}
+        return sizes[split] or MINI_TLDR_ROWS[split]
+
+    def sample(self, split: str, count: int) -> Sequence[Demonstration | Pair]:
+        count = min(count, self.num_rows(split))
+        return self._demonstrations(count) if split == "sft" else self._pairs(split, count)
+
     def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
-        rows = mini_tldr.demonstrations(self.data.sft_size or 6400, self._seed(1))
-        return [Demonstration(text_prompt(post.text), summary) for post, summary in rows]
+        return self._demonstrations(self.num_rows("sft"))
 
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
-        size, offset = (self.data.train_size or 2000, 2) if split == "train" else (self.data.validation_size or 256, 3)
-        rows = mini_tldr.preferences(size, self._seed(offset))
+        return self._pairs(split, self.num_rows(split))
+
+    def _demonstrations(self, count: int) -> list[Demonstration]:
+        rows = mini_tldr.demonstrations(count, self._seed(1))
+        return [Demonstration(text_prompt(post.text), summary) for post, summary in rows]
+
+    def _pairs(self, split: str, count: int) -> list[Pair]:
+        rows = mini_tldr.preferences(count, self._seed(2 if split == "train" else 3))
         return [Pair(text_prompt(post.text), chosen, rejected) for post, chosen, rejected in rows]
 
     def prompts(self, num_prompts: int) -> list[Prompt]:
@@ -75,6 +91,15 @@ class JsonLines(Source):
 
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
         return self._splits[split]
+
+    def num_rows(self, split: str) -> int:
+        if split == "sft":
+            return len(self.pairs("train")[: self.data.sft_size])
+        return len(self.pairs(split))
+
+    def sample(self, split: str, count: int) -> Sequence[Demonstration | Pair]:
+        rows: Sequence[Demonstration | Pair] = self.demonstrations() if split == "sft" else self.pairs(split)
+        return rows[:: max(1, len(rows) // count)]
 
     def check(self) -> None:
         self.pairs("train")

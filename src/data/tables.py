@@ -6,11 +6,13 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from src.config.schema import Table
 from src.data.adapters import adapt_row
+from src.data.row_counts import count_rows
 from src.data.rows import (
     Demonstration,
     Pair,
@@ -53,6 +55,33 @@ class Hub(Source):
         assert data.preference is not None
         return self._read("preference", data.preference.validation_split, parse_pair, data.validation_size, no_progress)
 
+    def num_rows(self, split: str) -> int | None:
+        """Count the rows of a local copy, before filters. Of a part of a split (train[:97%]) nothing here tells."""
+        name, split = self._split(split)
+        if self.data.path is None or re.search(r"[\[+]", split):
+            return None
+        location = Path(self._location(name))
+        if (location / "dataset_dict.json").is_file():
+            return len(self._table(name, split))
+        import datasets
+
+        builder = datasets.load_dataset_builder(str(location), cache_dir=self._cache_dir())
+        return count_rows((builder.config.data_files or {}).get(split, ()))
+
+    def sample(self, split: str, count: int) -> Sequence[Demonstration | Pair]:
+        if self.data.path is None:
+            return []
+        name, table_split = self._split(split)
+        rows = enumerate(self._table(name, table_split, num_rows=count))
+        parse: Callable[[Row, str], Demonstration | Pair] = parse_demonstration if split == "sft" else parse_pair
+        return self._parse(name, table_split, rows, parse)
+
+    def _split(self, split: str) -> tuple[str, str]:
+        """Return the name of the table, and what it calls `sft`, `train` or `validation`."""
+        name = "sft" if split == "sft" else "preference"
+        table = getattr(self.data, name)
+        return name, table.validation_split if split == "validation" else table.train_split
+
     def check(self) -> None:
         """Parse the first row of every split of a local copy. The hub is not asked: planning needs no network."""
         data = self.data
@@ -67,7 +96,7 @@ class Hub(Source):
                 self._check("preference", split, parse_pair)
 
     def _check(self, name: str, split: str, parse: Callable[[Row, str], T]) -> None:
-        first: Any = next(iter(self._table(name, split, first_row=True)), None)
+        first: Any = next(iter(self._table(name, split, num_rows=1)), None)
         if first is None:
             raise ConfigError(f"{self._location(name)}/{split}: the split has no rows")
         self._parse(name, split, [(0, first)], parse)
@@ -117,8 +146,8 @@ class Hub(Source):
     def _location(self, name: str) -> str:
         return getattr(self.data, name).path if self.data.path is None else str(Path(self.data.path.location) / name)
 
-    def _table(self, name: str, split: str, first_row: bool = False) -> Any:
-        """Load one split of a table, a datasets.Dataset, or its first row alone. Raises ConfigError when that fails."""
+    def _table(self, name: str, split: str, num_rows: int | None = None) -> Any:
+        """Load a split of a table, a datasets.Dataset, or a list of first rows. Raises ConfigError when that fails."""
         import datasets
 
         datasets.logging.set_verbosity(logging.CRITICAL)  # it prints what it raises, too
@@ -133,11 +162,12 @@ class Hub(Source):
                 saved = datasets.load_from_disk(location)
                 if split not in saved:
                     raise ValueError(f"available splits: {', '.join(saved)}")
-                return saved[split]
-            if not first_row:
+                return saved[split] if num_rows is None else list(islice(saved[split], num_rows))
+            if num_rows is None:
                 return datasets.load_dataset(location, split=split, cache_dir=self._cache_dir())
-            # Streaming cannot slice (train[:97%]) or join (a+b) splits; for the first row this is enough.
-            return list(datasets.load_dataset(location, split=re.split(r"[\[+]", split)[0], streaming=True).take(1))
+            # Streaming cannot slice (train[:97%]) or join (a+b) splits; for the first rows this is enough.
+            stream = datasets.load_dataset(location, split=re.split(r"[\[+]", split)[0], streaming=True)
+            return list(stream.take(num_rows))
         except Exception as error:  # datasets raises many kinds; all mean that the table cannot be loaded
             reason = str(error).split("\n")[0] or type(error).__name__
             # What datasets raises for empty JSON lines, and Arrow for an empty Parquet file.

@@ -71,7 +71,7 @@ def model_shape(location: str, revision: str | None = None) -> ModelShape | None
 
     Raises ConfigError for a path that does not exist. Damaged files are refused by `check_model_files`, not here.
     """
-    path = locate(location) or _cached_on_hub(location, revision)
+    path = locate(location) or cached_on_hub(location, revision)
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, UnreadableWeights):
         if path is None:
             config = hub_configs().get(location)
@@ -86,7 +86,8 @@ def hub_configs() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((CONF_DIR / "hub_configs.yaml").read_text(encoding="utf-8"))
 
 
-def _cached_on_hub(name: str, revision: str | None) -> Path | None:
+def cached_on_hub(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a model in the hub's cache on this machine; None when it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     file = try_to_load_from_cache(name, "config.json", revision=revision)

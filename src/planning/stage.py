@@ -85,6 +85,10 @@ class Stage:
         return self.inputs.stop_fraction if isinstance(self.inputs, AlignInputs) else 1.0
 
     @property
+    def is_training(self) -> bool:
+        return isinstance(self.inputs, SftInputs | AlignInputs)
+
+    @property
     def role(self) -> str:
         """The kind, or `baseline` for the samples that a judge compares with."""
         is_baseline = isinstance(self.inputs, GenerateInputs) and self.inputs.role == "baseline"

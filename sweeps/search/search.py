@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from launchers.protocol import PlanLauncher
 from src.errors import ConfigError, PointFailure, StageError, warn
-from src.planning.cost import Cost
+from src.estimates.cost import Cost
+from src.estimates.forecast import Forecast
 from src.planning.plan import Plan, make_plan
 from src.preflight import check_hub, check_key, check_packages
 from src.store.retention import apply_retention_after_rung, best_results_in_store
@@ -39,11 +40,19 @@ class Search:
         self.state = RungState(tuple(points), rungs, options.keep_fraction, 0, entry, entry, results)
         self._warned = self._is_recorded = False
 
-    def text(self) -> str:
-        """Return what would run, for `dry_run=true`: the plan of the next rung, and the expected size of the others."""
+    def dry_run(self, launcher: PlanLauncher) -> None:
+        """Print what would run: the plan of the next rung, and the expected size of the others.
+
+        Raises ConfigError when it does not fit the card it is planned for.
+        """
         while not (plan := self._plan({})).needed and not self.state.is_last:
             self._promote()
-        parts = [plan.text(), Cost(plan, self.store).text()]
+        forecast = Forecast(plan, launcher.num_processes, all_rehearsed=True)
+        print(self._text(plan, [forecast.text(), Cost(plan, self.store, forecast).text()]))
+        forecast.check()
+
+    def _text(self, plan: Plan, estimates: list[str]) -> str:
+        parts = [plan.text(), *(text for text in estimates if text)]
         if self.state.is_halving:
             if plan.needed:
                 anew = ", as if its points were trained from the start" if self.state.rung else ""
@@ -124,6 +133,7 @@ class Search:
         if plan.needed:
             check_packages(plan.points)
             check_key(plan.points)
+            Forecast(plan, launcher.num_processes, all_rehearsed=False).check()
         if plan.needed and not self._warned:
             self._warned = True
             for warning in check_hub(plan.points):

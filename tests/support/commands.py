@@ -85,11 +85,14 @@ def run_in_process(*arguments: object, module: str = "src.train") -> subprocess.
 def dry_run(*arguments: str) -> tuple[list[str], str]:
     """Return the labels of the points that a sweep would consist of, and everything it printed.
 
-    The store is empty unless `arguments` name another: results of a checkout's own runs are not to be found.
+    The store is empty unless `arguments` name another: results of a checkout's own runs are not to be found. No card is
+    planned for unless they name one: rehearsals take seconds.
     """
     with TemporaryDirectory() as empty:
         has_store = any(argument.startswith("output_dir=") for argument in arguments)
-        done = run_in_process("-m", "dry_run=true", *arguments, *([] if has_store else [f"output_dir={empty}"]))
+        card = [] if any(argument.startswith("engine.gpu=") for argument in arguments) else ["engine.gpu=null"]
+        store = [] if has_store else [f"output_dir={empty}"]
+        done = run_in_process("-m", "dry_run=true", *card, *arguments, *store)
     assert done.returncode == 0, done.stderr
     return re.findall(r"^(?:to do|done) +\w+  \S+  (.+)$", done.stdout, re.M), done.stdout
 

@@ -13,16 +13,19 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
+from src.estimates.card import card_of
+from src.estimates.forecast import Forecast
+from src.estimates.table_size import table_size
 from src.planning.identity import VERSIONS, AlignInputs, GenerateInputs, ReferenceInputs, SftInputs
+from src.planning.model_shape import model_shape
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.store.store import Store
 
-# FLOPs per parameter and token: 2 forward + 4 backward. Recomputed activations are not counted (MFU, not HFU).
-_FLOPS = {"sft": 6, "reference": 2, "align": 6, "generate": 2}
-_DECODING_MFU = 0.1  # of the MFU of training: decoding is bound by reading the weights for every token
+_KINDS = ("sft", "reference", "align", "generate")  # of stages that a model computes
 _WEIGHT_BYTES = 4  # per parameter: models are saved in float32
 _CHECKPOINT_BYTES = 12  # per parameter of a checkpoint to resume from: weights and two moments of Adam in float32
+MEASURED, REHEARSED, AT_LEAST = "measured", "rehearsed", "at least"
 RECENT_STAGES = 50  # newest finished stages of a kind that sizes and speeds are taken from
 
 
@@ -33,46 +36,48 @@ class Estimate:
     num_stages: int
     tokens: float
     hours: float  # of one accelerator (or CPU process)
-    measured: bool  # whether the speed is that of finished stages of this store
+    source: str  # of the speed: measured (finished stages of this store), rehearsed, or at least
 
 
 class Cost:
-    """Estimates for the stages a plan needs, calibrated by what finished stages of the store took."""
+    """Estimates for the stages a plan needs: as fast as finished stages of the store were, else as rehearsed."""
 
-    def __init__(self, plan: Plan, store: Store) -> None:
-        self.store = store
+    def __init__(self, plan: Plan, store: Store, forecast: Forecast) -> None:
+        self.store, self.forecast = store, forecast
         self.stages = [stage for identity, stage in plan.stages.items() if identity in plan.needed]
         self.models = [stage for stage in self.stages if stage.kind in ("sft", "align")]
         self.finished = {
             kind: [(stored["inputs"], done) for stored, done in store.finished(kind, VERSIONS[kind], RECENT_STAGES)]
-            for kind in _FLOPS
+            for kind in _KINDS
         }
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Stage kind -> estimate, for the kinds that have something to run."""
         estimates: dict[str, Estimate] = {}
-        for kind in _FLOPS:
+        for kind in _KINDS:
             if stages := [stage for stage in self.stages if stage.kind == kind]:
                 tokens, speeds = [self._tokens(stage) for stage in stages], [self._speed(stage) for stage in stages]
                 hours = sum(count * seconds for count, (seconds, _) in zip(tokens, speeds, strict=True)) / 3600
-                estimates[kind] = Estimate(len(stages), sum(tokens), hours, all(measured for _, measured in speeds))
+                sources = sorted({source for _, source in speeds})
+                source = "" if math.isnan(hours) else " and ".join(sources)
+                estimates[kind] = Estimate(len(stages), sum(tokens), hours, source)
         return estimates
 
     def _tokens(self, stage: Stage) -> float:
         """Return how many tokens the stage will process.
 
-        They are scaled from finished stages of the same data, or computed from the table sizes in conf/dataset.
+        They are scaled from finished stages of the same data, or computed from the size of the tables.
         """
         inputs = stage.description["inputs"]
         num_passes, data_key = _num_passes(inputs, stage.kind), _data_key(inputs)
         same_data = [(other, done) for other, done in self.finished[stage.kind] if _data_key(other) == data_key]
         scaled = [done["tokens"] / _num_passes(other, stage.kind) * num_passes for other, done in same_data]
         known = [tokens for tokens in scaled if not math.isnan(tokens)]
-        return median(known) if known else _configured_tokens(stage)
+        return median(known) if known else _expected_tokens(stage)
 
-    def _speed(self, stage: Stage) -> tuple[float, bool]:
-        """Return the seconds of one accelerator per token, and whether that was measured."""
+    def _speed(self, stage: Stage) -> tuple[float, str]:
+        """Return the seconds of one accelerator per token, and where they come from."""
         inputs = stage.description["inputs"]
         measured = [
             done["seconds"] * done["processes"] / done["tokens"]
@@ -80,10 +85,11 @@ class Cost:
             if all(other.get(name) == inputs.get(name) for name in ("model", "lora")) and done["tokens"]
         ]
         if measured:
-            return median(measured), True
-        engine = stage.point.engine
-        mfu = engine.mfu * (_DECODING_MFU if stage.kind == "generate" else 1)
-        return _FLOPS[stage.kind] * _num_parameters(stage) / (mfu * (engine.tflops or math.nan) * 1e12), False
+            return median(measured), MEASURED
+        rehearsed = self.forecast.seconds_per_token(stage)
+        if not math.isnan(rehearsed):
+            return rehearsed, REHEARSED
+        return self.forecast.least_seconds_per_token(stage), AT_LEAST
 
     def text(self) -> str:
         """Return the estimate as a table; empty when nothing is to run."""
@@ -91,22 +97,25 @@ class Cost:
             return ""
         lines = ["", "estimated cost of the stages to run", "stage     to run     tokens  accelerator-hours"]
         for kind, e in self.estimates.items():
-            source = "measured" if e.measured else "" if math.isnan(e.hours) else "assumed"
             tokens, hours = _format(e.tokens), _format_hours(e.hours)
-            lines.append(f"{kind:9} {e.num_stages:6} {tokens:>10} {hours:>18}  {source}".rstrip())
+            lines.append(f"{kind:9} {e.num_stages:6} {tokens:>10} {hours:>18}  {e.source}".rstrip())
         total = sum(e.hours for e in self.estimates.values())
         if not math.isnan(total):
             lines.append(f"{'all':9} {'':6} {'':>10} {_format_hours(total):>18}")
-        if any(not (e.measured or math.isnan(e.hours)) for e in self.estimates.values()):
-            engine = self.stages[0].point.engine
+        if any(AT_LEAST in e.source for e in self.estimates.values()):
             lines.append(
-                f"assumed: {_FLOPS['align']} FLOPs per parameter and token in training, else {_FLOPS['generate']}, "
-                f"at {100 * engine.mfu:g} % of {engine.tflops:g} TFLOPS (engine.mfu, engine.tflops), "
-                "a tenth of that in sampling; rows and tokens of conf/dataset"
+                f"{AT_LEAST}: the products of a step, and in sampling the reading of weights and keys, at the rates of "
+                "conf/gpus.yaml"
             )
         if math.isnan(total):
-            lines.append('"-" = no estimate yet (needs one finished run of this model and dataset in this output_dir)')
+            lines.append(f'"-" = {self._why_unknown}')
         return "\n".join([*lines, *self._disk()])
+
+    @property
+    def _why_unknown(self) -> str:
+        named = any(card_of(stage.point.engine) is not None for stage in self.stages)
+        card = "" if named else ", or engine.gpu=NAME of conf/gpus.yaml"
+        return f"not known: needs one finished run of this model and dataset in this output_dir{card}"
 
     def _disk(self) -> Iterator[str]:
         weights = sum(
@@ -128,7 +137,8 @@ class Cost:
 
 
 def _num_parameters(stage: Stage) -> float:
-    return stage.point.model.parameters or math.nan
+    shape = model_shape(stage.point.model.path, stage.point.model.revision)
+    return math.nan if shape is None else shape.num_parameters
 
 
 def _num_passes(inputs: dict[str, Any], kind: str) -> float:
@@ -150,23 +160,20 @@ def _data_key(inputs: dict[str, Any]) -> dict[str, Any]:
     return {"model": inputs["model"], **{name: value for name, value in data.items() if name != "sft_fraction"}}
 
 
-def _configured_tokens(stage: Stage) -> float:
-    """Return the tokens a stage processes by the table sizes that the config states."""
-    inputs, data = stage.inputs, stage.point.dataset
+def _expected_tokens(stage: Stage) -> float:
+    """Return the tokens a stage processes by the size of the tables it reads."""
+    inputs, point = stage.inputs, stage.point
     if isinstance(inputs, GenerateInputs):
         return float(inputs.prompts.num_prompts * inputs.generation.max_new_tokens)
-    table, rows = (data.sft, data.sft_size) if isinstance(inputs, SftInputs) else (data.preference, data.train_size)
-    if table is None or table.tokens is None:
-        return math.nan
-    num_rows = rows or table.rows.get(table.train_split) or math.nan
+    size = table_size(point, "sft" if isinstance(inputs, SftInputs) else "train")
     if isinstance(inputs, ReferenceInputs):
-        return (num_rows + (data.validation_size or 0)) * table.tokens
+        return size.tokens * size.rows + table_size(point, "validation").rows * size.tokens
     assert isinstance(inputs, SftInputs | AlignInputs)
     trainer = inputs.trainer
-    num_examples = num_rows * trainer.epochs * inputs.data.sft_fraction
+    num_examples = size.rows * trainer.epochs * inputs.data.sft_fraction
     if trainer.max_steps is not None:
         num_examples = min(num_examples, trainer.max_steps * trainer.batch_size)
-    return stage.stop_fraction * table.tokens * num_examples
+    return stage.stop_fraction * size.tokens * num_examples
 
 
 def _format(value: float, unit: str = "") -> str:

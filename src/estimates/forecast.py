@@ -1,0 +1,156 @@
+"""What the stages of a plan hold, how fast they are on the card they are planned for, and whether they fit. No torch.
+
+One rehearsal for all stages of a kind that share model, engine and data, in one process for all of them, kept on disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
+from src.errors import ConfigError, StageError
+from src.estimates.load import Load, key, load_of
+from src.planning.fit import TARGET_FRACTION
+from src.planning.plan import Plan
+from src.planning.stage import Stage
+from src.rehearsal.request import Result, rehearse_all
+
+_GIB = 2**30
+_CERTAIN_FRACTION = 0.5  # of a card; what arithmetic puts below it fits, and a run does not wait for its rehearsal
+
+Processes = Callable[[Stage], int]  # that compute the stage together
+
+
+class Forecast:
+    """The distinct loads of the stages that a plan needs."""
+
+    def __init__(self, plan: Plan, processes: Processes, *, all_rehearsed: bool) -> None:
+        """Rehearse what a card is named for: everything, or only loads of which arithmetic does not show that they fit.
+
+        Raises ConfigError for a card that conf/gpus.yaml does not have.
+        """
+        stages = [plan.stages[identity] for identity in plan.stages if identity in plan.needed]
+        self.why_not_rehearsed: str | None = None
+        self._keys: dict[str, str] = {}  # identity of a stage -> key of its load
+        self.loads: dict[str, Load] = {}
+        for stage in stages:
+            if (load := load_of(stage, processes(stage))) is not None:
+                self._keys[stage.identity] = key(load)
+                self.loads.setdefault(key(load), load)
+        self._rehearse(all_rehearsed)
+
+    def _rehearse(self, everything: bool) -> None:
+        chosen = {
+            name: load
+            for name, load in self.loads.items()
+            if load.request is not None and (everything or not load.peak < _CERTAIN_FRACTION * load.usable)
+        }
+        self.loads |= dict(zip(chosen, self._rehearsed(list(chosen.values())), strict=True))
+
+    def _rehearsed(self, loads: list[Load]) -> list[Load]:
+        """Return the loads with the results of their rehearsals; as they are when none can be made here."""
+        if self.why_not_rehearsed is not None or not loads:
+            return loads
+        try:
+            results: list[Result | None] = [*rehearse_all([load.request for load in loads if load.request is not None])]
+        except (ConfigError, StageError) as error:
+            self.why_not_rehearsed = str(error)
+            return loads
+        return [replace(load, result=result) for load, result in zip(loads, results, strict=True)]
+
+    def seconds_per_token(self, stage: Stage) -> float:
+        """Return the seconds of one accelerator for a token of the stage; NaN without a rehearsal."""
+        load = self.loads.get(self._keys.get(stage.identity, ""))
+        result = None if load is None else load.result
+        if result is None or not result.tokens or result.error is not None:
+            return math.nan
+        return max(result.seconds, result.host_seconds) / result.tokens
+
+    def least_seconds_per_token(self, stage: Stage) -> float:
+        """Return what a token takes of one accelerator at least; NaN without a card."""
+        load = self.loads.get(self._keys.get(stage.identity, ""))
+        return math.nan if load is None else load.least_seconds_per_token
+
+    def check(self) -> None:
+        """Raise ConfigError, with what would make it fit, for the first stage that cannot run on its card."""
+        for load in self.loads.values():
+            if load.problem is not None:
+                raise ConfigError(self._refusal(load))
+
+    def _refusal(self, load: Load) -> str:
+        assert load.card is not None
+        point = load.point
+        where = f"{load.ranks} x {load.card.name}" if load.ranks > 1 else f"one {load.card.name}"
+        refusal = (
+            f"{load.stage.kind} of {point.model.name} (engine={point.engine.name}) does not fit on {where} of "
+            f"{load.card.memory / _GIB:.1f} GiB: it {load.problem}"
+        )
+        for remedy, changed in load.remedies():
+            if changed.held.constant > changed.usable:
+                continue
+            (tried,) = self._rehearsed([changed])
+            if tried.problem is None:
+                return f"{refusal}; {remedy} takes {tried.peak / _GIB:.1f}"
+        return (
+            f"{refusal}; no number of GPUs or shorter sequences that was tried fits: choose another card or model.lora"
+        )
+
+    @cached_property
+    def _cards(self) -> list[str]:
+        cards = {load.card.name: load.card for load in self.loads.values() if load.card is not None}
+        sizes = {gpu.name: gpu.memory / _GIB for gpu in cards.values()}
+        return [
+            f"{name} has {gib:.1f}, of which {TARGET_FRACTION * gib:.1f} may be taken" for name, gib in sizes.items()
+        ]
+
+    def text(self) -> str:
+        """Return the table of what one process holds; empty without a model of known shape."""
+        if not self.loads:
+            return ""
+        lines = ["", f"memory of one process in GiB; {'; '.join(self._cards) or 'no card named (engine.gpu)'}"]
+        columns = ("processes", "weights", "gradients", "optimizer", "KV cache", "MB a token", "micro-batch", "peak")
+        lines.append("stage     " + "  ".join(columns) + "  s a step")
+        lines += [self._row(load) for load in self.loads.values()]
+        lines += [
+            f"{load.stage.kind}: {load.result.error}"
+            for load in self.loads.values()
+            if load.result is not None and load.result.error is not None
+        ]
+        if self._cards:
+            rehearsed = any(load.result is not None for load in self.loads.values())
+            why = self.why_not_rehearsed or "the length of the rows is not known"
+            lines.append(
+                "rehearsed: the stages' own code on a card that is not there (docs/rehearsal.md)"
+                if rehearsed
+                else f"by arithmetic; not rehearsed: {why}"
+            )
+        return "\n".join(lines)
+
+    def _row(self, load: Load) -> str:
+        held, result = load.held, load.result
+        per_token: float = held.activations_per_token
+        weights, gradients, state, cache = held.weights, held.gradients, held.optimizer_state, held.kv_cache
+        if result is not None and result.error is None:
+            weights = result.held.get("weights", weights)
+            gradients = result.held.get("gradients", gradients)
+            state = result.held.get("optimizer_state", state)
+            cache = result.held.get("kv_cache", cache)
+            per_token = result.activation_bytes_per_token
+        sizes = [weights, gradients, state, cache, load.peak]
+        weights_text, gradients_text, state_text, cache_text, peak = (_gib(size) for size in sizes)
+        micro_batch = f"{load.budget:,.0f}" if load.stage.is_training and not math.isnan(load.budget) else "-"
+        step = f"{max(result.seconds, result.host_seconds):.3g}" if result is not None and result.seconds else "-"
+        activations = f"{per_token / 1e6:.3g}" if load.stage.is_training else "-"
+        return (
+            f"{load.stage.kind:9} {load.ranks:9}  {weights_text:>7}  {gradients_text:>9}  {state_text:>9}  "
+            f"{cache_text:>8}  {activations:>10}  {micro_batch:>11}  {peak:>4}  {step:>8}"
+        )
+
+
+def _gib(size: float) -> str:
+    if math.isnan(size) or not size:
+        return "-"
+    gib = size / _GIB
+    return f"{gib:.1f}" if gib >= 0.1 else f"{gib:.2g}"

@@ -1,0 +1,204 @@
+"""What one process holds of a stage, and what would make it fit: rehearsed where possible, else by arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from src.config.schema import Point
+from src.estimates.card import card_of
+from src.estimates.table_size import TableSize, table_size
+from src.planning.fit import TARGET_FRACTION, Held, held_by_process
+from src.planning.gpus import Gpu
+from src.planning.model_shape import ModelShape, model_shape
+from src.planning.stage import Stage
+from src.rehearsal.request import Request, Result, draw_lengths
+
+MAX_BUDGET = 16_384  # tokens of a micro-batch, above which a step is no faster (src/training/token_budget.py)
+_BUDGET_MULTIPLE = 1024
+_REHEARSED_LAYERS = (2, 4)  # a line through two depths gives the whole one
+_SCORED_EXAMPLES = 64  # rehearsed of a pass over all pairs
+_FLOPS = {"sft": 6, "reference": 2, "align": 6}  # per parameter and token: 2 forward, 4 backward
+_MORE_GPUS = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Load:
+    """A stage that stands for all of its kind with the same model, engine, data and sampling.
+
+    result: of its rehearsal, None without one.
+    """
+
+    stage: Stage
+    point: Point
+    shape: ModelShape
+    ranks: int
+    card: Gpu | None
+    size: TableSize
+    result: Result | None = None
+
+    @property
+    def held(self) -> Held:
+        engine = self.point.engine
+        return held_by_process(
+            self.shape,
+            self.stage.kind,
+            strategy=engine.strategy,
+            precision=engine.precision,
+            ranks=self.ranks,
+            lora=None if self.point.model.lora.rank is None else self.point.model.lora,
+            cached_tokens=self._cached_tokens,
+        )
+
+    @property
+    def _cached_tokens(self) -> int:
+        """Tokens whose keys and values are held when the longest prompts have the longest responses."""
+        if self.stage.kind != "generate":
+            return 0
+        generation = self.point.evaluation.generation
+        return generation.batch_size * (self.point.dataset.max_prompt_tokens + generation.max_new_tokens)
+
+    @property
+    def least_seconds_per_token(self) -> float:
+        """Seconds of one card for a token: its products alone, or in sampling the reading of weights and keys."""
+        if self.card is None:
+            return math.nan
+        if self.stage.kind == "generate":
+            read = self.held.weights + self.held.kv_cache / 2
+            return read / self.card.bandwidth / self.point.evaluation.generation.batch_size
+        rate = self.card.bf16 if self.point.engine.precision == "bf16" else self.card.fp32
+        return _FLOPS[self.stage.kind] * self.shape.num_parameters / rate
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example that the limits allow: a prompt of usual length, and responses to the limit."""
+        data = self.point.dataset
+        prompt = 0 if math.isnan(self.size.prompt_tokens) else min(round(self.size.prompt_tokens), data.max_tokens - 1)
+        return prompt + self.size.responses * (data.max_tokens - prompt)
+
+    @property
+    def usable(self) -> float:
+        """The bytes of the card that a peak may take."""
+        return math.inf if self.card is None else TARGET_FRACTION * self.card.memory
+
+    @property
+    def budget(self) -> float:
+        """Tokens of a micro-batch of training; NaN where nothing shows how many fit."""
+        if self.result is not None and self.result.token_budget is not None:
+            return self.result.token_budget
+        if (configured := self.point.trainer.max_tokens_per_micro_batch) is not None:
+            return configured
+        if self.card is None:
+            return math.nan
+        held = self.held
+        per_token = held.checkpointed_per_token if self._checkpoints else held.activations_per_token
+        return max(self.longest, min(MAX_BUDGET, self._floor((self.usable - held.constant) / per_token)))
+
+    @property
+    def peak(self) -> float:
+        """Bytes of a step at their highest; NaN where neither a rehearsal nor the arithmetic shows them."""
+        if self.result is not None and self.result.peak:
+            return self.result.peak
+        if not self.stage.is_training:
+            return self.held.constant
+        per_token = self.held.checkpointed_per_token if self._checkpoints else self.held.activations_per_token
+        return self.held.constant + self.budget * per_token
+
+    @property
+    def problem(self) -> str | None:
+        """Why the stage cannot run on the card, in a few words; None when it can, or no card is named."""
+        if self.card is None:
+            return None
+        if self.result is not None and self.result.error is not None and "does not fit" in self.result.error:
+            return self.result.error
+        if self.peak > (self.card.usable if self.result is not None else self.usable):
+            return f"takes {self.peak / 2**30:.1f} GiB in one process"
+        return None
+
+    @property
+    def _checkpoints(self) -> bool:
+        """Whether arithmetic counts recomputed activations: where asked for, and by `auto` for what fits only so."""
+        chosen = self.point.engine.activation_checkpointing
+        if chosen != "auto":
+            return bool(chosen)
+        return self.held.constant + self.longest * self.held.activations_per_token > self.usable
+
+    @staticmethod
+    def _floor(tokens: float) -> int:
+        return max(0, int(tokens)) // _BUDGET_MULTIPLE * _BUDGET_MULTIPLE
+
+    @property
+    def request(self) -> Request | None:
+        """What to rehearse; None without a card, or where the length of the rows is not known."""
+        if self.card is None or math.isnan(self.size.tokens):
+            return None
+        point, data, engine = self.point, self.point.dataset, self.point.engine
+        trainer = point.trainer.sft if self.stage.kind == "sft" else point.trainer.align
+        count = trainer.batch_size if self.stage.is_training else _SCORED_EXAMPLES
+        examples = draw_lengths(
+            count, self.size.prompt_tokens, self.size.response_tokens, self.size.responses,
+            data.max_tokens, data.max_prompt_tokens,
+        )  # fmt: skip
+        return Request(
+            stage=self.stage.kind,
+            config=self.shape.config,
+            gpu=self.card.name,
+            examples=() if self.stage.kind == "generate" else examples,
+            precision=engine.precision,
+            strategy=engine.strategy,
+            ranks=self.ranks,
+            attention=point.model.attention,
+            activation_checkpointing=str(engine.activation_checkpointing).lower(),
+            lora=None if point.model.lora.rank is None else asdict(point.model.lora),
+            max_tokens_per_micro_batch=point.trainer.max_tokens_per_micro_batch,
+            batch_size=trainer.batch_size,
+            rows=point.evaluation.generation.batch_size,
+            prompt_tokens=data.max_prompt_tokens,
+            new_tokens=point.evaluation.generation.max_new_tokens,
+            layers=_REHEARSED_LAYERS if self.shape.num_layers > 2 * max(_REHEARSED_LAYERS) else (),
+        )
+
+    def remedies(self) -> Iterator[tuple[str, Load]]:
+        """Yield what may make the stage fit, cheapest first: overrides, and the load with them."""
+        point, plain = self.point, replace(self, result=None)
+        if not self.stage.is_training:
+            rows = point.evaluation.generation.batch_size
+            while self.stage.kind == "generate" and rows > 1:
+                rows //= 2
+                generation = replace(point.evaluation.generation, batch_size=rows)
+                changed = replace(point, evaluation=replace(point.evaluation, generation=generation))
+                yield f"evaluation.generation.batch_size={rows}", replace(plain, point=changed)
+            return
+        if point.engine.activation_checkpointing is False:
+            engine = replace(point.engine, activation_checkpointing="auto")
+            yield "engine.activation_checkpointing=auto", replace(plain, point=replace(point, engine=engine))
+        engine = replace(point.engine, strategy="fsdp", precision="bf16", activation_checkpointing="auto")
+        for ranks in (1, *_MORE_GPUS):
+            if ranks > self.ranks or (ranks == self.ranks and point.engine.strategy != "fsdp"):
+                gpus = f"{ranks} GPUs" if ranks > 1 else "one GPU"
+                yield f"engine=fsdp on {gpus}", replace(plain, point=replace(point, engine=engine), ranks=ranks)
+        limit = point.dataset.max_tokens
+        while (limit := limit // 2) > self.point.dataset.max_prompt_tokens:
+            data = replace(point.dataset, max_tokens=limit)
+            yield f"dataset.max_tokens={limit}", replace(plain, point=replace(point, dataset=data))
+
+
+def load_of(stage: Stage, ranks: int) -> Load | None:
+    """Return the load of a stage in each of `ranks` processes; None for a stage without a model of known shape."""
+    point = stage.point
+    shape = model_shape(point.model.path, point.model.revision)
+    if shape is None or stage.kind not in ("sft", "reference", "align", "generate"):
+        return None
+    size = table_size(point, "sft" if stage.kind == "sft" else "train")
+    return Load(stage, point, shape, ranks, card_of(point.engine), size)
+
+
+def key(load: Load) -> str:
+    """Return a text that is equal for loads that hold the same."""
+    point, generation = load.point, load.point.evaluation.generation
+    trainer = point.trainer.sft if load.stage.kind == "sft" else point.trainer.align
+    sampling = (generation.batch_size, generation.max_new_tokens) if load.stage.kind == "generate" else ()
+    limits = point.dataset.max_tokens, point.dataset.max_prompt_tokens, point.trainer.max_tokens_per_micro_batch
+    model = point.model.path, point.model.revision, point.model.lora, point.model.attention
+    return repr((load.stage.kind, model, point.engine, load.ranks, load.size, limits, trainer.batch_size, sampling))

@@ -1,0 +1,137 @@
+"""Rows and tokens that the stages of a point read: of local files by a sample of them, of the hub by conf/dataset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from src.config.schema import HubTable, Point
+from src.data.rows import Demonstration, Pair, Source
+from src.data.sources import SOURCES, open_source
+from src.planning.content import locate
+from src.planning.model_shape import cached_on_hub
+from src.planning.stage import pair_data, sft_data
+from src.planning.weight_files import read_gguf_header
+
+SAMPLED_ROWS = 128
+CHARACTERS_PER_TOKEN = 4  # of English text, where the tokenizer is not on this machine
+_CONTROL_TOKENS = 4  # of the header of a chat message, with the end of the one before, besides its role
+
+CountTokens = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class TableSize:
+    """Rows, and mean tokens of a row: those of its prompt, and of each of its responses. NaN where not known."""
+
+    rows: float
+    prompt_tokens: float
+    response_tokens: float
+    responses: int  # 2 of pairs, 1 of demonstrations
+
+    @property
+    def tokens(self) -> float:
+        """Mean tokens of a row: the prompt of a pair is computed once."""
+        return self.prompt_tokens + self.responses * self.response_tokens
+
+
+_sizes: dict[str, TableSize] = {}
+
+
+def table_size(point: Point, split: str) -> TableSize:
+    """Return the size of `sft`, `train` or `validation`, once for all points with the same rows and tokenizer.
+
+    Raises ConfigError when a local row cannot be read.
+    """
+    model = point.model
+    key = repr((point.dataset, split, model.path, model.revision, model.template))
+    if key not in _sizes:
+        _sizes[key] = _table_size(point, split)
+    return _sizes[key]
+
+
+def _table_size(point: Point, split: str) -> TableSize:
+    data = point.dataset
+    source, table = _source(point, split), data.sft if split == "sft" else data.preference
+    wanted = {"sft": data.sft_size, "train": data.train_size, "validation": data.validation_size}[split]
+    rows = _num_rows(source.num_rows(split), table, split, wanted)
+    sample = source.sample(split, SAMPLED_ROWS)
+    responses = 1 if split == "sft" else 2
+    if sample:
+        count = _tokenizer(point.model.path, point.model.revision)
+        lengths = [_lengths(row, point, count) for row in sample]
+        return TableSize(rows, fmean(p for p, _ in lengths), fmean(r for _, r in lengths), responses)
+    tokens = math.nan if table is None or table.tokens is None else table.tokens
+    prompt = tokens / 2 if table is None or table.prompt_tokens is None else table.prompt_tokens
+    return TableSize(rows, prompt, (tokens - prompt) / responses, responses)
+
+
+def _source(point: Point, split: str) -> Source:
+    pairs = pair_data(point)
+    if pairs.source == "jsonl":  # SFT takes its rows from the same pairs, and their file has been read for them
+        return open_source(pairs)
+    return SOURCES[pairs.source](sft_data(point) if split == "sft" else pairs)
+
+
+def _num_rows(counted: int | None, table: HubTable | None, split: str, wanted: int | None) -> float:
+    """Return the rows that are used: of those counted, what the filters of the table are expected to leave."""
+    expected = None
+    if table is not None:
+        expected = table.rows.get(table.validation_split if split == "validation" else table.train_split)
+        if counted is not None and not (table.deduplicate or table.drop_if_rejected_elsewhere):
+            expected = None
+    known = [rows for rows in (counted, expected) if rows is not None]
+    if not known:
+        return math.nan if wanted is None else wanted
+    return min(known) if wanted is None else min(*known, wanted)
+
+
+def _lengths(row: Demonstration | Pair, point: Point, count: CountTokens) -> tuple[float, float]:
+    """Return the tokens of the prompt, cut as the dataset is, and the mean of those of the responses."""
+    data, is_chat = point.dataset, point.model.template != "plain"
+    longest = 8 * data.max_tokens  # characters, of which more would be cut off anyway
+
+    def header(role: str) -> int:
+        return _CONTROL_TOKENS + count(role) if is_chat else 0
+
+    prompt = 1 + sum(header(m["role"]) + count(m["content"][-longest:]) for m in row.prompt.messages)
+    prompt = min(prompt + header("assistant"), data.max_prompt_tokens)
+    responses = [min(count(text[:longest]) + 1, data.max_tokens - prompt) for text in row.responses]
+    return prompt, fmean(responses)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(location: str, revision: str | None) -> CountTokens:
+    """Return what counts the tokens of a text; an estimate when the model's tokenizer is not on this machine."""
+    path = locate(location) or cached_on_hub(location, revision)
+    with suppress(Exception):  # whatever the library raises for a file it cannot read: this is an estimate
+        tokenizer = None if path is None else _gguf_tokenizer(path) if path.is_file() else _read_tokenizer(path)
+        if tokenizer is not None:
+            return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+    return lambda text: math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def _gguf_tokenizer(file: Path) -> Any:
+    """Return the byte-level BPE of a GGUF file; None for another kind. Words are split about as the model's are."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    metadata = read_gguf_header(file).metadata
+    if metadata["tokenizer.ggml.model"] != "gpt2":
+        return None
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
