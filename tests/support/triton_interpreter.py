@@ -128,10 +128,8 @@ def recomputed_and_compiled_are_equal() -> list[bool]:
         return logps_and_gradient(model, 0, numerics)[1]
 
     def checkpoint_activations(layer: Any) -> None:
-        layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
-            True,
-            partial(checkpoint, use_reentrant=False),
-        )
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     plain = gradient(lambda layer: None)
     changes = (checkpoint_activations, lambda layer: layer.compile(dynamic=True, backend="aot_eager"))
@@ -167,9 +165,6 @@ def operator_outputs() -> dict[str, list[Any]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     complete_interpreter()
-    print(
-        json.dumps(
-            {family: errors(family) for family in sys.argv[1:]}
-            | {"operators": operator_outputs(), "equal": recomputed_and_compiled_are_equal()}
-        )
-    )
+    results: dict[str, Any] = {family: errors(family) for family in sys.argv[1:]}
+    results |= {"operators": operator_outputs(), "equal": recomputed_and_compiled_are_equal()}
+    print(json.dumps(results))
