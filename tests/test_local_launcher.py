@@ -10,8 +10,14 @@ import pandas as pd
 import psutil
 import pytest
 
+from launchers.local import LocalLauncher
+from src.errors import ConfigError, StageError
+from src.estimates.forecast import Forecast
+from src.planning.plan import make_plan
+from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 from tests.support.commands import SMALL, start, train
+from tests.support.configs import point
 from tests.support.waiting import wait_until
 
 SWEEP = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL, "dataset.sft_size=64", "hydra.launcher.workers=2"]
@@ -37,6 +43,20 @@ def wait_for_alignment(output_dir: Path) -> None:
 
 def states(output_dir: Path, name: str) -> list[str]:
     return list(pd.read_csv(SweepFolder(output_dir / "sweeps" / name).points_csv).state)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_a_model_that_only_several_gpus_hold_is_refused_as_each_worker_has_one(engine, monkeypatch, tmp_path):
+    def not_here(requests):
+        raise StageError("the arithmetic is enough")
+
+    monkeypatch.setattr("src.estimates.forecast.rehearse_all", not_here)
+    model = ["setup=llama31_8b_uf", "method=dpo", "beta=0.1", f"engine={engine}", "engine.gpu=h100"]
+    plan = make_plan([point(*model)], Store(tmp_path))
+    with pytest.raises(ConfigError, match="does not fit on one h100") as refused:
+        Forecast(plan, LocalLauncher().num_processes, all_rehearsed=False).check()
+    assert f"engine={engine}" in str(refused.value) and "\n" not in str(refused.value)
+    Forecast(plan, lambda stage: 8, all_rehearsed=False).check()  # the control: a job of eight GPUs
 
 
 @pytest.mark.slow
