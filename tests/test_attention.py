@@ -1,10 +1,12 @@
 """All attention backends compute the same over packed segments; one that cannot run is refused before anything runs."""
 
+import inspect
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from src.errors import ConfigError
 from src.model import attention
@@ -52,6 +54,8 @@ VARLEN_PARAMETERS = {
     "2.11": "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)",
     "2.12": "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),"
     " enable_gqa=False, seqused_k=None, block_table=None",
+    "2.13": "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),"
+    " enable_gqa=False, seqused_k=None, block_table=None, num_splits=None",
 }
 
 
@@ -66,6 +70,15 @@ def varlen_of(release):
         names,
     )
     return names["varlen_attn"]
+
+
+def test_the_recorded_signature_is_that_of_the_installed_torch():
+    release = ".".join(torch.__version__.split(".")[:2])
+    if release not in VARLEN_PARAMETERS:
+        pytest.skip(f"no signature of torch {release} is recorded")
+    parameters = inspect.signature(varlen.varlen_attn).parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    assert str(inspect.Signature(bare)) == f"({VARLEN_PARAMETERS[release]})"
 
 
 def varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_size, enable_gqa=None):
