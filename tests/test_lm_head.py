@@ -135,7 +135,7 @@ def test_the_chunk_is_set_by_the_memory_of_the_card_alone(monkeypatch):
     for free, total in ((79, 80), (3, 80), (39, 40), (139, 140), (0, 1)):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device, pair=(free << 30, total << 30): pair)
         rows[free] = token_chunk(128_256, torch.device("cuda"))
-    assert rows == {79: 4096, 3: 4096, 39: 2048, 139: 7168, 0: 256}
+    assert rows == {79: 2048, 3: 2048, 39: 1024, 139: 3584, 0: 256}
     assert token_chunk(32_000, torch.device("cpu")) == token_chunk(128_256, torch.device("cpu")) == 1024
 
 
