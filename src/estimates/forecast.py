@@ -6,9 +6,11 @@ One rehearsal for all stages of a kind that share model, engine and data, in one
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from threading import Timer
 
 from src.errors import ConfigError, StageError
 from src.estimates.load import Load, key, load_of
@@ -19,6 +21,10 @@ from src.rehearsal.request import Result, rehearse_all
 
 _GIB = 2**30
 _CERTAIN_FRACTION = 0.5  # of a card; what arithmetic puts below it fits, and a run does not wait for its rehearsal
+
+_HEADER = (
+    "stage     processes  weights  gradients  optimizer  KV cache  MB a token  micro-batch  recomputed   peak  s a step"
+)
 
 Processes = Callable[[Stage], int]  # that compute the stage together
 
@@ -53,11 +59,17 @@ class Forecast:
         """Return the loads with the results of their rehearsals; as they are when none can be made here."""
         if self.why_not_rehearsed is not None or not loads:
             return loads
+        requests = [load.request for load in loads if load.request is not None]
+        note = f"rehearsing {len(requests)} stages on cards that are not there, seconds each; results are kept"
+        waiting = Timer(1.0, print, (note,), {"file": sys.stderr, "flush": True})
+        waiting.start()
         try:
-            results: list[Result | None] = [*rehearse_all([load.request for load in loads if load.request is not None])]
+            results: list[Result | None] = [*rehearse_all(requests)]
         except (ConfigError, StageError) as error:
             self.why_not_rehearsed = str(error)
             return loads
+        finally:
+            waiting.cancel()
         return [replace(load, result=result) for load, result in zip(loads, results, strict=True)]
 
     def seconds_per_token(self, stage: Stage) -> float:
@@ -82,20 +94,18 @@ class Forecast:
     def _refusal(self, load: Load) -> str:
         assert load.card is not None
         point = load.point
-        where = f"{load.ranks} x {load.card.name}" if load.ranks > 1 else f"one {load.card.name}"
+        where = f"{load.ranks} {load.card.name}" if load.ranks > 1 else f"one {load.card.name}"
         refusal = (
-            f"{load.stage.kind} of {point.model.name} (engine={point.engine.name}) does not fit on {where} of "
-            f"{load.card.memory / _GIB:.1f} GiB: it {load.problem}"
+            f"{load.stage.kind} of {point.model.name} with engine={point.engine.name} does not fit on {where} "
+            f"({load.card.memory / _GIB:.1f} GiB): {load.problem}"
         )
         for remedy, changed in load.remedies():
             if changed.held.constant > changed.usable:
                 continue
             (tried,) = self._rehearsed([changed])
             if tried.problem is None:
-                return f"{refusal}; {remedy} takes {tried.peak / _GIB:.1f}"
-        return (
-            f"{refusal}; no number of GPUs or shorter sequences that was tried fits: choose another card or model.lora"
-        )
+                return f"{refusal}; {remedy} fits, with {tried.peak / _GIB:.1f} GiB in each process"
+        return f"{refusal}; nothing that was tried helps: choose another card, or model.lora"
 
     @cached_property
     def _cards(self) -> list[str]:
@@ -110,8 +120,7 @@ class Forecast:
         if not self.loads:
             return ""
         lines = ["", f"memory of one process in GiB; {'; '.join(self._cards) or 'no card named (engine.gpu)'}"]
-        columns = ("processes", "weights", "gradients", "optimizer", "KV cache", "MB a token", "micro-batch", "peak")
-        lines.append("stage     " + "  ".join(columns) + "  s a step")
+        lines.append(_HEADER)
         lines += [self._row(load) for load in self.loads.values()]
         lines += [
             f"{load.stage.kind}: {load.result.error}"
@@ -141,11 +150,15 @@ class Forecast:
         sizes = [weights, gradients, state, cache, load.peak]
         weights_text, gradients_text, state_text, cache_text, peak = (_gib(size) for size in sizes)
         micro_batch = f"{load.budget:,.0f}" if load.stage.is_training and not math.isnan(load.budget) else "-"
+        recomputed = "-"
+        if result is not None and result.micro_batches:
+            micro_batch = f"{result.micro_batches} x {micro_batch}"
+            recomputed = str(result.checkpointed_micro_batches)
         step = f"{max(result.seconds, result.host_seconds):.3g}" if result is not None and result.seconds else "-"
         activations = f"{per_token / 1e6:.3g}" if load.stage.is_training else "-"
         return (
             f"{load.stage.kind:9} {load.ranks:9}  {weights_text:>7}  {gradients_text:>9}  {state_text:>9}  "
-            f"{cache_text:>8}  {activations:>10}  {micro_batch:>11}  {peak:>4}  {step:>8}"
+            f"{cache_text:>8}  {activations:>10}  {micro_batch:>11}  {recomputed:>10}  {peak:>5}  {step:>8}"
         )
 
 

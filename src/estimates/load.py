@@ -111,9 +111,9 @@ class Load:
         if self.card is None:
             return None
         if self.result is not None and self.result.error is not None and "does not fit" in self.result.error:
-            return self.result.error
+            return self.result.error.partition(": use ")[0]  # what it says to use is tried here
         if self.peak > (self.card.usable if self.result is not None else self.usable):
-            return f"takes {self.peak / 2**30:.1f} GiB in one process"
+            return f"it takes {self.peak / 2**30:.1f} GiB"
         return None
 
     @property

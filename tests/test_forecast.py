@@ -1,0 +1,169 @@
+"""What a dry run says one process holds, and the refusal of plans that do not fit the card they are planned for."""
+
+import re
+
+import pytest
+
+from src.config.schema import Engine
+from src.config.validation import build_point
+from src.errors import ConfigError
+from src.estimates import card, forecast
+from src.estimates.forecast import Forecast
+from src.estimates.load import load_of
+from src.planning.plan import make_plan
+from src.planning.stage import stages_of
+from src.rehearsal.request import Result
+from src.store.store import Store
+from tests.support.commands import run_in_process
+from tests.support.configs import composed
+
+GIB = 2**30
+TLDR, UF = ["setup=llama32_3b_tldr", "beta=0.1"], ["setup=llama31_8b_uf", "beta=0.1"]
+
+
+@pytest.fixture
+def arithmetic(monkeypatch):
+    """Nothing can be rehearsed, as where there is no compiler."""
+
+    def refuse(requests):
+        raise ConfigError("g++ is not on PATH")
+
+    monkeypatch.setattr(forecast, "rehearse_all", refuse)
+
+
+@pytest.fixture
+def rehearsals(monkeypatch):
+    """Rehearsals with the results that a test gives for a request; every list of requests that was asked for."""
+    asked, results = [], {}
+
+    def rehearse_all(requests):
+        asked.append(list(requests))
+        return [results.get((r.stage, r.ranks), Result(peak=50 * GIB, tokens=100, seconds=1.0)) for r in requests]
+
+    monkeypatch.setattr(forecast, "rehearse_all", rehearse_all)
+    return asked, results
+
+
+def dry_run(tmp_path, *overrides):
+    return run_in_process("-m", "dry_run=true", f"output_dir={tmp_path}", *overrides)
+
+
+def rows(output):
+    """Stage -> columns of the memory table."""
+    table = output.partition("memory of one process")[2].partition("\n\n")[0]
+    return {line.split()[0]: line.split()[1:] for line in table.splitlines() if re.match(r"\w+ +\d+  ", line)}
+
+
+def test_the_table_has_what_each_process_of_each_stage_holds(arithmetic, tmp_path):
+    done = dry_run(tmp_path, *TLDR)
+    assert done.returncode == 0, done.stderr
+    table = rows(done.stdout)
+    assert set(table) == {"sft", "reference", "align", "generate"}
+    weights = 4 * 3_212_749_824 / GIB
+    assert table["align"][:4] == ["1", f"{weights:.1f}", f"{weights:.1f}", f"{2 * weights:.1f}"]
+    assert table["reference"][1:4] == [f"{weights / 2:.1f}", "-", "-"]  # bf16, and nothing is trained
+    assert float(table["generate"][4]) == pytest.approx(64 * (896 + 256) * 114_688 / GIB, abs=0.05)
+    assert "h100 has 79.1, of which 71.2 may be taken" in done.stdout
+    assert "by arithmetic; not rehearsed: g++ is not on PATH" in done.stdout
+    smaller = rows(dry_run(tmp_path, *TLDR, "evaluation.generation.batch_size=8").stdout)
+    assert float(smaller["generate"][4]) == pytest.approx(float(table["generate"][4]) / 8, abs=0.1)
+
+
+def test_a_plan_that_does_not_fit_is_refused_in_one_line_that_names_what_fits(arithmetic, tmp_path):
+    done = dry_run(tmp_path, *TLDR, "engine.gpu=a100_40")
+    assert done.returncode == 2 and rows(done.stdout)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: sft of llama32_3b with engine=fsdp does not fit on one a100_40 (39.4 GiB)")
+    assert "engine=fsdp on 2 GPUs fits" in line
+    assert dry_run(tmp_path, *TLDR, "engine.gpu=a100_80").returncode == 0
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(arithmetic, tmp_path):
+    for arguments in (["-m", *TLDR], TLDR):
+        done = run_in_process(*arguments, "engine.gpu=a100_40", f"output_dir={tmp_path / 'out'}")
+        assert done.returncode == 2 and "engine=fsdp on 2 GPUs fits" in done.stderr, done.stderr
+        assert not list((tmp_path / "out").glob("s*/*"))  # neither store nor sweeps
+
+
+def test_shards_on_several_gpus_fit_where_one_does_not(arithmetic, tmp_path):
+    alone = dry_run(tmp_path, *UF)
+    assert alone.returncode == 2 and "does not fit on one h100" in alone.stderr
+    eight = dry_run(tmp_path, *UF, "hydra/launcher=slurm_8gpu")
+    assert eight.returncode == 0, eight.stderr
+    processes = {stage: columns[0] for stage, columns in rows(eight.stdout).items()}
+    assert processes == {"sft": "8", "reference": "1", "align": "8", "generate": "1"}
+
+
+def test_samples_that_do_not_fit_are_refused_with_the_batch_size_that_does(rehearsals, tmp_path):
+    _, results = rehearsals
+    results["generate", 1] = Result(peak=90 * GIB, tokens=1, seconds=1.0)
+
+    done = dry_run(tmp_path, *TLDR)
+    assert done.returncode == 2 and "generate of llama32_3b" in done.stderr and "it takes 90.0 GiB" in done.stderr
+    # No smaller batch fits either, as every rehearsal of this test takes 90 GiB.
+    assert "choose another card" in done.stderr
+    point = build_point(composed(*UF, "engine.gpu=a100_40"))
+    generate = load_of(next(s for s in stages_of(point) if s.kind == "generate"), 1)
+    assert generate.problem is not None
+    remedy = next(remedy for remedy, changed in generate.remedies() if changed.problem is None)
+    assert remedy == "evaluation.generation.batch_size=16"
+
+
+def test_what_a_rehearsal_cannot_fit_is_refused_with_the_first_remedy_that_a_rehearsal_fits(rehearsals, tmp_path):
+    asked, results = rehearsals
+    failed = Result(error="an example of 1669 tokens does not fit into the memory of the GPU: use engine=fsdp with ...")
+    results["align", 1] = results["align", 2] = failed
+    done = dry_run(tmp_path, *TLDR)
+    assert done.returncode == 2 and "an example of 1669 tokens does not fit into the memory of the GPU; " in done.stderr
+    assert "engine=fsdp on 4 GPUs fits, with 50.0 GiB" in done.stderr
+    assert [(r.strategy, r.ranks) for (r,) in asked[1:]] == [("fsdp", 2), ("fsdp", 4)]
+
+
+def test_another_error_of_a_rehearsal_is_shown_and_is_no_refusal(rehearsals, tmp_path):
+    _, results = rehearsals
+    results["align", 1] = Result(error="RuntimeError: mat1 is on cpu in aten.mm at src/model/x.py:3")
+    done = dry_run(tmp_path, *TLDR)
+    assert done.returncode == 0 and "align: RuntimeError: mat1 is on cpu" in done.stdout
+
+
+def test_points_that_hold_the_same_are_rehearsed_once(rehearsals, tmp_path):
+    asked, _ = rehearsals
+    done = dry_run(tmp_path, "setup=llama32_3b_tldr", "method=all", "beta=grid", "lr=grid")
+    assert done.returncode == 0 and len(asked) == 1
+    assert [request.stage for request in asked[0]] == ["sft", "reference", "align", "generate"]
+    asked.clear()
+    limits = dry_run(tmp_path, *TLDR, "evaluation.generation.max_new_tokens=64,128")
+    assert limits.returncode == 0 and [r.new_tokens for r in asked[0] if r.stage == "generate"] == [64, 128]
+
+
+def test_a_run_is_rehearsed_only_where_arithmetic_leaves_a_doubt(rehearsals, tmp_path):
+    asked, _ = rehearsals
+
+    def forecast_of(*overrides):
+        store = Store(tmp_path)
+        plan = make_plan([build_point(composed(*overrides, f"output_dir={tmp_path}"))], store)
+        asked.clear()
+        return Forecast(plan, lambda stage: 1, all_rehearsed=False)
+
+    forecast_of("engine.gpu=h100")  # the model of 280k parameters
+    assert not asked
+    forecast_of(*TLDR)
+    assert [request.stage for request in asked[0]] == ["sft", "align"]
+
+
+def test_the_card_is_the_one_named_else_that_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "_DRIVER", tmp_path)
+    card._card_of_machine.cache_clear()
+    assert card.card_of(Engine(name="e")) is None
+    assert card.card_of(Engine(name="e", gpu="l40s")).name == "l40s"
+    with pytest.raises(ConfigError, match=r"engine\.gpu=h1000: not in conf/gpus\.yaml"):
+        card.card_of(Engine(name="e", gpu="h1000"))
+    models = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-40GB": "a100_40", "NVIDIA A100 80GB PCIe": "a100_80"}
+    models |= {"NVIDIA GeForce RTX 4090": "rtx_4090", "NVIDIA L40S": "l40s", "NVIDIA H200": "h200"}
+    (tmp_path / "0000:01:00.0").mkdir()
+    for model, name in models.items():
+        card._card_of_machine.cache_clear()
+        (tmp_path / "0000:01:00.0" / "information").write_text(f"Model: \t\t {model}\nIRQ: 16\n")
+        assert card.card_of(Engine(name="e")).name == name
+        assert card.card_of(Engine(name="e", device="cpu")) is None
+    card._card_of_machine.cache_clear()
