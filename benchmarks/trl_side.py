@@ -47,7 +47,7 @@ def trl_trainer(
         "save_strategy": "no",
         "logging_steps": 1,
         "max_length": None if method == "dpo" else 4096,
-        "use_cpu": True,
+        "use_cpu": job.get("device", "cpu") == "cpu",
         "learning_rate": 1e-6,
         "lr_scheduler_type": "linear",
         "adam_beta2": 0.95,

@@ -83,15 +83,17 @@ class PartResult:
 
 
 def to_json(parts: list[PartResult], device: dict[str, Any], command: str) -> dict[str, Any]:
-    """Return the content of results.json."""
+    """Return the content of results.json; a value that is not finite is null, as JSON has none."""
+
+    def row_json(row: Row) -> dict[str, Any]:
+        return {**asdict(row), "value": row.value if math.isfinite(row.value) else None, "passed": row.passed}
+
     return {
         "schema": SCHEMA,
         "command": command,
         "device": device,
         "passed": all(part.ok for part in parts),
-        "parts": [
-            {**asdict(part), "rows": [{**asdict(row), "passed": row.passed} for row in part.rows]} for part in parts
-        ],
+        "parts": [{**asdict(part), "rows": [row_json(row) for row in part.rows]} for part in parts],
     }
 
 
@@ -100,7 +102,7 @@ def from_json(content: dict[str, Any]) -> list[PartResult]:
     if content["schema"] != SCHEMA:
         raise ValueError(f"results.json has schema {content['schema']}, {SCHEMA} is expected")
 
-    def row(passed: bool, limit: dict[str, Any] | None, **values: Any) -> Row:
-        return Row(limit=Limit(**limit) if limit else None, **values)
+    def row(passed: bool, limit: dict[str, Any] | None, value: float | None, **values: Any) -> Row:
+        return Row(limit=Limit(**limit) if limit else None, value=math.nan if value is None else value, **values)
 
     return [PartResult(**{**part, "rows": [row(**values) for values in part["rows"]]}) for part in content["parts"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -50,15 +51,16 @@ def run_part(part: Part, setting: Setting, timeout: float) -> PartResult:
     return PartResult(part.name, part.group, where, status, seconds, message=message)
 
 
-def in_process(function: Callable[[], Any], log: Path, timeout: float) -> tuple[str, Any]:
+def in_process(function: Callable[[], Any], log: Path, timeout: float, *, own_group: bool = True) -> tuple[str, Any]:
     """Call a function in a forked process with its output in `log`.
 
     Returns ("value", what it returned), ("not here", why) or ("error", one line). This process must not have started
-    CUDA, which a fork does not survive.
+    CUDA, which a fork does not survive. own_group: what the function starts ends with it; not for a function that is
+    itself called inside such a process, with which it has to end.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(function, log, sender))
+    process = context.Process(target=_call, args=(function, log, sender, own_group))
     process.start()
     sender.close()
     try:
@@ -71,12 +73,15 @@ def in_process(function: Callable[[], Any], log: Path, timeout: float) -> tuple[
         code = process.exitcode or 0
         return "error", f"its process ended by {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
     finally:
-        _kill_group(process.pid)
+        if own_group:
+            _kill_group(process.pid)
+        process.kill()
         process.join()
 
 
-def _call(function: Callable[[], Any], log: Path, sender: Connection) -> None:
-    os.setsid()  # so that processes it starts end with it
+def _call(function: Callable[[], Any], log: Path, sender: Connection, own_group: bool) -> None:
+    if own_group:
+        os.setsid()
     log.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
@@ -94,8 +99,6 @@ def _call(function: Callable[[], Any], log: Path, sender: Connection) -> None:
 
 
 def _kill_group(pid: int | None) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         if pid is not None:
             os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

@@ -6,9 +6,12 @@ import random
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from src.config.schema import CONF_DIR
 from src.data.examples import Example
+from src.planning.model_shape import model_shape
 
 # Llama shapes: (hidden, MLP, layers, heads, key-value heads, vocabulary).
 SHAPES = {"tiny": (64, 128, 2, 4, 2, 320), "small": (512, 1408, 4, 8, 4, 32_000)}
@@ -40,6 +43,22 @@ def llama(shape: str, device: torch.device, seed: int = 0, **changes: Any) -> Ll
             if "norm" in name:  # all ones before training
                 parameter.uniform_(0.5, 1.5)
     return model.to(device)
+
+
+def llama_of(model: str, device: torch.device, layers: int | None = None) -> Any:
+    """Return a random float32 model made on the device, of the shape that conf/model has under this name.
+
+    layers: only so many of its decoder layers.
+    """
+    location = yaml.safe_load((CONF_DIR / "model" / f"{model}.yaml").read_text(encoding="utf-8"))["path"]
+    shape = model_shape(location)
+    assert shape is not None, f"conf/hub_configs.yaml has no {location}"
+    config = dict(shape.config) | ({"num_hidden_layers": layers} if layers else {})
+    config = AutoConfig.for_model(config.pop("model_type"), **config)
+    torch.manual_seed(0)
+    with device:
+        made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    return made.eval()
 
 
 def pairs(count: int, vocabulary: int, longest: int, seed: int = 0) -> list[Example]:
