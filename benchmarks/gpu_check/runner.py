@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def in_process(function: Callable[[], Any], log: Path, timeout: float, *, own_gr
     sender.close()
     try:
         if not receiver.poll(timeout):
-            return "error", f"not done after {timeout:.0f} s"
+            return "error", f"not done after {timeout:.3g} s"
         kind, content = receiver.recv()
         return kind, content
     except EOFError:
@@ -86,6 +87,7 @@ def _call(function: Callable[[], Any], log: Path, sender: Connection, own_group:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
     try:
         answer = "value", function()
     except NotHere as reason:
