@@ -1,7 +1,7 @@
 """Rehearsed device time of one step of 128 pairs on an H100 by class of kernel, before and now (docs/performance.md).
 
-`python -m benchmarks.steps_by_kernel` prints the table. Nothing is run on a GPU: seconds are those of the kernels' FLOPs
-and bytes at the rates of conf/gpus.yaml, without the gaps between kernels that a real step has.
+`python -m benchmarks.steps_by_kernel` prints the table. Nothing is run on a GPU: seconds are those of FLOPs
+and bytes of the kernels at the rates of conf/gpus.yaml, without the gaps between kernels that a real step has.
 """
 
 from __future__ import annotations

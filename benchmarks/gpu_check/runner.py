@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -41,6 +42,7 @@ def run_part(part: Part, setting: Setting, timeout: float) -> PartResult:
     if timeout <= 0:
         return PartResult(part.name, part.group, where, ERROR, 0.0, message="not started: no time left (--minutes)")
     log = setting.out / f"{part.module}.log"
+    shutil.rmtree(setting.out / part.module, ignore_errors=True)  # what an earlier run left would be resumed
     kind, content = in_process(lambda: part.run(setting), log, timeout)
     seconds = round(time.monotonic() - started, 1)
     if kind == "value":
