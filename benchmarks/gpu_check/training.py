@@ -25,8 +25,9 @@ from src.stages.align import make_loss_fn
 from src.store.attempt import Attempt
 from src.store.lease import Lease
 from src.store.store import METRICS_FILE
+from src.training.batches import GlobalBatch
 from src.training.engine import TrainingEngine
-from src.training.loop import GlobalBatch, train
+from src.training.loop import train
 
 
 def stage_of(kind: str, *overrides: str) -> Stage:
