@@ -17,7 +17,7 @@ from benchmarks.gpu_check.results import Limit, Row
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.gpu_check.training import reference_logps, stage_of, train_steps
 from src.data.tokenization import load_examples
-from src.model.loading import load_for_inference, load_model, load_template
+from src.model.loading import load_for_inference, load_template, load_weights
 from src.planning.stage import Stage
 from src.store.attempt import Attempt
 
@@ -65,7 +65,7 @@ def train_point(folder: Path, *overrides: str) -> Run:
     stage = stage_of("align", *POINT, *overrides)
     examples = training_pairs(stage, folder)
     references = reference_logps(load_for_inference(stage.inputs.model, stage.resources), examples, stage)
-    model = load_model(stage.inputs.model, stage.resources)
+    model = load_weights(stage.inputs.model, stage.resources)
     before = all_weights(model)
     trained, lines = train_steps(model, examples, stage, references, folder / "training")
     return Run(torch.tensor([line["loss"] for line in lines]), all_weights(trained) - before)

@@ -5,6 +5,7 @@ Every engine starts from the same random model and takes the same steps in a pro
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -79,8 +80,8 @@ def train(setting: Setting, folder: Path, *overrides: str) -> Any:
     shape = "small" if setting.on_card else "tiny"
     stage = stage_of("align", *ONE_PROCESS, f"engine.device={setting.device.type}", *overrides)
     examples = pairs(32, SHAPES[shape][-1], 100 if setting.on_card else 30)
-    model = patch_model_(llama(shape, setting.device))
-    references, before = reference_logps(model, examples, stage), all_weights(model)
+    model = llama(shape, setting.device)
+    references, before = reference_logps(patch_model_(copy.deepcopy(model)), examples, stage), all_weights(model)
     trained, _ = train_steps(model, examples, stage, references, folder)
     return (all_weights(trained) - before).numpy()
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from src.config.hydra_setup import register
 from src.config.schema import CONF_DIR
 from src.config.validation import build_point
 from src.data.examples import Example
-from src.model.loading import numerics_of
-from src.model.logprobs import SequenceLogps, iter_logps
+from src.model.loading import device_of, numerics_of
+from src.model.logprobs import iter_logps
 from src.model.packing import pack
 from src.planning.stage import Stage, stages_of
 from src.stages.align import make_loss_fn
@@ -26,8 +27,8 @@ from src.store.attempt import Attempt
 from src.store.lease import Lease
 from src.store.store import METRICS_FILE
 from src.training.batches import GlobalBatch
-from src.training.engine import TrainingEngine
 from src.training.loop import train
+from src.training.strategies import make_engine
 
 
 def stage_of(kind: str, *overrides: str) -> Stage:
@@ -52,17 +53,16 @@ def engine_gradients(
 ) -> dict[str, Tensor]:
     """Return the gradients of one step on all examples at once, as the engine of the stage computes them, by parameter.
 
-    after_setup: called with the model once it has its adapters.
+    model: as transformers builds it; the engine takes it over. after_setup: called with the policy before the step.
     """
     inputs, resources = stage.inputs, stage.resources
-    loss_fn = make_loss_fn(inputs, references)
-    with closing(TrainingEngine(resources, inputs.trainer, inputs.lora, inputs.seed)) as engine:
-        configured = engine.configure_model(model).train()
+    with closing(make_engine(resources, inputs.trainer, inputs.lora, inputs.seed)) as engine:
+        policy = engine.prepare(lambda: model, numerics_of(inputs.model, resources))
         if after_setup is not None:
-            after_setup(configured)
-        policy = engine.prepare(SequenceLogps(configured, numerics_of(inputs.model, resources)))
+            after_setup(policy)
         packed = pack(examples, range(len(examples))).to(engine.device)
         batch = GlobalBatch(len(examples), sum(example.num_supervised_tokens for example in examples))
+        loss_fn = make_loss_fn(inputs, references.to(engine.device))
         with engine.micro_step(last=True):
             logps, token_counts = policy(packed)
             engine.backward(loss_fn(packed, logps, token_counts, batch)[0])
@@ -71,18 +71,22 @@ def engine_gradients(
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a gradient that is sharded over ranks as one tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train_steps(
-    model: Any, examples: Sequence[Example], stage: Stage, references: Tensor | None, folder: Path
+    model: Any, examples: Sequence[Example], stage: Stage, references: Tensor, folder: Path
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Train on the pairs as the align stage does; return the model and the lines of its metrics.jsonl."""
-    folder.mkdir(parents=True)
+    """Train on the pairs as the align stage does; return the trained model and the lines of its metrics.jsonl.
+
+    model: as transformers builds it; the engine takes it over.
+    """
     checkpoints = folder / "checkpoints"
-    checkpoints.mkdir()
+    checkpoints.mkdir(parents=True)
+    inputs, resources = stage.inputs, stage.resources
+    loss_fn = make_loss_fn(inputs, references.to(device_of(resources.device)))
     with Lease(folder) as lease:
         attempt = Attempt(folder, checkpoints, lease, lambda *_: None, "gpu_check", "gpu_check", folder)
-        trained = train(model, examples, make_loss_fn(stage.inputs, references), stage.inputs, stage.resources, attempt)
+        trained = train(lambda: model, examples, loss_fn, inputs, resources, attempt)
     lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     return trained, [json.loads(line) for line in lines]

@@ -47,7 +47,7 @@ def run(setting: Setting) -> list[Row]:
 
     def gradients(*overrides: str) -> Tensor:
         stage = stage_of("align", *POINT, *overrides)
-        return joined(engine_gradients(patch_model_(copy.deepcopy(model)), examples, stage, references))
+        return joined(engine_gradients(copy.deepcopy(model), examples, stage, references))
 
     plain = {precision: plain_gradients(model, examples, references, precision) for precision in ("fp32", "bf16")}
     yardstick = relative(plain["bf16"], exact)
@@ -145,13 +145,13 @@ def adapters_row(setting: Setting, model: Any, examples: Sequence[Example], refe
     stage = stage_of("align", *POINT, "model.lora.rank=4")
     adapted: dict[str, Any] = {}
 
-    def randomize(configured: Any) -> None:
+    def randomize(policy: Any) -> None:
         generator = torch.Generator().manual_seed(0)
-        for name, parameter in configured.named_parameters():
+        for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        adapted["model"] = copy.deepcopy(configured)
+        adapted["model"] = copy.deepcopy(policy.model)
 
-    actual = engine_gradients(patch_model_(copy.deepcopy(model)), examples, stage, references, randomize)
+    actual = engine_gradients(copy.deepcopy(model), examples, stage, references, randomize)
     exact = exact_gradients(patch_model_(adapted["model"]), examples, references)
     return setting.row("float32, adapters: error to float64", relative(joined(actual), exact), "", FLOAT32)

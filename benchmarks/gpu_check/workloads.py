@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,13 @@ from unittest import mock
 
 import torch
 from src.estimates.load import load_of
+from src.hardware import release_accelerator
 
 from benchmarks.gpu_check.environment import synchronize
 from benchmarks.gpu_check.shapes import llama_of
 from benchmarks.gpu_check.training import stage_of, train_steps
 from src.data.examples import Example
 from src.errors import ConfigError
-from src.model.logprobs import patch_model_
 from src.planning.stage import Stage
 from src.rehearsal.request import Request, Result, rehearse_all
 from src.training import loop
@@ -46,7 +47,7 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Step:
-    """The last optimizer step of a run on a card."""
+    """An optimizer step of a run on a card: the median of those after the first, and the highest peak."""
 
     seconds: float
     tokens: int
@@ -101,19 +102,20 @@ def examples_of(request: Request) -> list[Example]:
 def steps_on_card(
     workload: str, gpu: str, folder: Path, count: int, *overrides: str, examples: Sequence[Example] | None = None
 ) -> Step:
-    """Take optimizer steps of a setup on this card, each on all examples (the rehearsal's), and return the last one."""
+    """Take optimizer steps of a setup on this card, each on all examples: by default those of the rehearsal."""
     shape, device = WORKLOADS[workload], torch.device("cuda")
     examples = examples or examples_of(request_of(workload, gpu, *overrides, on_card=True))
     whole_epochs = (f"trainer.align.batch_size={len(examples)}", f"trainer.align.epochs={count}")
     stage = align_stage(workload, gpu, *overrides, *whole_epochs, f"trainer.align.max_steps={count}")
-    model = patch_model_(llama_of(shape.model, device, shape.layers_on_card))
+    model = llama_of(shape.model, device, shape.layers_on_card)
     references = torch.full((len(examples), 2), -100.0)
     with measured_steps() as steps:
         train_steps(model, examples, stage, references, folder)
     del model
-    torch.cuda.empty_cache()
+    release_accelerator()
+    seconds, peaks, reserved = zip(*steps[1:], strict=True)
     tokens = sum(example.length for example in examples)
-    return Step(seconds=steps[-1][0], tokens=tokens, peak=steps[-1][1], reserved=steps[-1][2])
+    return Step(statistics.median(seconds), tokens, max(peaks), max(reserved))
 
 
 @contextmanager
