@@ -53,11 +53,11 @@ def check_case(setting: Setting, case: Case) -> list[Row]:
     rows = []
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         # What is rounded to bf16 on the way in is not the head's error.
-        inputs = [x.to(dtype).float() for x in (hidden, weight)] + ([bias] if bias is not None else [])
-        numerics = NumericsConfig(precision)
+        inputs = [x.to(dtype).float() for x in (hidden, weight, bias) if x is not None]
+        numerics, computed = NumericsConfig(precision), [inputs[0], *(x.to(dtype) for x in inputs[1:])]
         plain_function = partial(cross_entropy, targets=targets)
         exact = with_gradients(plain_function, [x.double() for x in inputs])
-        actual = with_gradients(partial(through_head, targets=targets, numerics=numerics), inputs)
+        actual = with_gradients(partial(through_head, targets=targets, numerics=numerics), computed)
         errors, kind, limit = relative_errors(actual, exact), "error to float64", FLOAT32
         if precision == "bf16":
             with numerics.autocast(setting.device):

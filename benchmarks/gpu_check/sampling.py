@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from benchmarks.gpu_check.results import Limit, Row
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.gpu_check.shapes import llama, llama_of
 from benchmarks.gpu_check.training import stage_of
-from src.model.loading import load_template
+from src.model.loading import load_template, numerics_of
 from src.model.logprobs import patch_model_
-from src.model.numerics import NumericsConfig, cast_for_inference_
+from src.model.numerics import cast_for_inference_
 from src.model.sampling import sample
-from src.planning.identity import GenerateInputs, GenerationInputs
+from src.planning.identity import GenerateInputs
 
-NUMERICS = NumericsConfig("bf16")
 BYTES = "2 bytes for each number of a key and a value: float32 would fill a card at half the length"
 REST = Limit(0, "a response depends on its prompt's seed, so what an attempt left undone is sampled as before")
 
@@ -27,16 +27,17 @@ REST = Limit(0, "a response depends on its prompt's seed, so what an attempt lef
 def run(setting: Setting) -> list[Row]:
     shape, count, tokens = ("3b", 64, 256) if setting.on_card else ("tiny", 8, 12)
     model = llama_of("llama32_3b", setting.device) if setting.on_card else llama(shape, setting.device)
-    model = patch_model_(cast_for_inference_(model, NUMERICS)).eval()
-    stage = stage_of("generate", "setup=mini_tldr", f"evaluation.generation.max_new_tokens={tokens}")
+    stage = stage_of("generate", "setup=mini_tldr", "engine=fsdp", f"evaluation.generation.max_new_tokens={tokens}")
     assert isinstance(stage.inputs, GenerateInputs)
+    numerics = numerics_of(stage.inputs.model, stage.resources)
+    model = patch_model_(cast_for_inference_(model, numerics)).eval()
     template, generation = load_template(stage.inputs.model), stage.inputs.generation
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 300) for _ in range(rng.randint(4, 20))] for _ in range(count)]
 
     def responses(done: set[int]) -> dict[int, list[int]]:
         batch = max(2, count // 4)
-        drawn = sample(model, template, prompts, "seed", generation, NUMERICS, batch_size=batch, done=done)
+        drawn = sample(model, template, prompts, "seed", generation, numerics, batch_size=batch, done=done)
         return {index: ids for index, ids, _ in drawn}
 
     cache = CacheMeter(model)
@@ -46,7 +47,7 @@ def run(setting: Setting) -> list[Row]:
     different = sum(everything[i] != rest.get(i) for i in range(count) if i not in first)
     rows = [cache_row(setting, model, cache), setting.row("responses that change when resumed", different, "", REST)]
     if setting.on_card:
-        rows += speed_rows(setting, model, template, prompts, generation)
+        rows += speed_rows(setting, lambda: sample(model, template, prompts, "speed", generation, numerics), tokens)
     return rows
 
 
@@ -70,17 +71,14 @@ def cache_row(setting: Setting, model: Any, cache: CacheMeter) -> Row:
     return setting.row("cache of a token", cache.bytes_per_token, "bytes", Limit(bound, BYTES))
 
 
-def speed_rows(
-    setting: Setting, model: Any, template: Any, prompts: list[list[int]], generation: GenerationInputs
-) -> list[Row]:
+def speed_rows(setting: Setting, draw: Callable[[], Iterable[tuple[int, list[int], bool]]], limit: int) -> list[Row]:
     """Return tokens a second and the peak of memory for all prompts in one batch."""
     torch.cuda.reset_peak_memory_stats()
     synchronize()
     started = time.perf_counter()
-    drawn = sample(model, template, prompts, "speed", generation, NUMERICS, batch_size=len(prompts))
-    count = sum(len(ids) for _, ids, _ in drawn)
+    lengths = [len(ids) for _, ids, _ in draw()]
     synchronize()
-    rate = count / (time.perf_counter() - started)
+    rate = sum(lengths) / (time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / 2**30
-    note = f"{len(prompts)} prompts, up to {generation.max_new_tokens} tokens"
+    note = f"{len(lengths)} prompts, up to {limit} tokens"
     return [setting.row("3B: sampled tokens", rate, "tokens/s", note=note), setting.row("3B: peak", peak, "GiB")]
