@@ -225,7 +225,7 @@ def test_the_whole_check_passes_without_a_card_and_every_value_says_where_it_com
 
 @pytest.mark.slow
 def test_a_cpu_tensor_left_in_the_loss_fails_the_parts_that_rehearse(tmp_path):
-    old, new = "references[list(indices)].to(logps.device)\n", "references[list(indices)]\n"
+    old, new = "else references[indices]\n", "else references[indices].cpu()\n"
     copy = with_bug(tmp_path / "copy", "src/stages/align.py", old, new)
     done = gpu_check(tmp_path / "out", "--only", "memory", "head", cwd=copy)
     assert done.returncode == 1 and "FAILED: memory without a card" in done.stdout, done.stdout + done.stderr
