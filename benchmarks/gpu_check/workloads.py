@@ -13,13 +13,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from src.estimates.load import load_of
 
 from benchmarks.gpu_check.environment import synchronize
 from benchmarks.gpu_check.shapes import llama_of
 from benchmarks.gpu_check.training import stage_of, train_steps
 from src.data.examples import Example
 from src.errors import ConfigError
+from src.estimates.load import load_of
 from src.hardware import release_accelerator
 from src.planning.stage import Stage
 from src.rehearsal.request import Request, Result, rehearse_all
