@@ -62,7 +62,7 @@ def test_the_thread_ends_with_a_caller_that_is_interrupted(error):
 def test_ranks_have_as_many_micro_batches_and_recompute_the_same_ones(num_ranks, monkeypatch):
     examples = random_pairs(60, 0)
     lengths = [e.length for e in examples]
-    budget = TokenBudget(tokens=60, max_tokens_kept=40)
+    budget = TokenBudget(tokens=60, max_tokens_saved=40)
     decided_alone = []
     for step in range(6):
         of_ranks = []

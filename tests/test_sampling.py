@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig
 
-from src.model import kv_cache
+from src.model import kv_cache, sampling, sampling_memory
 from src.model.kv_cache import bf16_cache
 from src.model.numerics import NumericsConfig, cast_for_inference_
 from src.model.sampling import sample
+from src.model.sampling_memory import bytes_per_row, parts_that_fit, split_evenly
 from src.planning.identity import GenerationInputs
 from tests.support.small_models import make_model
 
@@ -118,3 +119,66 @@ def test_samples_in_bf16_are_those_of_transformers_own_cache(monkeypatch):
     theirs = samples()
     same = sum(ours[i] == theirs[i] for i in ours)
     assert same >= len(ours) - 2, "rounding keys may change a draw that is close to an edge"
+
+
+@pytest.mark.parametrize("done", [(), (0, 2)])
+def test_a_batch_that_does_not_fit_is_sampled_in_parts_and_the_samples_stay_the_same(done, monkeypatch):
+    generation, model, sizes = generation_of(), make_model(initializer_range=0.02), []
+    whole = {i: ids for i, ids in draw(generation, model).items() if i not in done}
+    generate = type(model).generate
+    monkeypatch.setattr(sampling, "parts_that_fit", lambda batch, *_: split_evenly(batch, 3))
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, ids, **kwargs: sizes.append(len(ids)) or generate(self, ids, **kwargs)
+    )
+    samples = {i: ids for i, ids, _ in sample(model, Template(), PROMPTS, "s", generation, done=done)}
+    # By length, prompts 2 and 0 are the first part, which is skipped when both are done.
+    assert {i: ids for i, ids in samples.items() if i not in done} == whole
+    assert sizes == ([2, 2, 3] if not done else [2, 3])
+
+
+def test_parts_are_consecutive_and_nearly_equal():
+    assert split_evenly(range(64), 1) == [range(64)]
+    parts = split_evenly(list(range(65)), 3)
+    assert [len(part) for part in parts] == [21, 22, 22] and [i for part in parts for i in part] == list(range(65))
+
+
+SHAPE_OF_3B = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+               "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_256}  # fmt: skip
+
+
+def test_the_memory_of_a_row_is_its_cache_when_all_of_its_tokens_are_there():
+    config = LlamaConfig(**SHAPE_OF_3B)
+    of_length = [bytes_per_row(config, 2, 500, length) for length in (4000, 5000)]
+    per_token = 2 * 2 * 8 * 128 * (28 + 1)  # keys and values in bf16, those of one layer twice
+    assert of_length[1] - of_length[0] == 1000 * per_token
+    assert of_length[0] == (4500 + kv_cache.BLOCK) * per_token + 32 * 128_256
+    assert bytes_per_row(config, 4, 500, 4000) > 1.9 * of_length[0], "float32 keys and values take twice the memory"
+    # A long prompt with a short response takes most in the pass over the prompt.
+    assert bytes_per_row(config, 2, 8000, 1) > (8001 + kv_cache.BLOCK) * per_token + 32 * 128_256
+
+
+class OnCard(torch.nn.Module):
+    """A model of 3B shape whose weight says that it is on a GPU."""
+
+    config = LlamaConfig(**SHAPE_OF_3B)
+
+    def parameters(self):
+        device = type("Device", (), {"type": "cuda"})
+        return iter([type("Weight", (), {"device": device, "element_size": lambda self: 2})()])
+
+
+@pytest.mark.parametrize(("total", "num_parts"), [(80, 1), (40, 2), (24, 4)])
+def test_rows_of_a_batch_are_as_many_as_fit_beside_the_weights(total, num_parts, monkeypatch):
+    """64 rows of 2,048 + 4,096 tokens have 45 GB of keys and values; the weights take 6 GB."""
+    gib = 2**30
+    monkeypatch.setattr(sampling_memory, "release_accelerator", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((total - 7) * gib, total * gib))
+    parts = parts_that_fit(range(64), OnCard(), 2048, 4096)
+    assert len(parts) == num_parts
+    assert max(map(len, parts)) * bytes_per_row(OnCard.config, 2, 2048, 4096) < 0.9 * total * gib - 7 * gib
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total * gib))
+    assert len(parts_that_fit(range(64), OnCard(), 2048, 4096)) == 64, "row by row, where not even one seems to fit"
+
+
+def test_on_a_cpu_a_batch_is_never_split():
+    assert parts_that_fit(range(10**6), make_model(), 10**6, 10**6) == [range(10**6)]

@@ -7,7 +7,7 @@ from src.data.examples import Example
 from src.errors import ConfigError
 from src.training.token_budget import (
     GPU_TOKEN_BUDGET,
-    MIN_TOKENS_KEPT,
+    MIN_TOKENS_SAVED,
     Pass,
     TokenBudget,
     choose_token_budget,
@@ -24,8 +24,8 @@ GIB = 2**30
 class Model:
     """Passes with a constant part (blocks of logits, gathered weights) and a part for every token."""
 
-    def __init__(self, held=40 * GIB, constant=6 * GIB, kept=2**20, recomputed=2**17):
-        self.held, self.constant, self.bytes_per_token = held, constant, {False: kept, True: recomputed}
+    def __init__(self, held=40 * GIB, constant=6 * GIB, saved=2**20, recomputed=2**17):
+        self.held, self.constant, self.bytes_per_token = held, constant, {False: saved, True: recomputed}
         self.measured = []
 
     def peak(self, tokens, recompute=False):
@@ -44,12 +44,12 @@ class Model:
 @pytest.mark.parametrize("tokens", [1500, 5000, 12_345, 100_000])
 def test_the_largest_pass_that_fits_counts_the_constant_part_once(constant, tokens):
     model = Model(constant=constant)
-    fitting = max_tokens(model, model.limit(tokens), recompute=False)
+    num_tokens = max_tokens(model, model.limit(tokens), recompute=False)
     if len(model.measured) == 2:
-        assert abs(fitting - tokens) <= 1
+        assert abs(num_tokens - tokens) <= 1
     else:  # a larger second pass might not have fit: a line through nothing, which is below the true one
         assert tokens < 1.1 * 1024 + 0.1 * constant / model.bytes_per_token[False]
-        assert 1024 <= fitting <= tokens and model.peak(fitting) <= model.limit(tokens)
+        assert 1024 <= num_tokens <= tokens and model.peak(num_tokens) <= model.limit(tokens)
 
 
 @pytest.mark.parametrize("constant", [0, GIB, 20 * GIB])
@@ -81,7 +81,7 @@ def test_more_tokens_than_a_gpu_needs_are_never_in_a_micro_batch(checkpointing):
 def test_only_a_micro_batch_that_does_not_fit_otherwise_is_recomputed():
     model = Model()
     budget = choose_token_budget(model, model.limit(5500), 8192, None, "auto")
-    assert budget.tokens == 5120 and abs(budget.max_tokens_kept - 5500) <= 1
+    assert budget.tokens == 5120 and abs(budget.max_tokens_saved - 5500) <= 1
     assert not budget.recomputes(5120) and budget.recomputes(8192)
     assert {recompute for _, recompute in model.measured} == {False, True}
 
@@ -94,8 +94,8 @@ def test_recomputing_is_measured_only_if_an_example_needs_it():
 
 def test_where_hardly_anything_fits_all_micro_batches_are_large_and_recomputed():
     model = Model()
-    budget = choose_token_budget(model, model.limit(MIN_TOKENS_KEPT - 500), 1000, None, "auto")
-    assert budget.tokens > 8 * MIN_TOKENS_KEPT - 10**4 and budget.recomputes(budget.tokens)
+    budget = choose_token_budget(model, model.limit(MIN_TOKENS_SAVED - 500), 1000, None, "auto")
+    assert budget.tokens > 8 * MIN_TOKENS_SAVED - 10**4 and budget.recomputes(budget.tokens)
     assert not budget.recomputes(1000)
 
 
@@ -103,7 +103,7 @@ def test_where_hardly_anything_fits_all_micro_batches_are_large_and_recomputed()
 def test_a_configured_decision_holds_for_every_micro_batch(checkpointing):
     model = Model()
     budget = choose_token_budget(model, model.limit(9000), 4096, None, checkpointing)
-    assert budget.max_tokens_kept is None and budget.recomputes(10**6) is None
+    assert budget.max_tokens_saved is None and budget.recomputes(10**6) is None
 
 
 def test_a_configured_budget_is_kept_and_its_micro_batches_are_recomputed_where_they_must_be():

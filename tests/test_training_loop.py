@@ -56,12 +56,12 @@ def test_no_bit_depends_on_which_micro_batches_are_recomputed(tmp_path, monkeypa
         return forward(module, *args, **kwargs)
 
     results, num_calls = [], []
-    for kept in (None, 150, 0):
-        use_budget(monkeypatch, TokenBudget(200, kept))
+    for saved in (None, 150, 0):
+        use_budget(monkeypatch, TokenBudget(200, saved))
         calls.clear()
         with monkeypatch.context() as counting:
             counting.setattr("torch.nn.Module.__call__", count)
-            results.append(train(tmp_path / str(kept)))
+            results.append(train(tmp_path / str(saved)))
         num_calls.append(calls["LlamaRMSNorm"])
     assert_identical(results[1], results[0])
     assert_identical(results[2], results[0])

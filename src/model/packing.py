@@ -46,13 +46,13 @@ class Layout:
         start, end, prefix_start, prefix_end = np.array(segments).T
         prefix_length, length = prefix_end - prefix_start, end - start
         # The keys of a segment are two ranges of positions: its prefix, then itself.
-        key_starts, key_lengths = (
+        range_starts, range_lengths = (
             np.stack(pair, 1).ravel() for pair in ((prefix_start, start), (prefix_length, length))
         )
         cu_seqlens_k = np.concatenate([[0], np.cumsum(prefix_length + length)])
         return Layout(
             tuple(segments),
-            torch.as_tensor(_ranges(key_starts, key_lengths)),
+            torch.as_tensor(_ranges(range_starts, range_lengths)),
             torch.as_tensor(np.concatenate([[0], end]), dtype=torch.int32),
             torch.as_tensor(cu_seqlens_k, dtype=torch.int32),
             int(length.max()),
@@ -77,10 +77,10 @@ class PackedBatch:
         """Return the batch on `device`; on a GPU by one copy from pinned memory, for which nothing waits."""
         if device.type == "cpu":
             return self
-        own, layout = _tensors(self), _tensors(self.layout)
-        copies = copy_together([*own.values(), *layout.values()], device)
-        of_layout: dict[str, Any] = dict(zip(layout, copies[len(own) :], strict=True))
-        of_batch: dict[str, Any] = dict(zip(own, copies, strict=False))
+        tensors, layout = _tensors(self), _tensors(self.layout)
+        copies = copy_together([*tensors.values(), *layout.values()], device)
+        of_layout: dict[str, Any] = dict(zip(layout, copies[len(tensors) :], strict=True))
+        of_batch: dict[str, Any] = dict(zip(tensors, copies, strict=False))
         return replace(self, layout=replace(self.layout, **of_layout), **of_batch)
 
 

@@ -18,6 +18,7 @@ from src.data.templates import Template
 from src.model.fused import set_fused_
 from src.model.kv_cache import bf16_cache
 from src.model.numerics import FLOAT32, NumericsConfig
+from src.model.sampling_memory import parts_that_fit
 from src.planning.identity import GenerationInputs
 
 
@@ -55,6 +56,21 @@ def _uniforms(seeds: Sequence[str], steps: int, device: torch.device) -> Tensor:
     return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generators]).to(device)
 
 
+def _parts(
+    batch: Sequence[int],
+    model: Any,
+    prompts: Sequence[list[int]],
+    generation: GenerationInputs,
+    done: Container[int],
+) -> Iterator[Sequence[int]]:
+    """Yield the parts of a batch that are sampled at once, but those whose prompts are all `done`."""
+    if not all(i in done for i in batch):
+        longest = max(len(prompts[i]) for i in batch)
+        for part in parts_that_fit(batch, model, longest, generation.max_new_tokens):
+            if not all(i in done for i in part):
+                yield part
+
+
 @torch.no_grad()
 def sample(
     model: Any,
@@ -70,6 +86,7 @@ def sample(
     """Yield (index, response ids, finished) for every prompt; a finished response includes its end token.
 
     Batches whose prompts are all `done` are skipped; batches are formed before that, so that all others stay the same.
+    On a GPU a batch that might not fit into memory is sampled in parts.
     """
     model.eval()
     model.set_attn_implementation("sdpa")
@@ -82,10 +99,8 @@ def sample(
     config = GenerationConfig(max_new_tokens=generation.max_new_tokens, do_sample=False, **tokens)
     # Sorted by length, so that there is little padding; samples do not depend on the order.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    for begin in range(0, len(order), batch_size):
-        indices = order[begin : begin + batch_size]
-        if all(i in done for i in indices):
-            continue
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    for indices in (part for batch in batches for part in _parts(batch, model, prompts, generation, done)):
         prompt_length = max(len(prompts[i]) for i in indices)
         ids = torch.full((len(indices), prompt_length), end_id)
         mask = torch.zeros_like(ids)

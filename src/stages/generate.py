@@ -56,8 +56,10 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
         return load_for_inference(inputs.model, resources, upstream.get(checkpoint))
 
     count = len(rows)
+    release_accelerator()  # of what earlier stages of this process held: the cache of keys and values needs it
     model = load("checkpoint") if inputs.generation.server is None else None
     responses = _sample(inputs, resources, model or upstream["checkpoint"], template, prompt_ids, seed, attempt)
+    release_accelerator()  # of that cache: scoring needs the memory for a second model
     model = model or load("checkpoint")  # after the server has released the accelerator
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i]["ids"]),)) for i in range(count)]
     initial = load("reference") if inputs.role == "policy" else model  # a baseline is its own reference

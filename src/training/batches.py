@@ -74,7 +74,7 @@ class StepPlanner:
         ranks = get_distributed()
         indices = batch_indices(step, len(self.examples), self.batch_size, self.seed)
         of_all_ranks = distribute_examples(self.lengths, indices, self.budget.tokens, ranks.size)
-        own = of_all_ranks[ranks.rank]
+        of_this_rank = of_all_ranks[ranks.rank]
         size = GlobalBatch(len(indices), sum(self.supervised[i] for i in indices))
         micro_batches = tuple(
             PreparedMicroBatch(
@@ -83,9 +83,9 @@ class StepPlanner:
                 # Collectives of sharded models are the same on all ranks only if all of them decide alike.
                 self.budget.recomputes(max(map(self._num_tokens, same_number))),
             )
-            for micro_batch, same_number in zip(own, zip(*of_all_ranks, strict=True), strict=True)
+            for micro_batch, same_number in zip(of_this_rank, zip(*of_all_ranks, strict=True), strict=True)
         )
-        num_tokens = sum(self._num_tokens(m) for m in own if not m.is_filler)
+        num_tokens = sum(self._num_tokens(m) for m in of_this_rank if not m.is_filler)
         return StepBatch(size, num_tokens, micro_batches)
 
     def _num_tokens(self, micro_batch: MicroBatch) -> int:

@@ -20,16 +20,16 @@ from src.distributed import get_distributed
 from src.errors import ConfigError
 from src.hardware import release_accelerator
 from src.model.packing import pack
+from src.planning.fit import TARGET_FRACTION
 from src.training.engine import TrainingEngine
 
 log = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 4096  # larger micro-batches exceed the caches and are no faster
 GPU_TOKEN_BUDGET = 16384  # enough for products at their full rate: larger ones are no faster either
-USABLE_FRACTION = 0.9  # of a GPU's memory, by everything on it; the rest is for fragmentation
 # With fewer tokens a micro-batch, reading all weights and adding to all gradients takes longer than recomputing
 # activations (by a count of bytes and FLOPs for 3B parameters on an H100).
-MIN_TOKENS_KEPT = 2048
+MIN_TOKENS_SAVED = 2048
 _MULTIPLE = 1024  # budgets are rounded down to it, so that slightly different free memory gives the same budget
 _FEW, _MANY = 1024, 4096  # tokens of the passes that are measured
 
@@ -38,16 +38,16 @@ _FEW, _MANY = 1024, 4096  # tokens of the passes that are measured
 class TokenBudget:
     """tokens: of a micro-batch; a longer example is one by itself.
 
-    max_tokens_kept: activations of larger micro-batches are recomputed, of others kept; None: as the engine is
+    max_tokens_saved: activations of larger micro-batches are recomputed, of others saved; None: as the engine is
     configured.
     """
 
     tokens: int
-    max_tokens_kept: int | None = None
+    max_tokens_saved: int | None = None
 
     def recomputes(self, num_tokens: int) -> bool | None:
         """Return whether activations of a micro-batch of this size are recomputed; None: as configured."""
-        return None if self.max_tokens_kept is None else num_tokens > self.max_tokens_kept
+        return None if self.max_tokens_saved is None else num_tokens > self.max_tokens_saved
 
 
 class Pass(NamedTuple):
@@ -99,21 +99,21 @@ def choose_token_budget(
     needed. Raises ConfigError when a micro-batch of `longest` or `configured` tokens does not fit.
     """
     needed = max(longest, configured or 0)
-    kept = 0 if checkpointing is True else max_tokens(measure, limit, recompute=False)
+    saved = 0 if checkpointing is True else max_tokens(measure, limit, recompute=False)
     recomputed = 0
-    if checkpointing is True or (checkpointing == "auto" and kept < max(needed, MIN_TOKENS_KEPT)):
+    if checkpointing is True or (checkpointing == "auto" and saved < max(needed, MIN_TOKENS_SAVED)):
         recomputed = max_tokens(measure, limit, recompute=True)
-    if needed > max(kept, recomputed):
+    if needed > max(saved, recomputed):
         raise ConfigError(
             _too_large(
                 f"an example of {needed} tokens" if needed == longest else f"a micro-batch of {needed} tokens",
-                f", only {max(kept, recomputed)} tokens do, in {limit / 2**30:.1f} GiB",
+                f", only {max(saved, recomputed)} tokens do, in {limit / 2**30:.1f} GiB",
                 checkpointing,
             )
         )
-    fitting = kept if kept >= MIN_TOKENS_KEPT or not recomputed else recomputed
-    rounded = min(fitting, GPU_TOKEN_BUDGET) // _MULTIPLE * _MULTIPLE
-    return TokenBudget(configured or rounded or longest, kept if checkpointing == "auto" else None)
+    num_tokens = saved if saved >= MIN_TOKENS_SAVED or not recomputed else recomputed
+    rounded = min(num_tokens, GPU_TOKEN_BUDGET) // _MULTIPLE * _MULTIPLE
+    return TokenBudget(configured or rounded or longest, saved if checkpointing == "auto" else None)
 
 
 def max_tokens(measure: Measure, limit: int, recompute: bool) -> int:
@@ -161,7 +161,7 @@ def _memory_limit(engine: TrainingEngine, policy: Any) -> int:
         trained = (p for p in policy.parameters() if p.requires_grad)
         shards = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
         moments = sum(2 * shard.numel() * shard.element_size() for shard in shards)
-    return get_distributed().all_reduce_min(int(USABLE_FRACTION * total) - of_others - moments)
+    return get_distributed().all_reduce_min(int(TARGET_FRACTION * total) - of_others - moments)
 
 
 def _measure(engine: TrainingEngine, policy: Any, examples: Sequence[Example], recompute: bool) -> Pass:
