@@ -281,6 +281,20 @@ def test_each_of_eight_ranks_writes_and_hashes_its_share(strategy, tmp_path):
         assert max(count[what] for count in counts) < 1.5 * total / 8, (what, counts)
 
 
+@pytest.mark.parametrize(
+    ("file", "rank"),
+    [
+        ("pytorch_model/zero_pp_rank_3_mp_rank_00_model_states.pt", 3),
+        ("pytorch_model/zero_pp_rank_12_mp_rank_00_optim_states.pt", 12),
+        ("pytorch_model/bf16_zero_pp_rank_7_mp_rank_00_optim_states.pt", 7),
+        ("random_states_5.pkl", 5),
+        *[(file, 0) for file in ("pytorch_model/mp_rank_00_model_states.pt", "latest", "zero_to_fp32.py")],
+    ],
+)
+def test_a_rank_hashes_the_files_that_deepspeed_has_let_it_write(file, rank):
+    assert training_state._writer_of(Path(file)) == rank
+
+
 def save_three_steps(folder: Path, strategy: str) -> dict[str, torch.Tensor]:
     with training(folder, strategy) as run:
         run.train(3)
