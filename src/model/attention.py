@@ -118,8 +118,11 @@ ATTENTION_BACKENDS = {backend.__name__: backend for backend in (sdpa, onednn, va
 
 
 def registered_name(backend: str) -> str:
-    """Return the name under which transformers knows the backend (`attn_implementation`)."""
-    return f"packed_{backend}"
+    """Return the name under which transformers knows the backend (`attn_implementation`).
+
+    transformers takes any name with `flash` in it for a kernel of its own and looks for that on the hub.
+    """
+    return f"packed_{backend}".replace("flash_attention", "fa")
 
 
 def _register(name: str) -> None:

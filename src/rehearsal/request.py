@@ -30,8 +30,9 @@ _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "liger-
 class Request:
     """One stage on one rank. Lengths are in tokens; `stage` is one of STAGES.
 
-    Of training the last of `steps` optimizer steps is reported, which holds the optimizer's state; of `reference` a
-    pass over all examples, and of `generate` one batch: its samples, then their log-probs and KL under two models.
+    Of training the last of `steps` optimizer steps is reported: of the first `batch_size` examples, with the
+    optimizer's state there (the steps before it are of one example a rank). Of `reference` it is a pass over all
+    examples, and of `generate` one batch: its samples, then their log-probs and KL under two models.
     """
 
     stage: str
@@ -51,6 +52,7 @@ class Request:
     batch_size: int = 128
     method: str = "dpo"
     steps: int = 2
+    torch_signatures: str | None = None  # release of torch whose varlen_attn is called; None: the installed one
     # Of `generate`: prompts sampled together, the longest prompt, and the longest response.
     rows: int = 64
     prompt_tokens: int = 0
@@ -212,7 +214,7 @@ def _read(entry: Path) -> Result | None:
 
 @cache
 def _code_digest() -> str:
-    files = sorted((ROOT / "src").rglob("*.py")) + sorted((ROOT / "src" / "rehearsal").glob("*.cpp"))
+    files = [file for pattern in ("*.py", "*.cpp", "*.yaml") for file in sorted((ROOT / "src").rglob(pattern))]
     content = hashlib.sha256()
     for file in (*files, ROOT / "conf" / "gpus.yaml"):
         content.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
