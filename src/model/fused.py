@@ -78,14 +78,15 @@ def _fused(cls: type) -> type | None:
 def set_fused_(model: Any, fused: bool) -> None:
     """Swap the modules of a model to fused ones or back, in place. Parameters and their names do not change."""
     for name, module in model.named_modules():
+        upstream: Any = type(module)  # a class is hashable, which mypy does not see
         if isinstance(module, _Fused):
             if not fused:
-                module.__class__ = type(module).unfused  # type: ignore[assignment]
-        elif fused and (cls := _fused(type(module))) is not None and _is_fusible(module, name, cls):
+                module.__class__ = type(module).unfused
+        elif fused and (cls := _fused(upstream)) is not None and _is_fusible(module, name, cls):
             module.__class__ = cls
 
 
-def _is_fusible(module: torch.nn.Module, name: str, cls: type) -> bool:
+def _is_fusible(module: Any, name: str, cls: type) -> bool:
     if issubclass(cls, FusedRMSNorm):
         return name.rpartition(".")[2] in _NORMS
-    return not issubclass(cls, FusedMLP) or module.config.hidden_act in ("silu", "swish")  # type: ignore[union-attr]
+    return not issubclass(cls, FusedMLP) or module.config.hidden_act in ("silu", "swish")

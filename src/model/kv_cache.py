@@ -18,6 +18,7 @@ class _BlockLayer(DynamicLayer):
     of a float32 residual stream make float32.
     """
 
+    is_initialized: bool
     _buffers: tuple[Tensor, Tensor]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

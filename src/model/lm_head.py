@@ -6,8 +6,7 @@ over chunks. The softmax is float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,8 +101,15 @@ class _TokenLogps(torch.autograd.Function):
 class Head(torch.nn.Linear):
     """A linear head that returns logits, or the log-probs of given targets."""
 
-    product_nt: ClassVar[Callable[[Tensor, Tensor], Tensor]] = staticmethod(product_nt)
-    operand: ClassVar[Callable[[Tensor, torch.dtype], Tensor]] = staticmethod(torch.Tensor.to)  # what is multiplied
+    @staticmethod
+    def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what a product in `dtype` multiplies."""
+        return x.to(dtype)
+
+    @staticmethod
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        """Return a @ b.T of two operands, at least float32."""
+        return product_nt(a, b)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return (..., vocabulary) logits; with targets (t,) int64 and x (t, d): (t,) float32 log-probs in nats."""
@@ -134,8 +140,8 @@ def next_token_kl(head: Head, hidden: Tensor, other_head: Head, other_hidden: Te
     chunks = (head.operand(h, dtype).split(rows) for h in (hidden, other_hidden))
     divergences = []
     for h, other_h in zip(*chunks, strict=True):
-        log_p = _add_bias(head.product_nt(h, weight), head.bias).log_softmax(1)
-        log_q = _add_bias(other_head.product_nt(other_h, other_weight), other_head.bias).log_softmax(1)
+        log_p = _add_bias(head.product(h, weight), head.bias).log_softmax(1)
+        log_q = _add_bias(other_head.product(other_h, other_weight), other_head.bias).log_softmax(1)
         difference = torch.sub(log_p, log_q, out=log_q)
         # Rounding can make a divergence of nearly zero negative.
         divergences.append(log_p.exp_().mul_(difference).sum(1).clamp(min=0))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def set_deterministic(enabled: bool) -> None:
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(enabled, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # only to find bugs, and slow
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only to find bugs, and slow
 
 
 class Float32Embedding(torch.nn.Embedding):
@@ -88,6 +89,6 @@ def keep_residual_float32_(model: Any) -> None:
     """Swap the embeddings of tokens and positions and the LayerNorms, in place, by changing `__class__`."""
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and not isinstance(module, Float32Embedding):
-            module.__class__ = _float32_embedding(type(module))
+            module.__class__ = _float32_embedding(type(module))  # type: ignore[arg-type]
         elif type(module) is torch.nn.LayerNorm:
             module.__class__ = Float32LayerNorm

@@ -94,8 +94,13 @@ def _targets_in_chunk(targets: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
 class OneDNNHead(Head, OneDNNLinear):
     """A head that multiplies through oneDNN, in float32 what is rounded to less."""
 
-    product_nt = staticmethod(mm_nt)
-    operand = staticmethod(_round)
+    @staticmethod
+    def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return _round(x, dtype)
+
+    @staticmethod
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return mm_nt(a, b)
 
     def token_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return _ChunkedTokenLogps.apply(hidden, self.weight, self.bias, targets)
