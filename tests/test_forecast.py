@@ -1,7 +1,5 @@
 """What a dry run says one process holds, and the refusal of plans that do not fit the card they are planned for."""
 
-import re
-
 import pytest
 
 from src.config.schema import Engine
@@ -16,6 +14,7 @@ from src.rehearsal.request import Result
 from src.store.store import Store
 from tests.support.commands import run_in_process
 from tests.support.configs import composed
+from tests.support.forecasts import memory_table
 
 GIB = 2**30
 TLDR, UF = ["setup=llama32_3b_tldr", "beta=0.1"], ["setup=llama31_8b_uf", "beta=0.1"]
@@ -48,30 +47,26 @@ def dry_run(tmp_path, *overrides):
     return run_in_process("-m", "dry_run=true", f"output_dir={tmp_path}", *overrides)
 
 
-def rows(output):
-    """Stage -> columns of the memory table."""
-    table = output.partition("memory of one process")[2].partition("\n\n")[0]
-    return {line.split()[0]: line.split()[1:] for line in table.splitlines() if re.match(r"\w+ +\d+  ", line)}
-
-
 def test_the_table_has_what_each_process_of_each_stage_holds(arithmetic, tmp_path):
     done = dry_run(tmp_path, *TLDR)
     assert done.returncode == 0, done.stderr
-    table = rows(done.stdout)
+    table = memory_table(done.stdout)
     assert set(table) == {"sft", "reference", "align", "generate"}
     weights = 4 * 3_212_749_824 / GIB
-    assert table["align"][:4] == ["1", f"{weights:.1f}", f"{weights:.1f}", f"{2 * weights:.1f}"]
-    assert table["reference"][1:4] == [f"{weights / 2:.1f}", "-", "-"]  # bf16, and nothing is trained
-    assert float(table["generate"][4]) == pytest.approx(64 * (896 + 256) * 114_688 / GIB, abs=0.05)
+    lasting = [table["align"][name] for name in ("weights", "gradients", "optimizer")]
+    assert lasting == [f"{weights:.1f}", f"{weights:.1f}", f"{2 * weights:.1f}"]
+    scored = [table["reference"][name] for name in ("weights", "gradients", "optimizer")]
+    assert scored == [f"{weights / 2:.1f}", "-", "-"]  # bf16, and nothing is trained
+    assert float(table["generate"]["KV cache"]) == pytest.approx(64 * (896 + 256) * 114_688 / GIB, abs=0.05)
     assert "h100 has 79.1, of which 71.2 may be taken" in done.stdout
     assert "by arithmetic; not rehearsed: g++ is not on PATH" in done.stdout
-    smaller = rows(dry_run(tmp_path, *TLDR, "evaluation.generation.batch_size=8").stdout)
-    assert float(smaller["generate"][4]) == pytest.approx(float(table["generate"][4]) / 8, abs=0.1)
+    smaller = memory_table(dry_run(tmp_path, *TLDR, "evaluation.generation.batch_size=8").stdout)
+    assert float(smaller["generate"]["KV cache"]) == pytest.approx(float(table["generate"]["KV cache"]) / 8, abs=0.1)
 
 
 def test_a_plan_that_does_not_fit_is_refused_in_one_line_that_names_what_fits(arithmetic, tmp_path):
     done = dry_run(tmp_path, *TLDR, "engine.gpu=a100_40")
-    assert done.returncode == 2 and rows(done.stdout)
+    assert done.returncode == 2 and memory_table(done.stdout)
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: sft of llama32_3b with engine=fsdp does not fit on one a100_40 (39.4 GiB)")
     assert "engine=fsdp on 2 GPUs fits" in line
@@ -90,7 +85,7 @@ def test_shards_on_several_gpus_fit_where_one_does_not(arithmetic, tmp_path):
     assert alone.returncode == 2 and "does not fit on one h100" in alone.stderr
     eight = dry_run(tmp_path, *UF, "hydra/launcher=slurm_8gpu")
     assert eight.returncode == 0, eight.stderr
-    processes = {stage: columns[0] for stage, columns in rows(eight.stdout).items()}
+    processes = {stage: row["processes"] for stage, row in memory_table(eight.stdout).items()}
     assert processes == {"sft": "8", "reference": "1", "align": "8", "generate": "1"}
 
 
