@@ -127,6 +127,9 @@ def test_points_that_hold_the_same_are_rehearsed_once(rehearsals, tmp_path):
     assert done.returncode == 0 and len(asked) == 1
     assert [request.stage for request in asked[0]] == ["sft", "reference", "align", "generate"]
     asked.clear()
+    assert dry_run(tmp_path, *TLDR, "server=vllm", "judge=none").returncode == 0
+    assert "generate" not in {request.stage for request in asked[0]}, "a server samples"
+    asked.clear()
     limits = dry_run(tmp_path, *TLDR, "evaluation.generation.max_new_tokens=64,128")
     assert limits.returncode == 0 and [r.new_tokens for r in asked[0] if r.stage == "generate"] == [64, 128]
 

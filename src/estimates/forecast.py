@@ -75,8 +75,8 @@ class Forecast:
     def seconds_per_token(self, stage: Stage) -> float:
         """Return the seconds of one accelerator for a token of the stage; NaN without a rehearsal."""
         load = self.loads.get(self._keys.get(stage.identity, ""))
-        result = None if load is None else load.result
-        if result is None or not result.tokens or result.error is not None:
+        result = None if load is None else load.rehearsed
+        if result is None or not result.tokens:
             return math.nan
         return max(result.seconds, result.host_seconds) / result.tokens
 
@@ -138,10 +138,10 @@ class Forecast:
         return "\n".join(lines)
 
     def _row(self, load: Load) -> str:
-        held, result = load.held, load.result
+        held, result = load.held, load.rehearsed
         per_token: float = held.activations_per_token
         weights, gradients, state, cache = held.weights, held.gradients, held.optimizer_state, held.kv_cache
-        if result is not None and result.error is None:
+        if result is not None:
             weights = result.held.get("weights", weights)
             gradients = result.held.get("gradients", gradients)
             state = result.held.get("optimizer_state", state)

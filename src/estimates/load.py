@@ -39,6 +39,11 @@ class Load:
     result: Result | None = None
 
     @property
+    def rehearsed(self) -> Result | None:
+        """The result of a rehearsal that came to its end; None without one."""
+        return self.result if self.result is not None and self.result.error is None else None
+
+    @property
     def held(self) -> Held:
         engine = self.point.engine
         return held_by_process(
@@ -54,7 +59,7 @@ class Load:
     @property
     def _cached_tokens(self) -> int:
         """Tokens whose keys and values are held when the longest prompts have the longest responses."""
-        if self.stage.kind != "generate":
+        if self.stage.kind != "generate" or self.point.server.name != "none":  # a server plans its own memory
             return 0
         generation = self.point.evaluation.generation
         return generation.batch_size * (self.point.dataset.max_prompt_tokens + generation.max_new_tokens)
@@ -85,8 +90,8 @@ class Load:
     @property
     def budget(self) -> float:
         """Tokens of a micro-batch of training; NaN where nothing shows how many fit."""
-        if self.result is not None and self.result.token_budget is not None:
-            return self.result.token_budget
+        if self.rehearsed is not None and self.rehearsed.token_budget is not None:
+            return self.rehearsed.token_budget
         if (configured := self.point.trainer.max_tokens_per_micro_batch) is not None:
             return configured
         if self.card is None:
@@ -98,8 +103,8 @@ class Load:
     @property
     def peak(self) -> float:
         """Bytes of a step at their highest; NaN where neither a rehearsal nor the arithmetic shows them."""
-        if self.result is not None and self.result.peak:
-            return self.result.peak
+        if self.rehearsed is not None:
+            return self.rehearsed.peak
         if not self.stage.is_training:
             return self.held.constant
         per_token = self.held.checkpointed_per_token if self._checkpoints else self.held.activations_per_token
@@ -112,7 +117,7 @@ class Load:
             return None
         if self.result is not None and self.result.error is not None and "does not fit" in self.result.error:
             return self.result.error.partition(": use ")[0]  # what it says to use is tried here
-        if self.peak > (self.card.usable if self.result is not None else self.usable):
+        if self.peak > (self.usable if self.rehearsed is None else self.card.usable):
             return f"it takes {self.peak / 2**30:.1f} GiB"
         return None
 
@@ -130,8 +135,9 @@ class Load:
 
     @property
     def request(self) -> Request | None:
-        """What to rehearse; None without a card, or where the length of the rows is not known."""
-        if self.card is None or math.isnan(self.size.tokens):
+        """What to rehearse; None without a card, for samples of a server, or where no length of rows is known."""
+        sampled_by_server = self.stage.kind == "generate" and self.point.server.name != "none"
+        if self.card is None or math.isnan(self.size.tokens) or sampled_by_server:
             return None
         point, data, engine = self.point, self.point.dataset, self.point.engine
         trainer = point.trainer.sft if self.stage.kind == "sft" else point.trainer.align
@@ -150,6 +156,7 @@ class Load:
             ranks=self.ranks,
             attention=point.model.attention,
             activation_checkpointing=str(engine.activation_checkpointing).lower(),
+            fused_kernels=str(engine.fused).lower(),
             lora=None if point.model.lora.rank is None else asdict(point.model.lora),
             max_tokens_per_micro_batch=point.trainer.max_tokens_per_micro_batch,
             batch_size=trainer.batch_size,
