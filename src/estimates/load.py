@@ -54,6 +54,7 @@ class Load:
             ranks=self.ranks,
             lora=None if self.point.model.lora.rank is None else self.point.model.lora,
             cached_tokens=self._cached_tokens,
+            device_bytes=0 if self.card is None else self.card.memory,
         )
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from src.config.schema import Lora
 from src.planning.gpus import Gpu
 from src.planning.model_shape import ModelShape
+from src.planning.resources import fsdp_keeps_whole
 
 TARGET_FRACTION = 0.9  # of a card that a peak may take: the rest is for fragmentation, NCCL and other processes
 
@@ -25,8 +26,9 @@ class Held:
     """Bytes that one process holds of a stage.
 
     weights: float32 ones and their bf16 copy, or the process's shards of them; of scoring and sampling the model in the
-    precision of the computation. gathered: layers that sharding assembles for the computation. working: logits of a
-    chunk. activations: of one token in training, without and with activation checkpointing.
+    precision of the computation. gathered: weights that sharding assembles for the computation, and their gradients
+    until they are exchanged. working: logits of a chunk. activations: of one token in training, without and with
+    activation checkpointing.
     """
 
     weights: int
@@ -53,10 +55,12 @@ def held_by_process(
     ranks: int = 1,
     lora: Lora | None = None,
     cached_tokens: int = 0,
+    device_bytes: int = 0,
 ) -> Held:
     """Return what each of `ranks` processes holds of a stage of this kind (sft, align, reference or generate).
 
-    cached_tokens: of all prompts and responses that are sampled together.
+    cached_tokens: of all prompts and responses that are sampled together. device_bytes: the memory of a card, by which
+    FSDP2 decides whether gathered weights stay; 0: not known.
     """
     computed = _BF16 if precision == "bf16" else _FLOAT32
     working = 3 * _FLOAT32 * _HEAD_CHUNK * shape.vocab_size
@@ -65,8 +69,12 @@ def held_by_process(
         return Held(computed * shape.num_parameters, kv_cache=cache, working=working)
     trained = shape.num_parameters if lora is None else _adapters(shape, lora)
     weights, gradients, state = _training_bytes(shape.num_parameters, trained, strategy, computed, ranks)
-    # Two layers, as the next one is fetched meanwhile, and the embedding and the head, which stay.
-    gathered = computed * (2 * shape.layer + _outside_layers(shape)) if strategy in _SHARDED_WEIGHTS else 0
+    gathered = 0
+    if strategy == "fsdp" and fsdp_keeps_whole(shape.num_parameters, ranks, device_bytes):
+        gathered = computed * shape.num_parameters + (_FLOAT32 * trained if ranks > 1 else 0)
+    elif strategy in _SHARDED_WEIGHTS:
+        # Two layers, as the next one is fetched meanwhile, and the embedding and the head, which stay.
+        gathered = computed * (2 * shape.layer + _outside_layers(shape))
     layer = _activations_of_layer(shape, computed)
     checkpoint = _FLOAT32 * shape.hidden_size
     return Held(
