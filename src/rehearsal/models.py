@@ -35,6 +35,12 @@ def config_of(values: dict[str, Any], layers: int | None = None) -> Any:
     return config
 
 
+def num_parameters(config: Any) -> int:
+    """Return the number of parameters of a model of this config."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def load_fake(config: Any, mode: FakeCudaMode) -> Any:
     """Return a float32 model whose weights are fake tensors on the host; its buffers are real."""
     with torch.device("meta"):

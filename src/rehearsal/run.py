@@ -5,23 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from src.errors import ConfigError, describe_failure
 from src.planning.gpus import find_gpu
+from src.planning.resources import fsdp_keeps_whole
 from src.rehearsal.deepspeed_memory import STAND_INS, held_by_rank
 from src.rehearsal.depth import BudgetProbe, Probed, at_depth, peak_of
 from src.rehearsal.device import FakeCudaMode
 from src.rehearsal.fake_cuda import fake_cuda
 from src.rehearsal.fake_ranks import fake_ranks
 from src.rehearsal.inference import rehearse_generate, rehearse_reference
-from src.rehearsal.models import config_of
+from src.rehearsal.models import config_of, num_parameters
 from src.rehearsal.request import ROOT, Request, Result
 from src.rehearsal.substitutes import flash_attn_installed, torch_of
 from src.rehearsal.training import Notes, rehearse_training
-from src.training import token_budget
+from src.training import fsdp_engine, token_budget
 
 _REHEARSALS = {
     "sft": rehearse_training,
@@ -47,6 +50,21 @@ def run(request: Request) -> Result:
 def _run_at_two_depths(request: Request) -> Result:
     layers = request.layers[0], request.layers[-1]
     depth = config_of(request.config).num_hidden_layers
+    with _keeping_as_the_whole_model(request):
+        return _draw_line(request, layers, depth)
+
+
+def _keeping_as_the_whole_model(request: Request) -> AbstractContextManager[Any]:
+    """Let FSDP2 choose what it keeps gathered by the size of the whole model, not of the layers that are rehearsed."""
+    size = num_parameters(config_of(request.config))
+
+    def keeps_whole(_: int, num_processes: int, device_bytes: int) -> bool:
+        return fsdp_keeps_whole(size, num_processes, device_bytes)
+
+    return mock.patch.object(fsdp_engine, "fsdp_keeps_whole", keeps_whole)
+
+
+def _draw_line(request: Request, layers: tuple[int, int], depth: int) -> Result:
     budget, probe = None, BudgetProbe()
     if request.stage in ("sft", "align"):
         with mock.patch.object(token_budget, "choose_token_budget", probe.measure):
