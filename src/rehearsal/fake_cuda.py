@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -119,6 +119,18 @@ def _answers(gpu: Gpu, mode: FakeCudaMode) -> dict[str, Any]:
     }
 
 
+def _resize_and_note(mode: FakeCudaMode) -> Callable[[torch.UntypedStorage, int], Any]:
+    """Return `UntypedStorage.resize_`, by which FSDP2 frees and allocates gathered weights, telling the meter."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_note(storage: torch.UntypedStorage, size: int) -> Any:
+        resized = resize(storage, size)
+        mode.memory.resized(storage, mode.phase)
+        return resized
+
+    return resize_and_note
+
+
 @contextlib.contextmanager
 def fake_cuda(gpu: Gpu) -> Iterator[FakeCudaMode]:
     """Run a block with `cuda` tensors that have no values, on a card that is not there; yield the mode that meters it.
@@ -130,6 +142,7 @@ def fake_cuda(gpu: Gpu) -> Iterator[FakeCudaMode]:
         for name, answer in _answers(gpu, mode).items():
             stack.enter_context(mock.patch(f"torch.cuda.{name}", answer))
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor, *_: tensor))
+        stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", _resize_and_note(mode)))
         stack.enter_context(mock.patch.object(torch.Tensor, "data", _DATA, create=True))
         # Module.to swaps fake parameters, which it refuses for those that something refers to weakly.
         stack.enter_context(mock.patch("torch.utils.weakref", SimpleNamespace(getweakrefs=lambda _: [])))

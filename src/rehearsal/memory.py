@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 BLOCK = 512  # bytes: torch's allocator rounds every allocation up to a multiple of it
 
@@ -32,12 +32,20 @@ class MemoryMeter:
         key = storage._cdata
         if key in self._sizes:
             return
-        size = -(-int(storage.nbytes()) // BLOCK) * BLOCK
+        size = _allocated(storage)
         # The storage is referred to, not the tensor: `swap_tensors` refuses tensors that have weak references.
         self._references[key] = weakref.ref(storage, partial(self._free, key))
         self._sizes[key], self._labels[key] = size, f"{phase}: {operation}"
         self.live += size
         self._note(self.live, phase)
+
+    def resized(self, storage: UntypedStorage, phase: str) -> None:
+        """Count a storage, if it is one that is counted, by its present size."""
+        if (key := storage._cdata) in self._sizes:
+            size = _allocated(storage)
+            self.live += size - self._sizes[key]
+            self._sizes[key] = size
+            self._note(self.live, phase)
 
     def _free(self, key: int, _: Any) -> None:
         if self._references.pop(key, None) is not None:
@@ -77,3 +85,7 @@ class MemoryMeter:
 
     def empty_cache(self) -> None:
         self.reserved = self.live
+
+
+def _allocated(storage: UntypedStorage) -> int:
+    return -(-int(storage.nbytes()) // BLOCK) * BLOCK
