@@ -1,15 +1,19 @@
 """The training loop on a small model: what its results do not depend on, what it waits for, and what it leaves."""
 
 import gc
+import itertools
 import json
+import os
 import threading
 import weakref
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 
 from src import preemption
+from src.distributed import destroy_distributed
 from src.model.packing import PackedBatch
 from src.stages.align import make_loss_fn
 from src.store.attempt import Attempt
@@ -83,10 +87,26 @@ def pretend_cuda(monkeypatch):
     monkeypatch.setattr(PackedBatch, "to", lambda self, device: self)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_measuring_memory_changes_no_bit_of_the_result(recompute, tmp_path, monkeypatch):
+@pytest.fixture
+def _leave_process_group():
+    with mock.patch.dict(os.environ):  # an engine sets variables that make another one look for other ranks
+        yield
+    destroy_distributed()
+
+
+@pytest.mark.usefixtures("_leave_process_group")
+@pytest.mark.parametrize(
+    ("strategy", "recompute"),
+    [
+        *itertools.product(("none", "fsdp"), (False, True)),
+        # Once, as DeepSpeed keeps the process group of its first engine.
+        pytest.param("zero2", False, marks=pytest.mark.slow),
+    ],
+)
+def test_measuring_memory_changes_no_bit_of_the_result(strategy, recompute, tmp_path, monkeypatch):
     use_budget(monkeypatch, TokenBudget(200))
-    expected = train(tmp_path / "unmeasured")
+    overrides = f"engine.strategy={strategy}", "engine.precision=fp32"
+    expected = train(tmp_path / "unmeasured", 3, *overrides)
     pretend_cuda(monkeypatch)
     measured = []
 
@@ -99,7 +119,7 @@ def test_measuring_memory_changes_no_bit_of_the_result(recompute, tmp_path, monk
         return TokenBudget(200)
 
     monkeypatch.setattr(loop, "find_token_budget", measure)
-    assert_identical(train(tmp_path / "measured"), expected)
+    assert_identical(train(tmp_path / "measured", 3, *overrides), expected)
     assert measured[0].num_tokens == sum(e.length for e in random_pairs(NUM_EXAMPLES, 3)[:5])
 
 

@@ -30,7 +30,7 @@ GPU_TOKEN_BUDGET = 16384  # enough for products at their full rate: larger ones 
 # With fewer tokens a micro-batch, reading all weights and adding to all gradients takes longer than recomputing
 # activations (by a count of bytes and FLOPs for 3B parameters on an H100).
 MIN_TOKENS_SAVED = 2048
-_MULTIPLE = 1024  # budgets are rounded down to it, so that slightly different free memory gives the same budget
+_MULTIPLE = 256  # budgets are rounded down to it, so that slightly different free memory gives the same budget
 _FEW, _MANY = 1024, 4096  # tokens of the passes that are measured
 
 
