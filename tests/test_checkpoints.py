@@ -368,12 +368,12 @@ def test_the_measured_time_of_a_save_is_recorded_for_the_next_attempt(tmp_path):
 
 
 def seconds_of_a_save(folder: Path, strategy: str) -> float:
-    """Return the shortest of three saves of 300 MB."""
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 5, "vocab_size": 4096}
+    """Return the shortest of six saves of 500 MB."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 9, "vocab_size": 4096}
     with training(folder, strategy, **shape) as run:
         run.train()
         seconds = []
-        for number in (1, 2, 3):
+        for number in range(1, 7):
             get_distributed().barrier()
             started = time.perf_counter()
             run.checkpointer.save(number)
