@@ -39,13 +39,14 @@ def run(setting: Setting) -> list[Row]:
     def steps(name: str, *overrides: str) -> Run:
         return train_point(setting.out / "drift" / name, f"engine.device={setting.device.type}", *overrides)
 
-    fp32, bf16 = steps("fp32", "lr=1e-3"), steps("bf16", "lr=1e-3", "engine=fsdp")
+    # float32 first: FSDP2 starts a group of processes, in which engine=single would be another engine.
+    fp32, slow = steps("fp32", "lr=1e-3"), steps("slow", "lr=3e-7")
+    on_cpu = train_point(setting.out / "drift" / "cpu", "engine.device=cpu", "lr=1e-3") if setting.on_card else None
+    bf16, slow_bf16 = steps("bf16", "lr=1e-3", "engine=fsdp"), steps("slow_bf16", "lr=3e-7", "engine=fsdp")
     rows = [losses_row(setting, "bf16 against float32", bf16, fp32)]
-    if setting.on_card:
-        on_cpu = train_point(setting.out / "drift" / "cpu", "engine.device=cpu", "lr=1e-3")
+    if on_cpu is not None:
         rows += [losses_row(setting, "float32 on the card against the CPU", fp32, on_cpu)]
         rows += [losses_row(setting, "bf16 on the card against float32 on the CPU", bf16, on_cpu)]
-    slow, slow_bf16 = steps("slow", "lr=3e-7"), steps("slow_bf16", "lr=3e-7", "engine=fsdp")
     direction = float(F.cosine_similarity(slow_bf16.move, slow.move, dim=0))
     length = abs(float(slow_bf16.move.norm() / slow.move.norm()) - 1)
     rows.append(setting.row("steps of 3e-7, bf16 against float32: cosine of the moves", direction, "", DIRECTION))

@@ -51,26 +51,29 @@ def run(setting: Setting) -> list[Row]:
 
     plain = {precision: plain_gradients(model, examples, references, precision) for precision in ("fp32", "bf16")}
     yardstick = relative(plain["bf16"], exact)
-    bf16, checkpointed = ("engine=fsdp",), "engine.activation_checkpointing=true"
-    alone, in_bf16 = gradients(), gradients(*bf16)
+    recomputed, bf16 = "engine.activation_checkpointing=true", "engine=fsdp"
+    # float32 first: FSDP2 starts a group of processes, in which engine=single would be another engine.
+    alone, alone_recomputed = gradients(), gradients(recomputed)
     rows = [
         setting.row("float32: error to float64", relative(alone, exact), "", FLOAT32),
+        setting.row("float32, checkpointing: difference", relative(alone_recomputed, alone), "", SAME),
+        adapters_row(setting, model, examples, references),
         setting.row("transformers' model in float32: error to float64", relative(plain["fp32"], exact), "", FLOAT32),
-        setting.row("bf16, engine=fsdp: error over that of autocast", relative(in_bf16, exact) / yardstick, "", BF16),
         setting.row("transformers' model under autocast: error to float64", yardstick),
-        setting.row("float32, checkpointing: difference", relative(gradients(checkpointed), alone), "", SAME),
-        setting.row(
-            "bf16, checkpointing: difference", relative(gradients("engine=fsdp", checkpointed), in_bf16), "", SAME
-        ),
     ]
-    if setting.on_card:  # a CPU has no fused kernels, and compiling for it takes minutes
-        for name, override in {"compiled": "engine.compile=true", "not fused": "engine.fused=false"}.items():
-            ratio = relative(gradients(*bf16, override), exact) / yardstick
-            rows.append(setting.row(f"bf16, {name}: error over that of autocast", ratio, "", BF16))
     if trl_is_there():
         by_trl = relative(trl_gradients(model, examples, references, fp32, setting), exact)
         rows.append(setting.row("TRL's DPOTrainer in float32: error to our float64", by_trl, "", FLOAT32))
-    return [*rows, adapters_row(setting, model, examples, references)]
+    in_bf16 = gradients(bf16)
+    rows += [
+        setting.row("bf16, engine=fsdp: error over that of autocast", relative(in_bf16, exact) / yardstick, "", BF16),
+        setting.row("bf16, checkpointing: difference", relative(gradients(bf16, recomputed), in_bf16), "", SAME),
+    ]
+    if setting.on_card:  # a CPU has no fused kernels, and compiling for it takes minutes
+        for name, override in {"compiled": "engine.compile=true", "not fused": "engine.fused=false"}.items():
+            ratio = relative(gradients(bf16, override), exact) / yardstick
+            rows.append(setting.row(f"bf16, {name}: error over that of autocast", ratio, "", BF16))
+    return rows
 
 
 def joined(gradients: dict[str, Tensor]) -> Tensor:
