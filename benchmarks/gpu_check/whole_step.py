@@ -31,7 +31,7 @@ from src.model.packing import pack
 from src.planning.stage import Stage
 
 FLOAT32 = Limit(1e-5, "rounding of float32 through the layers; a wrong position or dtype is off by more than 1e-3")
-BF16 = Limit(1.2, "no further from float64 than transformers' own model under autocast; 20 % for order of sums")
+BF16 = Limit(1.25, "as far from float64 as under autocast, and 9 to 18 % for embeddings and norms in bf16, too")
 SAME = Limit(1e-5, "what is recomputed or compiled differs by rounding at most")
 BETA = 0.1
 POINT = ("setup=mini_tldr", "method=dpo", f"beta={BETA}", "lr=1e-6")
