@@ -22,8 +22,12 @@ from src.planning.stage import Stage
 from src.store.attempt import Attempt
 
 STEPS = 50
-POINT = ("setup=mini_tldr", "method=dpo", "beta=0.1", "init=base", f"trainer.align.max_steps={STEPS}")
-LOSSES = Limit(0.02, "a bf16 product is off by 0.4 %, and 50 steps must not let that grow")
+POINT = (
+    *("setup=mini_tldr", "method=dpo", "beta=0.1", "init=base", "init.sft_weight=0", "init.align_weight=1"),
+    *("dataset.train_size=800", "trainer.align.batch_size=16", f"trainer.align.max_steps={STEPS}"),
+)
+RATE = "lr=1e-4"  # at 1e-3 this model's losses are chaotic: float32 and bf16 part after 15 steps
+LOSSES = Limit(0.02, "a number in bf16 is off by up to 0.4 %, and 50 steps must not let that grow")
 DIRECTION = Limit(0.8, "the rule of the project's own test: bf16 gradients point another way only by noise", "least")
 LENGTH = Limit(0.1, "in bf16 weights steps of 3e-7 would vanish, so that moves would be far shorter")
 
@@ -40,9 +44,9 @@ def run(setting: Setting) -> list[Row]:
         return train_point(setting.out / "drift" / name, f"engine.device={setting.device.type}", *overrides)
 
     # float32 first: FSDP2 starts a group of processes, in which engine=single would be another engine.
-    fp32, slow = steps("fp32", "lr=1e-3"), steps("slow", "lr=3e-7")
-    on_cpu = train_point(setting.out / "drift" / "cpu", "engine.device=cpu", "lr=1e-3") if setting.on_card else None
-    bf16, slow_bf16 = steps("bf16", "lr=1e-3", "engine=fsdp"), steps("slow_bf16", "lr=3e-7", "engine=fsdp")
+    fp32, slow = steps("fp32", RATE), steps("slow", "lr=3e-7")
+    on_cpu = train_point(setting.out / "drift" / "cpu", "engine.device=cpu", RATE) if setting.on_card else None
+    bf16, slow_bf16 = steps("bf16", RATE, "engine=fsdp"), steps("slow_bf16", "lr=3e-7", "engine=fsdp")
     rows = [losses_row(setting, "bf16 against float32", bf16, fp32)]
     if on_cpu is not None:
         rows += [losses_row(setting, "float32 on the card against the CPU", fp32, on_cpu)]
