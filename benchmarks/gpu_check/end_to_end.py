@@ -26,10 +26,10 @@ from benchmarks.gpu_check.setting import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "benchmarks/recorded/demo_points.csv"
-POINT = ("setup=mini_tldr", "method=dpo", "beta=0.1", "lr=1e-3")
-OFTEN = ("trainer.checkpoint_minutes=0", "engine.deterministic=true")  # a checkpoint after every step
+POINT = ("setup=mini_tldr", "method=dpo", "beta=0.1", "lr=1e-3", "engine.deterministic=true")
+OFTEN = "trainer.checkpoint_minutes=0"  # a checkpoint after every step
 FEW = (
-    *("dataset.sft_size=128", "dataset.train_size=256", "dataset.validation_size=16", "evaluation.num_prompts=16"),
+    *("dataset.sft_size=128", "dataset.train_size=128", "dataset.validation_size=16", "evaluation.num_prompts=16"),
     *("evaluation.generation.max_new_tokens=24", "trainer.sft.batch_size=32", "trainer.align.batch_size=16"),
 )
 WIN_RATE = Limit(2.0, "two standard errors of the difference to the same point on a CPU (benchmarks/recorded)")
@@ -42,12 +42,12 @@ def run(setting: Setting) -> list[Row]:
     size = () if setting.on_card else FEW
     rows, calm = [], folder / "fp32"
     for name, overrides in {"fp32": (), "bf16": ("engine=fsdp",)}.items():
-        train(folder / name, *POINT, *size, *OFTEN, *overrides)
+        train(folder / name, *POINT, *size, *overrides)
         rows += win_rate_rows(setting, name, folder / name)
     killed = folder / "killed"
-    kills = kill_at_checkpoint(killed, *POINT, *size, *OFTEN)
+    kills = kill_at_checkpoint(killed, *POINT, *size, OFTEN)
     rows.append(setting.row("kill -9 at a checkpoint of alignment, kills", kills, "", ENDED))
-    train(killed, *POINT, *size, *OFTEN)
+    train(killed, *POINT, *size, OFTEN)
     return [*rows, setting.row("resumed against undisturbed, over what moved", resumed_error(killed, calm), "", BITS)]
 
 
