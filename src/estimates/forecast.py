@@ -151,7 +151,7 @@ class Forecast:
         weights_text, gradients_text, state_text, cache_text, peak = (_gib(size) for size in sizes)
         micro_batch = f"{load.budget:,.0f}" if load.stage.is_training and not math.isnan(load.budget) else "-"
         recomputed = "-"
-        if result is not None and result.micro_batches:
+        if load.stage.is_training and result is not None:
             micro_batch = f"{result.micro_batches} x {micro_batch}"
             recomputed = str(result.checkpointed_micro_batches)
         step = f"{max(result.seconds, result.host_seconds):.3g}" if result is not None and result.seconds else "-"
