@@ -195,8 +195,8 @@ class RotaryFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_query, grad_key = grad_outputs
-        return *_rotate(grad_query, grad_key, *ctx.saved_tensors, inverse=True), None, None
+        (grad_query, grad_key), (cos, sin) = grad_outputs, ctx.saved_tensors
+        return *_rotate(grad_query, grad_key, cos, sin, inverse=True), None, None
 
 
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
