@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from src.config.packages import require_package
 from src.config.schema import Lora, Training
@@ -22,8 +22,8 @@ from src.distributed import get_distributed, init_distributed
 from src.errors import ConfigError
 from src.model.logprobs import NumericsConfig, SequenceLogps
 from src.planning.resources import Resources
-from src.training.deepspeed_config import deepspeed_config
-from src.training.engine import ModelLoader, TrainingEngine
+from src.training.deepspeed_state import deepspeed_config, gather_master_weights, set_master_weights
+from src.training.engine import ModelLoader, TrainingEngine, empty_model
 from src.training.training_state import DeepSpeedState, ShardedState, StagedState, load_sharded
 
 # accelerate logs every file of every checkpoint, and warns about tied weights, which safetensors stores once.
@@ -34,9 +34,17 @@ class AccelerateEngine(TrainingEngine):
     """engine.strategy = none, ddp, zero1, zero2, zero3 or zero3_offload."""
 
     def __init__(self, resources: Resources, trainer: Training, lora: Lora | None, seed: int) -> None:
-        """Set up accelerate. Raises ConfigError also when DeepSpeed is missing."""
+        """Join the ranks of ZeRO. Raises ConfigError also when DeepSpeed is missing."""
         super().__init__(resources, trainer, lora, seed)
+        self.accelerator: Any = None
         self.zero = resources.zero_stage
+        if self.zero:
+            if self.device.type == "cpu" and torch.cuda.is_available():
+                raise ConfigError("engine.device=cpu: ZeRO uses any GPU it finds; hide GPUs with CUDA_VISIBLE_DEVICES=")
+            require_package("deepspeed", f"engine.strategy={resources.strategy}")
+            init_distributed(resources.strategy)
+
+    def _make_accelerator(self, precision: str) -> Any:
         # Silence DeepSpeed, which accelerate imports wherever it is installed. torch's logger warns at every call.
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -44,28 +52,26 @@ class AccelerateEngine(TrainingEngine):
         AcceleratorState._reset_state(reset_partial_state=True)
         plugin = None
         if self.zero:
-            if self.device.type == "cpu" and torch.cuda.is_available():
-                raise ConfigError("engine.device=cpu: ZeRO uses any GPU it finds; hide GPUs with CUDA_VISIBLE_DEVICES=")
-            require_package("deepspeed", f"engine.strategy={resources.strategy}")
-            init_distributed(resources.strategy)
             import deepspeed
 
             if self.device.type == "cpu":  # do not compile its shared-memory all-reduce
                 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(resources, trainer, self.device))
-        # Precision is applied in the log-prob path, so that everything that uses that path agrees.
+            config = deepspeed_config(self.resources, self.trainer, precision, self.device)
+            plugin = DeepSpeedPlugin(hf_ds_config=config)
         cpu = self.device.type == "cpu"
         PartialState(cpu=cpu)
-        # Passing cpu=True again would disable the DeepSpeed plugin.
-        self.accelerator = Accelerator(
+        accelerator = Accelerator(
+            # Passing cpu=True again would disable the DeepSpeed plugin.
             cpu=cpu and not self.zero,
             deepspeed_plugin=plugin,
+            # Applied in the log-prob path, so that everything that uses that path agrees.
             mixed_precision="no",
             # The gradients are views of what DDP sends: otherwise there are two copies of them.
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         # accelerate has been observed to fall back to a single process silently.
-        assert self.accelerator.num_processes == get_distributed().size, f"{self.accelerator.num_processes} processes"
+        assert accelerator.num_processes == get_distributed().size, f"{accelerator.num_processes} processes"
+        return accelerator
 
     @property
     def checkpoint_format(self) -> str:
@@ -77,9 +83,26 @@ class AccelerateEngine(TrainingEngine):
         return get_distributed().size if self.zero else 1
 
     def prepare(self, load: ModelLoader, numerics: NumericsConfig) -> Any:
-        policy = SequenceLogps(self.configure_model(load().to(self.device)), numerics).train()
+        self.accelerator = self._make_accelerator(numerics.precision)
+        self._load = load
+        policy = SequenceLogps(self.configure_model(load()), numerics).train()
+        rounds = self.zero and numerics.precision == "bf16" and self.lora is None
+        exact = self._exact_weights(policy) if rounds and get_distributed().is_main_process else {}
+        policy.to(self.device)
         self.policy, self.optimizer = self.accelerator.prepare(policy, self._optimizer_of(policy))
+        if rounds:
+            set_master_weights(policy, exact, self.device)
         return self.policy
+
+    def _exact_weights(self, policy: SequenceLogps) -> dict[str, Tensor]:
+        """Return the float32 weights of the policy, in CPU memory, by name."""
+        if self.zero < 3:
+            return {name: parameter.detach() for name, parameter in policy.named_parameters()}
+        # Of the policy, ZeRO-3 has rounded and divided every weight as soon as it was there.
+        unset_hf_deepspeed_config()
+        model = self._load()
+        set_hf_deepspeed_config(self.accelerator.state.deepspeed_plugin.dschf)
+        return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
     def backward(self, loss: Tensor) -> None:
         # DDP and ZeRO average gradients over ranks.
@@ -118,17 +141,19 @@ class AccelerateEngine(TrainingEngine):
 
     def gather_model(self) -> Any:
         model = self._model
-        if self.zero == 3:
-            weights = self.accelerator.get_state_dict(self.policy)
+        if self.zero:
+            weights = gather_master_weights(self.accelerator.unwrap_model(self.policy))
             self.close()
             if not get_distributed().is_main_process:
                 return None
-            model = self._rebuild(type(model), model.config, weights)
+            # Adapters belong to the weights that training started from.
+            base = empty_model(type(model), model.config) if self.lora is None else self._load()
+            model = self._rebuild(base, weights)
         return self._published(model)
 
     def close(self) -> None:
         """Destroy the DeepSpeed engine and its global state."""
-        if self.zero:
+        if self.zero and self.accelerator:
             if wrapped := self.accelerator.deepspeed_engine_wrapped:
                 wrapped.engine.destroy()
                 self.accelerator.deepspeed_engine_wrapped = None

@@ -154,9 +154,8 @@ class TrainingEngine(ABC):
         trained, trainer = [p for p in policy.parameters() if p.requires_grad], self.trainer
         return torch.optim.AdamW(trained, trainer.lr, trainer.adam_betas, weight_decay=trainer.weight_decay, fused=True)
 
-    def _rebuild(self, model_class: Any, config: Any, weights: dict[str, Tensor]) -> Any:
-        """Return a model that has these weights, by their names in the policy, without initializing any."""
-        model = empty_model(model_class, config)
+    def _rebuild(self, model: Any, weights: dict[str, Tensor]) -> Any:
+        """Add adapters to a model, as configured, set these weights, by their names in the policy, and return it."""
         self._add_adapters(model)
         missing, unexpected = model.load_state_dict(
             {name.removeprefix("model."): weight for name, weight in weights.items()}, strict=False, assign=True

@@ -153,7 +153,7 @@ class FsdpEngine(TrainingEngine):
         self.close()
         if not get_distributed().is_main_process:
             return None
-        return self._published(self._rebuild(type(model), model.config, weights))
+        return self._published(self._rebuild(empty_model(type(model), model.config), weights))
 
     def close(self) -> None:
         self.policy = self.optimizer = None
