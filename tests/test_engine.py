@@ -1,4 +1,4 @@
-"""Every engine - one process, DDP, ZeRO - trains the same model, and resumes after a kill."""
+"""Every engine - one process, DDP, FSDP2, ZeRO - trains the same model, and resumes after a kill."""
 
 import json
 import os
@@ -22,10 +22,10 @@ from tests.support.small_models import make_model, random_pairs, relative
 from tests.support.waiting import wait_until
 
 POINT = [*SMALL, "method=dpo", "beta=0.1", "trainer.max_tokens_per_micro_batch=512", "engine.precision=fp32"]
-ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
-# Largest difference of any weight after 12 steps of Adam at a learning rate of 1e-3, from sums in another order
-# (1.5e-4 with torch 2.11).
-TOLERANCE = 3e-4
+ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
+# Distance of the trained weights from those of one process, relative to how far alignment moved them, from sums in
+# another order.
+TOLERANCE = 0.01
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +67,17 @@ def distance(a, b):
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+def error(after, run):
+    """Return the distance of aligned weights from those of a run, relative to how far its alignment moved them."""
+    before, expected = weights(run, "sft"), weights(run)
+    assert after.keys() == expected.keys()
+
+    def movement(weights):
+        return torch.cat([(weights[name] - before[name]).flatten().double() for name in sorted(before)])
+
+    return float((movement(after) - movement(expected)).norm() / movement(expected).norm())
+
+
 def quality(folder):
     (file,) = (folder / "store").glob("evaluate/*/result.json")
     return json.loads(file.read_text())["quality"]["value"]
@@ -83,11 +94,8 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_of_every_engine_train_what_one_process_does(engine, alone, tmp_path):
     finish(start_ranks(*POINT, f"engine={engine}", f"output_dir={tmp_path}"))
-    for kind in ("sft", "align"):
-        assert distance(weights(tmp_path, kind), weights(alone, kind)) < TOLERANCE
+    assert error(weights(tmp_path), alone) < TOLERANCE
     assert quality(tmp_path) == quality(alone)
-    # The control: what is compared moved by far more than the tolerance.
-    assert distance(weights(alone, "sft"), weights(alone)) > 10 * TOLERANCE
 
 
 @pytest.mark.slow
@@ -100,12 +108,13 @@ def test_zero_in_one_process_is_deepspeed_and_trains_the_same_model(alone, tmp_p
     assert {"zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"} <= names
     train(*POINT, "engine=zero3", f"output_dir={tmp_path}")
     full_run = max((tmp_path / "store").glob("align/*/model.safetensors"), key=lambda path: "@" not in str(path))
-    assert distance(load_file(full_run), weights(alone)) < TOLERANCE
+    assert error(load_file(full_run), alone) < TOLERANCE
 
 
 @pytest.mark.slow
-def test_kill_9_of_one_process_and_the_same_command_again_gives_identical_weights(tmp_path):
-    arguments = [*POINT, "engine=zero3", "trainer.align.epochs=3"]
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_kill_9_of_one_process_and_the_same_command_again_gives_identical_weights(engine, tmp_path):
+    arguments = [*POINT, f"engine={engine}", "trainer.align.epochs=3"]
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     finish(start_ranks(*arguments, f"output_dir={calm}"))
     process = start_ranks(*arguments, f"output_dir={killed}")
@@ -196,7 +205,7 @@ def test_lora_of_two_processes_is_that_of_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train(*arguments, f"output_dir={one}")
     finish(start_ranks(*arguments, "engine=zero3", f"output_dir={two}"))
-    assert distance(weights(one), weights(two)) < TOLERANCE
+    assert error(weights(two), one) < TOLERANCE
 
 
 @pytest.mark.slow

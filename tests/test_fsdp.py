@@ -6,10 +6,11 @@ from functools import partialmethod
 
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.nn.functional import cosine_similarity
 
 from src.config.schema import Lora, Training
-from src.distributed import destroy_distributed, get_distributed
+from src.distributed import get_distributed
 from src.errors import ConfigError
 from src.model.numerics import FLOAT32, NumericsConfig
 from src.planning.resources import Resources, fsdp_keeps_whole
@@ -23,15 +24,6 @@ from tests.support.training_runs import MICRO_BATCHES, error, moved, run, run_al
 # their size, so that weights whose gradient is nearly zero move by rounding.
 FP32_ERROR = 2e-3
 BF16_ERROR = 0.1
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_no_group():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    destroy_distributed()
 
 
 @pytest.fixture(scope="module")
@@ -72,30 +64,29 @@ def test_bf16_on_two_ranks_trains_what_one_process_does(keeps_whole, alone_bf16,
     assert cosine_similarity(moved(first.weights), moved(alone.weights), dim=0) > 0.95
 
 
-def count_collectives(keeps_whole):
+def count_exchanges(keeps_whole):
     """Return how often a step gathers weights and exchanges gradients."""
     counts = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-            original = getattr(torch.distributed, name)
+        for name in ("foreach_all_gather", "foreach_reduce"):
+            original = getattr(_fsdp_param_group, name)
 
             def counted(*arguments, name=name, original=original, **options):
                 counts[name] += 1
                 return original(*arguments, **options)
 
-            patch.setattr(torch.distributed, name, counted)
-        run("fsdp", "bf16", num_steps=1, keeps_whole=keeps_whole, before_step=lambda *_: counts.clear())
+            patch.setattr(_fsdp_param_group, name, counted)
+        run("fsdp", "bf16", num_steps=1, keeps_whole=keeps_whole)
     return counts
 
 
 def test_what_stays_whole_is_exchanged_once_a_step_and_else_in_every_micro_batch():
-    groups = 31  # 30 decoder layers, and the rest
-    counts = on_ranks(2, "fsdp", count_collectives, True)[0]
-    assert counts["reduce_scatter_tensor"] == groups
-    weights_gathered = counts["all_gather_into_tensor"]
-    counts = on_ranks(2, "fsdp", count_collectives, False)[0]
-    assert counts["reduce_scatter_tensor"] == MICRO_BATCHES * groups
-    assert counts["all_gather_into_tensor"] > 4 * weights_gathered / MICRO_BATCHES
+    layers, rest = 6, 1
+    kept, freed = (on_ranks(2, "fsdp", count_exchanges, keeps_whole)[0] for keeps_whole in (True, False))
+    assert kept == {"foreach_all_gather": layers + rest, "foreach_reduce": layers + rest}
+    # A layer is gathered before its forward pass and again before its backward pass.
+    assert freed["foreach_all_gather"] == MICRO_BATCHES * (2 * layers + rest)
+    assert freed["foreach_reduce"] == MICRO_BATCHES * (layers + rest)
 
 
 def test_three_billion_parameters_stay_whole_on_80_gb_and_eight_do_not():
@@ -157,8 +148,8 @@ def test_a_gathered_model_is_built_without_random_numbers():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("strategy", ["none", "fsdp"])
-def test_activations_are_recomputed_in_the_steps_that_ask_for_it_and_no_bit_changes(strategy, alone):
+def alternately_recomputed(strategy):
+    """Train, recomputing activations in every other step; return also how often a layer was computed, by step."""
     calls = []
 
     def alternate(engine, number):
@@ -168,10 +159,17 @@ def test_activations_are_recomputed_in_the_steps_that_ask_for_it_and_no_bit_chan
         engine.checkpoint_activations(number % 2 == 1)
         calls.append(0)
 
-    assert_identical(run_alone(strategy, before_step=alternate), alone)
-    assert calls == [MICRO_BATCHES, 2 * MICRO_BATCHES] * 3
+    return run(strategy, before_step=alternate), calls
 
 
+@pytest.mark.parametrize("strategy", ["none", "fsdp"])
+def test_activations_are_recomputed_in_the_steps_that_ask_for_it_and_no_bit_changes(strategy, alone):
+    ((trained, calls),) = on_ranks(1, strategy, alternately_recomputed, strategy)
+    assert_identical(trained, alone)
+    assert calls == [MICRO_BATCHES, 2 * MICRO_BATCHES] * 2
+
+
+@pytest.mark.slow
 def test_adapters_train_alike_on_one_rank_and_two(alone):
     lora = Lora(rank=4)
     expected = run_alone("none", lora=lora)
@@ -204,18 +202,18 @@ def test_gradients_of_ddp_are_views_of_what_is_sent():
 
 
 def first_norm(compiled):
-    resources = Resources(device="cpu", strategy="fsdp", compile=compiled)
-    with closing(make_engine(resources, Training(lr=1e-3), None, 0)) as engine:
-        engine.prepare(lambda: make_model(num_hidden_layers=2), NumericsConfig("bf16"))
-        return step(engine, 0)
-
-
-def test_compiled_layers_under_fsdp_have_the_same_gradient_norm(monkeypatch):
+    """Return the gradient norm of one step, and how many graphs were compiled for it."""
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="eager"))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    expected = first_norm(compiled=False)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
-    assert first_norm(compiled=True) == pytest.approx(expected, rel=1e-3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    resources = Resources(device="cpu", strategy="fsdp", compile=compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="eager"))
+        with closing(make_engine(resources, Training(lr=1e-3), None, 0)) as engine:
+            engine.prepare(lambda: make_model(num_hidden_layers=2), NumericsConfig("bf16"))
+            return step(engine, 0), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+def test_compiled_layers_under_fsdp_have_the_same_gradient_norm():
+    ((expected, no_graphs),) = on_ranks(1, "fsdp", first_norm, False)
+    ((norm, num_graphs),) = on_ranks(1, "fsdp", first_norm, True)
+    assert norm == pytest.approx(expected, rel=1e-3) and num_graphs > no_graphs == 0
