@@ -19,7 +19,7 @@ def alone():
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_two_ranks_in_bf16_train_what_fsdp_does_on_one(strategy, alone):
     first, second = run_on_two(strategy, "bf16")
-    assert first.norms == pytest.approx(second.norms) == pytest.approx(alone.norms, rel=0.02)
+    assert first.norms == pytest.approx(second.norms) and first.norms == pytest.approx(alone.norms, rel=0.02)
     assert error(first.weights, alone.weights) < BF16_ERROR
     assert second.weights is None
     assert {weight.dtype for weight in first.weights.values()} == {torch.float32}
