@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from src.data.examples import Example
+from src.model import sampling
 from src.model.loading import numerics_of
 from src.model.logprobs import iter_kl, iter_logps, patch_model_
 from src.model.numerics import cast_for_inference_
@@ -51,13 +52,11 @@ def rehearse_generate(request: Request, mode: FakeCudaMode, layers: int | None, 
     model = load_for_inference(request, mode, layers)
     _note_model(notes, "weights", model)
     numerics = numerics_of(model_inputs(request), resources_of(request))
-    steps = min(request.new_tokens, SHORT_STEPS + LONG_STEPS)
-    jump = request.new_tokens - steps
-    generation = GenerationInputs(0.9, 40, 1.0, steps, 0, None)
+    generation = GenerationInputs(0.9, 40, 1.0, request.new_tokens, 0, None)
     prompts = [[TOKEN] * request.prompt_tokens] * request.rows
-    with mode.in_phase("sample"), _jumping(model, mode, steps, jump, request, notes):
-        for _, ids, _ in sample(model, template(), prompts, "0", generation, numerics, batch_size=request.rows):
-            notes.tokens += len(ids) + jump
+    with mode.in_phase("sample"), _shortened(model, mode, request, notes), _parts_of_whole_depth(request, mode):
+        for _ in sample(model, template(), prompts, "0", generation, numerics, batch_size=request.rows):
+            notes.tokens += request.new_tokens
     torch.cuda.empty_cache()
     initial = load_for_inference(request, mode, layers)
     _note_model(notes, "reference_weights", initial)
@@ -65,7 +64,7 @@ def rehearse_generate(request: Request, mode: FakeCudaMode, layers: int | None, 
     notes.supervised_tokens = sum(example.num_supervised_tokens for example in examples)
     with mode.in_phase("score"):
         for _ in iter_kl(model, initial, examples, request.max_tokens_per_micro_batch, numerics):
-            notes.micro_batches += 1
+            pass
 
 
 def _note_model(notes: Notes, name: str, model: Any) -> None:
@@ -75,49 +74,74 @@ def _note_model(notes: Notes, name: str, model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _jumping(model: Any, mode: FakeCudaMode, steps: int, jump: int, request: Request, notes: Notes) -> Iterator[None]:
-    """After SHORT_STEPS tokens let the cache be longer by `jump` positions, as if so many had been sampled.
+def _parts_of_whole_depth(request: Request, mode: FakeCudaMode) -> Iterator[None]:
+    """Let a batch be split as it is with all layers, whose weights and cache leave less memory than a few layers'."""
+    split, depth = sampling.parts_that_fit, request.config["num_hidden_layers"]
+    whole = load_fake(config_of(request.config), mode)
+    size = 2 if request.precision == "bf16" else 4
+    free = mode.gpu.usable - size * sum(p.numel() for p in whole.parameters())
 
-    The work of the steps in between is that of the mean of the steps before and after the jump.
+    def split_noted(batch: Any, model: Any, *lengths: int) -> Any:
+        with (
+            mock.patch.object(model.config, "num_hidden_layers", depth),
+            mock.patch.object(torch.cuda, "mem_get_info", lambda *_: (free, mode.gpu.memory)),
+        ):
+            return split(batch, model, *lengths)
+
+    with mock.patch.object(sampling, "parts_that_fit", split_noted):
+        yield
+
+
+@contextlib.contextmanager
+def _shortened(model: Any, mode: FakeCudaMode, request: Request, notes: Notes) -> Iterator[None]:
+    """Of every part of a batch compute the first SHORT_STEPS tokens and the last LONG_STEPS.
+
+    The work of those in between is that of the mean of the steps around them. `micro_batches` counts the parts.
     """
-    update, step = model._update_model_kwargs_for_generation, 0
-    marks: list[dict[str, list[float]]] = []
+    generate, update = model.generate, model._update_model_kwargs_for_generation
+    jump = max(0, request.new_tokens - SHORT_STEPS - LONG_STEPS)
+    marks: list[dict[str, list[float]]] = []  # the work until the end of each step of a part
+
+    def generate_noted(*args: Any, **kwargs: Any) -> Any:
+        marks.clear()
+        notes.micro_batches += 1
+        output = generate(*args, **kwargs)
+        if jump:
+            short, long = _between(marks[0], marks[1]), _between(marks[-2], marks[-1])
+            for kind, row in mode.work.by_kind.items():
+                mean = [(a + b) / 2 for a, b in zip(short.get(kind, [0.0] * 4), long.get(kind, [0.0] * 4), strict=True)]
+                mode.work.by_kind[kind] = [a + jump * b for a, b in zip(row, mean, strict=True)]
+        return output
 
     def update_noted(outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        nonlocal step
-        step += 1
         model_kwargs = update(outputs, model_kwargs, *args, **kwargs)
         layers = model_kwargs["past_key_values"].layers
         marks.append({kind: list(row) for kind, row in mode.work.by_kind.items()})
-        if step == SHORT_STEPS and jump > 0:
+        if len(marks) == SHORT_STEPS and jump:
             for layer in layers:
                 layer.update(*(_tokens_like(x, jump) for x in (layer.keys, layer.values)))
-            mode.work.by_kind = {kind: list(row) for kind, row in marks[-1].items()}  # the jump is no work
+            mode.work.by_kind = {kind: list(row) for kind, row in marks[-1].items()}  # that is no step's work
             mask = model_kwargs["attention_mask"]
             model_kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), jump)], 1)
-        held = [x for layer in layers for x in (layer.keys, layer.values)]
-        mode.memory.relabel(held, "KV cache")
-        notes.held["kv_cache"] = sum(x.numel() * x.element_size() for x in held)
-        expected = torch.bfloat16 if request.precision == "bf16" else torch.float32
-        if wrong := {str(x.dtype).removeprefix("torch.") for x in held if x.dtype != expected}:
-            notes.finding = (
-                f"the KV cache holds {', '.join(sorted(wrong))}, with engine.precision={request.precision}: "
-                "src/model/sampling.py"
-            )
+        _note_cache([x for layer in layers for x in (layer.keys, layer.values)], request, mode, notes)
         return model_kwargs
 
     # The model asks the device whether all rows have ended, which has no answer.
     with (
+        mock.patch.object(model, "generate", generate_noted),
         mock.patch.object(model, "_update_model_kwargs_for_generation", update_noted),
-        mock.patch.object(model, "_has_unfinished_sequences", lambda *_, **__: step < steps),
+        mock.patch.object(model, "_has_unfinished_sequences", lambda *_, **__: len(marks) + jump < request.new_tokens),
     ):
         yield
-    if jump > 0 and len(marks) > SHORT_STEPS + 1:
-        short, long = _between(marks[0], marks[1]), _between(marks[-2], marks[-1])
-        for kind in short.keys() | long.keys():
-            mean = [(a + b) / 2 for a, b in zip(short.get(kind, [0.0] * 4), long.get(kind, [0.0] * 4), strict=True)]
-            row = mode.work.by_kind.setdefault(kind, [0.0] * 4)
-            mode.work.by_kind[kind] = [a + jump * b for a, b in zip(row, mean, strict=True)]
+
+
+def _note_cache(tensors: list[Tensor], request: Request, mode: FakeCudaMode, notes: Notes) -> None:
+    mode.memory.relabel(tensors, "KV cache")
+    notes.held["kv_cache"] = sum(x.numel() * x.element_size() for x in tensors)
+    expected = torch.bfloat16 if request.precision == "bf16" else torch.float32
+    if wrong := {str(x.dtype).removeprefix("torch.") for x in tensors if x.dtype != expected}:
+        names = ", ".join(sorted(wrong))
+        notes.finding = f"the KV cache holds {names}, with engine.precision={request.precision}: src/model/sampling.py"
 
 
 def _tokens_like(x: Tensor, count: int) -> Tensor:
