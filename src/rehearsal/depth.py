@@ -32,7 +32,8 @@ def at_depth(few: Result, many: Result, layers: tuple[int, int], depth: int) -> 
         for kind in many.work | few.work
     }
     values["peak"] = peak_of(values["peak_by_phase"])
-    values["held_at_peak"] = dict(sorted(values["held_at_peak"].items(), key=lambda item: -item[1]))
+    by_size = sorted(values["held_at_peak"].items(), key=lambda item: -item[1])
+    values["held_at_peak"] = {label: size for label, size in by_size if size > 0}
     return replace(many, rehearsed_layers=layers, **values)
 
 

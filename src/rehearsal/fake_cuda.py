@@ -143,6 +143,8 @@ def fake_cuda(gpu: Gpu) -> Iterator[FakeCudaMode]:
             stack.enter_context(mock.patch(f"torch.cuda.{name}", answer))
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor, *_: tensor))
         stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", _resize_and_note(mode)))
+        # A fake tensor otherwise starts the card of its device first.
+        stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda *_: None))
         stack.enter_context(mock.patch.object(torch.Tensor, "data", _DATA, create=True))
         # Module.to swaps fake parameters, which it refuses for those that something refers to weakly.
         stack.enter_context(mock.patch("torch.utils.weakref", SimpleNamespace(getweakrefs=lambda _: [])))

@@ -105,7 +105,8 @@ def _shortened(model: Any, mode: FakeCudaMode, request: Request, notes: Notes) -
     def generate_noted(*args: Any, **kwargs: Any) -> Any:
         marks.clear()
         notes.micro_batches += 1
-        output = generate(*args, **kwargs)
+        with mode.in_phase("prompt"):
+            output = generate(*args, **kwargs)
         if jump:
             short, long = _between(marks[0], marks[1]), _between(marks[-2], marks[-1])
             for kind, row in mode.work.by_kind.items():
@@ -117,6 +118,7 @@ def _shortened(model: Any, mode: FakeCudaMode, request: Request, notes: Notes) -
         model_kwargs = update(outputs, model_kwargs, *args, **kwargs)
         layers = model_kwargs["past_key_values"].layers
         marks.append({kind: list(row) for kind, row in mode.work.by_kind.items()})
+        mode.phase = "decode"  # whose peak grows with the cache of all layers, that of the prompt hardly
         if len(marks) == SHORT_STEPS and jump:
             for layer in layers:
                 layer.update(*(_tokens_like(x, jump) for x in (layer.keys, layer.values)))
