@@ -16,7 +16,7 @@ from src.planning.stage import Stage
 from src.rehearsal.request import Request, Result, draw_lengths
 
 MAX_BUDGET = 16_384  # tokens of a micro-batch, above which a step is no faster (src/training/token_budget.py)
-_BUDGET_MULTIPLE = 1024
+_BUDGET_MULTIPLE = 256
 _REHEARSED_LAYERS = (2, 4)  # a line through two depths gives the whole one
 _SCORED_EXAMPLES = 64  # rehearsed of a pass over all pairs
 _FLOPS = {"sft": 6, "reference": 2, "align": 6}  # per parameter and token: 2 forward, 4 backward
