@@ -107,6 +107,7 @@ def _answers(gpu: Gpu, mode: FakeCudaMode) -> dict[str, Any]:
         "reset_peak_memory_stats": lambda *_: memory.start_peak(),
         "empty_cache": memory.empty_cache,
         "synchronize": lambda *_: None,
+        "is_current_stream_capturing": lambda: False,
         "Stream": _Stream,
         "Event": _Event,
         "current_stream": lambda *_: _STREAM,
