@@ -82,8 +82,8 @@ def count_exchanges(keeps_whole):
 
 def test_what_stays_whole_is_exchanged_once_a_step_and_else_in_every_micro_batch():
     layers, rest = 6, 1
-    kept, freed = (on_ranks(2, "fsdp", count_exchanges, keeps_whole)[0] for keeps_whole in (True, False))
-    assert kept == {"foreach_all_gather": layers + rest, "foreach_reduce": layers + rest}
+    keeps_whole, freed = (on_ranks(2, "fsdp", count_exchanges, keeps_whole)[0] for keeps_whole in (True, False))
+    assert keeps_whole == {"foreach_all_gather": layers + rest, "foreach_reduce": layers + rest}
     # A layer is gathered before its forward pass and again before its backward pass.
     assert freed["foreach_all_gather"] == MICRO_BATCHES * (2 * layers + rest)
     assert freed["foreach_reduce"] == MICRO_BATCHES * (layers + rest)

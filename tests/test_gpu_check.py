@@ -113,7 +113,7 @@ def succeed(setting):
 
 
 @pytest.fixture
-def part_of(monkeypatch):
+def make_part(monkeypatch):
     def make(function, timeout=30.0):
         name = f"benchmarks.gpu_check.{function.__name__}"
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(run=function))
@@ -122,10 +122,17 @@ def part_of(monkeypatch):
     return make
 
 
-def test_no_part_ends_the_others_and_each_outcome_is_told_apart(tmp_path, part_of):
-    parts = [part_of(crash), part_of(hang, 0.5), part_of(fail), part_of(absent), part_of(miss), part_of(succeed)]
-    said: list[str] = []
-    results = run_parts(parts, Setting(None, tmp_path), None, said.append)
+def test_no_part_ends_the_others_and_each_outcome_is_told_apart(tmp_path, make_part):
+    parts = [
+        make_part(crash),
+        make_part(hang, 0.5),
+        make_part(fail),
+        make_part(absent),
+        make_part(miss),
+        make_part(succeed),
+    ]
+    printed: list[str] = []
+    results = run_parts(parts, Setting(None, tmp_path), None, printed.append)
     outcomes = {result.name: (result.status, result.message.partition(" (/")[0]) for result in results}
     assert outcomes == {
         "crash": ("error", "its process ended by SIGKILL"),
@@ -136,12 +143,12 @@ def test_no_part_ends_the_others_and_each_outcome_is_told_apart(tmp_path, part_o
         "succeed": ("passed", ""),
     }
     assert [result.ok for result in results] == [False, False, False, True, False, True]
-    assert said[::2] == [f"[{n}/6] {part.name}: started [{CPU}]" for n, part in enumerate(parts, 1)]
+    assert printed[::2] == [f"[{n}/6] {part.name}: started [{CPU}]" for n, part in enumerate(parts, 1)]
     assert "second line" in (tmp_path / "fail.log").read_text()
 
 
-def test_parts_for_which_no_time_is_left_are_errors_and_are_not_started(tmp_path, part_of):
-    results = run_parts([part_of(hang, 0.5), part_of(succeed)], Setting(None, tmp_path), 0.4, lambda line: None)
+def test_parts_for_which_no_time_is_left_are_errors_and_are_not_started(tmp_path, make_part):
+    results = run_parts([make_part(hang, 0.5), make_part(succeed)], Setting(None, tmp_path), 0.4, lambda line: None)
     assert [r.status for r in results] == ["error", "error"] and "no time left" in results[1].message
     assert not (tmp_path / "succeed.log").exists()
 
