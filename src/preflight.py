@@ -19,10 +19,11 @@ from src.data.sources import open_source
 from src.errors import ConfigError
 from src.hardware import check_num_threads
 from src.judges.prompt_file import load_judge_prompt
-from src.model.files import check_model_files
+from src.model.files import check_model_files, why_too_long
 from src.planning.content import locate
 from src.planning.identity import DataInputs
-from src.planning.resources import splits_validation_prompts
+from src.planning.model_shape import model_shape
+from src.planning.resources import max_sequence_tokens, splits_validation_prompts
 from src.planning.stage import pair_data, prompt_inputs, sft_data
 
 HUB_TIMEOUT = 5.0  # seconds
@@ -38,6 +39,8 @@ def check_input_files(points: Sequence[Point]) -> None:
     """
     for path in dict.fromkeys(point.model.path for point in points):
         check_model_files(path)
+    for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
+        _check_sequence_length(point)
     for name in dict.fromkeys(p.judge.model for p in points if p.judge.name == "reward_model"):
         if name is not None:
             check_model_files(name, "judge.model", causal=False)
@@ -56,6 +59,16 @@ def check_input_files(points: Sequence[Point]) -> None:
             prompts = read_prompts(prompt_inputs(point))
             if baseline is not None:
                 read_answers(baseline, prompts, "judge.baseline")
+
+
+def _check_sequence_length(point: Point) -> None:
+    """Refuse a model that does not attend to a whole sequence, where its config can be read on this machine."""
+    shape, num_tokens = model_shape(point.model.path, point.model.revision), max_sequence_tokens(point)
+    if shape is not None and (reason := why_too_long(shape.config, num_tokens)):
+        raise ConfigError(
+            f"model.path={point.model.path}: {reason} (the larger of dataset.max_tokens, and dataset.max_prompt_tokens "
+            "+ evaluation.generation.max_new_tokens): use smaller ones, or another model"
+        )
 
 
 def _check_two_prompts(data: DataInputs) -> None:

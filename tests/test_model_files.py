@@ -151,6 +151,24 @@ def test_commands_refuse_it_before_anything_runs(kind, mode, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out" / "store").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset.max_tokens=300", "has 256 positions, sequences have up to 300 tokens"),
+        ("evaluation.generation.max_new_tokens=200", "has 256 positions, sequences have up to 312 tokens"),
+        # A model of the hub, whose config is known without a network.
+        ("model.path=meta-llama/Llama-3.2-3B dataset.max_tokens=200000", "has 131072 positions, sequences have up to"),
+        ("dataset.max_tokens=256", None),  # the control: as many as there are positions
+    ],
+)
+def test_sequences_longer_than_a_model_attends_to_are_refused_before_anything_runs(override, message, tmp_path):
+    done = run_in_process("-m", "dry_run=true", *override.split(), f"output_dir={tmp_path}", "engine.gpu=null")
+    if message is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(("content", "suffix"), [(b"", ".gguf"), (b"x" * 100, ".gguf"), (WHOLE, ".safetensors")])
 def test_a_file_that_is_no_gguf_file_is_refused(content, suffix, tmp_path):
     file = (tmp_path / "model").with_suffix(suffix)

@@ -15,7 +15,7 @@ LIMIT = 72 * GIB
 CONFIGS = {
     "3b": hub_configs()["meta-llama/Llama-3.2-3B"],
     "8b": hub_configs()["meta-llama/Llama-3.1-8B"],
-    "7b": hub_configs()["mistralai/Mistral-7B-v0.1"],
+    "7b": hub_configs()["mistralai/Mistral-7B-v0.3"],
 }
 # Medians of prompt and response of benchmarks.pairs, in tokens; the first example is the longest that the cut allows.
 TLDR = draw_lengths(128, 381, 35, 2, max_tokens=1024, max_prompt_tokens=896)

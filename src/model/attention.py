@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from src.errors import ConfigError
 from src.model.cpu.attention import BlockAttention
 from src.model.cpu.linear import ONEDNN
-from src.model.files import why_not_supported
+from src.model.files import why_not_supported, why_too_long
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,16 +207,8 @@ def check_supported(config: Any, max_sequence_tokens: int) -> None:
     name = config.model_type
     if reason := why_not_supported(name):
         raise ConfigError(reason)
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and window < max_sequence_tokens:
-        raise ConfigError(
-            f"model {name}: its sliding window of {window} tokens is shorter than sequences of {max_sequence_tokens}"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and positions < max_sequence_tokens:
-        raise ConfigError(
-            f"model {name}: it has {positions} positions, sequences have up to {max_sequence_tokens} tokens"
-        )
+    if reason := why_too_long(config.to_dict(), max_sequence_tokens):
+        raise ConfigError(reason)
     if getattr(config, "attn_logit_softcapping", None):
         raise ConfigError(f"model {name}: soft-capped attention scores are not supported")
     for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):

@@ -5,6 +5,7 @@ What only loading shows (missing tensors, shapes that do not fit the config) is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def why_not_supported(model_type: str) -> str | None:
     if model_type in ARCHITECTURES:
         return None
     return f"log-probs of model_type {model_type} are not supported; use one of {', '.join(ARCHITECTURES)}"
+
+
+def why_too_long(config: Mapping[str, Any], max_sequence_tokens: int) -> str | None:
+    """Return why a model does not attend to all of a sequence of so many tokens, or None.
+
+    config: fields of config.json, of which some may be absent.
+    """
+    name, window = config.get("model_type"), config.get("sliding_window")
+    if window and config.get("use_sliding_window", True) and window < max_sequence_tokens:
+        return f"model {name}: its sliding window of {window} tokens is shorter than sequences of {max_sequence_tokens}"
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if positions and positions < max_sequence_tokens:
+        return f"model {name}: it has {positions} positions, sequences have up to {max_sequence_tokens} tokens"
+    return None
 
 
 def wrapper_hint(names: list[str]) -> str:

@@ -61,11 +61,17 @@ def resources_of(point: Point, pairs: DataInputs) -> Resources:
         server_timeout=point.server.timeout,
         server_concurrency=point.server.concurrency,
         judge=select_fields(JudgeEndpoint, point.judge),
-        max_sequence_tokens=max(data.max_tokens, data.max_prompt_tokens + generation.max_new_tokens),
+        max_sequence_tokens=max_sequence_tokens(point),
         min_validation_prompts=2 if splits_validation_prompts(point) else 1,
         pairs=pairs,
         expected_rows={name: table.rows for name, table in tables.items() if table is not None},
     )
+
+
+def max_sequence_tokens(point: Point) -> int:
+    """Return the tokens of the longest sequence that training and sampling may have."""
+    data, new_tokens = point.dataset, point.evaluation.generation.max_new_tokens
+    return max(data.max_tokens, data.max_prompt_tokens + new_tokens)
 
 
 def splits_validation_prompts(point: Point) -> bool:
