@@ -39,8 +39,6 @@ def check_input_files(points: Sequence[Point]) -> None:
     """
     for path in dict.fromkeys(point.model.path for point in points):
         check_model_files(path)
-    for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
-        _check_sequence_length(point)
     for name in dict.fromkeys(p.judge.model for p in points if p.judge.name == "reward_model"):
         if name is not None:
             check_model_files(name, "judge.model", causal=False)
@@ -59,6 +57,8 @@ def check_input_files(points: Sequence[Point]) -> None:
             prompts = read_prompts(prompt_inputs(point))
             if baseline is not None:
                 read_answers(baseline, prompts, "judge.baseline")
+    for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
+        _check_sequence_length(point)
 
 
 def _check_sequence_length(point: Point) -> None:
