@@ -121,11 +121,13 @@ def test_halves_of_validation_prompts_are_needed_where_points_are_compared_by_th
 
 
 def test_a_file_whose_validation_pairs_have_one_prompt_is_refused_before_anything_runs(tmp_path):
+    short = ("dataset.max_tokens=96", "dataset.max_prompt_tokens=48", "evaluation.generation.max_new_tokens=48")
     for end, code in (("", 2), ("q", 0)):
         prompts = ["p", "p ", "p", "p", "p", "p", "p", *(f"{end and i}{'q' * (not end)}" for i in range(7))]
         path = write(tmp_path / "pairs.jsonl", prompts)
         options = ("judge=none", "evaluation=preference", "dataset.validation_size=2", "dataset.seed=1", "dry_run=true")
-        done = run_in_process("dataset=jsonl", f"dataset.path={path}", *options, f"output_dir={tmp_path / 'out'}")
+        output_dir = f"output_dir={tmp_path / 'out'}"
+        done = run_in_process("dataset=jsonl", f"dataset.path={path}", *options, *short, output_dir)
         assert done.returncode == code, (done.stdout, done.stderr)
         assert code == 0 or ("validation pairs have the same prompt" in done.stderr and done.stderr.count("\n") == 1)
 
