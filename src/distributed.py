@@ -30,6 +30,7 @@ class DistributedContext:
     rank: int = 0
     size: int = 1
     local_size: int = 1  # ranks on this machine
+    local_rank: int = 0  # the index of this rank's GPU
     gloo_group: Any = None  # process group for control messages
 
     @property
@@ -106,6 +107,7 @@ def init_distributed(strategy: str) -> DistributedContext:
         dist.get_rank(),
         dist.get_world_size(),
         local_size,
+        local_rank,
         dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
     )
     return _context

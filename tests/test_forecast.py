@@ -47,6 +47,19 @@ def dry_run(tmp_path, *overrides):
     return run_in_process("-m", "dry_run=true", f"output_dir={tmp_path}", *overrides)
 
 
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3_offload", "fsdp"])
+def test_what_is_rehearsed_as_a_strategy_that_holds_more_is_not_refused_by_its_rehearsal(engine, rehearsals, tmp_path):
+    _, results = rehearsals
+    results["align", 8] = Result(error="an example of 8071 tokens does not fit into the memory of the GPU")
+    done = dry_run(tmp_path, *UF, f"engine={engine}", "engine.gpu=h200", "hydra/launcher=slurm_8gpu")
+    if engine == "fsdp":  # the control
+        assert done.returncode == 2 and "an example of 8071 tokens does not fit" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        table = memory_table(done.stdout)
+        assert table["align"]["s a step"] == "-" != table["reference"]["s a step"]
+
+
 def test_the_table_has_what_each_process_of_each_stage_holds(arithmetic, tmp_path):
     done = dry_run(tmp_path, *TLDR)
     assert done.returncode == 0, done.stderr

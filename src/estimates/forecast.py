@@ -129,7 +129,9 @@ class Forecast:
         ]
         if self._cards:
             rehearsed = any(load.result is not None for load in self.loads.values())
-            why = self.why_not_rehearsed or "the length of the rows is not known"
+            why = self.why_not_rehearsed or "; ".join(
+                dict.fromkeys(filter(None, (load.why_not_rehearsed for load in self.loads.values())))
+            )
             lines.append(
                 "rehearsed: the stages' own code on a card that is not there (docs/rehearsal.md)"
                 if rehearsed

@@ -21,6 +21,9 @@ _REHEARSED_LAYERS = (2, 4)  # a line through two depths gives the whole one
 _SCORED_EXAMPLES = 64  # rehearsed of a pass over all pairs
 _FLOPS = {"sft": 6, "reference": 2, "align": 6}  # per parameter and token: 2 forward, 4 backward
 _MORE_GPUS = (2, 4, 8, 16, 32)
+# Their steps are rehearsed as those of FSDP2 (src/rehearsal/deepspeed_memory.py), which holds more on a card than they
+# do: what it cannot fit they may.
+_BY_ARITHMETIC = ("zero1", "zero2", "zero3_offload")
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,19 @@ class Load:
         return max(0, int(tokens)) // _BUDGET_MULTIPLE * _BUDGET_MULTIPLE
 
     @property
+    def why_not_rehearsed(self) -> str | None:
+        """Why there is nothing to rehearse; None when there is."""
+        if self.stage.kind == "generate" and self.point.server.name != "none":
+            return f"samples of server={self.point.server.name}"
+        if math.isnan(self.size.tokens):
+            return "the length of the rows is not known"
+        strategy = self.point.engine.strategy
+        return f"training with {strategy}" if self.stage.is_training and strategy in _BY_ARITHMETIC else None
+
+    @property
     def request(self) -> Request | None:
-        """What to rehearse; None without a card, for samples of a server, or where no length of rows is known."""
-        sampled_by_server = self.stage.kind == "generate" and self.point.server.name != "none"
-        if self.card is None or math.isnan(self.size.tokens) or sampled_by_server:
+        """What to rehearse; None without a card, or when something stands against it."""
+        if self.card is None or self.why_not_rehearsed is not None:
             return None
         point, data, engine = self.point, self.point.dataset, self.point.engine
         trainer = point.trainer.sft if self.stage.kind == "sft" else point.trainer.align

@@ -19,7 +19,7 @@ class _BlockLayer(DynamicLayer):
     """
 
     is_initialized: bool
-    _buffers: tuple[Tensor, Tensor]
+    _buffers: tuple[Tensor, ...]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens, rounded to bf16; return those of all tokens."""
@@ -28,7 +28,7 @@ class _BlockLayer(DynamicLayer):
             self.dtype, self.device, self.is_initialized = torch.bfloat16, key_states.device, True
             self._buffers = self._with_room(key_states, num_new), self._with_room(value_states, num_new)
         elif start + num_new > self._buffers[0].shape[-2]:
-            self._buffers = self._grown(self._buffers[0], num_new), self._grown(self._buffers[1], num_new)
+            self._buffers = tuple(self._grown(buffer, start + num_new) for buffer in self._buffers)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., start : start + num_new, :] = states
         self.keys, self.values = (buffer[..., : start + num_new, :] for buffer in self._buffers)
@@ -39,8 +39,8 @@ class _BlockLayer(DynamicLayer):
         tokens = -(-num_tokens // BLOCK) * BLOCK
         return like.new_empty(*like.shape[:-2], tokens, like.shape[-1], dtype=torch.bfloat16)
 
-    def _grown(self, buffer: Tensor, num_new: int) -> Tensor:
-        grown = self._with_room(buffer, buffer.shape[-2] + num_new)
+    def _grown(self, buffer: Tensor, num_tokens: int) -> Tensor:
+        grown = self._with_room(buffer, num_tokens)
         grown[..., : buffer.shape[-2], :] = buffer
         return grown
 

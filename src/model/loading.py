@@ -22,7 +22,7 @@ from src.model import attention
 from src.model.files import too_many_tokens, wrapper_hint
 from src.model.fused_ops import why_not_fused
 from src.model.logprobs import patch_model_
-from src.model.numerics import NumericsConfig, cast_for_inference_
+from src.model.numerics import NumericsConfig, cast_for_inference_, set_deterministic
 from src.planning.content import ContentPath, locate, reading
 from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
@@ -42,7 +42,12 @@ def device_of(device: str) -> torch.device:
 
 
 def numerics_of(model: ModelInputs, resources: Resources) -> NumericsConfig:
-    """Return the numerics of log-probs and samples on this machine; log the reason once. Raises ConfigError."""
+    """Return the numerics of log-probs and samples on this machine; log the reason once. Raises ConfigError.
+
+    Every stage asks for them before it computes anything, so that the order of sums on a GPU is set here, too.
+    """
+    if device_of(resources.device).type == "cuda":
+        set_deterministic(resources.deterministic)
     fused = resources.fused if not resources.compile or resources.fused is True else False  # compilation fuses, too
     return _numerics(model.precision, resources.attention, fused, device_of(resources.device))
 

@@ -59,6 +59,11 @@ class AccelerateEngine(TrainingEngine):
             config = deepspeed_config(self.resources, self.trainer, precision, self.device)
             plugin = DeepSpeedPlugin(hf_ds_config=config)
         cpu = self.device.type == "cpu"
+        # accelerate takes this variable for a sign of several processes. It is also set for FSDP2 in a single one, and
+        # would make DDP of the next engine of that process.
+        os.environ.pop("LOCAL_RANK", None)
+        if self.resources.strategy != "none":
+            os.environ["LOCAL_RANK"] = str(get_distributed().local_rank)
         PartialState(cpu=cpu)
         accelerator = Accelerator(
             # Passing cpu=True again would disable the DeepSpeed plugin.

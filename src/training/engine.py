@@ -28,7 +28,7 @@ from src.config.schema import Lora, Training
 from src.errors import ConfigError
 from src.model.loading import device_of
 from src.model.logprobs import patch_model_
-from src.model.numerics import NumericsConfig, set_deterministic
+from src.model.numerics import NumericsConfig
 from src.planning.resources import Resources
 from src.training.training_state import StagedState
 
@@ -36,7 +36,8 @@ from src.training.training_state import StagedState
 # that need the weights.
 ModelLoader = Callable[[], Any]
 
-_recompute = partial(checkpoint, use_reentrant=False)
+# There is no dropout, so that recomputing needs no state of random numbers.
+_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class TrainingEngine(ABC):
@@ -49,8 +50,6 @@ class TrainingEngine(ABC):
         """`seed` is for the initial adapters. Raises ConfigError for a device that is not there."""
         self.resources, self.trainer, self.lora, self.seed = resources, trainer, lora, seed
         self.device = device_of(resources.device)
-        if self.device.type == "cuda":
-            set_deterministic(resources.deterministic)
 
     @property
     @abstractmethod

@@ -51,7 +51,8 @@ class FsdpEngine(TrainingEngine):
     def prepare(self, load: ModelLoader, numerics: NumericsConfig) -> Any:
         model = self._load_on_rank_0(load)
         policy = SequenceLogps(self.configure_model(model), numerics).train()
-        weights: dict[str, Any] = dict(policy.named_parameters())
+        # Detached: of a parameter itself the device would hold the whole tensor for as long as it is referred to.
+        weights: dict[str, Any] = {name: p.detach() for name, p in policy.named_parameters()}
         num_parameters = sum(p.numel() for p in weights.values())
         self.keeps_whole = fsdp_keeps_whole(num_parameters, self.shards, self._device_bytes())
         self.policy: Any = self._shard(policy, numerics)
