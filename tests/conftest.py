@@ -45,6 +45,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Together(config, log)
 
 
+@pytest.fixture(autouse=True)
+def no_rank_is_left() -> Iterator[None]:
+    """Forget the rank that FSDP2 and DeepSpeed give to a single process: commands would take it for one of several."""
+    yield
+    os.environ.pop("LOCAL_RANK", None)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Serve SmolLM2."""
