@@ -258,6 +258,6 @@ def test_reading_rows_reports_progress_after_two_seconds(tmp_path, monkeypatch):
 def test_every_dataset_can_be_chosen_by_name(name, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3)
     path = [f"dataset.path={tmp_path / 'pairs.jsonl'}"] if name == "jsonl" else []
-    gold = [] if name == "mini_tldr" else ["judge=none", "evaluation=preference"]
+    gold = [] if name == "mini_tldr" else ["judge=none", "evaluation=preference", "model=llama32_3b"]
     done = run_in_process(f"dataset={name}", *path, *gold, f"output_dir={tmp_path}", "dry_run=true")
     assert done.returncode == (2 if name == "jsonl" else 0), done.stderr
