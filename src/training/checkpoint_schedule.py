@@ -11,7 +11,8 @@ class CheckpointSchedule:
 
     A checkpoint counts once it is published: at the first end of a step after its files are written. So the next one
     begins before the time is over, by what a save and two steps have taken last. The first one begins after half of
-    the time, as nobody knows how long a save takes; and two never begin within less than half of it.
+    the time, as nobody knows how long a save takes; and two never begin within less than half of it, although more is
+    lost then where a save and two steps take longer than that.
     """
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
