@@ -207,6 +207,9 @@ def first_norm(compiled):
     resources = Resources(device="cpu", strategy="fsdp", compile=compiled)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="eager"))
+        # The process that this one was forked from may have compiled layers for another test.
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         with closing(make_engine(resources, Training(lr=1e-3), None, 0)) as engine:
             engine.prepare(lambda: make_model(num_hidden_layers=2), NumericsConfig("bf16"))
             return step(engine, 0), torch._dynamo.utils.counters["stats"]["unique_graphs"]
