@@ -43,7 +43,8 @@ def _load(library: Path) -> None:
 
 def _build(torch_folder: Path, parts: tuple[str, ...], compiler: str) -> Path:
     """Compile parts of noop_guard.cpp against the installed torch, unless that was done before; return the library."""
-    content = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    # The folder of torch is part of the name, because the library looks for torch's libraries there.
+    content = hashlib.sha256(SOURCE.read_bytes() + str(torch_folder).encode()).hexdigest()[:12]
     name = "-".join(("guard", version("torch"), f"python{sys.version_info[0]}.{sys.version_info[1]}", *parts, content))
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "alignment-sweep"
     library = folder / f"{name}.so"
