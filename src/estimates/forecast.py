@@ -60,7 +60,7 @@ class Forecast:
         if self.why_not_rehearsed is not None or not loads:
             return loads
         requests = [load.request for load in loads if load.request is not None]
-        note = f"rehearsing {len(requests)} stages on cards that are not there, seconds each; results are kept"
+        note = f"estimating memory and time of {len(requests)} stages, some seconds each; results are cached"
         waiting = Timer(1.0, print, (note,), {"file": sys.stderr, "flush": True})
         waiting.start()
         try:

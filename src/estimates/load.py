@@ -21,7 +21,7 @@ _REHEARSED_LAYERS = (2, 4)  # a line through two depths gives the whole one
 _SCORED_EXAMPLES = 64  # rehearsed of a pass over all pairs
 _FLOPS = {"sft": 6, "reference": 2, "align": 6}  # per parameter and token: 2 forward, 4 backward
 _MORE_GPUS = (2, 4, 8, 16, 32)
-# Their steps are rehearsed as those of FSDP2 (src/rehearsal/deepspeed_memory.py), which holds more on a card than they
+# Their steps are rehearsed as those of FSDP2 (src/rehearsal/run.py:STAND_INS), which holds more on a card than they
 # do: what it cannot fit they may.
 _BY_ARITHMETIC = ("zero1", "zero2", "zero3_offload")
 

@@ -68,7 +68,7 @@ def held_by_process(
         cache = cached_tokens * shape.kv_bytes_per_token * computed // _BF16
         return Held(computed * shape.num_parameters, kv_cache=cache, working=working)
     trained = shape.num_parameters if lora is None else _adapters(shape, lora)
-    weights, gradients, state = _training_bytes(shape.num_parameters, trained, strategy, computed, ranks)
+    weights, gradients, state = training_bytes(shape.num_parameters, trained, strategy, computed, ranks)
     gathered = 0
     if strategy == "fsdp" and fsdp_keeps_whole(shape.num_parameters, ranks, device_bytes):
         gathered = computed * shape.num_parameters + (_FLOAT32 * trained if ranks > 1 else 0)
@@ -94,11 +94,13 @@ def fits(held: Held, gpu: Gpu, tokens: int, *, checkpointing: bool) -> bool:
     return held.constant + tokens * per_token <= TARGET_FRACTION * gpu.memory
 
 
-def _training_bytes(total: int, trained: int, strategy: str, computed: int, ranks: int) -> tuple[int, int, int]:
-    """Return bytes of weights, gradients and optimizer state in one process.
+def training_bytes(total: int, trained: int, strategy: str, computed: int, ranks: int) -> tuple[int, int, int]:
+    """Return bytes of weights, gradients and optimizer state on the device of one process.
 
-    FSDP2 and ZeRO-3 shard all of them, ZeRO-2 all but the weights, ZeRO-1 the optimizer state; ZeRO has a float32 copy
-    of the trained weights beside those it computes with, which it shards with the optimizer state.
+    total, trained: parameters. computed: bytes of a weight in the computation. FSDP2 and ZeRO-3 shard all of them,
+    ZeRO-2 all but the weights, ZeRO-1 the optimizer state; ZeRO has a float32 copy of the trained weights beside those
+    it computes with, which it shards with the optimizer state. With offload, weights and optimizer state are in the
+    memory of the host. DeepSpeed's buffers for communication come on top.
     """
     whole = _FLOAT32 * total, _FLOAT32 * trained, _ADAM * trained
     if strategy == "fsdp":

@@ -17,10 +17,10 @@ def main() -> None:
         results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         requests = [Request.from_json(json.loads(line)) for line in sys.stdin]
-        finish = load_guard()
+        load_rest_of_guard = load_guard()
         import torch
 
-        finish()
+        load_rest_of_guard()
         from src.rehearsal.run import run
 
         torch.set_num_threads(1)

@@ -12,9 +12,9 @@ from typing import Any
 from unittest import mock
 
 from src.errors import ConfigError, describe_failure
+from src.planning.fit import training_bytes
 from src.planning.gpus import find_gpu
 from src.planning.resources import fsdp_keeps_whole
-from src.rehearsal.deepspeed_memory import STAND_INS, held_by_rank
 from src.rehearsal.depth import BudgetProbe, Probed, at_depth, peak_of
 from src.rehearsal.device import FakeCudaMode
 from src.rehearsal.fake_cuda import fake_cuda
@@ -31,6 +31,16 @@ _REHEARSALS = {
     "align": rehearse_training,
     "reference": rehearse_reference,
     "generate": rehearse_generate,
+}
+
+# DDP and DeepSpeed do not run on fake tensors: their steps are rehearsed with an engine that computes the same, and the
+# bytes that last are exchanged for `training_bytes`. strategy -> (the one that is rehearsed, whether with all ranks)
+STAND_INS = {
+    "ddp": ("none", False),
+    "zero1": ("fsdp", False),
+    "zero2": ("fsdp", False),
+    "zero3": ("fsdp", True),
+    "zero3_offload": ("fsdp", True),
 }
 
 log = logging.getLogger(__name__)
@@ -132,7 +142,9 @@ def _result(request: Request, mode: FakeCudaMode, notes: Notes, error: str | Non
 def _exchange_held(result: Result, request: Request, stand_in: str) -> Result:
     """Return the result with what a rank of the strategy holds in place of what the rehearsed engine held."""
     trained = result.held.get("gradients", 0) // 4 * (request.ranks if STAND_INS[request.strategy][1] else 1)
-    held = held_by_rank(request.strategy, request.precision, result.parameters, trained, request.ranks)
+    computed = 2 if request.precision == "bf16" else 4
+    sizes = training_bytes(result.parameters, trained, request.strategy, computed, request.ranks)
+    held = dict(zip(("weights", "gradients", "optimizer_state"), sizes, strict=True))
     gathered = 0
     if stand_in == "fsdp" and not STAND_INS[request.strategy][1] and request.precision == "bf16":
         gathered = 2 * result.parameters  # one rank of FSDP2 has its bf16 weights beside the float32 ones
