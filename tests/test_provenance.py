@@ -20,6 +20,13 @@ from tests.support.configs import point
 HERE = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
 
 
+@pytest.fixture(autouse=True)
+def no_kernels_loaded(monkeypatch):
+    """Forget the optional kernels that another test loaded into this process: here none is used."""
+    for kernel in module.OPTIONAL_KERNELS.values():
+        monkeypatch.delitem(module.sys.modules, kernel, raising=False)
+
+
 @pytest.fixture
 def computed(tmp_path, monkeypatch):
     """Return a store with every stage of two points, as if they had been computed: their folders are empty."""
