@@ -18,7 +18,19 @@ from src.training.engine import empty_model
 from src.training.strategies import make_engine
 from tests.support.ranks import on_ranks
 from tests.support.small_models import make_model
-from tests.support.training_runs import MICRO_BATCHES, error, moved, run, run_alone, run_on_two, start, step
+from tests.support.training_runs import (
+    BOTH,
+    MICRO_BATCHES,
+    NEITHER,
+    WEIGHTS,
+    error,
+    moved,
+    run,
+    run_alone,
+    run_on_two,
+    start,
+    step,
+)
 
 # Error of the trained weights relative to how far they moved, from sums in another order: Adam divides gradients by
 # their size, so that weights whose gradient is nearly zero move by rounding.
@@ -43,28 +55,28 @@ def assert_identical(a, b):
 
 def test_one_process_in_float32_has_the_bits_of_no_strategy(alone):
     assert_identical(run_alone("fsdp"), alone)
-    assert_identical(run_alone("fsdp", keeps_whole=False), alone)
+    assert_identical(run_alone("fsdp", kept=NEITHER), alone)
 
 
-@pytest.mark.parametrize("keeps_whole", [True, False])
-def test_two_ranks_train_what_one_process_does(keeps_whole, alone):
-    first, second = run_on_two("fsdp", keeps_whole=keeps_whole)
+@pytest.mark.parametrize("kept", [BOTH, WEIGHTS, NEITHER])
+def test_two_ranks_train_what_one_process_does(kept, alone):
+    first, second = run_on_two("fsdp", kept=kept)
     assert first.norms == second.norms and first.norms == pytest.approx(alone.norms, rel=1e-4)
     assert error(first.weights, alone.weights) < FP32_ERROR
     assert second.weights is None
     assert {weight.dtype for weight in first.weights.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("keeps_whole", [True, False])
-def test_bf16_on_two_ranks_trains_what_one_process_does(keeps_whole, alone_bf16, alone):
-    first, second = run_on_two("fsdp", "bf16", keeps_whole=keeps_whole)
+@pytest.mark.parametrize("kept", [BOTH, WEIGHTS, NEITHER])
+def test_bf16_on_two_ranks_trains_what_one_process_does(kept, alone_bf16, alone):
+    first, second = run_on_two("fsdp", "bf16", kept=kept)
     assert first.norms == second.norms and first.norms == pytest.approx(alone_bf16.norms, rel=0.02)
     assert error(first.weights, alone_bf16.weights) < BF16_ERROR
     assert alone_bf16.norms != alone.norms, "it is bf16 that computes"
     assert cosine_similarity(moved(first.weights), moved(alone.weights), dim=0) > 0.95
 
 
-def count_exchanges(keeps_whole):
+def count_exchanges(kept):
     """Return how often a step gathers weights and exchanges gradients."""
     counts = Counter()
     with pytest.MonkeyPatch.context() as patch:
@@ -76,22 +88,23 @@ def count_exchanges(keeps_whole):
                 return original(*arguments, **options)
 
             patch.setattr(_fsdp_param_group, name, counted)
-        run("fsdp", "bf16", num_steps=1, keeps_whole=keeps_whole)
+        run("fsdp", "bf16", num_steps=1, kept=kept)
     return counts
 
 
 def test_what_stays_whole_is_exchanged_once_a_step_and_else_in_every_micro_batch():
     layers, rest = 6, 1
-    keeps_whole, freed = (on_ranks(2, "fsdp", count_exchanges, keeps_whole)[0] for keeps_whole in (True, False))
-    assert keeps_whole == {"foreach_all_gather": layers + rest, "foreach_reduce": layers + rest}
+    both, weights, neither = (on_ranks(2, "fsdp", count_exchanges, kept)[0] for kept in (BOTH, WEIGHTS, NEITHER))
+    assert both == {"foreach_all_gather": layers + rest, "foreach_reduce": layers + rest}
+    assert weights == both | {"foreach_reduce": MICRO_BATCHES * (layers + rest)}
     # A layer is gathered before its forward pass and again before its backward pass.
-    assert freed["foreach_all_gather"] == MICRO_BATCHES * (2 * layers + rest)
-    assert freed["foreach_reduce"] == MICRO_BATCHES * (layers + rest)
+    assert neither == weights | {"foreach_all_gather": MICRO_BATCHES * (2 * layers + rest)}
 
 
-def test_three_billion_parameters_stay_whole_on_80_gb_and_eight_do_not():
-    assert fsdp_keeps_whole(int(3.2e9), 2, 80 * 2**30) and not fsdp_keeps_whole(int(3.2e9), 2, 40 * 2**30)
-    assert not fsdp_keeps_whole(int(8e9), 8, 80 * 2**30) and fsdp_keeps_whole(int(8e9), 1, 80 * 2**30)
+def test_of_three_billion_parameters_both_stay_whole_on_80_gb_and_of_eight_the_weights():
+    three, eight, gib = int(3.2e9), int(8e9), 2**30
+    assert fsdp_keeps_whole(three, 2, 80 * gib) == BOTH and fsdp_keeps_whole(three, 2, 40 * gib) == NEITHER
+    assert fsdp_keeps_whole(eight, 8, 80 * gib) == WEIGHTS and fsdp_keeps_whole(eight, 1, 80 * gib) == BOTH
 
 
 def parts_of_ranks():

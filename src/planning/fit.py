@@ -70,8 +70,9 @@ def held_by_process(
     trained = shape.num_parameters if lora is None else _adapters(shape, lora)
     weights, gradients, state = training_bytes(shape.num_parameters, trained, strategy, computed, ranks)
     gathered = 0
-    if strategy == "fsdp" and fsdp_keeps_whole(shape.num_parameters, ranks, device_bytes):
-        gathered = computed * shape.num_parameters + (_FLOAT32 * trained if ranks > 1 else 0)
+    kept = fsdp_keeps_whole(shape.num_parameters, ranks, device_bytes)
+    if strategy == "fsdp" and kept.weights:
+        gathered = computed * shape.num_parameters + (_FLOAT32 * trained if ranks > 1 and kept.gradients else 0)
     elif strategy in _SHARDED_WEIGHTS:
         # Two layers, as the next one is fetched meanwhile, and the embedding and the head, which stay.
         gathered = computed * (2 * shape.layer + _outside_layers(shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from src.config.schema import JudgeEndpoint, Point
 from src.planning.identity import DataInputs, select_fields
@@ -38,13 +39,26 @@ class Resources:
         return int(self.strategy[4]) if self.strategy.startswith("zero") else 0
 
 
-def fsdp_keeps_whole(num_parameters: int, num_processes: int, device_bytes: int) -> bool:
-    """Return whether FSDP2 keeps gathered weights and unreduced gradients from one micro-batch of a step to the next.
+class KeptWhole(NamedTuple):
+    """What FSDP2 keeps of the whole model from one micro-batch of a step to the next."""
 
-    With one process they are there anyway. With several, bf16 weights and float32 gradients of the whole model (6 bytes
-    a parameter) may take a quarter of a device (3B on 80 GB), for which all but the last micro-batch need no exchange.
+    weights: bool  # gathered ones, so that only the first micro-batch gathers
+    gradients: bool  # of this rank's examples, so that only the last micro-batch exchanges them
+
+
+_MOST_KEPT = 0.6  # of a device: what a process holds of the model; the rest is for activations
+
+
+def fsdp_keeps_whole(num_parameters: int, num_processes: int, device_bytes: int) -> KeptWhole:
+    """Return what FSDP2 keeps whole. With one process both are there anyway.
+
+    With several, a process's share of weights, gradients and Adam's moments (16 bytes a parameter) and what is kept may
+    take _MOST_KEPT of a device: weights in bf16 (2 bytes: 8B on eight of 80 GB), and with them gradients in float32
+    (4 bytes: 3B on two of 80 GB).
     """
-    return num_processes == 1 or 6 * num_parameters <= device_bytes / 4
+    share, most = 16 * num_parameters / num_processes, _MOST_KEPT * device_bytes
+    kept = KeptWhole(share + 2 * num_parameters <= most, share + 6 * num_parameters <= most)
+    return KeptWhole(True, True) if num_processes == 1 else kept
 
 
 def resources_of(point: Point, pairs: DataInputs) -> Resources:

@@ -65,13 +65,9 @@ def _run_at_two_depths(request: Request) -> Result:
 
 
 def _keeping_as_the_whole_model(request: Request) -> AbstractContextManager[Any]:
-    """Let FSDP2 choose what it keeps gathered by the size of the whole model, not of the layers that are rehearsed."""
+    """Let FSDP2 choose what it keeps by the size of the whole model, not of the layers that are rehearsed."""
     size = num_parameters(config_of(request.config))
-
-    def keeps_whole(_: int, num_processes: int, device_bytes: int) -> bool:
-        return fsdp_keeps_whole(size, num_processes, device_bytes)
-
-    return mock.patch.object(fsdp_engine, "fsdp_keeps_whole", keeps_whole)
+    return mock.patch.object(fsdp_engine, "fsdp_keeps_whole", lambda _, *limits: fsdp_keeps_whole(size, *limits))
 
 
 def _draw_line(request: Request, layers: tuple[int, int], depth: int) -> Result:

@@ -5,8 +5,8 @@ are summed in float32 over micro-batches and ranks. A decoder layer is gathered 
 head are gathered together at the start of the forward pass, as they may share weights.
 
 Where memory allows (`fsdp_keeps_whole`; always with one process), the gathered weights stay from the first micro-batch
-of a step to its last, and gradients are exchanged once, in the last. Otherwise each layer's weights are freed after its
-forward pass and gathered again for its backward pass, and gradients are exchanged in every micro-batch.
+of a step to its last; otherwise each layer's are freed after its forward pass and gathered again for its backward pass.
+Where it allows that too, gradients are exchanged once, in the last micro-batch, otherwise in every one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FsdpEngine(TrainingEngine):
         # Detached: of a parameter itself the device would hold the whole tensor for as long as it is referred to.
         weights: dict[str, Any] = {name: p.detach() for name, p in policy.named_parameters()}
         num_parameters = sum(p.numel() for p in weights.values())
-        self.keeps_whole = fsdp_keeps_whole(num_parameters, self.shards, self._device_bytes())
+        self.kept = fsdp_keeps_whole(num_parameters, self.shards, self._device_bytes())
         self.policy: Any = self._shard(policy, numerics)
         self._distribute(weights)
         self.optimizer = self._optimizer_of(self.policy)
@@ -83,7 +83,7 @@ class FsdpEngine(TrainingEngine):
             mp_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         mesh = self._mesh()
         for layer in decoder_layers(policy.model):
-            fully_shard(layer, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=not self.keeps_whole)
+            fully_shard(layer, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=not self.kept.weights)
         fully_shard(policy, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=False)
         if self.shards > 1:
             for module in policy.modules():
@@ -121,8 +121,8 @@ class FsdpEngine(TrainingEngine):
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         self.policy.set_is_last_backward(last)
-        self.policy.set_reshard_after_backward(last or not self.keeps_whole)
-        self.policy.set_requires_gradient_sync(last or not self.keeps_whole)
+        self.policy.set_reshard_after_backward(last or not self.kept.weights)
+        self.policy.set_requires_gradient_sync(last or not self.kept.gradients)
         yield
 
     def backward(self, loss: Tensor) -> None:

@@ -14,7 +14,7 @@ from src.config.schema import Lora, Training
 from src.distributed import get_distributed
 from src.model.numerics import NumericsConfig
 from src.model.packing import pack
-from src.planning.resources import Resources
+from src.planning.resources import KeptWhole, Resources
 from src.training import fsdp_engine
 from src.training.engine import TrainingEngine
 from src.training.strategies import make_engine
@@ -32,6 +32,7 @@ SMOLLM2 = {
     "initializer_range": 0.05,
 }
 MICRO_BATCHES = 3
+BOTH, WEIGHTS, NEITHER = KeptWhole(True, True), KeptWhole(True, False), KeptWhole(False, False)
 
 
 class Trained(NamedTuple):
@@ -63,14 +64,14 @@ def run(
     *,
     num_steps: int = 4,
     lr: float = 1e-3,
-    keeps_whole: bool = True,
+    kept: KeptWhole = BOTH,
     lora: Lora | None = None,
     before_step: Callable[[TrainingEngine, int], None] = lambda *_: None,
     **resources: Any,
 ) -> Trained:
     """Train on this rank."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fsdp_engine, "fsdp_keeps_whole", lambda *_: keeps_whole)
+        patch.setattr(fsdp_engine, "fsdp_keeps_whole", lambda *_: kept)
         trainer = Training(lr=lr, max_grad_norm=1.0)
         with closing(make_engine(Resources(device="cpu", strategy=strategy, **resources), trainer, lora, 0)) as engine:
             engine.prepare(start, NumericsConfig(precision))
