@@ -44,10 +44,14 @@ class GridSweeper(Sweeper):
 
         params: overrides of every part; parts: additional overrides of each part.
         """
-        self.params = {} if params is None else {str(k): v for k, v in params.items()}
-        self.parts = [{str(k): v for k, v in part.items()} for part in ([{}] if parts is None else parts)]
+        self.named = params, parts  # checked in `setup`: Hydra wraps what is raised here
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        params, parts = self.named
+        self.params = _overrides_by_key("hydra.sweeper.params", params)
+        if parts is not None and not (isinstance(parts, ListConfig) and parts):
+            raise ConfigError(f"hydra.sweeper.parts={parts}: must be null or a list of mappings, key: sweep expression")
+        self.parts = [_overrides_by_key("hydra.sweeper.parts", part) for part in ([{}] if parts is None else parts)]
         self.config = config
         self.loader = hydra_context.config_loader
         try:
@@ -95,6 +99,12 @@ class GridSweeper(Sweeper):
             + arguments
             for part in self.parts
         ]
+
+
+def _overrides_by_key(name: str, mapping: Any) -> dict[str, Any]:
+    if mapping is not None and not isinstance(mapping, dict | DictConfig):
+        raise ConfigError(f"{name}: {mapping!r} must be a mapping, key: sweep expression")
+    return {str(key): value for key, value in (mapping or {}).items()}
 
 
 def _digest_of(overrides: list[list[str]]) -> str:

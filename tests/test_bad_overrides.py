@@ -67,6 +67,10 @@ REFUSED = [
         (["-m", f"hydra.launcher.workers={w}"], f"hydra.launcher.workers={w}: must be")
         for w in ("1.5", "nan", "a", "[1]")
     ),
+    *((["-m", f"hydra.sweeper.parts={p}"], "hydra.sweeper.parts=") for p in ("-0.0", "{beta:1}", "[]")),
+    (["-m", "hydra.sweeper.parts=[3]"], "hydra.sweeper.parts: 3 must be a mapping"),
+    (["-m", "hydra.sweeper.params=3"], "hydra.sweeper.params: 3 must be a mapping"),
+    *((["-m", f"hydra.{p}=null"], f"hydra.{p}=null: choose one by hydra/{p}=NAME") for p in ("launcher", "sweeper")),
     (["-m", "+hydra.launcher.nosuch=1"], "+hydra.launcher.nosuch=1: there is no key hydra.launcher.nosuch"),
     (["-m", "hydra/launcher=slurm", "hydra.launcher.mem_gb=nan"], "hydra.launcher.mem_gb=nan: must be a finite"),
     (["-m", "hydra/launcher=slurm", "hydra.launcher.kinds.sft.mem_gb=-1"], "hydra.launcher.kinds.sft.mem_gb=-1: must"),

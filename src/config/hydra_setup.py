@@ -48,6 +48,11 @@ class CheckBeforeWriting(Callback):
 
 
 def _check_hydra(config: DictConfig) -> None:
+    for plugin in ("launcher", "sweeper"):
+        value = OmegaConf.select(config.hydra, plugin)
+        if not isinstance(value, DictConfig) or "_target_" not in value:
+            shown = "null" if value is None else value
+            raise ConfigError(f"hydra.{plugin}={shown}: choose one by hydra/{plugin}=NAME, and then set its keys")
     for key in _HYDRA_KEYS:
         _check_node(config.hydra, key, f"hydra.{key}")
 
