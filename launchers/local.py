@@ -43,6 +43,10 @@ class LocalLauncher(PlanLauncher):
         """Return 1: each worker computes stages of its own."""
         return 1
 
+    def on_gpus(self, number: int) -> str:
+        """Return the overrides for a number of GPUs, which only jobs have together."""
+        return f"hydra/launcher=slurm {super().on_gpus(number)}"
+
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure]:
         """Compute what the plan needs and return the points without a result: identity of the result -> why.
 

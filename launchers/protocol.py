@@ -34,6 +34,11 @@ class PlanLauncher(Launcher):
     def num_processes(self, stage: Stage) -> int:
         """Return how many processes compute the stage together, each on a card of its own."""
 
+    def on_gpus(self, number: int) -> str:
+        """Return the overrides of a sweep whose training stages are each computed on a number of GPUs."""
+        nodes = f"hydra.launcher.nodes={number // 8} " if number > 8 else ""
+        return f"{nodes}hydra.launcher.gpus_per_node={min(8, number)}"
+
     @abstractmethod
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure] | None:
         """Compute what the plan needs and return the points without a result: identity of the result -> why.

@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from src.config.validation import build_point
 from src.errors import ConfigError
 from src.estimates import forecast
 from src.estimates.cost import Cost
@@ -16,14 +15,14 @@ from src.planning.plan import make_plan
 from src.rehearsal.request import Result
 from src.store.store import Store
 from tests.support.commands import SMALL, dry_run, train
-from tests.support.configs import composed
+from tests.support.configs import point
 
 SIZE_3B = 3_212_749_824  # parameters
 
 
 def estimates(tmp_path, *overrides):
     store = Store(tmp_path)
-    plan = make_plan([build_point(composed(*overrides, f"output_dir={tmp_path}"))], store)
+    plan = make_plan([point(*overrides, f"output_dir={tmp_path}")], store)
     return Cost(plan, store, Forecast(plan, lambda stage: 1, all_rehearsed=True)).estimates
 
 
@@ -52,7 +51,7 @@ def test_where_nothing_can_be_rehearsed_hours_are_those_of_the_products(tmp_path
     paper = ["setup=llama32_3b_tldr", "engine.gpu=h100"]
     sums = estimates(tmp_path, *paper)
     sft_tokens, rate = 41_947 * 416, find_gpu("h100").bf16  # conf/dataset/tldr.yaml
-    assert sums["sft"].tokens == sft_tokens and sums["sft"].source == "at least"
+    assert sums["sft"].tokens == sft_tokens and sums["sft"].source == "arithmetic"
     assert sums["sft"].hours == pytest.approx(6 * SIZE_3B * sft_tokens / rate / 3600)
     assert sums["reference"].hours == pytest.approx(2 * SIZE_3B * (73_396 + 2000) * 451 / rate / 3600)
     assert sums["align"].tokens == 73_396 * 451

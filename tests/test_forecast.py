@@ -1,23 +1,26 @@
 """What a dry run says one process holds, and the refusal of plans that do not fit the card they are planned for."""
 
+import math
+
 import pytest
 
+from launchers.local import LocalLauncher
 from src.config.schema import Engine
-from src.config.validation import build_point
 from src.errors import ConfigError
 from src.estimates import card, forecast
 from src.estimates.forecast import Forecast
 from src.estimates.load import load_of
 from src.planning.plan import make_plan
-from src.planning.stage import stages_of
 from src.rehearsal.request import Result
 from src.store.store import Store
 from tests.support.commands import run_in_process
-from tests.support.configs import composed
+from tests.support.configs import point, stage_of
 from tests.support.forecasts import memory_table
 
 GIB = 2**30
 TLDR, UF = ["setup=llama32_3b_tldr", "beta=0.1"], ["setup=llama31_8b_uf", "beta=0.1"]
+GPUS = "hydra.launcher.nodes", "hydra.launcher.gpus_per_node"
+ENGINE = "engine", "engine.precision", "engine.activation_checkpointing"
 
 
 @pytest.fixture
@@ -58,6 +61,8 @@ def test_what_is_rehearsed_as_a_strategy_that_holds_more_is_not_refused_by_its_r
         assert done.returncode == 0, done.stderr
         table = memory_table(done.stdout)
         assert table["align"]["s a step"] == "-" != table["reference"]["s a step"]
+        assert (table["align"]["source"], table["reference"]["source"]) == ("arithmetic", "rehearsed")
+        assert f"\narithmetic: training with {engine}\n" in done.stdout
 
 
 def test_the_table_has_what_each_process_of_each_stage_holds(arithmetic, tmp_path):
@@ -72,7 +77,7 @@ def test_the_table_has_what_each_process_of_each_stage_holds(arithmetic, tmp_pat
     assert scored == [f"{weights / 2:.1f}", "-", "-"]  # bf16, and nothing is trained
     assert float(table["generate"]["KV cache"]) == pytest.approx(64 * (896 + 256) * 114_688 / GIB, abs=0.05)
     assert "h100 has 79.1, of which 71.2 may be taken" in done.stdout
-    assert "by arithmetic; not rehearsed: g++ is not on PATH" in done.stdout
+    assert "arithmetic: g++ is not on PATH" in done.stdout and table["sft"]["source"] == "arithmetic"
     smaller = memory_table(dry_run(tmp_path, *TLDR, "evaluation.generation.batch_size=8").stdout)
     assert float(smaller["generate"]["KV cache"]) == pytest.approx(float(table["generate"]["KV cache"]) / 8, abs=0.1)
 
@@ -82,14 +87,50 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line_that_names_what_fits(ar
     assert done.returncode == 2 and memory_table(done.stdout)
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: sft of llama32_3b with engine=fsdp does not fit on one a100_40 (39.4 GiB)")
-    assert "engine=fsdp on 2 GPUs fits" in line
+    assert "; hydra/launcher=slurm hydra.launcher.gpus_per_node=2 fits, with " in line
+    assert " or model.lora.rank=16 fits, with " in line
     assert dry_run(tmp_path, *TLDR, "engine.gpu=a100_80").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "overrides", "keys"),
+    [
+        (
+            "align",
+            ["engine.gpu=a100_40", "dataset.max_prompt_tokens=400"],
+            {*GPUS, "hydra/launcher", "dataset.max_tokens", "model.lora.rank"},
+        ),
+        (
+            "align",
+            ["engine=single", "engine.activation_checkpointing=false"],
+            {*GPUS, "hydra/launcher", *ENGINE, "model.lora.rank"},
+        ),
+        ("generate", ["evaluation.generation.batch_size=512"], {"evaluation.generation.batch_size"}),
+    ],
+)
+def test_every_remedy_is_accepted_by_the_config_and_is_what_was_tried(kind, overrides, keys):
+    load = load_of(stage_of(kind, *TLDR, *overrides), 1)
+    named, points = set(), {}
+    for remedy, changed in load.remedies(LocalLauncher().on_gpus):
+        settings = dict(setting.split("=") for setting in remedy.split())
+        named |= set(settings)
+        assert changed.ranks == math.prod(int(settings.get(key, 1)) for key in GPUS)
+        own = tuple(f"{key}={value}" for key, value in settings.items() if not key.startswith("hydra"))
+        if own not in points:
+            points[own] = point(*TLDR, *overrides, *own)
+        for part in ("model", "dataset", "evaluation"):
+            assert getattr(points[own], part) == getattr(changed.point, part), remedy
+        for key in ("strategy", "precision", "activation_checkpointing", "gpu"):
+            assert getattr(points[own].engine, key) == getattr(changed.point.engine, key), remedy
+    assert named == keys
+
+
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(arithmetic, tmp_path):
-    for arguments in (["-m", *TLDR], TLDR):
+    by_launcher = "hydra/launcher=slurm hydra.launcher.gpus_per_node=2"
+    by_torchrun = "torchrun --standalone --nproc-per-node 2 -m src.train"
+    for arguments, two in ((["-m", *TLDR], by_launcher), (TLDR, by_torchrun)):
         done = run_in_process(*arguments, "engine.gpu=a100_40", f"output_dir={tmp_path / 'out'}")
-        assert done.returncode == 2 and "engine=fsdp on 2 GPUs fits" in done.stderr, done.stderr
+        assert done.returncode == 2 and f"; {two} fits, with " in done.stderr, done.stderr
         assert not list((tmp_path / "out").glob("s*/*"))  # neither store nor sweeps
 
 
@@ -110,10 +151,9 @@ def test_samples_that_do_not_fit_are_refused_with_the_batch_size_that_does(rehea
     assert done.returncode == 2 and "generate of llama32_3b" in done.stderr and "it takes 90.0 GiB" in done.stderr
     # No smaller batch fits either, as every rehearsal of this test takes 90 GiB.
     assert "choose another card" in done.stderr
-    point = build_point(composed(*UF, "engine.gpu=a100_40"))
-    generate = load_of(next(s for s in stages_of(point) if s.kind == "generate"), 1)
+    generate = load_of(stage_of("generate", *UF, "engine.gpu=a100_40"), 1)
     assert generate.problem is not None
-    remedy = next(remedy for remedy, changed in generate.remedies() if changed.problem is None)
+    remedy = next(remedy for remedy, changed in generate.remedies(str) if changed.problem is None)
     assert remedy == "evaluation.generation.batch_size=16"
 
 
@@ -123,8 +163,17 @@ def test_what_a_rehearsal_cannot_fit_is_refused_with_the_first_remedy_that_a_reh
     results["align", 1] = results["align", 2] = failed
     done = dry_run(tmp_path, *TLDR)
     assert done.returncode == 2 and "an example of 1669 tokens does not fit into the memory of the GPU; " in done.stderr
-    assert "engine=fsdp on 4 GPUs fits, with 50.0 GiB" in done.stderr
-    assert [(r.strategy, r.ranks) for (r,) in asked[1:]] == [("fsdp", 2), ("fsdp", 4)]
+    assert "hydra.launcher.gpus_per_node=4 fits, with 50.0 GiB in each process\n" in done.stderr
+    tried = [(r.strategy, r.ranks, r.lora and r.lora["rank"]) for (r,) in asked[1:]]
+    assert tried == [("fsdp", 2, None), ("fsdp", 4, None), ("fsdp", 1, 16)]
+
+
+def test_the_limit_of_a_rehearsed_peak_is_the_one_that_the_table_names(rehearsals, tmp_path):
+    _, results = rehearsals
+    for peak, code in ((71.0, 0), (71.4, 2)):
+        results["generate", 1] = Result(peak=int(peak * GIB), tokens=1, seconds=1.0)
+        done = dry_run(tmp_path, *TLDR)
+        assert done.returncode == code and "h100 has 79.1, of which 71.2 may be taken" in done.stdout
 
 
 def test_another_error_of_a_rehearsal_is_shown_and_is_no_refusal(rehearsals, tmp_path):
@@ -136,7 +185,7 @@ def test_another_error_of_a_rehearsal_is_shown_and_is_no_refusal(rehearsals, tmp
 
 def test_points_that_hold_the_same_are_rehearsed_once(rehearsals, tmp_path):
     asked, _ = rehearsals
-    done = dry_run(tmp_path, "setup=llama32_3b_tldr", "method=all", "beta=grid", "lr=grid")
+    done = dry_run(tmp_path, "setup=llama32_3b_tldr", "method=dpo,simpo", "beta=0.1,1", "lr=1e-6")
     assert done.returncode == 0 and len(asked) == 1
     assert [request.stage for request in asked[0]] == ["sft", "reference", "align", "generate"]
     asked.clear()
@@ -152,7 +201,7 @@ def test_a_run_is_rehearsed_only_where_arithmetic_leaves_a_doubt(rehearsals, tmp
 
     def forecast_of(*overrides):
         store = Store(tmp_path)
-        plan = make_plan([build_point(composed(*overrides, f"output_dir={tmp_path}"))], store)
+        plan = make_plan([point(*overrides, f"output_dir={tmp_path}")], store)
         asked.clear()
         return Forecast(plan, lambda stage: 1, all_rehearsed=False)
 

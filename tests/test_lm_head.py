@@ -13,6 +13,7 @@ from src.model.lm_head import Head, next_token_kl, token_chunk
 from src.model.logprobs import patch_model_, sequence_logps
 from src.model.numerics import FLOAT32, NumericsConfig, cast_for_inference_
 from src.model.packing import pack
+from src.planning import fit
 from tests.support.small_models import make_model, random_pairs, relative
 
 BF16 = NumericsConfig("bf16")
@@ -51,7 +52,7 @@ def run(compute, head, hidden, targets, grad, numerics=FLOAT32):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_with_products_that_write_float32_errors_are_below_those_of_logits_rounded_to_bf16(cls, dtype, monkeypatch):
     """Of weights in bf16, and in float32 under autocast."""
-    monkeypatch.setattr(lm_head, "_OTHER_ROWS", 25)  # several chunks
+    monkeypatch.setattr(fit, "_HEAD_ROWS", 25)  # several chunks
     head, *inputs = make_head(cls, dtype)
     head.weight.data = head.weight.data.bfloat16().to(dtype)  # only the computation differs
     expected = exact(head, *inputs)
@@ -64,7 +65,7 @@ def test_with_products_that_write_float32_errors_are_below_those_of_logits_round
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_without_the_cpu_patch_the_head_has_the_log_probs_and_gradients_of_cross_entropy(bias, monkeypatch):
-    monkeypatch.setattr(lm_head, "_OTHER_ROWS", 25)
+    monkeypatch.setattr(fit, "_HEAD_ROWS", 25)
     head, *inputs = make_head(dtype=torch.float32, bias=bias)
     for actual, expected in zip(run(lambda h, *x: h(*x), head, *inputs), exact(head, *inputs), strict=True):
         assert relative(actual.double(), expected) < 1e-6

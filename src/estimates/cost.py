@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from src.estimates.card import card_of
-from src.estimates.forecast import Forecast
+from src.estimates.forecast import ARITHMETIC, REHEARSED, Forecast
 from src.estimates.table_size import table_size
 from src.planning.identity import VERSIONS, AlignInputs, GenerateInputs, ReferenceInputs, SftInputs
 from src.planning.model_shape import model_shape
@@ -25,7 +25,7 @@ from src.store.store import Store
 _KINDS = ("sft", "reference", "align", "generate")  # of stages that a model computes
 _WEIGHT_BYTES = 4  # per parameter: models are saved in float32
 _CHECKPOINT_BYTES = 12  # per parameter of a checkpoint to resume from: weights and two moments of Adam in float32
-MEASURED, REHEARSED, AT_LEAST = "measured", "rehearsed", "at least"
+MEASURED = "measured"
 RECENT_STAGES = 50  # newest finished stages of a kind that sizes and speeds are taken from
 
 
@@ -36,7 +36,7 @@ class Estimate:
     num_stages: int
     tokens: float
     hours: float  # of one accelerator (or CPU process)
-    source: str  # of the speed: measured (finished stages of this store), rehearsed, or at least
+    source: str  # of the speed: measured (finished stages of this store), rehearsed, or arithmetic
 
 
 class Cost:
@@ -89,7 +89,7 @@ class Cost:
         rehearsed = self.forecast.seconds_per_token(stage)
         if not math.isnan(rehearsed):
             return rehearsed, REHEARSED
-        return self.forecast.least_seconds_per_token(stage), AT_LEAST
+        return self.forecast.computed_seconds_per_token(stage), ARITHMETIC
 
     def text(self) -> str:
         """Return the estimate as a table; empty when nothing is to run."""
@@ -102,9 +102,9 @@ class Cost:
         total = sum(e.hours for e in self.estimates.values())
         if not math.isnan(total):
             lines.append(f"{'all':9} {'':6} {'':>10} {_format_hours(total):>18}")
-        if any(AT_LEAST in e.source for e in self.estimates.values()):
+        if any(ARITHMETIC in e.source for e in self.estimates.values()):
             lines.append(
-                f"{AT_LEAST}: the products of a step, and in sampling the reading of weights and keys, at the rates of "
+                f"{ARITHMETIC}: products alone, and in sampling the reading of weights and keys, at the rates of "
                 "conf/gpus.yaml"
             )
         if math.isnan(total):

@@ -22,21 +22,40 @@ from src.rehearsal.request import Result, rehearse_all
 _GIB = 2**30
 _CERTAIN_FRACTION = 0.5  # of a card; what arithmetic puts below it fits, and a run does not wait for its rehearsal
 
+_SECONDS = 15  # of one core that a rehearsal takes, about
+
 _HEADER = (
     "stage     processes  weights  gradients  optimizer  KV cache  MB a token  micro-batch  recomputed   peak  s a step"
+    "  source"
 )
+REHEARSED, ARITHMETIC = "rehearsed", "arithmetic"  # where numbers come from
 
 Processes = Callable[[Stage], int]  # that compute the stage together
+
+
+def by_torchrun(number: int) -> str:
+    """Return what starts a single run on a number of GPUs, in the place of `python -m src.train`."""
+    nodes = f"--nnodes {number // 8} " if number > 8 else "--standalone "
+    return f"torchrun {nodes}--nproc-per-node {min(8, number)} -m src.train"
 
 
 class Forecast:
     """The distinct loads of the stages that a plan needs."""
 
-    def __init__(self, plan: Plan, processes: Processes, *, all_rehearsed: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        processes: Processes,
+        on_gpus: Callable[[int], str] = by_torchrun,
+        *,
+        all_rehearsed: bool,
+    ) -> None:
         """Rehearse what a card is named for: everything, or only loads of which arithmetic does not show that they fit.
 
-        Raises ConfigError for a card that conf/gpus.yaml does not have.
+        on_gpus: returns what gives a number of GPUs to training. Raises ConfigError for a card that conf/gpus.yaml does
+        not have.
         """
+        self._on_gpus = on_gpus
         stages = [plan.stages[identity] for identity in plan.stages if identity in plan.needed]
         self.why_not_rehearsed: str | None = None
         self._keys: dict[str, str] = {}  # identity of a stage -> key of its load
@@ -60,7 +79,8 @@ class Forecast:
         if self.why_not_rehearsed is not None or not loads:
             return loads
         requests = [load.request for load in loads if load.request is not None]
-        note = f"estimating memory and time of {len(requests)} stages, some seconds each; results are cached"
+        kinds = ", ".join(dict.fromkeys(request.stage for request in requests))
+        note = f"rehearsing {kinds} on a card that is not there: about {_SECONDS * len(requests)} s, the next time none"
         waiting = Timer(1.0, print, (note,), {"file": sys.stderr, "flush": True})
         waiting.start()
         try:
@@ -80,10 +100,10 @@ class Forecast:
             return math.nan
         return max(result.seconds, result.host_seconds) / result.tokens
 
-    def least_seconds_per_token(self, stage: Stage) -> float:
-        """Return what a token takes of one accelerator at least; NaN without a card."""
+    def computed_seconds_per_token(self, stage: Stage) -> float:
+        """Return what a token takes of one accelerator by arithmetic; NaN without a card."""
         load = self.loads.get(self._keys.get(stage.identity, ""))
-        return math.nan if load is None else load.least_seconds_per_token
+        return math.nan if load is None else load.computed_seconds_per_token
 
     def check(self) -> None:
         """Raise ConfigError, with what would make it fit, for the first stage that cannot run on its card."""
@@ -99,13 +119,16 @@ class Forecast:
             f"{load.stage.kind} of {point.model.name} with engine={point.engine.name} does not fit on {where} "
             f"({load.card.memory / _GIB:.1f} GiB): {load.problem}"
         )
-        for remedy, changed in load.remedies():
-            if changed.held.constant > changed.usable:
+        found: list[str] = []
+        for remedy, changed in load.remedies(self._on_gpus):
+            if changed.held.constant > changed.usable or (found and changed.ranks > load.ranks):
                 continue
             (tried,) = self._rehearsed([changed])
             if tried.problem is None:
-                return f"{refusal}; {remedy} fits, with {tried.peak / _GIB:.1f} GiB in each process"
-        return f"{refusal}; nothing that was tried helps: choose another card, or model.lora"
+                found.append(f"{remedy} fits, with {tried.peak / _GIB:.1f} GiB in each process")
+                if tried.ranks == load.ranks:
+                    break  # otherwise the line also names what fits on as many cards as there are
+        return f"{refusal}; {' or '.join(found) or 'nothing that was tried helps: choose another card (engine.gpu)'}"
 
     @cached_property
     def _cards(self) -> list[str]:
@@ -127,17 +150,14 @@ class Forecast:
             for load in self.loads.values()
             if load.result is not None and load.result.error is not None
         ]
-        if self._cards:
-            rehearsed = any(load.result is not None for load in self.loads.values())
-            why = self.why_not_rehearsed or "; ".join(
-                dict.fromkeys(filter(None, (load.why_not_rehearsed for load in self.loads.values())))
-            )
-            lines.append(
-                "rehearsed: the stages' own code on a card that is not there (docs/rehearsal.md)"
-                if rehearsed
-                else f"by arithmetic; not rehearsed: {why}"
-            )
+        if any(load.rehearsed is not None for load in self.loads.values()):
+            lines.append(f"{REHEARSED}: the stages' own code on a card that is not there (docs/rehearsal.md)")
+        reasons = [self._why_arithmetic(load) for load in self.loads.values() if load.result is None]
+        lines += [f"{ARITHMETIC}: {reason}" for reason in dict.fromkeys(filter(None, reasons))]
         return "\n".join(lines)
+
+    def _why_arithmetic(self, load: Load) -> str | None:
+        return load.why_not_rehearsed or (None if load.card is None else self.why_not_rehearsed)
 
     def _row(self, load: Load) -> str:
         held, result = load.held, load.rehearsed
@@ -160,7 +180,8 @@ class Forecast:
         activations = f"{per_token / 1e6:.3g}" if load.stage.is_training else "-"
         return (
             f"{load.stage.kind:9} {load.ranks:9}  {weights_text:>7}  {gradients_text:>9}  {state_text:>9}  "
-            f"{cache_text:>8}  {activations:>10}  {micro_batch:>11}  {recomputed:>10}  {peak:>5}  {step:>8}"
+            f"{cache_text:>8}  {activations:>10}  {micro_batch:>11}  {recomputed:>10}  {peak:>5}  {step:>8}  "
+            f"{ARITHMETIC if result is None else REHEARSED}"
         )
 
 

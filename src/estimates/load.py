@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from src.config.schema import Point
@@ -21,6 +21,7 @@ _REHEARSED_LAYERS = (2, 4)  # a line through two depths gives the whole one
 _SCORED_EXAMPLES = 64  # rehearsed of a pass over all pairs
 _FLOPS = {"sft": 6, "reference": 2, "align": 6}  # per parameter and token: 2 forward, 4 backward
 _MORE_GPUS = (2, 4, 8, 16, 32)
+_LORA_RANK = 16
 # Their steps are rehearsed as those of FSDP2 (src/rehearsal/run.py:STAND_INS), which holds more on a card than they
 # do: what it cannot fit they may.
 _BY_ARITHMETIC = ("zero1", "zero2", "zero3_offload")
@@ -69,8 +70,11 @@ class Load:
         return generation.batch_size * (self.point.dataset.max_prompt_tokens + generation.max_new_tokens)
 
     @property
-    def least_seconds_per_token(self) -> float:
-        """Seconds of one card for a token: its products alone, or in sampling the reading of weights and keys."""
+    def computed_seconds_per_token(self) -> float:
+        """Seconds of one card for a token: products of all parameters, or in sampling reading them and half the cache.
+
+        The scale of a step and no bound: parameters of the embedding count, attention and elementwise kernels do not.
+        """
         if self.card is None:
             return math.nan
         if self.stage.kind == "generate":
@@ -88,7 +92,7 @@ class Load:
 
     @property
     def usable(self) -> float:
-        """The bytes of the card that a peak may take."""
+        """The bytes of the card that a peak may take, whether rehearsed or computed."""
         return math.inf if self.card is None else TARGET_FRACTION * self.card.memory
 
     @property
@@ -121,7 +125,7 @@ class Load:
             return None
         if self.result is not None and self.result.error is not None and "does not fit" in self.result.error:
             return self.result.error.partition(": use ")[0]  # what it says to use is tried here
-        if self.peak > (self.usable if self.rehearsed is None else self.card.usable):
+        if self.peak > self.usable:
             return f"it takes {self.peak / 2**30:.1f} GiB"
         return None
 
@@ -139,7 +143,7 @@ class Load:
 
     @property
     def why_not_rehearsed(self) -> str | None:
-        """Why there is nothing to rehearse; None when there is."""
+        """Why the stage is not rehearsed but computed by arithmetic; None when it can be rehearsed."""
         if self.stage.kind == "generate" and self.point.server.name != "none":
             return f"samples of server={self.point.server.name}"
         if math.isnan(self.size.tokens):
@@ -179,8 +183,11 @@ class Load:
             layers=_REHEARSED_LAYERS if self.shape.num_layers > 2 * max(_REHEARSED_LAYERS) else (),
         )
 
-    def remedies(self) -> Iterator[tuple[str, Load]]:
-        """Yield what may make the stage fit, cheapest first: overrides, and the load with them."""
+    def remedies(self, on_gpus: Callable[[int], str]) -> Iterator[tuple[str, Load]]:
+        """Yield what may make the stage fit: overrides, and the load with them; last those that change what is learned.
+
+        on_gpus: returns what gives a number of GPUs to training.
+        """
         point, plain = self.point, replace(self, result=None)
         if not self.stage.is_training:
             rows = point.evaluation.generation.batch_size
@@ -193,15 +200,23 @@ class Load:
         if point.engine.activation_checkpointing is False:
             engine = replace(point.engine, activation_checkpointing="auto")
             yield "engine.activation_checkpointing=auto", replace(plain, point=replace(point, engine=engine))
-        engine = replace(point.engine, strategy="fsdp", precision="bf16", activation_checkpointing="auto")
-        for ranks in (1, *_MORE_GPUS):
-            if ranks > self.ranks or (ranks == self.ranks and point.engine.strategy != "fsdp"):
-                gpus = f"{ranks} GPUs" if ranks > 1 else "one GPU"
-                yield f"engine=fsdp on {gpus}", replace(plain, point=replace(point, engine=engine), ranks=ranks)
+        fsdp = {"precision": "bf16", "activation_checkpointing": "auto"}
+        overrides = [f"engine.{name}={value}" for name, value in fsdp.items() if getattr(point.engine, name) != value]
+        if point.engine.strategy != "fsdp":
+            overrides.insert(0, "engine=fsdp")
+        on_fsdp = replace(plain, point=replace(point, engine=replace(point.engine, strategy="fsdp", **fsdp)))
+        if point.engine.strategy != "fsdp":
+            yield " ".join(overrides), on_fsdp
+        for ranks in _MORE_GPUS:
+            if ranks > self.ranks:
+                yield " ".join((on_gpus(ranks), *overrides)), replace(on_fsdp, ranks=ranks)
         limit = point.dataset.max_tokens
-        while (limit := limit // 2) > self.point.dataset.max_prompt_tokens:
+        while (limit := limit // 2) > point.dataset.max_prompt_tokens:
             data = replace(point.dataset, max_tokens=limit)
             yield f"dataset.max_tokens={limit}", replace(plain, point=replace(point, dataset=data))
+        if point.model.lora.rank is None:
+            model = replace(point.model, lora=replace(point.model.lora, rank=_LORA_RANK))
+            yield f"model.lora.rank={_LORA_RANK}", replace(plain, point=replace(point, model=model))
 
 
 def load_of(stage: Stage, ranks: int) -> Load | None:

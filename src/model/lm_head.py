@@ -13,19 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-_CARD_FRACTION = 80  # a chunk's logits take this part of a GPU's memory: 1 GiB, 2,048 rows of Llama 3, on 80 GB
-_ROW_MULTIPLE = 256
-_OTHER_ROWS = 1024  # on other devices
+from src.planning.fit import head_rows
+
 KL_CHUNK = 128  # rows at once on a CPU where several tensors of logits exist beside each other
 
 
 def token_chunk(vocab_size: int, device: torch.device) -> int:
-    """Return the number of rows whose logits exist at once: the same on every card of a kind."""
-    if device.type != "cuda":
-        return _OTHER_ROWS
-    total_memory = torch.cuda.mem_get_info(device)[1]
-    rows = total_memory // (_CARD_FRACTION * 4 * vocab_size)
-    return max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
+    """Return the number of rows whose logits exist at once on the device."""
+    return head_rows(vocab_size, torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:

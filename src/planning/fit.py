@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from src.config.schema import Lora
-from src.planning.gpus import Gpu
 from src.planning.model_shape import ModelShape
 from src.planning.resources import fsdp_keeps_whole
 
@@ -17,7 +16,9 @@ TARGET_FRACTION = 0.9  # of a card that a peak may take: the rest is for fragmen
 
 _FLOAT32, _BF16 = 4, 2
 _ADAM = 2 * _FLOAT32  # two moments
-_HEAD_CHUNK = 1024  # tokens whose logits are there at once (src/model/lm_head.py)
+_HEAD_FRACTION = 80  # logits of the head take this part of a card: 1 GiB, 2,048 rows of Llama 3, on 80 GB
+_HEAD_MULTIPLE = 256  # of rows on a card
+_HEAD_ROWS = 1024  # without a card
 _SHARDED_WEIGHTS = ("fsdp", "zero3", "zero3_offload")
 
 
@@ -60,10 +61,10 @@ def held_by_process(
     """Return what each of `ranks` processes holds of a stage of this kind (sft, align, reference or generate).
 
     cached_tokens: of all prompts and responses that are sampled together. device_bytes: the memory of a card, by which
-    FSDP2 decides whether gathered weights stay; 0: not known.
+    FSDP2 decides whether gathered weights stay, and the head how many logits it computes at once; 0: not known.
     """
     computed = _BF16 if precision == "bf16" else _FLOAT32
-    working = 3 * _FLOAT32 * _HEAD_CHUNK * shape.vocab_size
+    working = 3 * _FLOAT32 * head_rows(shape.vocab_size, device_bytes) * shape.vocab_size
     if stage not in ("sft", "align"):  # one process holds the whole model, and trains nothing
         cache = cached_tokens * shape.kv_bytes_per_token * computed // _BF16
         return Held(computed * shape.num_parameters, kv_cache=cache, working=working)
@@ -89,10 +90,15 @@ def held_by_process(
     )
 
 
-def fits(held: Held, gpu: Gpu, tokens: int, *, checkpointing: bool) -> bool:
-    """Return whether a micro-batch of `tokens` fits, as far as arithmetic shows."""
-    per_token = held.checkpointed_per_token if checkpointing else held.activations_per_token
-    return held.constant + tokens * per_token <= TARGET_FRACTION * gpu.memory
+def head_rows(vocab_size: int, device_bytes: int) -> int:
+    """Return the rows whose logits exist at once (src/model/lm_head.py): the same on every card of a kind.
+
+    device_bytes: of the card's memory; 0 on other devices.
+    """
+    if not device_bytes:
+        return _HEAD_ROWS
+    rows = device_bytes // (_HEAD_FRACTION * _FLOAT32 * vocab_size)
+    return max(_HEAD_MULTIPLE, rows // _HEAD_MULTIPLE * _HEAD_MULTIPLE)
 
 
 def training_bytes(total: int, trained: int, strategy: str, computed: int, ranks: int) -> tuple[int, int, int]:

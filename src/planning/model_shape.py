@@ -43,14 +43,12 @@ _ALIASES = {
 class ModelShape:
     """Numbers of parameters, and the config they belong to.
 
-    config: fields of config.json. layer: parameters of the largest decoder layer. head: those of the output layer,
-    which are the embedding's when tied.
+    config: fields of config.json. layer: parameters of the largest decoder layer.
     """
 
     config: dict[str, Any] = field(repr=False)
     num_parameters: int
     layer: int
-    head: int
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -142,19 +140,17 @@ def _shape(config: dict[str, Any], tensors: dict[str, tuple[int, ...]], total: i
         if not _NO_PARAMETER.search(name) and not (tied and name in _HEADS)  # some files have a tied head twice
     }
     numbers = {name: _first(config, *keys) for name, keys in _ALIASES.items() if name != "num_kv_heads"}
-    head = numbers["vocab_size"] * numbers["hidden_size"]
     layers: Counter[str] = Counter()
     for name, size in sizes.items():
         if match := _LAYER.search(name):
             layers[match[1]] += size
     num_parameters = sum(sizes.values()) if total is None else total
-    embeddings = head * (1 if tied else 2)
+    embeddings = numbers["vocab_size"] * numbers["hidden_size"] * (1 if tied else 2)
     largest = max(layers.values(), default=max(0, num_parameters - embeddings) // numbers["num_layers"])
     return ModelShape(
         config,
         num_parameters,
         largest,
-        head,
         **numbers,
         num_kv_heads=config.get("num_key_value_heads") or numbers["num_heads"],
         head_dim=config.get("head_dim") or numbers["hidden_size"] // numbers["num_heads"],

@@ -47,7 +47,7 @@ class Search:
         """
         while not (plan := self._plan({})).needed and not self.state.is_last:
             self._promote()
-        forecast = Forecast(plan, launcher.num_processes, all_rehearsed=True)
+        forecast = Forecast(plan, launcher.num_processes, launcher.on_gpus, all_rehearsed=True)
         print(self._text(plan, [forecast.text(), Cost(plan, self.store, forecast).text()]))
         forecast.check()
 
@@ -133,7 +133,7 @@ class Search:
         if plan.needed:
             check_packages(plan.points)
             check_key(plan.points)
-            Forecast(plan, launcher.num_processes, all_rehearsed=False).check()
+            Forecast(plan, launcher.num_processes, launcher.on_gpus, all_rehearsed=False).check()
         if plan.needed and not self._warned:
             self._warned = True
             for warning in check_hub(plan.points):
