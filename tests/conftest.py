@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from src.errors import ConfigError
 from tests.support.commands import train
 from tests.support.slurm_cluster import Cluster, missing
 
@@ -93,6 +94,16 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing be rehearsed, as where there is no compiler."""
+
+    def refuse(requests: Any) -> None:
+        raise ConfigError("g++ is not on PATH")
+
+    monkeypatch.setattr("src.estimates.forecast.rehearse_all", refuse)
 
 
 @pytest.fixture(scope="session")

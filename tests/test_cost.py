@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from src.errors import ConfigError
 from src.estimates import forecast
 from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
@@ -27,14 +26,6 @@ def estimates(tmp_path, *overrides):
 
 
 @pytest.fixture
-def without_rehearsal(monkeypatch):
-    def refuse(requests):
-        raise ConfigError("no compiler")
-
-    monkeypatch.setattr(forecast, "rehearse_all", refuse)
-
-
-@pytest.fixture
 def rehearsed(monkeypatch):
     """Every rehearsal takes 2 s for 50,000 tokens."""
     asked = []
@@ -47,7 +38,7 @@ def rehearsed(monkeypatch):
     return asked
 
 
-def test_where_nothing_can_be_rehearsed_hours_are_those_of_the_products(tmp_path, without_rehearsal):
+def test_where_nothing_can_be_rehearsed_hours_are_those_of_the_products(tmp_path, arithmetic):
     paper = ["setup=llama32_3b_tldr", "engine.gpu=h100"]
     sums = estimates(tmp_path, *paper)
     sft_tokens, rate = 41_947 * 416, find_gpu("h100").bf16  # conf/dataset/tldr.yaml

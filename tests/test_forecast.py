@@ -24,16 +24,6 @@ ENGINE = "engine", "engine.precision", "engine.activation_checkpointing"
 
 
 @pytest.fixture
-def arithmetic(monkeypatch):
-    """Nothing can be rehearsed, as where there is no compiler."""
-
-    def refuse(requests):
-        raise ConfigError("g++ is not on PATH")
-
-    monkeypatch.setattr(forecast, "rehearse_all", refuse)
-
-
-@pytest.fixture
 def rehearsals(monkeypatch):
     """Rehearsals with the results that a test gives for a request; every list of requests that was asked for."""
     asked, results = [], {}

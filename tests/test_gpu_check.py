@@ -29,7 +29,7 @@ LIMIT_FIELDS = {"bound": (int, float), "reason": str, "at": str}
 
 def gpu_check(out, *arguments, cwd=ROOT, timeout=900):
     command = [sys.executable, "-m", "benchmarks.gpu_check", *arguments, "--out", str(out)]
-    variables = environment() | {"XDG_CACHE_HOME": str(out / "cache"), "OMP_NUM_THREADS": "1"}
+    variables = environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
 

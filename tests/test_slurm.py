@@ -89,10 +89,11 @@ def test_the_aggregation_job_pickles_one_path(slurm, tmp_path):
 
 
 def test_a_failed_sft_is_named_its_dependents_are_cancelled_and_a_rerun_completes(slurm, tmp_path):
+    arguments = ["-m", "method=dpo", "beta=0.1,1", *SMALL, "sweep.name=two", *SLURM, f"output_dir={tmp_path}"]
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "sft").write_text("a file where a directory should be")
-    train(*FOUR_POINTS, *SLURM, f"output_dir={tmp_path}")
-    folder = sweep(tmp_path, "four")
+    train(*arguments)
+    folder = sweep(tmp_path, "two")
 
     def status_has_error() -> bool:
         status = run_tool("status", folder)
@@ -112,12 +113,12 @@ def test_a_failed_sft_is_named_its_dependents_are_cancelled_and_a_rerun_complete
     status = run_tool("status", folder)
     assert "cancelled" in status.stdout and f"log: {folder.path}" in status.stdout
 
-    no_retry = train(*FOUR_POINTS, *SLURM, "hydra.launcher.retry_failed=false", f"output_dir={tmp_path}", check=False)
-    assert no_retry.returncode == 1 and "4 of 4 points failed" in no_retry.stderr and not queue(slurm)
+    no_retry = train(*arguments, "hydra.launcher.retry_failed=false", check=False)
+    assert no_retry.returncode == 1 and "2 of 2 points failed" in no_retry.stderr and not queue(slurm)
 
     (tmp_path / "store" / "sft").unlink()
-    done = train(*FOUR_POINTS, *SLURM, "hydra.launcher.wait=true", f"output_dir={tmp_path}")
-    assert "4 points: 4 done" in done.stdout and "Win rate" in done.stdout
+    done = train(*arguments, "hydra.launcher.wait=true")
+    assert "2 points: 2 done" in done.stdout and "Win rate" in done.stdout
     assert folder.read()["state"] == "done"
 
 

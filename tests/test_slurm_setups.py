@@ -1,12 +1,11 @@
 """The paper's setups on a SLURM cluster from SFT to report, with a tiny Llama and small local copies of the data."""
 
 import json
-import subprocess
 
 import pytest
 
 from tests.support import tiny_llama
-from tests.support.commands import ROOT, command, environment
+from tests.support.commands import start
 from tests.support.on_slurm import SLURM, sweep, task_statuses
 
 SMALLER = [
@@ -23,14 +22,7 @@ def test_both_setups_complete_on_two_tasks_with_zero3(slurm, tmp_path):
     for setup, data in SETUPS.items():
         paths = [f"model.path={model}", f"dataset.path={data(tmp_path / setup)}", f"output_dir={tmp_path / 'out'}"]
         arguments = ["-m", f"setup={setup}", "method=dpo", f"sweep.name={setup}", *SMALLER, *paths, *SLURM, *TASKS]
-        running[setup] = subprocess.Popen(
-            command(*arguments),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        running[setup] = start(*arguments)
     for setup, process in running.items():
         output, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, output
