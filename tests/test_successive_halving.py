@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from launchers.protocol import PlanLauncher
 from src.errors import PointFailure, SweepFailed
 from src.planning.plan import Plan, make_plan
 from src.stages.runner import compute_or_wait
@@ -24,7 +25,7 @@ from tests.support.commands import kill_when, run_in_process, train
 from tests.support.configs import TINY, point
 
 
-class InProcessLauncher:
+class InProcessLauncher(PlanLauncher):
     """Computes a plan in this process; after `max_stages` stages it stops as Ctrl-C would."""
 
     runs_in_process = True
