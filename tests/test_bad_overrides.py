@@ -57,6 +57,8 @@ REFUSED = [
     (["-m", "seed=range(0,3,0)"], "seed=range(0,3,0): START, STOP and STEP"),
     (["~beta"], "beta has no value: add beta=VALUE"),
     (["seed=???"], "seed has no value: add seed=VALUE"),
+    (["dataset.preference=${setup}"], "dataset.preference: is set to a node of another kind; set its keys one by one"),
+    (["trainer.sft=${model}"], "trainer.sft: is set to a node of another kind; set its keys one by one"),
     (["~trainer"], "trainer has no option: add trainer=NAME"),
     (["-m", "beta=range(0.1,inf)"], "beta=range(0.1,inf): START, STOP and STEP must be finite"),
     (["-m", "seed=range(1000000)"], "seed=range(1000000): expands to more than 10,000 values"),

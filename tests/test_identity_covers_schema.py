@@ -7,7 +7,8 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from src.config.schema import Point, typed_leaves
+from src.config.fields import typed_leaves
+from src.config.schema import Point
 from src.config.validation import build_point
 from src.planning.stage import stages_of
 from tests.support.configs import composed

@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, dataclass, field, is_dataclass
-from typing import Any
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
@@ -130,3 +131,26 @@ def _numbers(value: Any) -> Iterator[tuple[str, float]]:
 def shortened(text: str, length: int = 120) -> str:
     """Return the text, cut where it is longer than a line of a terminal can show."""
     return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+
+
+@cache
+def _types_of_fields(config_class: type) -> dict[str, Any]:
+    return get_type_hints(config_class)
+
+
+def typed_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Yield (dotted key, field, value) of every leaf of a config. Raises ConfigError for a key not in the schema."""
+    known = {f.name: f for f in fields(node)}
+    for name in vars(node):
+        if name not in known:  # `+key=value` adds even to a typed config
+            raise ConfigError(f"{prefix}{name}: no such key; there are {', '.join(sorted(known))}")
+    types = _types_of_fields(type(node))  # type: ignore[arg-type]  # mypy: a class is not hashable
+    for name, spec in known.items():
+        value = getattr(node, name)
+        if is_dataclass(value):
+            expected = [kind for kind in (types[name], *get_args(types[name])) if is_dataclass(kind)]
+            if not isinstance(value, tuple(expected)):  # type: ignore[arg-type]
+                raise ConfigError(f"{prefix}{name}: is set to a node of another kind; set its keys one by one")
+            yield from typed_leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, spec, value

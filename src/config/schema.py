@@ -5,15 +5,12 @@ Rules between fields are in `src.config.validation`. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
 
 from src.config.fields import choice, folder_name, number, random_seed
-from src.errors import ConfigError
 from src.methods import METHODS
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -278,17 +275,3 @@ class Point:
 def method_options(point: Point) -> dict[str, float]:
     """Return the loss fields of the point's method besides beta, by name."""
     return {name: getattr(point.method, name) for name in METHODS[point.method.name].options}
-
-
-def typed_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
-    """Yield (dotted key, field, value) of every leaf of a config. Raises ConfigError for a key not in the schema."""
-    known = {f.name: f for f in fields(node)}
-    for name in vars(node):
-        if name not in known:  # `+key=value` adds even to a typed config
-            raise ConfigError(f"{prefix}{name}: no such key; there are {', '.join(sorted(known))}")
-    for name, spec in known.items():
-        value = getattr(node, name)
-        if is_dataclass(value):
-            yield from typed_leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, spec, value

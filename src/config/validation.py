@@ -9,11 +9,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from src.config.fields import check_value, shortened
+from src.config.fields import check_value, shortened, typed_leaves
 from src.config.judge_rules import check_judge, check_server
 from src.config.overrides import MAX_VALUES
 from src.config.paths import is_dir, is_file
-from src.config.schema import Point, typed_leaves
+from src.config.schema import Point
 from src.config.secrets import check_secret, conceal_secrets
 from src.errors import ConfigError, one_line
 from src.methods import METHODS

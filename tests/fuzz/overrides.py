@@ -9,7 +9,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from src.config.schema import CONF_DIR, HubTable, Point, typed_leaves
+from src.config.fields import typed_leaves
+from src.config.schema import CONF_DIR, HubTable, Point
 from tests.fuzz.hostile_values import EXPRESSIONS, FLAGS, HYDRA_KEYS, INTERPOLATIONS, NUMBERS, SECRETS, TEXTS
 from tests.fuzz.invariants import check_artifacts, check_command, check_secrets, check_written, files_below
 from tests.fuzz.sandbox import Sandbox
