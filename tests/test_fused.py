@@ -22,7 +22,7 @@ from tests.support.small_models import make_model, random_pairs
 
 pytest.importorskip("liger_kernel", reason="needs the extra [fused]")
 import triton
-from liger_kernel.ops import rms_norm, rope, swiglu
+from liger_kernel.ops import fused_add_rms_norm, rms_norm, rope, swiglu
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -41,7 +41,7 @@ def interpreted():
 def test_fused_kernels_have_the_error_of_plain_autocast(family):
     """Log-probs and gradients of a bf16 model against float64."""
     of = interpreted()[family]
-    assert len(of["swapped"]) == 3, "norms, MLPs and attention"
+    assert len(of["swapped"]) == (3 if family == "granite" else 4), "norms, MLPs, attention and layers"
     for number, what in enumerate(("log-probs", "gradients")):
         assert of["fused"][number] < 1.2 * of["autocast"][number], what
         assert 1e-9 < of["fused fp32"][number] < 1e-5, f"{what}: in float32 they compute the same"
@@ -50,7 +50,7 @@ def test_fused_kernels_have_the_error_of_plain_autocast(family):
 @pytest.mark.slow
 def test_fake_tensors_go_through_the_operators_with_the_dtypes_shapes_and_strides_of_real_ones():
     operators = interpreted()["operators"]
-    assert len(operators) == 5
+    assert len(operators) == 6
     for name, (real, fake) in operators.items():
         assert real == fake, name
     assert operators["rms_norm"][0][0][0] == "torch.bfloat16", "of a float32 residual stream"
@@ -69,15 +69,22 @@ LAUNCHED = {
         {"Y_ptr": BF16, "X_ptr": F32, "W_ptr": BF16, "RSTD_ptr": F32, "eps": "fp32", "offset": "fp32"},
         {"casting_mode": 1, "elementwise_affine": True, "BLOCK_SIZE": 4096},
     ),
+    "norm of a sum": (
+        fused_add_rms_norm._fused_add_rms_norm_forward_kernel,
+        {"Y_ptr": BF16, "S_ptr": F32, "X_ptr": BF16, "R_ptr": F32, "W_ptr": BF16, "RSTD_ptr": F32}
+        | {"eps": "fp32", "offset": "fp32"},
+        {"casting_mode": 1, "BLOCK_SIZE": 4096},
+    ),
     "norm backward": (
-        rms_norm._rms_norm_backward_kernel,
-        {"dY_ptr": BF16, "dX_ptr": F32, "X_ptr": F32, "W_ptr": BF16, "RSTD_ptr": F32, "dW_ptr": F32}
-        | {"offset": "fp32"},
+        fused_add_rms_norm._fused_add_rms_norm_backward_kernel,
+        {"dY_ptr": BF16, "dS_out_ptr": F32, "dX_ptr": F32, "X_ptr": F32, "W_ptr": BF16, "RSTD_ptr": F32}
+        | {"dW_ptr": F32, "offset": "fp32"},
         {
             "X_dtype": triton.language.float32,
+            "rows_per_program": 16,
             "casting_mode": 1,
-            "elementwise_affine": True,
             "BLOCK_SIZE": 4096,
+            "has_dS_out": True,
             "COMPUTE_DW": True,
         },
     ),
@@ -116,7 +123,7 @@ def test_only_the_model_given_is_changed_and_it_can_be_changed_back():
     names = set(model.state_dict())
     set_fused_(model, True)
     changed = {type(m).__name__ for m, cls in zip(model.modules(), before, strict=True) if type(m) is not cls}
-    assert changed == {"FusedLlamaRMSNorm", "FusedLlamaMLP", "FusedLlamaAttention"}
+    assert changed == {f"FusedLlama{kind}" for kind in ("RMSNorm", "MLP", "Attention", "DecoderLayer")}
     assert set(model.state_dict()) == names and [type(m) for m in other.modules()] == before
     batch = pack(random_pairs(3, 0), range(3))
     expected, _ = sequence_logps(other, batch)

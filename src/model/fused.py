@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from src.model.fused_ops import RMSNormFunction, RotaryFunction, SwiGLUFunction
+from src.model.lm_head import product_dtype
 
 # Decoders of transformers that liger-kernel supports, whose two norms of a layer and the last one feed products, whose
 # MLP is SwiGLU, and which rotate whole heads. Others keep their modules.
 _FAMILIES = ("Granite", "Llama", "Ministral", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+# Granite scales the branches of a layer.
+_LAYERS = tuple(f"{family}DecoderLayer" for family in _FAMILIES if family != "Granite")
 _NORMS = ("input_layernorm", "post_attention_layernorm", "norm")  # not those of queries and keys
 
 
@@ -28,16 +31,32 @@ class _Fused:
     unfused: ClassVar[type]  # the class of transformers
 
 
-class FusedRMSNorm(_Fused):
+class FusedRMSNorm(_Fused, torch.nn.Module):
     """An RMSNorm that returns what the next product multiplies: bf16 under autocast, of a float32 residual stream."""
 
     weight: Tensor
     variance_epsilon: float
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        device = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-        return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
+    def forward(self, hidden_states: Tensor, branch: Tensor | None = None, with_stream: bool = False) -> Any:
+        """Return the norm of hidden_states + branch; with_stream: after that sum, with which the stream goes on."""
+        dtype = product_dtype(hidden_states)
+        stream, normed = RMSNormFunction.apply(hidden_states, branch, self.weight, self.variance_epsilon, dtype)
+        return (stream, normed) if with_stream else normed
+
+
+class FusedDecoderLayer(_Fused):
+    """A decoder layer of two residual branches."""
+
+    input_layernorm: FusedRMSNorm
+    self_attn: torch.nn.Module
+    post_attention_layernorm: FusedRMSNorm
+    mlp: torch.nn.Module
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        stream, normed = self.input_layernorm(hidden_states, with_stream=True)
+        attended, _ = self.self_attn(hidden_states=normed, **kwargs)
+        stream, normed = self.post_attention_layernorm(stream, attended, with_stream=True)
+        return stream + self.mlp(normed)
 
 
 class FusedMLP(_Fused):
@@ -58,6 +77,8 @@ def _rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 @cache
 def _fused(cls: type) -> type | None:
     """Return the fused subclass of a module's class, or None."""
+    if cls.__name__ in _LAYERS:
+        return type(f"Fused{cls.__name__}", (FusedDecoderLayer, cls), {"unfused": cls})
     family = next((f for f in _FAMILIES if cls.__name__ in (f"{f}RMSNorm", f"{f}MLP", f"{f}Attention")), None)
     if family is None:
         return None
@@ -77,11 +98,14 @@ def _fused(cls: type) -> type | None:
 
 def set_fused_(model: Any, fused: bool) -> None:
     """Swap the modules of a model to fused ones or back, in place. Parameters and their names do not change."""
+    if getattr(model, "_is_fused", False) == fused:  # called in every forward pass
+        return
+    model._is_fused = fused
     for name, module in model.named_modules():
         upstream: Any = type(module)  # a class is hashable, which mypy does not see
-        if isinstance(module, _Fused):
+        if issubclass(upstream, _Fused):
             if not fused:
-                module.__class__ = type(module).unfused
+                module.__class__ = upstream.unfused
         elif fused and (cls := _fused(upstream)) is not None and _is_fusible(module, name, cls):
             module.__class__ = cls
 

@@ -20,21 +20,26 @@ from torch.autograd.function import once_differentiable
 
 class _Liger(NamedTuple):
     rms_norm: ModuleType
+    add_rms_norm: ModuleType
     rope: ModuleType
     swiglu: ModuleType
 
 
 @cache
 def _liger() -> _Liger:
-    from liger_kernel.ops import rms_norm, rope, swiglu
+    from liger_kernel.ops import fused_add_rms_norm, rms_norm, rope, swiglu
 
-    return _Liger(rms_norm, rope, swiglu)
+    return _Liger(rms_norm, fused_add_rms_norm, rope, swiglu)
 
 
-# Arguments of liger's two RMSNorm kernels, which are launched here directly: liger's own function returns the dtype of
-# the residual stream, float32, which products would then cast to bf16, once each.
-_NORM_FORWARD = {"Y_ptr", "X_ptr", "W_ptr", "RSTD_ptr", "n_cols", "eps", "offset", "casting_mode", "elementwise_affine"}
-_NORM_BACKWARD = {"dY_ptr", "dX_ptr", "X_dtype", "dW_ptr", "n_rows", "rows_per_program", "casting_mode", "COMPUTE_DW"}
+# Arguments of liger's RMSNorm kernels, which are launched here directly: liger's own functions return the dtype of the
+# residual stream, float32, which products would then cast to bf16, once each.
+_NORM = {"Y_ptr", "X_ptr", "W_ptr", "RSTD_ptr", "n_cols", "eps", "offset", "casting_mode"}
+_NORM_ALONE = _NORM | {"elementwise_affine"}
+_NORM_OF_SUM = _NORM | {"S_ptr", "R_ptr"}
+_NORM_BACKWARD = {"dY_ptr", "dS_out_ptr", "dX_ptr", "X_dtype", "dW_ptr", "n_rows", "rows_per_program", "has_dS_out"}
+# A constant of the compiled kernel: always the same, so that it is compiled once and not for every number of rows.
+_ROWS_PER_PROGRAM = 16
 
 
 def why_not_fused(device: torch.device) -> str | None:
@@ -44,8 +49,12 @@ def why_not_fused(device: torch.device) -> str | None:
     missing = [name for name in ("triton", "liger_kernel") if importlib.util.find_spec(name) is None]
     if missing:
         return f"package {missing[0].replace('_', '-')} is not installed (pip install '.[fused]')"
-    norms = _liger().rms_norm
-    kernels = ((norms._rms_norm_forward_kernel, _NORM_FORWARD), (norms._rms_norm_backward_kernel, _NORM_BACKWARD))
+    norms, sums = _liger().rms_norm, _liger().add_rms_norm
+    kernels = (
+        (norms._rms_norm_forward_kernel, _NORM_ALONE),
+        (sums._fused_add_rms_norm_forward_kernel, _NORM_OF_SUM),
+        (sums._fused_add_rms_norm_backward_kernel, _NORM_BACKWARD),
+    )
     if any(not arguments <= set(kernel.arg_names) for kernel, arguments in kernels):
         return "this release of liger-kernel has other kernels than 0.8; pip install '.[fused]' has one that fits"
     return None
@@ -90,21 +99,71 @@ def _(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor
     return torch.empty_like(x, dtype=dtype), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
+@torch.library.custom_op("alignment_sweep::add_rms_norm", mutates_args=())
+def add_rms_norm(
+    residual: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x = residual + branch in the dtype of `residual`, and what `rms_norm` returns of x.
+
+    residual, branch: (..., width) contiguous.
+    """
+    liger, residuals, branches = _liger().add_rms_norm, _rows(residual), _rows(branch)
+    x, y = torch.empty_like(residuals), torch.empty_like(residuals, dtype=dtype)
+    rstd = residuals.new_empty(len(residuals), dtype=torch.float32)
+    block_size, num_warps = liger.calculate_settings(x.shape[1])
+    with _liger().rms_norm.device_context(x.device):
+        liger._fused_add_rms_norm_forward_kernel[(len(x),)](
+            Y_ptr=y,
+            Y_row_stride=y.stride(0),
+            S_ptr=x,
+            S_row_stride=x.stride(0),
+            X_ptr=branches,
+            X_row_stride=branches.stride(0),
+            R_ptr=residuals,
+            R_row_stride=residuals.stride(0),
+            W_ptr=weight,
+            W_row_stride=weight.stride(0),
+            RSTD_ptr=rstd,
+            RSTD_row_stride=rstd.stride(0),
+            n_cols=x.shape[1],
+            eps=eps,
+            offset=0.0,
+            casting_mode=liger._CASTING_MODE_GEMMA.value,
+            BLOCK_SIZE=block_size,
+            num_warps=num_warps,
+        )
+    return x.view(residual.shape), y.view(residual.shape), rstd
+
+
+@add_rms_norm.register_fake
+def _(
+    residual: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(residual), *rms_norm(residual, weight, eps, dtype)
+
+
 @torch.library.custom_op("alignment_sweep::rms_norm_backward", mutates_args=())
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and weight, in their dtypes; both are summed in float32."""
-    liger, rows, grad_rows = _liger().rms_norm, _rows(x), _rows(grad)
-    is_cuda = x.device.type == "cuda"
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if is_cuda else 1
-    grad_x = torch.empty_like(rows)
+def rms_norm_backward(
+    grad: Tensor, grad_x: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight, in their dtypes; both are summed in float32.
+
+    grad: of the norm's output; grad_x: of x itself where the residual stream goes on, which is added.
+    """
+    liger, rows, grad_rows = _liger().add_rms_norm, _rows(x), _rows(grad)
+    grad_residual = grad_rows if grad_x is None else _rows(grad_x)
+    programs = math.ceil(len(rows) / _ROWS_PER_PROGRAM)
+    total = torch.empty_like(rows)
     grad_weight = rows.new_empty(programs, rows.shape[1], dtype=torch.float32)  # a partial sum of each program
     block_size, num_warps = liger.calculate_settings(rows.shape[1])
-    with liger.device_context(x.device):
-        liger._rms_norm_backward_kernel[(programs,)](
+    with _liger().rms_norm.device_context(x.device):
+        liger._fused_add_rms_norm_backward_kernel[(programs,)](
             dY_ptr=grad_rows,
             dY_row_stride=grad_rows.stride(0),
-            dX_ptr=grad_x,
-            dX_row_stride=grad_x.stride(0),
+            dS_out_ptr=grad_residual,
+            dS_out_row_stride=grad_residual.stride(0),
+            dX_ptr=total,
+            dX_row_stride=total.stride(0),
             X_ptr=rows,
             X_row_stride=rows.stride(0),
             X_dtype=liger.torch_to_triton_dtype[x.dtype],
@@ -117,18 +176,18 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
             n_rows=len(rows),
             n_cols=rows.shape[1],
             offset=0.0,
-            rows_per_program=math.ceil(len(rows) / programs),
+            rows_per_program=_ROWS_PER_PROGRAM,
             casting_mode=liger._CASTING_MODE_GEMMA.value,
-            elementwise_affine=True,
             BLOCK_SIZE=block_size,
+            has_dS_out=grad_x is not None,
             COMPUTE_DW=True,
             num_warps=num_warps,
         )
-    return grad_x.view(x.shape), grad_weight.sum(0).to(weight.dtype)
+    return total.view(x.shape), grad_weight.sum(0).to(weight.dtype)
 
 
 @rms_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, grad_x: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -139,7 +198,8 @@ def rotate_(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool)
     query: (batch, n, heads, d); key: (batch, n, kv_heads, d), contiguous; cos, sin: (batch or 1, n, d) float32.
     """
     rotate = _liger().rope.rope_backward if inverse else _liger().rope.rope_forward
-    rotate(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    rotated = rotate(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    assert [x.data_ptr() for x in rotated[:2]] == [query.data_ptr(), key.data_ptr()], "liger copied them"
 
 
 @rotate_.register_fake
@@ -161,7 +221,8 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 @torch.library.custom_op("alignment_sweep::swiglu_backward_", mutates_args=("gate", "up"))
 def swiglu_backward_(grad: Tensor, gate: Tensor, up: Tensor) -> None:
     """Overwrite gate and up with their gradients."""
-    _liger().swiglu.swiglu_backward(gate, up, grad)
+    grads = _liger().swiglu.swiglu_backward(gate, up, grad)
+    assert [x.data_ptr() for x in grads] == [gate.data_ptr(), up.data_ptr()], "liger copied them"
 
 
 @swiglu_backward_.register_fake
@@ -170,18 +231,31 @@ def _(grad: Tensor, gate: Tensor, up: Tensor) -> None:
 
 
 class RMSNormFunction(torch.autograd.Function):
+    """Where the residual stream passes a norm: (x, norm of x) of x = residual + branch, or without a branch.
+
+    The stream goes on with the x that is returned, whose gradient the kernel of the norm's backward pass adds.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        x = x.contiguous()
-        y, rstd = rms_norm(x, weight, eps, dtype)
+    def forward(
+        ctx: Any, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        residual = residual.contiguous()
+        if branch is None:
+            x, (y, rstd) = residual.view_as(residual), rms_norm(residual, weight, eps, dtype)
+        else:
+            x, y, rstd = add_rms_norm(residual, branch.contiguous(), weight, eps, dtype)
         ctx.save_for_backward(x, weight, rstd)
-        return y
+        ctx.set_materialize_grads(False)
+        return x, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = rms_norm_backward(grad_outputs[0].contiguous(), *ctx.saved_tensors)
-        return grad_x, grad_weight, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_x, grad = (None if g is None else g.contiguous() for g in grad_outputs)
+        assert grad is not None, "who needs x alone does not norm it"
+        total, grad_weight = rms_norm_backward(grad, grad_x, *ctx.saved_tensors)
+        return total, total if ctx.needs_input_grad[1] else None, grad_weight, None, None
 
 
 class RotaryFunction(torch.autograd.Function):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import liger_kernel.ops.fused_add_rms_norm as liger_add_rms_norm
 import liger_kernel.ops.rms_norm as liger_rms_norm
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def complete_interpreter() -> None:
         return self.cast_impl(result, tl.bfloat16) if result.dtype.scalar == tl.float32 else result
 
     interpreter._implicit_cvt, interpreter._convert_float, binary.binary_op = implicit_cvt, convert_float, binary_op
-    liger_rms_norm.rsqrt = lambda x: tl.rsqrt(x)
+    liger_rms_norm.rsqrt = liger_add_rms_norm.rsqrt = lambda x: tl.rsqrt(x)
 
 
 def make_model(model_type: str, seed: int) -> Any:
@@ -143,7 +144,8 @@ def operator_outputs() -> dict[str, list[Any]]:
     q, k, angles = torch.randn(1, 5, 4, 12).to(bf16), torch.randn(1, 5, 2, 12).to(bf16), torch.randn(1, 5, 12)
     calls: dict[str, Any] = {
         "rms_norm": (fused_ops.rms_norm, (x, weight, 1e-6, bf16)),
-        "rms_norm_backward": (fused_ops.rms_norm_backward, (grad, x, weight, torch.rand(10))),
+        "add_rms_norm": (fused_ops.add_rms_norm, (x, grad, weight, 1e-6, bf16)),
+        "rms_norm_backward": (fused_ops.rms_norm_backward, (grad, x, x, weight, torch.rand(10))),
         "rotate_": (fused_ops.rotate_, (q, k, angles, angles, False)),
         "swiglu": (fused_ops.swiglu, (grad, grad.clone())),
         "swiglu_backward_": (fused_ops.swiglu_backward_, (grad, grad.clone(), grad.clone())),
