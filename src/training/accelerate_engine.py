@@ -94,7 +94,10 @@ class AccelerateEngine(TrainingEngine):
         rounds = self.zero and numerics.precision == "bf16" and self.lora is None
         exact = self._exact_weights(policy) if rounds and get_distributed().is_main_process else {}
         policy.to(self.device)
+        buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
         self.policy, self.optimizer = self.accelerator.prepare(policy, self._optimizer_of(policy))
+        for name, buffer in policy.named_buffers():
+            buffer.data = buffers[name]  # some releases of DeepSpeed round them, frequencies of positions, to bf16
         if rounds:
             set_master_weights(policy, exact, self.device)
         return self.policy
