@@ -86,8 +86,8 @@ def init_distributed(strategy: str) -> DistributedContext:
     global _context
     size, rank = read_integer("WORLD_SIZE", 1, minimum=1), read_integer("RANK", 0)
     local_rank, local_size = read_integer("LOCAL_RANK", 0), read_integer("LOCAL_WORLD_SIZE", 1, minimum=1)
-    # DeepSpeed and FSDP2 need a process group even for a single process.
-    if _context is not None or (size == 1 and not strategy.startswith(("zero", "fsdp"))):
+    # DeepSpeed needs a process group even for a single process.
+    if _context is not None or (size == 1 and not strategy.startswith("zero")):
         return get_distributed()
     if strategy == "none":
         raise ConfigError(f"{size} processes were started, but engine.strategy=none uses one: choose engine=fsdp")

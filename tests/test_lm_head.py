@@ -1,6 +1,7 @@
 """The head on devices other than a CPU (also its own, without the CPU patch): exactness, passes over logits, chunks."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,10 +134,11 @@ def test_kl_is_that_of_float64_to_the_error_of_the_operands(precision):
 
 def test_the_chunk_is_set_by_the_memory_of_the_card_alone(monkeypatch):
     rows = {}
-    for free, total in ((79, 80), (3, 80), (39, 40), (139, 140), (0, 1)):
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device, pair=(free << 30, total << 30): pair)
-        rows[free] = token_chunk(128_256, torch.device("cuda"))
-    assert rows == {79: 2048, 3: 2048, 39: 1024, 139: 3584, 0: 256}
+    for total in (80, 40, 140, 1):
+        properties = SimpleNamespace(total_memory=total << 30)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _, card=properties: card)
+        rows[total] = token_chunk(128_256, torch.device("cuda"))
+    assert rows == {80: 2048, 40: 1024, 140: 3584, 1: 256}
     assert token_chunk(32_000, torch.device("cpu")) == token_chunk(128_256, torch.device("cpu")) == 1024
 
 

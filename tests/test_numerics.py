@@ -91,7 +91,9 @@ def test_log_probs_of_training_and_of_scoring_are_the_same_bits(tmp_path, strate
     numerics, batch = numerics_of(inputs, resources), pack(random_pairs(12, 0), range(12))
     reference, _ = sequence_logps(load_for_inference(inputs, resources), batch, numerics)
     with contextlib.closing(make_engine(resources, Training(lr=1e-6), None, seed=0)) as engine:
-        policy, _ = engine.prepare(lambda: load_weights(inputs, resources), numerics)(batch)
+        engine.prepare(lambda: load_weights(inputs, resources), numerics)
+        with engine.micro_step(last=True):
+            policy, _ = engine.policy(batch)
     assert torch.equal(policy, reference)
     autocast, _ = sequence_logps(patch_model_(load_weights(inputs, resources)), batch, numerics)
     assert not torch.equal(autocast, reference), "the control: float32 weights that every product rounds"

@@ -130,7 +130,7 @@ def test_without_a_mistake_nothing_is_found():
     ("mutant", "named"),
     {
         "cpu tensor": ("cuda:0 and cpu", "in add in forward", "rehearsed_mutants.py:"),
-        "forgotten copy": ("cuda:0 and cpu", "in embedding in forward", "src/model/numerics.py:"),
+        "forgotten copy": ("cuda:0 and cpu", "in embedding in forward", "src/model/grad_sums.py:"),
         "dtype": ("one dtype, got bfloat16, float32", "in mm in forward", "rehearsed_mutants.py:"),
         "float32 cache": ("KV cache holds float32", "engine.precision=bf16"),
         "enable_gqa": ("unexpected keyword argument 'enable_gqa'", "src/model/attention.py:"),

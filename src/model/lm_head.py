@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from src.model.grad_sums import add_product, grad_sum_of
 from src.planning.fit import head_rows
 
 KL_CHUNK = 128  # rows at once on a CPU where several tensors of logits exist beside each other
@@ -20,7 +21,8 @@ KL_CHUNK = 128  # rows at once on a CPU where several tensors of logits exist be
 
 def token_chunk(vocab_size: int, device: torch.device) -> int:
     """Return the number of rows whose logits exist at once on the device."""
-    return head_rows(vocab_size, torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0)
+    is_cuda = device.type == "cuda"
+    return head_rows(vocab_size, torch.cuda.get_device_properties(device).total_memory if is_cuda else 0)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
@@ -53,6 +55,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         ctx.dtype, ctx.rows = product_dtype(hidden), token_chunk(len(weight), hidden.device)
+        ctx.grad_sum = grad_sum_of(weight)
         ctx.save_for_backward(hidden, weight, bias, targets)
         weight_cast = weight.to(ctx.dtype)
         logps = [
@@ -79,9 +82,10 @@ class _TokenLogps(torch.autograd.Function):
             del difference
             if needs_hidden:
                 grad_hidden.append(product_nt(grad_logits, weight_cast.t()).to(hidden.dtype))
-            if needs_weight:
-                product = product_nt(grad_logits.t(), h.t())
-                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+            if needs_weight and ctx.grad_sum is not None:
+                ctx.grad_sum.add_product(grad_logits.t(), h)
+            elif needs_weight:
+                grad_weight = add_product(grad_weight, grad_logits.t(), h)
             if needs_bias:
                 total = grad_logits.sum(0, dtype=grad.dtype)
                 grad_bias = total if grad_bias is None else grad_bias.add_(total)

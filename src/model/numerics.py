@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
+from src.model.grad_sums import SummingEmbedding, grad_sum_of
+
 
 @dataclass(frozen=True)
 class NumericsConfig:
@@ -65,6 +67,8 @@ class Float32Embedding(torch.nn.Embedding):
     """An embedding whose output, the beginning of the residual stream, is float32 also where its weight is bf16."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if (grad_sum := grad_sum_of(self.weight)) is not None:
+            return SummingEmbedding.apply(input, self.weight, self.padding_idx, grad_sum)
         embedded = super().forward(input)
         return embedded.to(torch.promote_types(embedded.dtype, torch.float32))
 

@@ -92,8 +92,8 @@ class WorkMeter:
         if "attn" in name or "attention" in name:
             return self._attention(name, inputs, outputs, moved, pairs, args, kwargs)
         if name in PRODUCTS:
-            flops = _flops(func, args, kwargs, outputs)
-            rate = gpu.fp32 if inputs[0].dtype == torch.float32 else gpu.bf16
+            flops = _flops(func, inputs, outputs)
+            rate = gpu.fp32 if inputs[1].dtype == torch.float32 else gpu.bf16  # what addmm adds to may have more
             return Kernel("products", flops, moved, max(flops / rate, moved / gpu.bandwidth, gpu.least_kernel))
         kind = self._kind(name, phase, inputs, outputs)
         return Kernel(kind, 0.0, moved, max(moved / gpu.bandwidth, gpu.least_kernel))
@@ -143,11 +143,11 @@ def causal_pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> float:
     return float((q * k - q * (q - 1) / 2).sum())
 
 
-def _flops(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: list[Tensor]) -> float:
+def _flops(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:
     packet = func.overloadpacket
     if packet not in flop_registry:
         return 0.0
-    return float(flop_registry[packet](*args, **kwargs, out_val=outputs[0]))
+    return float(flop_registry[packet](*inputs[:3], out_val=outputs[0]))
 
 
 def _bytes_moved(name: str, args: Sequence[Any], inputs: list[Tensor], outputs: list[Tensor]) -> float:

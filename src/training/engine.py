@@ -2,7 +2,7 @@
 
 Weights, sums of gradients and optimizer state are float32 with every strategy, because an update by a learning rate of
 3e-7 is below the resolution of bf16 weights. With engine.precision=bf16 the computation uses a rounded copy of the
-weights, which FSDP2 or DeepSpeed makes.
+weights, which the engine, FSDP2 or DeepSpeed makes.
 
 With model.lora, low-rank adapters (peft) are trained instead of the weights and merged into them afterwards. Their
 reference is the adapters switched off, which is the checkpoint they start from: the same cached log-probs as for full
@@ -141,8 +141,8 @@ class TrainingEngine(ABC):
         targets = list(self.lora.targets or ()) or "all-linear"  # of every decoder layer; never the head
         rank, alpha = self.lora.rank, self.lora.alpha
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        with torch.random.fork_rng(devices=()):  # new adapters are drawn on the CPU
+            torch.default_generator.manual_seed(self.seed)
             try:
                 self._adapted = get_peft_model(model, config)
             except ValueError as error:

@@ -1,11 +1,11 @@
-"""Training with FSDP2, from one process up: each rank holds a shard of weights, gradients and optimizer state.
+"""Training with FSDP2: each of several ranks holds a shard of weights, gradients and optimizer state.
 
 The shards are float32. With precision=bf16 a forward pass gathers weights that have been cast to bf16, and gradients
 are summed in float32 over micro-batches and ranks. A decoder layer is gathered as a whole; embeddings, final norm and
 head are gathered together at the start of the forward pass, as they may share weights.
 
-Where memory allows (`fsdp_keeps_whole`; always with one process), the gathered weights stay from the first micro-batch
-of a step to its last; otherwise each layer's are freed after its forward pass and gathered again for its backward pass.
+Where memory allows (`fsdp_keeps_whole`), the gathered weights stay from the first micro-batch of a step to its last;
+otherwise each layer's are freed after its forward pass and gathered again for its backward pass.
 Where it allows that too, gradients are exchanged once, in the last micro-batch, otherwise in every one.
 """
 
@@ -34,7 +34,7 @@ from src.training.training_state import ShardedState, StagedState, load_sharded
 
 
 class FsdpEngine(TrainingEngine):
-    """engine.strategy = fsdp."""
+    """engine.strategy = fsdp on several ranks; one process has `src.training.one_process_engine`."""
 
     def __init__(self, resources: Resources, trainer: Training, lora: Lora | None, seed: int) -> None:
         super().__init__(resources, trainer, lora, seed)
@@ -85,12 +85,11 @@ class FsdpEngine(TrainingEngine):
         for layer in decoder_layers(policy.model):
             fully_shard(layer, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=not self.kept.weights)
         fully_shard(policy, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=False)
-        if self.shards > 1:
-            for module in policy.modules():
-                if isinstance(module, FSDPModule):
-                    # The ranks' losses are parts of one sum, so their gradients are added up, not averaged.
-                    module.set_gradient_divide_factor(1.0)
-                    module.set_force_sum_reduction_for_comms(True)
+        for module in policy.modules():
+            if isinstance(module, FSDPModule):
+                # The ranks' losses are parts of one sum, so their gradients are added up, not averaged.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         return policy
 
     def _mesh(self) -> DeviceMesh:
@@ -99,8 +98,6 @@ class FsdpEngine(TrainingEngine):
     def _distribute(self, weights: dict[str, Any]) -> None:
         """Send every rank its shards of rank 0's weights, a tensor at a time, and the buffers."""
         ranks = get_distributed()
-        if ranks.size == 1:
-            return
         buffers = {name: buffer.to(self.device, copy=True) for name, buffer in self.policy.named_buffers()}
         if not ranks.is_main_process:
             self.policy.to_empty(device=self.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from src.model.cpu.linear import OneDNNLinear, mm_nt
+from src.model.grad_sums import grad_sum_of
 from src.model.lm_head import Head, product_dtype
 
 # The largest block of logits is TOKEN_CHUNK rows times VOCAB_CHUNK columns.
@@ -25,6 +26,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         ctx.dtype, ctx.vocab_chunks = product_dtype(hidden), _vocab_chunks(len(weight))
+        ctx.grad_sum = grad_sum_of(weight)
         hidden_rounded, weight_rounded = _round(hidden, ctx.dtype), _round(weight, ctx.dtype)
         logps, lses = [], []
         for h, t in zip(hidden_rounded.split(TOKEN_CHUNK), targets.split(TOKEN_CHUNK), strict=True):
@@ -66,6 +68,9 @@ class _ChunkedTokenLogps(torch.autograd.Function):
                     grad_weight[chunk] += mm_nt(grad_rounded.t(), h.t())
                 if grad_bias is not None:
                     grad_bias[chunk] += grad_logits.sum(0)
+        if ctx.grad_sum is not None and grad_weight is not None:
+            ctx.grad_sum.add(grad_weight)
+            grad_weight = None
         grads = ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
         return *(None if grad is None else grad.to(x.dtype) for grad, x in grads), None
 
