@@ -16,7 +16,7 @@ from src.store.store import JUDGEMENTS_FILE, SAMPLES_FILE
 from sweeps.analysis.results import Results, read_quality
 from sweeps.analysis.selection import GROUP
 from sweeps.report.plot_style import NAMES
-from sweeps.report.tables import best_table, group_lines, quality_column, with_error
+from sweeps.report.tables import PER_TOKEN, best_table, group_lines, quality_column, with_error
 from sweeps.search.successive_halving import points_per_rung
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,7 +61,7 @@ def _headlines(best: pd.DataFrame, all_tables: dict[str, pd.DataFrame]) -> list[
     """Return one table per setup, init and variant; `bar`: low, mean, high of each row on a common scale, percent."""
     tables, tests = [], all_tables["pairwise_pointwise"]
     for key, group in best.groupby(GROUP, sort=False, dropna=False):
-        table, quality = best_table(group, all_tables["differences"]), quality_column(group)
+        table, quality = best_table(group, all_tables["differences"]).drop(columns=PER_TOKEN), quality_column(group)
         low, high = group.quality_reporting_low.min(), group.quality_reporting_high.max()
         start, width = low - 0.04 * (high - low), 1.08 * (high - low) or 1.0
         ends = group[["quality_reporting_low", "quality_reporting", "quality_reporting_high"]]
