@@ -41,9 +41,9 @@ FLOAT32 = NumericsConfig()
 def cast_for_inference_(model: Any, numerics: NumericsConfig) -> Any:
     """Round a model's weights to what the computation uses, in place, and return it: a copy that is not trained.
 
-    Training keeps float32 master weights and rounds them in the same way (FSDP2's MixedPrecisionPolicy, DeepSpeed's
-    bf16), so that log-probs are those of the training's own forward pass. Buffers, such as the frequencies of rotary
-    embeddings, stay as they are. Adapters must have been merged.
+    Training keeps float32 master weights and rounds them in the same way (`src.training.rounded_weights`, FSDP2's
+    MixedPrecisionPolicy, DeepSpeed's bf16), so that log-probs are those of the training's own forward pass. Buffers,
+    such as the frequencies of rotary embeddings, stay as they are. Adapters must have been merged.
     """
     if numerics.precision == "bf16":
         for parameter in model.parameters():

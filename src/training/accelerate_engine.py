@@ -59,7 +59,7 @@ class AccelerateEngine(TrainingEngine):
             config = deepspeed_config(self.resources, self.trainer, precision, self.device)
             plugin = DeepSpeedPlugin(hf_ds_config=config)
         cpu = self.device.type == "cpu"
-        # accelerate takes this variable for a sign of several processes. It is also set for FSDP2 in a single one, and
+        # accelerate takes this variable for a sign of several processes. It is also set for ZeRO in a single one, and
         # would make DDP of the next engine of that process.
         os.environ.pop("LOCAL_RANK", None)
         if self.resources.strategy != "none":
