@@ -42,7 +42,8 @@ def _rank(results: Any, rank: int, num_ranks: int, port: int, strategy: str, fun
         torch.set_num_threads(1)
         numbers = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
         os.environ.update({name: str(number) for name, number in numbers.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        # accelerate sets threads itself without the last one: a second thread waits for ever in a forked process.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
         init_distributed(strategy)
         result = function(*arguments)
         destroy_distributed()
