@@ -20,7 +20,7 @@ from src.training.token_budget import (
     resized,
 )
 from tests.support.configs import stage_of
-from tests.support.small_models import make_model, random_pairs
+from tests.support.small_models import random_pairs
 
 GIB = 2**30
 
@@ -148,7 +148,7 @@ def test_on_a_cpu_nothing_is_measured_and_nothing_recomputed():
         device, resources = torch.device("cpu"), stage_of("align").resources
 
     assert Engine.resources.activation_checkpointing == "auto"
-    budget = find_token_budget(Engine, make_model(), random_pairs(3, 0))
+    budget = find_token_budget(Engine, random_pairs(3, 0))
     assert budget == TokenBudget(Engine.resources.max_tokens_per_micro_batch or 4096)
 
 

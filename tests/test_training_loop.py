@@ -7,22 +7,28 @@ import os
 import threading
 import weakref
 from collections import Counter
+from contextlib import closing
 from unittest import mock
 
 import pytest
 import torch
 
 from src import preemption
-from src.distributed import destroy_distributed
+from src.config.schema import Training
+from src.distributed import destroy_distributed, get_distributed
+from src.model.numerics import FLOAT32
 from src.model.packing import PackedBatch
+from src.planning.resources import Resources
 from src.stages.align import make_loss_fn
 from src.store.attempt import Attempt
 from src.store.lease import Lease
 from src.training import batches, loop, token_budget
-from src.training.accelerate_engine import AccelerateEngine
+from src.training.strategies import make_engine
 from src.training.token_budget import TokenBudget
 from tests.support.configs import stage_of
+from tests.support.ranks import on_ranks
 from tests.support.small_models import make_model, random_pairs
+from tests.support.training_runs import step as training_step
 
 NUM_EXAMPLES = 24
 
@@ -110,11 +116,11 @@ def test_measuring_memory_changes_no_bit_of_the_result(strategy, recompute, tmp_
     pretend_cuda(monkeypatch)
     measured = []
 
-    def measure(engine, policy, examples):
-        before = [p.detach().clone() for p in policy.parameters()]
-        measured.append(token_budget._measure(engine, policy, examples[:5], recompute))
-        assert all(p.grad is None for p in policy.parameters())
-        assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), before, strict=True))
+    def measure(engine, examples):
+        before = [p.detach().clone() for p in engine.policy.parameters()]
+        measured.append(token_budget._measure(engine, examples[:5], recompute))
+        assert all(p.grad is None for p in engine.policy.parameters())
+        assert all(torch.equal(p, q) for p, q in zip(engine.policy.parameters(), before, strict=True))
         engine.checkpoint_activations(False)
         return TokenBudget(200)
 
@@ -147,25 +153,60 @@ def test_the_host_reads_from_the_device_once_a_step(tmp_path, monkeypatch):
     assert counts[1] - counts[0] == Counter(tolist=3)
 
 
-def test_optimizer_state_and_gradients_are_gone_after_training(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("_leave_process_group")
+@pytest.mark.parametrize("strategy", ["none", "fsdp"])
+def test_when_training_gives_memory_back_gradients_optimizer_state_and_policy_are_gone(strategy, tmp_path, monkeypatch):
     use_budget(monkeypatch, TokenBudget(200))
-    tensors = []
-    step = AccelerateEngine.step
+    make_engine, release, references, alive = loop.make_engine, loop.release_accelerator, [], []
 
-    def recorded(engine):
-        norm = step(engine)
-        state = next(iter(engine.optimizer.state.values()))
-        tensors.append(weakref.ref(state["exp_avg"]))
-        return norm
+    def make_recorded(*arguments):
+        engine = make_engine(*arguments)
+        step = engine.step
 
-    monkeypatch.setattr(AccelerateEngine, "step", recorded)
-    gc.disable()  # the control: whatever is collected is collected by the loop
+        def recorded():
+            held = [engine.policy, *(p.grad for p in engine.policy.parameters())]
+            norm = step()
+            held += [state["exp_avg"] for state in engine.optimizer.state.values()]
+            references.extend(map(weakref.ref, held))
+            return norm
+
+        engine.step = recorded
+        return engine
+
+    def released():
+        before = sum(reference() is not None for reference in references)
+        release()
+        alive.append((before, sum(reference() is not None for reference in references)))
+
+    monkeypatch.setattr(loop, "make_engine", make_recorded)
+    monkeypatch.setattr(loop, "release_accelerator", released)
+    gc.disable()  # the control: whatever is collected is collected there
     try:
-        trained, _ = train(tmp_path / "run")
+        trained, _ = train(tmp_path / "run", 1, f"engine.strategy={strategy}", "engine.precision=fp32")
     finally:
         gc.enable()
-    assert len(tensors) == 3 and all(reference() is None for reference in tensors)
+    assert len(references) > 2 * len(trained) and alive == [(mock.ANY, 0)]
     assert all(parameter.grad is None for parameter in trained.values())
+
+
+def held_by_a_closed_engine(strategy):
+    """Return how many tensors and modules a training holds, and how many beside the published model once closed."""
+    with closing(make_engine(Resources(device="cpu", strategy=strategy), Training(lr=1e-3), None, 0)) as engine:
+        engine.prepare(make_model, FLOAT32)
+        training_step(engine, 0)
+        moments = [state["exp_avg"] for state in engine.optimizer.state.values()]
+        references = [weakref.ref(held) for held in (engine.policy, *engine.policy.parameters(), *moments)]
+        del moments
+        published = engine.gather_model()
+    gc.collect()
+    of_model = set(map(id, published.parameters())) if published is not None else set()
+    return len(references), sum(reference() is not None and id(reference()) not in of_model for reference in references)
+
+
+@pytest.mark.parametrize(("num_ranks", "strategy"), [(1, "none"), (1, "fsdp"), (2, "ddp"), (2, "fsdp")])
+def test_a_closed_engine_holds_nothing_of_its_training(num_ranks, strategy):
+    for before, after in on_ranks(num_ranks, strategy, held_by_a_closed_engine, strategy):
+        assert before > 50 and after == 0
 
 
 @pytest.mark.parametrize("ending", ["stop", "error"])
@@ -198,17 +239,47 @@ def test_a_second_training_stage_of_a_process_can_use_the_memory_cached_for_the_
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
     passes = []
 
-    def measure(engine, policy, examples, recompute):
+    def measure(engine, examples, recompute):
         passes.append(sum(e.length for e in examples))
         return token_budget.Pass(passes[-1], 1 << 30, (1 << 30) + (passes[-1] << 20))
 
     monkeypatch.setattr(token_budget, "_measure", measure)
     resources = stage_of("align", "trainer.max_tokens_per_micro_batch=null").resources
+    optimizer = torch.optim.AdamW([torch.ones(1)])
     engine = type(
-        "Engine", (), {"device": Card, "resources": resources, "optimizer": torch.optim.AdamW([torch.ones(1)])}
+        "Engine", (), {"device": Card, "resources": resources, "optimizer": optimizer, "policy": make_model()}
     )
     if released:
-        assert token_budget.find_token_budget(engine, make_model(), random_pairs(9, 1)).tokens == 16384
+        assert token_budget.find_token_budget(engine, random_pairs(9, 1)).tokens == 16384
     else:
         with pytest.raises(token_budget.ConfigError, match="does not fit into the memory of the GPU"):
-            token_budget.find_token_budget(engine, make_model(), random_pairs(9, 1))
+            token_budget.find_token_budget(engine, random_pairs(9, 1))
+
+
+def measured_where_rank_1_has_no_memory(planted):
+    """Return the pass that this rank has measured, or the error."""
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.MonkeyPatch.context() as patch:
+        pretend_cuda(patch)
+        with closing(make_engine(Resources(device="cpu", strategy="ddp"), Training(lr=1e-3), None, 0)) as engine:
+            engine.prepare(make_model, FLOAT32)
+            if planted and get_distributed().rank == 1:
+                engine._model.base_model.register_forward_pre_hook(out_of_memory)
+            try:
+                return token_budget._measure(engine, random_pairs(3, 0), recompute=False)
+            except token_budget.ConfigError as error:
+                return str(error)
+
+
+@pytest.mark.parametrize("planted", [True, False])
+def test_a_rank_that_runs_out_of_memory_is_one_line_of_all_ranks(planted):
+    first, second = on_ranks(2, "ddp", measured_where_rank_1_has_no_memory, planted)
+    assert first == second
+    if planted:
+        tokens = sum(example.length for example in random_pairs(3, 0))
+        assert f"a micro-batch of {tokens} tokens does not fit into the memory of the GPU: use" in first
+    else:
+        assert isinstance(first, token_budget.Pass)

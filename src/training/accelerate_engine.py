@@ -22,9 +22,9 @@ from src.distributed import get_distributed, init_distributed
 from src.errors import ConfigError
 from src.model.logprobs import NumericsConfig, SequenceLogps
 from src.planning.resources import Resources
-from src.training.deepspeed_state import deepspeed_config, gather_master_weights, set_master_weights
+from src.training.deepspeed_state import DeepSpeedState, deepspeed_config, gather_master_weights, set_master_weights
 from src.training.engine import ModelLoader, TrainingEngine, empty_model
-from src.training.training_state import DeepSpeedState, ShardedState, StagedState, load_sharded
+from src.training.training_state import ShardedState, StagedState, load_sharded
 
 # accelerate logs every file of every checkpoint, and warns about tied weights, which safetensors stores once.
 logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -71,8 +71,9 @@ class AccelerateEngine(TrainingEngine):
             deepspeed_plugin=plugin,
             # Applied in the log-prob path, so that everything that uses that path agrees.
             mixed_precision="no",
-            # The gradients are views of what DDP sends: otherwise there are two copies of them.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            # The gradients are views of what DDP sends: otherwise there are two copies of them. Buffers, which are the
+            # same on all ranks, are not sent again in forward passes.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
         # accelerate has been observed to fall back to a single process silently.
         assert accelerator.num_processes == get_distributed().size, f"{accelerator.num_processes} processes"
@@ -83,27 +84,24 @@ class AccelerateEngine(TrainingEngine):
         """The format of this engine's checkpoints: `sharded` (torch's) or `zeroSxN` (ZeRO-S on N ranks)."""
         return f"zero{self.zero}x{get_distributed().size}" if self.zero else "sharded"
 
-    @property
-    def shards(self) -> int:
-        return get_distributed().size if self.zero else 1
-
     def prepare(self, load: ModelLoader, numerics: NumericsConfig) -> Any:
         self.accelerator = self._make_accelerator(numerics.precision)
         self._load = load
         policy = SequenceLogps(self.configure_model(load()), numerics).train()
-        rounds = self.zero and numerics.precision == "bf16" and self.lora is None
-        exact = self._exact_weights(policy) if rounds and get_distributed().is_main_process else {}
+        # DeepSpeed makes its float32 master weights of the weights that it has rounded to bf16.
+        is_rounded = self.zero and numerics.precision == "bf16" and self.lora is None
+        weights = self._float32_weights(policy) if is_rounded and get_distributed().is_main_process else {}
         policy.to(self.device)
         buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
         self.policy, self.optimizer = self.accelerator.prepare(policy, self._optimizer_of(policy))
         for name, buffer in policy.named_buffers():
             buffer.data = buffers[name]  # some releases of DeepSpeed round them, frequencies of positions, to bf16
-        if rounds:
-            set_master_weights(policy, exact, self.device)
+        if is_rounded:
+            set_master_weights(policy, weights, self.device)
         return self.policy
 
-    def _exact_weights(self, policy: SequenceLogps) -> dict[str, Tensor]:
-        """Return the float32 weights of the policy, in CPU memory, by name."""
+    def _float32_weights(self, policy: SequenceLogps) -> dict[str, Tensor]:
+        """Return the weights that training starts from, in CPU memory, by name in the policy."""
         if self.zero < 3:
             return {name: parameter.detach() for name, parameter in policy.named_parameters()}
         # Of the policy, ZeRO-3 has rounded and divided every weight as soon as it was there.
@@ -148,22 +146,23 @@ class AccelerateEngine(TrainingEngine):
             load_sharded(self.policy, self.optimizer.optimizer, folder)
 
     def gather_model(self) -> Any:
-        model = self._model
-        if self.zero:
-            weights = gather_master_weights(self.accelerator.unwrap_model(self.policy))
-            self.close()
-            if not get_distributed().is_main_process:
-                return None
-            # Adapters belong to the weights that training started from.
-            base = empty_model(type(model), model.config) if self.lora is None else self._load()
-            model = self._rebuild(base, weights)
-        return self._published(model)
+        if not self.zero:
+            return self._published(self._model)
+        weights = gather_master_weights(self.accelerator.unwrap_model(self.policy))
+        model = type(self._model), self._model.config
+        self.close()
+        if not get_distributed().is_main_process:
+            return None
+        # Adapters belong to the weights that training started from.
+        base = empty_model(*model) if self.lora is None else self._load()
+        return self._published(self._rebuild(base, weights))
 
     def close(self) -> None:
-        """Destroy the DeepSpeed engine and its global state."""
+        """Destroy also the DeepSpeed engine and its global state."""
         if self.zero and self.accelerator:
             if wrapped := self.accelerator.deepspeed_engine_wrapped:
                 wrapped.engine.destroy()
-                self.accelerator.deepspeed_engine_wrapped = None
             unset_hf_deepspeed_config()
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        self.accelerator = None
+        super().close()

@@ -1,16 +1,25 @@
-"""DeepSpeed's configuration, derived from the trainer's fields alone, and the float32 weights that it trains."""
+"""DeepSpeed's configuration, the float32 weights that it trains, and its checkpoints.
+
+Only the same strategy on as many ranks loads a checkpoint.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor
 
 from src.config.schema import Training
 from src.distributed import get_distributed
 from src.planning.resources import Resources
+from src.store.files import file_digest, fsync_file
+from src.training.training_state import WrittenPart
 
 
 def deepspeed_config(resources: Resources, trainer: Training, precision: str, device: torch.device) -> dict[str, Any]:
@@ -38,10 +47,11 @@ def deepspeed_config(resources: Resources, trainer: Training, precision: str, de
     return config
 
 
-def set_master_weights(policy: torch.nn.Module, exact: dict[str, Tensor], device: torch.device) -> None:
-    """Set the float32 weights that DeepSpeed trains, which it has made of bf16 ones, to rank 0's `exact` ones.
+def set_master_weights(policy: torch.nn.Module, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Set the float32 weights that DeepSpeed trains, which it has made of bf16 ones, to those of rank 0.
 
-    Every rank calls this, and holds one whole weight at a time. Frozen weights stay rounded.
+    weights: float32, by name in the policy; other ranks pass none. Every rank calls this, and holds one whole weight at
+    a time. Frozen weights stay rounded.
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -50,7 +60,7 @@ def set_master_weights(policy: torch.nn.Module, exact: dict[str, Tensor], device
         if not parameter.requires_grad:
             continue
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's parameters are empty between their uses
-        value = exact[name].to(device) if ranks.is_main_process else torch.empty(shape, device=device)
+        value = weights[name].to(device) if ranks.is_main_process else torch.empty(shape, device=device)
         if ranks.size > 1:
             dist.broadcast(value, 0)
         if hasattr(parameter, "ds_tensor"):
@@ -73,3 +83,28 @@ def gather_master_weights(policy: torch.nn.Module) -> dict[str, Tensor]:
             if get_distributed().is_main_process:
                 weights[name] = value.cpu()
     return weights
+
+
+class DeepSpeedState:
+    """The state of a ZeRO strategy: DeepSpeed saves it, all ranks at once and before training goes on."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        self._accelerator, self._folder = accelerator, folder
+
+    def write(self) -> WrittenPart:
+        ranks = get_distributed()
+        self._accelerator.save_state(str(self._folder), exclude_frozen_parameters=True)
+        ranks.barrier()  # until the folder is complete: which files are this rank's is read from their names
+        files = [path for path in sorted(self._folder.rglob("*")) if path.is_file() and _writer_of(path) == ranks.rank]
+        for path in files:
+            fsync_file(path)
+        return WrittenPart({path.relative_to(self._folder).as_posix(): file_digest(path) for path in files})
+
+    def finish(self, parts: Sequence[WrittenPart]) -> dict[str, str]:
+        return {}
+
+
+def _writer_of(path: Path) -> int:
+    """Return the rank that has written a file of DeepSpeed or accelerate; 0 for those that are not numbered."""
+    numbered = re.match(r"(?:bf16_)?zero_pp_rank_(\d+)_|random_states_(\d+)\.", path.name)
+    return int(next(filter(None, numbered.groups()))) if numbered else 0

@@ -45,6 +45,8 @@ class TrainingEngine(ABC):
 
     policy: Any  # `src.model.logprobs.SequenceLogps` of the model, wrapped
     optimizer: Any
+    _model: Any  # inside of the policy
+    _adapted: Any  # peft's wrapper of it, with model.lora
 
     def __init__(self, resources: Resources, trainer: Training, lora: Lora | None, seed: int) -> None:
         """`seed` is for the initial adapters. Raises ConfigError for a device that is not there."""
@@ -55,11 +57,6 @@ class TrainingEngine(ABC):
     @abstractmethod
     def checkpoint_format(self) -> str:
         """The format of this engine's checkpoints, a folder name: engines with the same can resume each other's."""
-
-    @property
-    @abstractmethod
-    def shards(self) -> int:
-        """Over how many ranks the optimizer state is divided."""
 
     @abstractmethod
     def prepare(self, load: ModelLoader, numerics: NumericsConfig) -> Any:
@@ -100,9 +97,9 @@ class TrainingEngine(ABC):
         Where the weights are in shards, only rank 0 gets it, and others None. Ends the training.
         """
 
-    @abstractmethod
     def close(self) -> None:
         """Free what training holds, and what would affect the next model of this process."""
+        self.policy = self.optimizer = self._model = self._adapted = None
 
     def set_lr(self, lr: float) -> float:
         for group in self.optimizer.param_groups:

@@ -147,14 +147,11 @@ class FsdpEngine(TrainingEngine):
             weight = _full(parameter.detach())
             if get_distributed().is_main_process:
                 weights[name] = weight.cpu()
-        model = self._model
+        model = type(self._model), self._model.config
         self.close()
         if not get_distributed().is_main_process:
             return None
-        return self._published(self._rebuild(empty_model(type(model), model.config), weights))
-
-    def close(self) -> None:
-        self.policy = self.optimizer = None
+        return self._published(self._rebuild(empty_model(*model), weights))
 
 
 def _full(tensor: Tensor) -> Tensor:

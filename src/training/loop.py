@@ -60,29 +60,15 @@ def train(
         raise ConfigError(
             f"trainer.{inputs.kind}.batch_size={trainer.batch_size}: below the number of processes, {ranks.size}"
         )
-    trained = _train(load, examples, loss_fn, inputs, resources, attempt)
-    release_accelerator()  # what validation and the next stage need: gradients and optimizer state no longer exist
-    return trained
-
-
-def _train(
-    load: ModelLoader,
-    examples: Sequence[Example],
-    loss_fn: LossFn,
-    inputs: SftInputs | AlignInputs,
-    resources: Resources,
-    attempt: Attempt,
-) -> Any:
-    trainer = inputs.trainer
     with contextlib.ExitStack() as cleanup:
         engine = cleanup.enter_context(contextlib.closing(make_engine(resources, trainer, inputs.lora, inputs.seed)))
-        policy = engine.prepare(load, numerics_of(inputs.model, resources))
+        engine.prepare(load, numerics_of(inputs.model, resources))
         total = total_steps(len(examples), trainer)
         end = max(1, round(inputs.stop_fraction * total)) if isinstance(inputs, AlignInputs) else total
         checkpointer = Checkpointer(engine, attempt, resources.checkpoint_minutes)
         cleanup.enter_context(contextlib.closing(checkpointer))
         first = checkpointer.resume(end)
-        budget = find_token_budget(engine, policy, examples)
+        budget = find_token_budget(engine, examples)
         planner = StepPlanner(examples, trainer.batch_size, inputs.seed, budget, engine.device)
         batches = cleanup.enter_context(contextlib.closing(prefetch(planner.prepare, range(first, end), engine.device)))
         heap = HeapTrimmer()
@@ -90,7 +76,7 @@ def _train(
         for step, batch in enumerate(batches, first):
             attempt.step(step, end, interruptible=False)
             lr = engine.set_lr(trainer.lr * lr_multiplier(step, total, trainer))
-            names, metric_sums = _accumulate_step(engine, policy, batch, loss_fn)
+            names, metric_sums = _accumulate_step(engine, batch, loss_fn)
             norm = engine.step()
             heap.maybe_trim()
             (loss, *totals), grad_norm, num_tokens, votes = _reduce_metrics(
@@ -110,12 +96,12 @@ def _train(
             checkpointer.save(end, keep=1)
             checkpointer.wait()
         attempt.step(end, end)
-        return engine.gather_model()
+        trained = engine.gather_model()
+    release_accelerator()  # what validation and the next stage need: the engine holds nothing any more
+    return trained
 
 
-def _accumulate_step(
-    engine: TrainingEngine, policy: Any, batch: StepBatch, loss_fn: LossFn
-) -> tuple[list[str], Tensor]:
+def _accumulate_step(engine: TrainingEngine, batch: StepBatch, loss_fn: LossFn) -> tuple[list[str], Tensor]:
     """Accumulate the gradients of this rank's micro-batches.
 
     Returns the names of what is logged beside the loss, and (1 + names,) float64 sums, on the device.
@@ -126,7 +112,7 @@ def _accumulate_step(
         if micro_batch.recompute is not None:
             engine.checkpoint_activations(micro_batch.recompute)
         with engine.micro_step(last=micro_batch is batch.micro_batches[-1]):
-            logps, token_counts = policy(micro_batch.packed)
+            logps, token_counts = engine.policy(micro_batch.packed)
             loss, logged = loss_fn(micro_batch.packed, logps, token_counts, batch.size)
             engine.backward(0.0 * loss if micro_batch.is_filler else loss)
         if not micro_batch.is_filler:
@@ -142,7 +128,8 @@ def _reduce_metrics(
 ) -> tuple[list[float], float, int, Votes]:
     """Return, over all ranks: the sums, the gradient norm, the tokens of the step, and the votes on its checkpoint.
 
-    This is the only device-to-host copy of a step, and the only time that the host waits for the device.
+    This is the only device-to-host copy of a step, and the only time that the host waits for the device, but for a step
+    whose state is saved.
     """
     device, float64 = metric_sums.device, torch.float64
     local = torch.tensor([num_tokens, *votes], dtype=float64).to(device, non_blocking=True)

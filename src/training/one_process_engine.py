@@ -68,9 +68,9 @@ class OneProcessEngine(TrainingEngine):
         self._weights_changed()
 
     def gather_model(self) -> Any:
-        model = self._model
-        self.close()
-        return self._published(model)
+        self.policy = self.optimizer = self._rounded = None
+        return self._published(self._model)
 
     def close(self) -> None:
-        self.policy = self.optimizer = self._rounded = None
+        super().close()
+        self._rounded = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -62,10 +62,10 @@ class Pass(NamedTuple):
 Measure = Callable[[int, bool], Pass]
 
 
-def find_token_budget(engine: TrainingEngine, policy: Any, examples: Sequence[Example]) -> TokenBudget:
+def find_token_budget(engine: TrainingEngine, examples: Sequence[Example]) -> TokenBudget:
     """Return the budget of a run; on a GPU measure what fits. Every rank calls this and gets the same.
 
-    Raises ConfigError when not even the longest example fits.
+    Raises ConfigError, on all ranks, when not even the longest example fits.
     """
     configured, checkpointing = engine.resources.max_tokens_per_micro_batch, engine.resources.activation_checkpointing
     if engine.device.type != "cuda" or (configured is not None and checkpointing != "auto"):
@@ -76,15 +76,11 @@ def find_token_budget(engine: TrainingEngine, policy: Any, examples: Sequence[Ex
     longest = max(examples, key=lambda example: example.length)
 
     def measure(num_tokens: int, recompute: bool) -> Pass:
-        return _measure(engine, policy, resized(longest, num_tokens), recompute)
+        return _measure(engine, resized(longest, num_tokens), recompute)
 
-    try:
-        limit = _memory_limit(engine, policy)
-        budget = choose_token_budget(measure, limit, longest.length, configured, checkpointing)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(_too_large(f"a micro-batch of {_FEW} tokens", "", checkpointing)) from error
-    finally:
-        release_accelerator()
+    limit = _memory_limit(engine)
+    budget = choose_token_budget(measure, limit, longest.length, configured, checkpointing)
+    release_accelerator()
     log.info("micro-batches of %s, measured with %.1f GiB of memory", budget, limit / 2**30)
     return budget
 
@@ -148,7 +144,7 @@ def resized(example: Example, num_tokens: int) -> list[Example]:
     return [Example(prompt, tuple(responses))] * copies
 
 
-def _memory_limit(engine: TrainingEngine, policy: Any) -> int:
+def _memory_limit(engine: TrainingEngine) -> int:
     """Return the bytes that torch may allocate at the peak of a pass, the smallest number of all ranks.
 
     Adam's moments are allocated in the first step, after which passes have to fit beside them. DeepSpeed allocates its
@@ -158,30 +154,38 @@ def _memory_limit(engine: TrainingEngine, policy: Any) -> int:
     of_others = total - free - torch.cuda.memory_allocated(engine.device)
     moments = 0
     if not engine.resources.zero_stage and not engine.optimizer.state:
-        trained = (p for p in policy.parameters() if p.requires_grad)
+        trained = (p for p in engine.policy.parameters() if p.requires_grad)
         shards = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
         moments = sum(2 * shard.numel() * shard.element_size() for shard in shards)
     return get_distributed().all_reduce_min(int(TARGET_FRACTION * total) - of_others - moments)
 
 
-def _measure(engine: TrainingEngine, policy: Any, examples: Sequence[Example], recompute: bool) -> Pass:
+def _measure(engine: TrainingEngine, examples: Sequence[Example], recompute: bool) -> Pass:
     """Compute two micro-batches of these examples whose gradients are zeros; return the bytes of the second.
 
     They are like fillers at the beginning of a step, so that DeepSpeed, which keeps sums of gradients to itself, adds
-    zeros to them; it would apply them in a last micro-batch of a step. All others exchange gradients there.
+    zeros to them; it would apply them in a last micro-batch of a step. All others exchange gradients there. Raises
+    ConfigError on all ranks when one of them runs out of memory.
     """
     if engine.resources.activation_checkpointing == "auto":
         engine.checkpoint_activations(recompute)
     batch = pack(examples, range(len(examples))).to(engine.device)
-    before = 0
+    num_tokens, before = batch.input_ids.numel(), 0
     for last in (False, not engine.resources.zero_stage):
         torch.cuda.reset_peak_memory_stats(engine.device)
         before = torch.cuda.memory_allocated(engine.device)
-        with engine.micro_step(last):
-            logps, _ = policy(batch)
-            engine.backward(0.0 * logps.sum())
-        del logps
+        fits = 1
+        try:
+            with engine.micro_step(last):
+                engine.backward(0.0 * engine.policy(batch)[0].sum())
+        except torch.OutOfMemoryError:
+            fits = 0
+        # Agreed on after every pass, or the other ranks would wait for this one in their next exchange with it. NCCL
+        # lets a process come here although its GPU waits in one of this pass. That never ends: the GPU is left alone.
+        if not get_distributed().all_reduce_min(fits):
+            what = f"a micro-batch of {num_tokens} tokens"
+            raise ConfigError(_too_large(what, "", engine.resources.activation_checkpointing))
     peak = torch.cuda.max_memory_allocated(engine.device)
     if not engine.resources.zero_stage:
         engine.optimizer.zero_grad(set_to_none=True)
-    return Pass(batch.input_ids.numel(), *(-get_distributed().all_reduce_min(-value) for value in (before, peak)))
+    return Pass(num_tokens, *(-get_distributed().all_reduce_min(-value) for value in (before, peak)))

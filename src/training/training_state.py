@@ -1,12 +1,11 @@
 """What training resumes from, weights and optimizer state, as every rank writes its own part of it.
 
 One process, DDP and FSDP2 have one format, that of torch.distributed.checkpoint: any of them, with any number of ranks,
-loads what any other has saved. DeepSpeed has its own, which the same strategy on as many ranks loads.
+loads what any other has saved. DeepSpeed has its own (`deepspeed_state.py`).
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,14 +14,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from src.distributed import get_distributed
-from src.store.files import file_digest, fsync_file
+from src.store.files import file_digest
 
 # strict=False: adapters are saved without the frozen weights, and a tied weight under one of its names.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -58,6 +56,8 @@ class _StagingPlanner(DefaultSavePlanner):
     def _copy(self, item: WriteItem) -> Tensor:
         tensor = super().resolve_data(item)
         assert isinstance(tensor, Tensor)
+        # Not to pinned memory: a GPU copies to it faster, but torch would keep as much as weights and optimizer state
+        # of the CPU's memory, every tensor rounded up to a power of two, until the end of the process.
         return tensor.detach().to("cpu", copy=True)
 
     def resolve_data(self, write_item: WriteItem) -> Any:
@@ -115,28 +115,3 @@ def _state(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     weights, optimizer_state = get_state_dict(policy, optimizer, options=_OPTIONS)
     trained: Any = optimizer_state["state"]
     return {"model": {name: weights[name] for name in trained}, "optimizer": trained}
-
-
-class DeepSpeedState:
-    """The state of a ZeRO strategy: DeepSpeed saves it, all ranks at once and before training goes on."""
-
-    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
-        self._accelerator, self._folder = accelerator, folder
-
-    def write(self) -> WrittenPart:
-        ranks = get_distributed()
-        self._accelerator.save_state(str(self._folder), exclude_frozen_parameters=True)
-        ranks.barrier()  # until the folder is complete: which files are this rank's is read from their names
-        files = [path for path in sorted(self._folder.rglob("*")) if path.is_file() and _writer_of(path) == ranks.rank]
-        for path in files:
-            fsync_file(path)
-        return WrittenPart({path.relative_to(self._folder).as_posix(): file_digest(path) for path in files})
-
-    def finish(self, parts: Sequence[WrittenPart]) -> dict[str, str]:
-        return {}
-
-
-def _writer_of(path: Path) -> int:
-    """Return the rank that has written a file of DeepSpeed or accelerate; 0 for those that are not numbered."""
-    numbered = re.match(r"(?:bf16_)?zero_pp_rank_(\d+)_|random_states_(\d+)\.", path.name)
-    return int(next(filter(None, numbered.groups()))) if numbered else 0
