@@ -106,7 +106,8 @@ def test_fifty_steps_in_bf16_follow_float32_as_autocast_does_with_the_same_weigh
         differences[name] = float(((losses - exact_losses).abs() / exact_losses).mean())
         print(f"{name}: angle {angles[name]:.3f}, mean difference of a loss {100 * differences[name]:.4f} %")
     assert angles["ours"] < 1.05 * angles["autocast, rounded"]
-    assert differences["ours"] < 1.05 * max(differences["plain autocast"], differences["autocast, rounded"])
+    # Another order of sums changes this difference by an eighth, and the angle by a fiftieth.
+    assert differences["ours"] < 1.2 * max(differences["plain autocast"], differences["autocast, rounded"])
     assert angles["ours"] < 1.5 * angles["plain autocast"], "what the rounding of norms and embeddings costs"
 
 
