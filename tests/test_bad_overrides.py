@@ -98,6 +98,64 @@ REFUSED = [
     (["hydra.run.dir=/dev/null/x"], "hydra.run.dir=/dev/null/x: cannot be written"),
     (["--nosuch"], "unrecognized arguments: --nosuch"),
     (["--resolve"], "--resolve: only together with"),
+    (["+foo=1"], "foo"),
+    (["trainer.align.lr=1e-4"], "trainer.align.lr"),
+    (["trainer.sft.adam_betas=[0.9,1.5]"], "trainer.sft.adam_betas[1]=1.5: must be >= 0 and < 1"),
+    (["model.path=package://foo.bar/x"], "the package foo.bar is not installed"),
+    (["setup=llama32_3b_tldr", "dataset.path=nosuchfolder"], "dataset.path=nosuchfolder: missing folder sft"),
+    (["beta=abc"], "beta"),
+    (["beta=0"], "beta=0: must be > 0"),
+    (["beta=nan"], "beta=nan"),
+    (["lr=0"], "lr=0: must be > 0"),
+    (["seed=1.5"], "seed"),
+    (["trainer.align.batch_size=0"], "trainer.align.batch_size=0: must be >= 1"),
+    (["method=ppo"], "method/ppo"),
+    (["setup=nosuch"], "setup/nosuch"),
+    (["setup=mistral_7b_uf"], "setup=mistral_7b_uf init=sft has no best beta for method=dpo: set beta=VALUE"),
+    (["method.gamma_beta_ratio=1"], "method=dpo has no such field"),
+    (["method=simpo", "method.gamma_beta_ratio=null"], "method=simpo needs a value"),
+    (["method=simpo", "method.gamma_beta_ratio=-1"], "method.gamma_beta_ratio=-1: must be >= 0"),
+    (
+        ["method=cal_dpo", "method.calibration_weight=nan"],
+        "method.calibration_weight=nan: must be a finite number >= 0",
+    ),
+    (["beta_grid.dpo=[]"], "beta_grid.dpo=[]: an empty grid"),
+    (["+lr_grid.ppo=[1]"], "lr_grid.ppo: no such method"),
+    (["beta=grid"], "add -m"),
+    (["method=all"], "add -m"),
+    (["setup=smollm2_jsonl"], "dataset.path is not set"),
+    (["setup=smollm2_jsonl", "dataset.path=/nowhere.json"], "dataset.path=/nowhere.json: no such file"),
+    (["model.path=./nowhere"], "model.path=./nowhere: no such file"),
+    (["dataset.max_prompt_tokens=160"], "must be below dataset.max_tokens"),
+    (["judge=none"], "needs a judge"),
+    (["-m", "beta=1,2", "sweep.name=../x"], "sweep.name=../x: becomes a folder name"),
+    (["init=base", "method=orpo"], "init=base has no best beta"),
+    (["engine.precision=fp8"], "must be one of fp32, bf16"),
+    (["engine.strategy=zero4"], "must be one of none, ddp, fsdp, zero1, zero2, zero3, zero3_offload"),
+    (["engine.precision=bf16"], "engine.strategy=none holds one copy of the weights"),
+    (["engine=ddp", "engine.precision=bf16"], "choose engine=fsdp"),
+    (["engine.activation_checkpointing=2"], "engine.activation_checkpointing=2"),
+    (["engine.activation_checkpointing=some"], "some: must be one of auto, true, false"),
+    (["dataset.sft_fraction=1.5"], "dataset.sft_fraction=1.5: must be >= 0 and <= 1"),
+    (["evaluation.generation.top_p=0"], "evaluation.generation.top_p=0: must be > 0 and <= 1"),
+    (["model.attention=varlen"], "model.attention=varlen requires engine.precision=bf16"),
+    (["model.lora.rank=0"], "model.lora.rank=0: must be >= 1"),
+    (["best_from=/nowhere.yaml"], "best_from=/nowhere.yaml"),
+    (["-m", "method=dpo,ipo", "beta=0.1,-1"], "beta=-1: must be > 0"),
+    (["-m", "method=dpo", "lr=grid", "~lr_grid.dpo"], "no list for method=dpo"),
+    (["-m", "beta=choice()"], "beta"),
+    (["-m", "hydra.launcher.workers=0", "beta=1,2"], "hydra.launcher.workers=0"),
+    (["-m", "hydra/launcher=basic", "beta=1,2"], "hydra/launcher"),
+    (["-m", "setup=mini_tldr,smollm2_jsonl", "beta=0.1,1"], "setup=smollm2_jsonl beta=0.1 output_dir="),
+    (["-m", "sweep.name=a,b"], "sweep.name: must be one value for a whole sweep"),
+    (["-m", "sweep.keep_fraction=0.3,0.5"], "sweep.keep_fraction: must be one value for a whole sweep"),
+    (
+        ["-m", "beta=0.1,1", "sweep.search=successive_halving", "sweep.rungs=[0.5]"],
+        "sweep.rungs=[0.5]: must be an increasing list",
+    ),
+    (["sweep.search=successive_halving"], "sweep.search=successive_halving needs a sweep: add -m"),
+    (["-m", "hydra/sweeper=basic", "beta=1,2"], "hydra/sweeper=grid"),
+    (["+sweep=nosuch"], "sweep/nosuch"),
 ]
 
 
@@ -107,7 +165,8 @@ def test_a_bad_override_is_one_line_and_leaves_nothing(arguments, message, tmp_p
     done = run_in_process(*arguments, *output_dir)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
-    assert message in line and len(line) < 1000
+    assert line.startswith("error: ") and message in line and len(line) < 1000
+    assert "To append to your config" not in line, "Hydra's hint, which a typed config refuses as well"
     assert not list(tmp_path.iterdir())
 
 

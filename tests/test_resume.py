@@ -174,18 +174,6 @@ def test_kill_9_in_the_middle_of_a_save_that_training_has_passed_and_the_same_ag
     assert results(killed) == results(calm)
 
 
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, undisturbed):
-    arguments = [*POINT, f"output_dir={tmp_path}"]
-    assert kill_when(checkpoint("sft", 10), tmp_path, *arguments)
-    newest = max((tmp_path / "store").glob("sft/.work/*/checkpoints/*/step-*"))
-    part = newest / "__0_0.distcp"
-    part.write_bytes(part.read_bytes()[:-100])
-    train(*arguments, f"hydra.run.dir={tmp_path}/runs/again")
-    log = (tmp_path / "runs" / "again" / "train.log").read_text()
-    assert "checksum mismatch in __0_0.distcp" in log and "resuming from step" in log
-    assert results(tmp_path) == undisturbed
-
-
 def test_two_processes_at_once_compute_each_stage_once(tmp_path, undisturbed):
     arguments = [*POINT, f"output_dir={tmp_path}"]
     both = [start(*arguments, f"hydra.run.dir={tmp_path}/runs/{n}") for n in range(2)]

@@ -15,7 +15,7 @@ import yaml
 from launchers.slurm.job_records import submissions
 from src.store.sweep_folder import SweepFolder
 from tests.support.artifacts import results
-from tests.support.commands import ROOT, SMALL, environment, start, train
+from tests.support.commands import ROOT, SMALL, environment, run_in_process, start, train
 from tests.support.on_slurm import (
     FOUR_POINTS,
     MAX_ARRAY,
@@ -292,7 +292,7 @@ def test_ctrl_c_on_a_waiting_command_leaves_the_jobs_running(slurm, tmp_path):
     ],
 )
 def test_a_bad_request_is_rejected_before_anything_is_written_or_submitted(slurm, tmp_path, override, message):
-    done = train("-m", "method=dpo,orpo", *SMALL, *SLURM, f"output_dir={tmp_path}", override, check=False)
+    done = run_in_process("-m", "method=dpo,orpo", *SMALL, *SLURM, f"output_dir={tmp_path}", override)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not queue(slurm) and not list(tmp_path.iterdir())

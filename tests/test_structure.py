@@ -1,37 +1,17 @@
-"""Properties of the source tree: imports without circles, one owner per file format, no names of version 0.1."""
+"""Properties of the source tree: imports without circles, one owner per file format."""
 
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from src.config.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
 from tests.support.commands import ROOT
 
 PACKAGES = ("src", "sweeps", "launchers")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
-
-# Identifiers of version 0.1, replaced since by the field's word for each. Those that are also ordinary words
-# (`partition`, `score`, `width`) are not listed.
-OLD_NAMES = set(
-    """
-    AGAIN About ClusterSilent DIED EXPECTED Family Following Found FreedMemory GRID_WORDS HEAVY Inbox KERNELS LEAST
-    LETTERS Lost MOST ON_CPU Objective Over Picture Place REACH SCORING SHARE SLAB STALLS Standing StepSize TOGETHER
-    TOLD TRIMMED Taken Tokenised World _CAREFUL _Draw _LOOK_AT _OURS _PATIENCE _REMEMBER _TERMS _View _explained
-    _follow _found _kin _last_words _left _make_room _meet _of_weight _on_their_way _passes _patiently _said _shown
-    _slabs _tell _told abandon accounted against_highest answering as_sweeps as_typed beat careful chosen_anywhere
-    chosen_at_random chosen_points compute_of conclude elsewhere fitting foreseen found give_back its kept
-    key_starts normaliser number_of objective_of of_bias of_gate of_p of_scores of_x once_more optimiser over_seeds
-    own part_of per_beta point_from predict_from query_starts read_words run_of said seen silently speaking
-    spent_before split_step strays telling_apart tidy tip_of to_come tokenised tokens_depend_on told turned
-    unconcluded vain
-    """.split()
-)
 
 
 def parse(path: Path) -> ast.Module:
@@ -83,22 +63,6 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return paths
 
 
-def identifiers(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Yield (identifier, line) of everything a file defines, assigns, imports or reads."""
-    for node in ast.walk(tree):
-        line = getattr(node, "lineno", 0)
-        if isinstance(node, ast.Name):
-            yield node.id, line
-        elif isinstance(node, ast.Attribute):
-            yield node.attr, line
-        elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
-            yield str(node.arg), line
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.name, line
-        elif isinstance(node, ast.alias):
-            yield from ((part, line) for part in (node.asname or node.name).split("."))
-
-
 def literals(tree: ast.Module) -> Iterator[str]:
     """Yield the strings of a file that are not docstrings."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -139,31 +103,3 @@ def test_stages_training_and_models_receive_no_point():
     rooms = [ROOT / "src" / room for room in ("stages", "training", "model")]
     users = [str(p.relative_to(ROOT)) for room in rooms for p in room.rglob("*.py") if "point: Point" in p.read_text()]
     assert not users
-
-
-def test_no_identifier_of_version_0_1_is_left():
-    uses = [
-        f"{path.relative_to(ROOT)}:{line}: {name}"
-        for path in [*SOURCES, *TESTS]
-        for name, line in identifiers(parse(path))
-        if name in OLD_NAMES
-    ]
-    assert not uses, "\n".join([f"{len(uses)} uses", *uses])
-
-
-def test_no_config_key_of_version_0_1_is_left():
-    old = [rf"(?<![\w.]){re.escape(key)}(?=[=.`\s])" for key in RENAMED_KEYS if "." in key]
-    old += [r"(?<![\w.-])keep=(all|best|none)\b", *(rf"{re.escape(value)}\b" for value in RENAMED_VALUES)]
-    pattern = re.compile("|".join(old))
-    about_old_keys = ("src/config/renamed_keys.yaml", "tests/test_renamed_keys.py", "tests/test_docs.py")
-    exempt = {Path(__file__), *(ROOT / name for name in about_old_keys)}
-    places = ("conf", "docs", "benchmarks", "tests", *PACKAGES)
-    files = [path for place in places for path in (ROOT / place).rglob("*") if path.suffix in (".py", ".yaml", ".md")]
-    uses = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in [*files, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-        if path not in exempt
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if pattern.search(line) and "is called" not in line
-    ]
-    assert not uses, "\n".join(uses)

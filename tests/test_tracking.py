@@ -1,10 +1,11 @@
-"""W&B gets what the store has, exactly once, and never stops a run."""
+"""W&B and TensorBoard get what the store has, each step once, and never stop a run."""
 
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -12,10 +13,11 @@ from src.store.files import read_json
 from src.store.sweep_folder import SweepFolder
 from tests.support import wandb_server
 from tests.support.commands import ROOT, SMALL, command
-from tests.support.tracked import metrics_of, read_yaml, run, shell, training_rows
+from tests.support.tracked import metrics_of, read_yaml, run, scalars, shell, training_rows
 from tests.support.waiting import wait_until
 
 TWO_POINTS = ["-m", *SMALL, "beta=0.2,0.4", "sweep.name=demo"]
+TENSORBOARD = "tracking.tensorboard.enabled=true"  # beside W&B, which is the default
 
 
 @pytest.fixture
@@ -29,14 +31,19 @@ def uploaded_sweep(tmp_path_factory):
     """Return a server, and the output_dir of a sweep that was synced to it while it ran."""
     out = tmp_path_factory.mktemp("uploaded")
     with wandb_server.serving() as server:
-        done = run(server, *TWO_POINTS, f"output_dir={out}")
+        done = run(server, *TWO_POINTS, TENSORBOARD, f"output_dir={out}")
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
         assert f"W&B: online, alignment-sweep ({server.url})" in done.stdout
+        assert f"tensorboard --logdir {out}/tensorboard" in done.stdout
         yield server, out
 
 
 def points_of(out, name="demo"):
     return SweepFolder(out / "sweeps" / name).read()["points"]
+
+
+def event_files(out):
+    return {path: path.stat().st_size for path in out.glob("tensorboard/**/*") if path.is_file()}
 
 
 def align_run(server):
@@ -81,15 +88,29 @@ def test_a_sweep_is_a_run_per_point_and_shared_stage_with_the_numbers_of_the_sto
 @pytest.mark.slow
 def test_nothing_is_uploaded_twice(uploaded_sweep):
     server, out = uploaded_sweep
-    num_requests = len(server.requests)
+    num_requests, events = len(server.requests), event_files(out)
     assert num_uploaded(server, out / "sweeps" / "demo") == 0
-    again = run(server, *TWO_POINTS, f"output_dir={out}")
+    again = run(server, *TWO_POINTS, TENSORBOARD, f"output_dir={out}")
     assert again.returncode == 0 and len(server.requests) == num_requests
+    assert event_files(out) == events and len(events) == 6, "two points, sft, reference, baseline, and the sweep"
+
+
+@pytest.mark.slow
+def test_curves_and_results_in_tensorboard_are_those_of_the_store(uploaded_sweep):
+    _, out = uploaded_sweep
+    for point in points_of(out):
+        (folder,) = out.glob(f"tensorboard/demo/*-{point['identity'][-8:]}")
+        curves, metrics = scalars(folder), metrics_of(out, "align", point["stages"]["align"])
+        for name in metrics[0].keys() - {"step"}:
+            expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in metrics]  # stored in float32
+            assert curves[f"train/{name}"] == expected
+        result = read_json(out / "store" / "evaluate" / point["identity"] / "result.json")
+        assert curves["quality/value"] == [(7, pytest.approx(result["quality"]["value"]))]
 
 
 @pytest.mark.slow
 def test_a_point_killed_twice_is_one_run_with_every_step_once(server, tmp_path):
-    long = [*SMALL, "trainer.align.epochs=40", f"output_dir={tmp_path}"]
+    long = [*SMALL, "trainer.align.epochs=40", f"output_dir={tmp_path}", TENSORBOARD]
     often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}  # the client's default is 15 s
     for _ in range(2):
         process = subprocess.Popen(command(*long), cwd=ROOT, env=shell(server, **often), start_new_session=True)
@@ -107,6 +128,9 @@ def test_a_point_killed_twice_is_one_run_with_every_step_once(server, tmp_path):
     metrics = metrics_of(tmp_path, "align", align)
     assert align_run(server).steps == [row["step"] for row in metrics] == list(range(320))
     assert [row["loss"] for row in training_rows(align_run(server).history)] == [row["loss"] for row in metrics]
+    (folder,) = (path for path in tmp_path.glob("tensorboard/*") if "dpo" in path.name)
+    assert len(list(folder.glob("events.out.tfevents.*"))) > 1, "it was continued"
+    assert [step for step, _ in scalars(folder)["train/loss"]] == list(range(320))
 
 
 @pytest.mark.slow
@@ -147,10 +171,12 @@ def test_without_a_server_a_run_warns_once_and_a_later_upload_completes_it(how, 
         server.refuse = 429
     else:
         server.lock.acquire()  # it accepts connections and never answers
-    done = run(server, *SMALL, f"output_dir={tmp_path}")
+    done = run(server, *SMALL, TENSORBOARD, f"output_dir={tmp_path}")
     assert done.returncode == 0 and "result:" in done.stdout, done.stderr
     assert done.stderr.count("warning: upload incomplete (W&B: ") == 1 and "Traceback" not in done.stderr
     assert f"`python -m sweeps.wandb_sync {tmp_path}` uploads the rest" in done.stderr
+    (folder,) = (path for path in tmp_path.glob("tensorboard/*") if "dpo" in path.name)
+    assert [step for step, _ in scalars(folder)["train/loss"]] == list(range(8)), "the other tracker is complete"
     server.refuse = None
     if how == "silent":
         server.lock.release()
@@ -183,7 +209,7 @@ def test_a_server_that_goes_away_during_a_sweep_stops_nothing_and_is_completed_l
 @pytest.mark.slow
 def test_no_secret_reaches_a_tracker_or_any_file(server, tmp_path):
     canaries = {name: f"canary-{name.lower()}-0123456789" for name in ("OPENAI_API_KEY", "HF_TOKEN", "MY_KEY")}
-    options = ["judge.api_key_env=MY_KEY", "tracking.tensorboard.enabled=true"]
+    options = ["judge.api_key_env=MY_KEY", TENSORBOARD]
     done = run(server, *SMALL, f"output_dir={tmp_path}", *options, **canaries)
     assert done.returncode == 0, done.stderr
     secrets = [*canaries.values(), wandb_server.KEY]
@@ -291,3 +317,11 @@ def test_a_dashboard_in_wandb_without_its_package_is_one_line(monkeypatch, tmp_p
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"wandb_workspaces: pip install '\.\[dashboards\]'"):
         dashboard.save(SweepFolder(tmp_path), None, None, None)
+
+
+def test_planning_and_training_import_no_tracker():
+    code = "import json, sys, src.train, sweeps.search.search, src.stages.align\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=shell(), capture_output=True, text=True, check=True
+    )
+    assert {"wandb", "tensorboard"}.isdisjoint(json.loads(done.stdout))
