@@ -170,11 +170,13 @@ def test_two_different_answers_to_one_prompt_are_refused(tmp_path):
         read_answers(str(path), prompts, "judge.baseline")
 
 
-def test_a_bad_row_is_exit_code_2_in_one_line_through_the_command(tmp_path):
+@pytest.mark.parametrize("sweep", [[], ["-m", "beta=0.1,1"]], ids=["run", "sweep"])
+def test_a_bad_row_is_exit_code_2_in_one_line_through_the_command(sweep, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(f'{GOOD}\n{{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}}\n')
     options = ("judge=none", "evaluation=preference", f"output_dir={tmp_path / 'out'}")
-    done = run_in_process("dataset=jsonl", f"dataset.path={path}", *options)
+    done = run_in_process(*sweep, "dataset=jsonl", f"dataset.path={path}", *options)
+    assert not (tmp_path / "out" / "store").exists()
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and f"{path}, line 2: a lone half" in done.stderr
 
 

@@ -86,25 +86,6 @@ def test_every_question_is_answered_once_despite_any_fault(proxy, served, tmp_pa
     assert len(proxy.asked) == 16
 
 
-def test_an_error_that_a_retry_cannot_fix_is_reported_at_once(proxy, served, tmp_path):
-    for status in (401, 404, 400):
-        proxy.faults.extend([status, status])
-        before = len(proxy.asked)
-        with pytest.raises(
-            StageError, match=f"{proxy.url} failed after 1 attempt: .*made to fail with {status}.*0 of 1 answers"
-        ):
-            client(proxy, served, tmp_path).complete(chats(1), Attempt())
-        assert len(proxy.asked) == before + 1
-        proxy.faults.clear()
-
-
-def test_a_lasting_fault_fails_after_max_retries(proxy, served, tmp_path):
-    proxy.faults.extend([429] * 10)
-    with pytest.raises(StageError, match="failed after 3 attempts"):
-        client(proxy, served, tmp_path, max_retries=2, concurrency=1).complete(chats(1), Attempt())
-    assert len(proxy.asked) == 3
-
-
 def test_a_spent_budget_stops_questions_and_keeps_answers(proxy, served, tmp_path):
     with pytest.raises(StageError, match=r"judge\.max_calls=5 reached.*5 of 8 answers were saved"):
         client(proxy, served, tmp_path, max_calls=5).complete(chats(8), Attempt())

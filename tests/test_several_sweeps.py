@@ -1,14 +1,11 @@
 """Several sweeps aggregated together: settings that vary only between the sweeps are part of the variants."""
 
-import subprocess
-import sys
-
 import pandas as pd
 import pytest
 import yaml
 
 from sweeps.search.variants import disambiguating_settings
-from tests.support.commands import ROOT, SMALL, environment, train
+from tests.support.commands import SMALL, run_in_process, train
 
 pytestmark = pytest.mark.slow
 
@@ -50,13 +47,7 @@ def sweeps(tmp_path_factory):
 
 
 def aggregate(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "sweeps.aggregate", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    return run_in_process(*arguments, module="sweeps.aggregate")
 
 
 def test_sweeps_that_differ_are_compared_side_by_side(sweeps):

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +13,7 @@ import yaml
 
 from src.store.store import RESULT_SCHEMA
 from src.store.sweep_folder import SweepFolder
-from tests.support.commands import ROOT, SMALL, dry_run, environment, train
+from tests.support.commands import SMALL, dry_run, run_in_process, train
 
 FOUR = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
 COLUMNS = [
@@ -35,10 +33,8 @@ def store_counts(folder):
     return Counter(done.parts[-3] for done in folder.store.root.glob("*/*/DONE"))
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+def aggregate(*arguments):
+    return run_in_process(*arguments, module="sweeps.aggregate")
 
 
 def test_a_sweep_computes_every_stage_once(swept):
@@ -139,18 +135,18 @@ def test_the_aggregator_run_again_writes_the_same_bytes(swept):
         return {p: p.read_bytes() for p in folder.path.rglob("*") if p.suffix in suffixes and p.is_file()}
 
     before = contents()
-    assert run("-m", "sweeps.aggregate", folder.path).returncode == 0
+    assert aggregate(folder.path).returncode == 0
     assert contents() == before
-    assert run("-m", "sweeps.aggregate", folder.path, "--select", "lowest_kl_in_shortlist").returncode == 0
+    assert aggregate(folder.path, "--select", "lowest_kl_in_shortlist").returncode == 0
     points = pd.read_csv(folder.points_csv).set_index("identity")
     for entry in yaml.safe_load(folder.best_yaml.read_text())["mini_tldr"].values():
         (selected,) = entry["identities"]
         of_method = points[points.method == points.method[selected]]
         assert points.kl_sequence[selected] == of_method.kl_sequence.min() or entry["shortlist"] == 1
     assert "the point with the lowest KL was selected" in folder.report.read_text()
-    assert run("-m", "sweeps.aggregate", folder.path).returncode == 0
+    assert aggregate(folder.path).returncode == 0
     assert contents() == before
-    wrong = run("-m", "sweeps.aggregate", folder.path.with_name("missing"))
+    wrong = aggregate(folder.path.with_name("missing"))
     assert wrong.returncode == 2 and "no sweep.json in it" in wrong.stderr
 
 
@@ -160,7 +156,7 @@ def test_a_sweep_of_another_version_is_refused_in_one_line(swept, tmp_path):
     shutil.copytree(swept[0].path, copy.path)
     record = copy.path / "sweep.json"
     record.write_text(json.dumps({**copy.read(), "schema": 1}))
-    for done in (run("-m", "sweeps.aggregate", copy.path), run("-m", "src.train", *arguments)):
+    for done in (aggregate(copy.path), run_in_process(*arguments)):
         assert done.returncode == 2 and "written by another version of this program (schema 1" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
 
@@ -191,7 +187,7 @@ def test_the_number_of_seeds_is_a_column_where_it_differs(tmp_path):
     folder = SweepFolder(tmp_path / "sweeps" / "seeds")
     (missing,) = (p for p in folder.read()["points"] if (p["method"], p["seed"]) == ("ipo", 1))
     shutil.rmtree(tmp_path / "store" / "evaluate" / missing["identity"])
-    done = run("-m", "sweeps.aggregate", folder.path)
+    done = aggregate(folder.path)
     assert done.returncode == 0, done.stderr
     best = pd.read_csv(folder.tables / "best.csv").set_index("Method")
     assert best.Seeds.to_dict() == {"DPO": 2, "IPO": 1} and "Seeds" in done.stdout

@@ -1,14 +1,13 @@
 """What tests on a SLURM cluster share: the sweeps they submit, and how they follow them."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from launchers.slurm.job_records import Submission
 from launchers.slurm.job_records import submissions as submissions_of
 from src.store.sweep_folder import SweepFolder
-from tests.support.commands import ROOT, SMALL, environment
+from tests.support.commands import SMALL, run_in_process
 from tests.support.slurm_cluster import Cluster
 from tests.support.waiting import wait_until
 
@@ -49,8 +48,7 @@ def sacct_rows(cluster: Cluster, jobs: list[str]) -> dict[str, dict[str, str]]:
 
 def run_tool(name: str, folder: SweepFolder, *options: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m sweeps.NAME FOLDER`."""
-    command = [sys.executable, "-m", f"sweeps.{name}", str(folder.path), *options]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    return run_in_process(folder.path, *options, module=f"sweeps.{name}")
 
 
 def submitted(folder: SweepFolder) -> dict[str, Submission]:
