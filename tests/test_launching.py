@@ -1,11 +1,10 @@
 """The launchers, as far as they can be tested without a cluster."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -23,6 +22,7 @@ from src.store.store import Store
 from src.store.sweep_folder import SweepFolder, result_folders
 from tests.support.commands import ROOT, SMALL, environment, train
 from tests.support.configs import composed
+from tests.support.endpoint import LoopbackServer
 
 
 def test_without_sbatch_the_command_fails_and_writes_nothing(tmp_path):
@@ -121,7 +121,7 @@ def test_hub_names_that_cannot_be_verified_are_named_in_one_warning(monkeypatch,
     assert preflight.check_hub([build_point(composed())]) == []
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(BaseHTTPRequestHandler):
     """The hub's answers for a gated, a public and a missing repository."""
 
     def do_GET(self) -> None:
@@ -143,19 +143,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    def log_message(self, *arguments: object) -> None:
-        pass
-
 
 @pytest.fixture
 def reachable_hub(monkeypatch, tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = LoopbackServer()
+    server.serve(Hub)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url.removesuffix("/v1"))
     yield
-    server.shutdown()
+    server.close()
 
 
 def test_a_missing_or_gated_repository_is_an_error(reachable_hub):

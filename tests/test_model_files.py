@@ -15,7 +15,7 @@ from src.model.loading import load_pretrained, load_weights
 from src.planning.content import ContentPath
 from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
-from tests.support.commands import ROOT, run_in_process, train
+from tests.support.commands import ROOT, run_in_process
 
 BASE = ROOT / "src" / "data" / "mini_tldr_base"
 WEIGHTS = "model.safetensors"
@@ -143,9 +143,8 @@ def test_what_the_files_show_is_refused_in_one_line(kind, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [[], ["dry_run=true"], ["-m"]])
-@pytest.mark.parametrize("kind", ["truncated", "DDP", "mamba"])
-def test_commands_refuse_it_before_anything_runs(kind, mode, tmp_path):
-    folder = damaged_copy(tmp_path / "model", DAMAGED_FILES[kind][0])
+def test_commands_refuse_it_before_anything_runs(mode, tmp_path):
+    folder = damaged_copy(tmp_path / "model", DAMAGED_FILES["truncated"][0])
     done = run_in_process(*mode, "tracking=none", f"model.path={folder}", f"output_dir={tmp_path / 'out'}")
     assert done.returncode == 2 and f"model.path={folder}: " in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out" / "store").exists()
@@ -230,11 +229,3 @@ def test_a_reward_model_without_a_trained_head_is_refused(tmp_path):
         ConfigError, match=r"^judge.model=x: 1 tensors of a .* are missing from its files: score.weight"
     ):
         load_pretrained(AutoModelForSequenceClassification, str(folder), "judge.model=x")
-
-
-@pytest.mark.slow
-def test_a_run_with_a_tensor_missing_ends_with_one_line(tmp_path):
-    folder = damaged_copy(tmp_path / "model", UNLOADABLE["missing"][0])
-    done = train("tracking=none", f"model.path={folder}", f"output_dir={tmp_path / 'out'}", check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"error: model.path={folder}: 1 tensors" in done.stderr.splitlines()[-1]

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 from safetensors.torch import load_file
@@ -144,23 +143,3 @@ def test_processes_of_a_stopped_job_wait_for_rank_0_to_save(slurm, local_long_ru
     assert newest_step(output_dir) > 0, "the checkpoint was saved before the job stopped"
     wait_until(lambda: status_of(folder, job).get("progress_marker"), TIMEOUT_S, "the requeue")
     assert status_of(folder, job)["progress_marker"][1] == newest_step(output_dir)
-
-
-def test_a_full_disk_is_named_and_a_rerun_with_more_space_completes(slurm, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
-    try:
-        arguments = ["-m", "method=dpo", "beta=0.1", *SMALL, "trainer.checkpoint_minutes=0", "sweep.name=full"]
-        train(*arguments, *SLURM, f"output_dir={disk}")
-        folder = sweep(disk, "full")
-        wait_until(
-            lambda: "disk full while computing" in run_tool("status", folder).stdout, TIMEOUT_S, "the disk to be full"
-        )
-        wait_queue_empty(slurm)
-        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
-        train(*arguments, *SLURM, "hydra.launcher.wait=true", f"output_dir={disk}")
-        assert folder.read()["state"] == "done"
-    finally:
-        wait_queue_empty(slurm)
-        subprocess.run(["umount", "-l", str(disk)], check=True)
