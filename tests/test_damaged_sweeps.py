@@ -113,6 +113,9 @@ def test_a_deleted_result_is_a_point_that_was_not_run(folder):
     done = run_in_process(folder.path, module="sweeps.aggregate")
     assert done.returncode == 0 and "to do: " in done.stdout and "not run" in done.stdout, done.stderr
     assert list(pd.read_csv(folder.points_csv).state) == ["to do"] + ["done"] * 5
+    shutil.rmtree(folder.store.root / "evaluate")
+    assert run_in_process(folder.path, module="sweeps.aggregate").returncode == 0
+    assert "No point is done" in folder.report.read_text()
 
 
 @pytest.fixture

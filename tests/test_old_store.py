@@ -6,12 +6,10 @@ import re
 import pytest
 
 from src.config.validation import build_point
-from src.errors import DamagedFile
 from src.planning.plan import make_plan
 from src.store.files import with_checksum
 from src.store.integrity import describe_files
 from src.store.store import Store
-from src.store.sweep_folder import SweepFolder
 from tests.support.commands import dry_run
 from tests.support.configs import composed
 
@@ -45,15 +43,3 @@ def test_estimates_are_calibrated_by_stages_of_this_version_alone(is_old, tmp_pa
     finished_align(tmp_path, old(description) if is_old else description | {"upstream": {}})
     _, output = dry_run(*RUN, f"output_dir={tmp_path}")
     assert bool(re.search(r"^align +1 +1 k +0.01  measured$", output, re.M)) == (not is_old), output
-
-
-def test_an_old_sweep_is_refused_in_one_line(tmp_path):
-    folder = SweepFolder(tmp_path / "sweeps" / "demo")
-    folder.path.mkdir(parents=True)
-    (folder.path / "sweep.json").write_text(json.dumps({"schema": 1, "points": []}))
-    with pytest.raises(ValueError, match=r"written by another version .*: move the folder away") as refused:
-        folder.read()
-    assert "\n" not in str(refused.value)
-    folder.write({"points": []})
-    with pytest.raises(DamagedFile, match="has no valid name"):  # the control: another version is not the complaint
-        folder.read()

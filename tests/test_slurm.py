@@ -277,6 +277,7 @@ def test_ctrl_c_on_a_waiting_command_leaves_the_jobs_running(slurm, tmp_path):
     ("override", "message"),
     [
         ("hydra.launcher.partition=nowhere", "Invalid partition name specified); requested: --partition=nowhere"),
+        ("hydra.launcher.gpus_per_node=2", "engine=single uses one: choose engine=fsdp"),
         ("hydra.launcher.mem_gb=1e6", "Requested node configuration is not available"),
         ("hydra.launcher.kinds.sft.constraint=nothing", "SLURM rejects the sft job"),
         ("hydra.launcher.additional_parameters.no-such=1", "unrecognized option '--no-such=1'"),

@@ -3,11 +3,8 @@
 import json
 import shutil
 
-import pytest
-from safetensors.torch import load_file
-
 from tests.support.artifacts import results
-from tests.support.commands import SMALL, train
+from tests.support.commands import train
 from tests.support.on_slurm import (
     FOUR_POINTS,
     LONG,
@@ -18,7 +15,6 @@ from tests.support.on_slurm import (
     run_tool,
     status_of,
     sweep,
-    task_statuses,
     wait_finished,
     wait_queue_empty,
 )
@@ -86,27 +82,6 @@ def test_the_status_of_a_job_that_cannot_start_names_its_log_and_quotes_it(slurm
     lines = log.read_text().strip().splitlines()
     assert any("No module named 'encodings'" in line for line in lines), "the log has the cause"
     assert f"log: {log}" in status and " ".join(lines[-1].split()) in status
-
-
-def test_two_processes_of_a_job_train_a_point_as_one_process_does(slurm, local_four_points, tmp_path):
-    arguments = ["-m", "method=dpo", "beta=0.1", *SMALL, "engine=ddp", "sweep.name=two"]
-    single = train(*arguments, *SLURM, "hydra.launcher.gpus_per_node=2", "engine=single", check=False)
-    assert single.returncode == 2 and "choose engine=fsdp" in single.stderr
-    gpus = ["hydra.launcher.gpus_per_node=2", "hydra.launcher.wait=true"]
-    train(*arguments, *SLURM, *gpus, f"output_dir={tmp_path}")
-    (two,) = (tmp_path / "store").glob("align/*/model.safetensors")
-    one = local_four_points / two.relative_to(tmp_path)
-    weights, expected = load_file(two), load_file(one)
-    difference = max(float((weights[name] - expected[name]).abs().max()) for name in expected)
-    assert difference < 3e-4, "8 steps of Adam at lr=1e-3"
-    devices = [(status["cuda_visible_devices"] or "").split(",") for status in task_statuses(sweep(tmp_path, "two"))]
-    assert any(len(gpus) == 2 for gpus in devices), "no job had two GPUs"
-
-    def metrics(weights_file) -> list[dict]:
-        return [json.loads(line) for line in (weights_file.parent / "metrics.jsonl").read_text().splitlines()]
-
-    for name in ("step", "loss", "rewards/accuracies", "rewards/margins", "grad_norm"):
-        assert [m[name] for m in metrics(two)] == pytest.approx([m[name] for m in metrics(one)], abs=1e-4), name
 
 
 def test_processes_of_a_stopped_job_wait_for_rank_0_to_save(slurm, local_long_run, tmp_path):

@@ -195,14 +195,6 @@ def test_the_number_of_seeds_is_a_column_where_it_differs(tmp_path):
     assert "<th>Seeds</th>" in report and '<th class="text">Method</th>' in report
 
 
-@pytest.mark.slow
-def test_a_sweep_without_results_has_a_report(tmp_path):
-    done = train("-m", "method=dpo", "lr=1e5,3e5", *SMALL, f"output_dir={tmp_path}", "sweep.name=none", check=False)
-    assert done.returncode == 1 and "2 of 2 points failed" in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout.count("diverged at step") == 4  # when it fails, and at the end
-    assert "No point is done" in (tmp_path / "sweeps" / "none" / "report.html").read_text()
-
-
 def test_a_sweep_of_the_same_name_with_other_points_archives_the_old_results(swept, tmp_path):
     outputs = tmp_path / "outputs"
     shutil.copytree(swept[0].output_dir, outputs)
