@@ -39,6 +39,10 @@ def jsonl(path, **sizes) -> JsonLines:
         ('{"prompt": [{"role": "user", "role": "system", "content": "a"}], "chosen": "b"}', "the key 'role' twice"),
         ('{"prompt": "a\0", "chosen": "b", "rejected": "c"}', "not JSON (Invalid control character at)"),
         ("\0" * 40, "not JSON (Expecting value)"),
+        ('{"prompt": "a", "chosen": "b"}', "missing field 'rejected'"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "chosen must be text"),
+        ('{"conversations": 7, "chosen": "b", "rejected": "c"}', "a conversation is a list"),
+        ("1", "a row is an object"),
         ("\ufeff" + GOOD, "not JSON (Unexpected UTF-8 BOM"),  # in the middle of a file
     ],
 )
@@ -54,6 +58,17 @@ def test_a_row_that_cannot_be_read_is_one_line_with_file_and_line(line, message,
         message = "not JSON"
     assert message in shown and shown.startswith(f"{path}, ") and "\n" not in shown and len(shown) < 300
     assert layout == "list" or shown.startswith(f"{path}, line 3: ")
+
+
+def test_a_file_without_rows_and_bytes_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    for content, message in (
+        (b"", "the file has no rows"),
+        (GOOD.encode() + b'\n{"prompt": "\xff"}', "line 2: not UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{path}.* {message}"):
+            jsonl(path, validation_size=1).pairs("train")
 
 
 @pytest.mark.parametrize(

@@ -150,17 +150,6 @@ def test_the_aggregator_run_again_writes_the_same_bytes(swept):
     assert wrong.returncode == 2 and "no sweep.json in it" in wrong.stderr
 
 
-def test_a_sweep_of_another_version_is_refused_in_one_line(swept, tmp_path):
-    arguments = [*FOUR, f"output_dir={tmp_path}", "sweep.name=four"]
-    copy = SweepFolder(tmp_path / "sweeps" / "four")
-    shutil.copytree(swept[0].path, copy.path)
-    record = copy.path / "sweep.json"
-    record.write_text(json.dumps({**copy.read(), "schema": 1}))
-    for done in (aggregate(copy.path), run_in_process(*arguments)):
-        assert done.returncode == 2 and "written by another version of this program (schema 1" in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
-
-
 def test_a_run_takes_its_values_from_the_best_yaml_of_a_sweep(swept):
     path = swept[0].best_yaml
     best = yaml.safe_load(path.read_text())["mini_tldr"]["ipo"]

@@ -10,10 +10,9 @@ import pytest
 from src.config.schema import Dataset, HubTable, Point
 from src.data import mini_tldr, tokenization
 from src.data.rows import Pair, Prompt, parse_pair, text_prompt
-from src.data.sources import Hub, JsonLines, MiniTldr, open_source, sample_demonstrations
+from src.data.sources import JsonLines, MiniTldr, open_source, sample_demonstrations
 from src.data.templates import Template
 from src.data.tokenization import TokenizedDataset, load_examples, tokenize
-from src.errors import ConfigError
 from src.model.loading import load_template
 from src.planning.content import ContentPath
 from src.planning.identity import ModelInputs
@@ -111,29 +110,6 @@ def test_every_public_layout_of_a_pair_reads_the_same(row, turns):
     assert pair.prompt.messages[-1]["role"] == "user"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n',
-            "line 2: missing field 'rejected'",
-        ),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{nonsense\n', "line 2: not JSON"),
-        ('[{"prompt": "a", "chosen": 3, "rejected": "c"}]', "entry 0: chosen must be text"),
-        ('[{"conversations": 7, "chosen": "b", "rejected": "c"}]', "entry 0: a conversation is a list"),
-        ("[1, 2]", "entry 0: a row is an object"),
-        ("", "the file has no rows"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "\udcff"}', "line 2: not UTF-8"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, message):
-    path = tmp_path / "pairs.json"
-    path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ConfigError, match=message) as error:
-        JsonLines(pairs_of(Dataset(path=str(path), validation_size=1))).pairs("train")
-    assert str(path) in str(error.value)
-
-
 def test_json_lines_are_split_once_and_never_overlap(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(50)))
@@ -151,17 +127,6 @@ def test_pairs_of_one_prompt_stay_on_one_side_of_the_split(tmp_path):
     source = JsonLines(pairs_of(Dataset(path=str(path), validation_size=7)))
     train, validation = ({p.prompt.text for p in source.pairs(s)} for s in ("train", "validation"))
     assert not train & validation and len(validation) == 2 and len(source.pairs("validation")) == 10
-
-
-def test_hub_tables_load_from_a_local_copy(tmp_path):
-    for name in ("sft", "preference"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "sft" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    for split in ("train", "validation"):
-        (tmp_path / "preference" / f"{split}.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    point = Point(dataset=Dataset("d", "hub", str(tmp_path), sft=HubTable("x/y"), preference=HubTable("x/z")))
-    assert Hub(sft_data(point)).demonstrations()[0].response == "b"
-    assert Hub(pair_data(point)).pairs("validation")[0].rejected == "c"
 
 
 @pytest.mark.parametrize("source", ["mini_tldr", "jsonl", "hub"])
