@@ -28,7 +28,7 @@ class Held:
 
     weights: float32 ones and their bf16 copy, or the process's shards of them; of scoring and sampling the model in the
     precision of the computation. gathered: weights that sharding assembles for the computation, and their gradients
-    until they are exchanged. working: logits of a chunk. activations: of one token in training, without and with
+    until they are exchanged. working: of the head for a chunk. activations: of one token in training, without and with
     activation checkpointing.
     """
 
@@ -64,7 +64,8 @@ def held_by_process(
     FSDP2 decides whether gathered weights stay, and the head how many logits it computes at once; 0: not known.
     """
     computed = _BF16 if precision == "bf16" else _FLOAT32
-    working = 3 * _FLOAT32 * head_rows(shape.vocab_size, device_bytes) * shape.vocab_size
+    logits = head_rows(shape.vocab_size, device_bytes) * shape.vocab_size
+    working = 2 * _FLOAT32 * logits  # and their log-softmax
     if stage not in ("sft", "align"):  # one process holds the whole model, and trains nothing
         cache = cached_tokens * shape.kv_bytes_per_token * computed // _BF16
         return Held(computed * shape.num_parameters, kv_cache=cache, working=working)
@@ -79,6 +80,8 @@ def held_by_process(
     elif strategy in _SHARDED_WEIGHTS:
         # Two layers, as the next one is fetched meanwhile, and the embedding and the head, which stay.
         gathered = computed * (2 * shape.layer + _outside_layers(shape))
+    if lora is None:  # the gradient of a chunk's logits, and the head's of the chunk and of those before it
+        working = max(working, computed * logits + 2 * _FLOAT32 * shape.vocab_size * shape.hidden_size)
     layer = _activations_of_layer(shape, computed)
     checkpoint = _FLOAT32 * shape.hidden_size
     return Held(
