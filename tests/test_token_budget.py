@@ -5,12 +5,11 @@ import torch
 
 from src.data.examples import Example
 from src.errors import ConfigError
-from src.planning.fit import TARGET_FRACTION
+from src.planning.fit import MAX_BUDGET, TARGET_FRACTION
 from src.planning.gpus import find_gpu
 from src.planning.model_shape import hub_configs
 from src.rehearsal.request import Request, draw_lengths, rehearse
 from src.training.token_budget import (
-    GPU_TOKEN_BUDGET,
     MIN_TOKENS_SAVED,
     Pass,
     TokenBudget,
@@ -78,7 +77,7 @@ def test_a_budget_is_rounded_down_so_that_a_little_more_memory_is_the_same_budge
 def test_more_tokens_than_a_gpu_needs_are_never_in_a_micro_batch(checkpointing):
     model = Model()
     budget = choose_token_budget(model, model.limit(10**6), 4096, None, checkpointing)
-    assert budget.tokens == GPU_TOKEN_BUDGET
+    assert budget.tokens == MAX_BUDGET
     assert {recompute for _, recompute in model.measured} == {checkpointing is True}
 
 

@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from threading import Timer
 
 from src.errors import ConfigError, StageError
@@ -28,6 +27,7 @@ _HEADER = (
     "stage     processes  weights  gradients  optimizer  KV cache  MB a token  micro-batch  recomputed   peak  s a step"
     "  source"
 )
+_LASTING = "weights", "gradients", "optimizer_state", "kv_cache"
 REHEARSED, ARITHMETIC = "rehearsed", "arithmetic"  # where numbers come from
 
 Processes = Callable[[Stage], int]  # that compute the stage together
@@ -130,19 +130,16 @@ class Forecast:
                     break  # otherwise the line also names what fits on as many cards as there are
         return f"{refusal}; {' or '.join(found) or 'nothing that was tried helps: choose another card (engine.gpu)'}"
 
-    @cached_property
-    def _cards(self) -> list[str]:
-        cards = {load.card.name: load.card for load in self.loads.values() if load.card is not None}
-        sizes = {gpu.name: gpu.memory / _GIB for gpu in cards.values()}
-        return [
-            f"{name} has {gib:.1f}, of which {TARGET_FRACTION * gib:.1f} may be taken" for name, gib in sizes.items()
-        ]
+    def _cards(self) -> str:
+        sizes = {load.card.name: load.card.memory / _GIB for load in self.loads.values() if load.card is not None}
+        texts = [f"{name} has {g:.1f}, of which {TARGET_FRACTION * g:.1f} may be taken" for name, g in sizes.items()]
+        return "; ".join(texts) or "no card named (engine.gpu)"
 
     def text(self) -> str:
         """Return the table of what one process holds; empty without a model of known shape."""
         if not self.loads:
             return ""
-        lines = ["", f"memory of one process in GiB; {'; '.join(self._cards) or 'no card named (engine.gpu)'}"]
+        lines = ["", f"memory of one process in GiB; {self._cards()}"]
         lines.append(_HEADER)
         lines += [self._row(load) for load in self.loads.values()]
         lines += [
@@ -161,16 +158,10 @@ class Forecast:
 
     def _row(self, load: Load) -> str:
         held, result = load.held, load.rehearsed
-        per_token: float = held.activations_per_token
-        weights, gradients, state, cache = held.weights, held.gradients, held.optimizer_state, held.kv_cache
-        if result is not None:
-            weights = result.held.get("weights", weights)
-            gradients = result.held.get("gradients", gradients)
-            state = result.held.get("optimizer_state", state)
-            cache = result.held.get("kv_cache", cache)
-            per_token = result.activation_bytes_per_token
-        sizes = [weights, gradients, state, cache, load.peak]
-        weights_text, gradients_text, state_text, cache_text, peak = (_gib(size) for size in sizes)
+        rehearsed = {} if result is None else result.held
+        lasting = [rehearsed.get(name, getattr(held, name)) for name in _LASTING]
+        weights, gradients, state, cache, peak = (_gib(size) for size in (*lasting, load.peak))
+        per_token = held.activations_per_token if result is None else result.activation_bytes_per_token
         micro_batch = f"{load.budget:,.0f}" if load.stage.is_training and not math.isnan(load.budget) else "-"
         recomputed = "-"
         if load.stage.is_training and result is not None:
@@ -179,8 +170,8 @@ class Forecast:
         step = f"{max(result.seconds, result.host_seconds):.3g}" if result is not None and result.seconds else "-"
         activations = f"{per_token / 1e6:.3g}" if load.stage.is_training else "-"
         return (
-            f"{load.stage.kind:9} {load.ranks:9}  {weights_text:>7}  {gradients_text:>9}  {state_text:>9}  "
-            f"{cache_text:>8}  {activations:>10}  {micro_batch:>11}  {recomputed:>10}  {peak:>5}  {step:>8}  "
+            f"{load.stage.kind:9} {load.ranks:9}  {weights:>7}  {gradients:>9}  {state:>9}  "
+            f"{cache:>8}  {activations:>10}  {micro_batch:>11}  {recomputed:>10}  {peak:>5}  {step:>8}  "
             f"{ARITHMETIC if result is None else REHEARSED}"
         )
 

@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from src.config.schema import Point
 from src.estimates.card import card_of
 from src.estimates.table_size import TableSize, table_size
-from src.planning.fit import TARGET_FRACTION, Held, held_by_process
+from src.planning.fit import BUDGET_MULTIPLE, MAX_BUDGET, TARGET_FRACTION, Held, held_by_process
 from src.planning.gpus import Gpu
 from src.planning.model_shape import ModelShape, model_shape
 from src.planning.stage import Stage
 from src.rehearsal.request import Request, Result, draw_lengths
 
-MAX_BUDGET = 16_384  # tokens of a micro-batch, above which a step is no faster (src/training/token_budget.py)
-_BUDGET_MULTIPLE = 256
 _REHEARSED_LAYERS = (2, 4)  # a line through two depths gives the whole one
 _SCORED_EXAMPLES = 64  # rehearsed of a pass over all pairs
 _FLOPS = {"sft": 6, "reference": 2, "align": 6}  # per parameter and token: 2 forward, 4 backward
@@ -106,7 +104,8 @@ class Load:
             return math.nan
         held = self.held
         per_token = held.checkpointed_per_token if self._checkpoints else held.activations_per_token
-        return max(self.longest, min(MAX_BUDGET, self._floor((self.usable - held.constant) / per_token)))
+        fitting = int((self.usable - held.constant) / per_token) // BUDGET_MULTIPLE * BUDGET_MULTIPLE
+        return max(self.longest, min(MAX_BUDGET, fitting))
 
     @property
     def peak(self) -> float:
@@ -136,10 +135,6 @@ class Load:
         if chosen != "auto":
             return bool(chosen)
         return self.held.constant + self.longest * self.held.activations_per_token > self.usable
-
-    @staticmethod
-    def _floor(tokens: float) -> int:
-        return max(0, int(tokens)) // _BUDGET_MULTIPLE * _BUDGET_MULTIPLE
 
     @property
     def why_not_rehearsed(self) -> str | None:

@@ -13,6 +13,8 @@ from src.planning.model_shape import ModelShape
 from src.planning.resources import fsdp_keeps_whole
 
 TARGET_FRACTION = 0.9  # of a card that a peak may take: the rest is for fragmentation, NCCL and other processes
+MAX_BUDGET = 16_384  # tokens of a micro-batch: enough for products at their full rate, larger ones are no faster
+BUDGET_MULTIPLE = 256  # budgets are rounded down to it, so that slightly different free memory gives the same budget
 
 _FLOAT32, _BF16 = 4, 2
 _ADAM = 2 * _FLOAT32  # two moments

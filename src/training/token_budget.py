@@ -20,17 +20,15 @@ from src.distributed import get_distributed
 from src.errors import ConfigError
 from src.hardware import release_accelerator
 from src.model.packing import pack
-from src.planning.fit import TARGET_FRACTION
+from src.planning.fit import BUDGET_MULTIPLE, MAX_BUDGET, TARGET_FRACTION
 from src.training.engine import TrainingEngine
 
 log = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 4096  # larger micro-batches exceed the caches and are no faster
-GPU_TOKEN_BUDGET = 16384  # enough for products at their full rate: larger ones are no faster either
 # With fewer tokens a micro-batch, reading all weights and adding to all gradients takes longer than recomputing
 # activations (by a count of bytes and FLOPs for 3B parameters on an H100).
 MIN_TOKENS_SAVED = 2048
-_MULTIPLE = 256  # budgets are rounded down to it, so that slightly different free memory gives the same budget
 _FEW, _MANY = 1024, 4096  # tokens of the passes that are measured
 
 
@@ -108,7 +106,7 @@ def choose_token_budget(
             )
         )
     num_tokens = saved if saved >= MIN_TOKENS_SAVED or not recomputed else recomputed
-    rounded = min(num_tokens, GPU_TOKEN_BUDGET) // _MULTIPLE * _MULTIPLE
+    rounded = min(num_tokens, MAX_BUDGET) // BUDGET_MULTIPLE * BUDGET_MULTIPLE
     return TokenBudget(configured or rounded or longest, saved if checkpointing == "auto" else None)
 
 
