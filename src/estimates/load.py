@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from src.config.schema import Point
 from src.estimates.card import card_of
@@ -195,7 +196,7 @@ class Load:
         if point.engine.activation_checkpointing is False:
             engine = replace(point.engine, activation_checkpointing="auto")
             yield "engine.activation_checkpointing=auto", replace(plain, point=replace(point, engine=engine))
-        fsdp = {"precision": "bf16", "activation_checkpointing": "auto"}
+        fsdp: dict[str, Any] = {"precision": "bf16", "activation_checkpointing": "auto"}
         overrides = [f"engine.{name}={value}" for name, value in fsdp.items() if getattr(point.engine, name) != value]
         if point.engine.strategy != "fsdp":
             overrides.insert(0, "engine=fsdp")
