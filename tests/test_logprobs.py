@@ -42,7 +42,7 @@ def loss_and_gradient(model, logps):
 
 def set_chunks(monkeypatch, tokens, vocabulary):
     """Set the sizes of blocks of logits; None: the whole vocabulary."""
-    monkeypatch.setattr("src.model.lm_head._OTHER_ROWS", tokens)
+    monkeypatch.setattr("src.planning.fit._HEAD_ROWS", tokens)
     monkeypatch.setattr("src.model.cpu.lm_head.TOKEN_CHUNK", tokens)
     monkeypatch.setattr("src.model.cpu.lm_head.VOCAB_CHUNK", vocabulary or 10**6)
 
