@@ -15,6 +15,7 @@ from src.rehearsal.request import rehearse_all
 from tests.support.commands import ROOT
 from tests.support.rehearsals import (
     GENERATE,
+    LONGEST,
     NUM_PARAMETERS,
     PAIRS,
     PAIRWISE,
@@ -32,7 +33,7 @@ OTHERS = {
     "checkpointed": replace(TINY_REQUEST, activation_checkpointing="true"),
     "fused": TINY_REQUEST,
     "two ranks": replace(TINY_REQUEST, ranks=2),
-    "sft": replace(TINY_REQUEST, stage="sft", examples=tuple(lengths[:2] for lengths in PAIRS)),
+    "sft": replace(TINY_REQUEST, stage="sft", examples=tuple(lengths[:2] for lengths in PAIRS), longest=LONGEST[:2]),
     "reference": replace(TINY_REQUEST, stage="reference"),
     "generate": GENERATE,
     "zero2": replace(TINY_REQUEST, strategy="zero2", ranks=4),
@@ -133,11 +134,20 @@ def test_without_a_mistake_nothing_is_found():
         "forgotten copy": ("cuda:0 and cpu", "in embedding in forward", "src/model/grad_sums.py:"),
         "dtype": ("one dtype, got bfloat16, float32", "in mm in forward", "rehearsed_mutants.py:"),
         "float32 cache": ("KV cache holds float32", "engine.precision=bf16"),
-        "enable_gqa": ("unexpected keyword argument 'enable_gqa'", "src/model/attention.py:"),
+        "enable_gqa": ("varlen_attn() got an unexpected keyword argument 'enable_gqa'", "torch_releases.py:"),
     }.items(),
 )
 def test_a_mistake_of_the_cuda_path_is_named_with_its_operation_and_line(mutant, named):
     assert all(part in (mutants()[mutant] or "") for part in named), mutants()[mutant]
+
+
+def test_the_exchange_of_two_ranks_is_hidden_by_what_they_compute_unless_it_is_slower():
+    fast, slow = (dict(zip(("total", "exposed", "seconds"), row, strict=True)) for row in mutants()["exchanges"])
+    assert 0 < fast["exposed"] < 0.5 * fast["total"]
+    computed = fast["seconds"] - fast["exposed"]
+    assert slow["total"] > 10 * computed, "the control"
+    assert slow["total"] - computed < slow["exposed"] <= slow["total"]
+    assert slow["seconds"] - slow["exposed"] == pytest.approx(computed)
 
 
 def test_the_signatures_of_torch_since_2_11_accept_what_the_project_passes():

@@ -10,7 +10,7 @@ from tests.support.rehearsals import combined
 
 pytestmark = pytest.mark.slow
 
-# Medians of prompt and response of benchmarks.pairs, in tokens.
+# Mean tokens of prompt and response.
 TLDR = draw_lengths(16, 381, 35, 2, max_tokens=1024, max_prompt_tokens=896)
 
 

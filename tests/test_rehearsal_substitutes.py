@@ -10,8 +10,9 @@ from torch.nn.attention import varlen
 
 from src.planning.gpus import find_gpu
 from src.rehearsal import substitutes
-from src.rehearsal.substitutes import flash_attn_varlen_func, torch_of, varlen_signatures
+from src.rehearsal.substitutes import flash_attn_varlen_func
 from src.rehearsal.work import WorkMeter, causal_pairs
+from tests.support.torch_releases import torch_of, varlen_signatures
 
 
 def test_the_recorded_signature_of_the_installed_torch_is_the_installed_one():

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu_check.results import Limit, Row
 from benchmarks.gpu_check.setting import Setting
-from src.planning.gpus import Gpu, gpus
+from src.planning.gpus import Gpu, find_device
 
 PACKAGES = ("transformers", "accelerate", "triton", "liger-kernel", "peft", "deepspeed", "trl", "flash-attn")
 OLDEST = {"torch": (2, 11), "transformers": (5, 17)}
@@ -102,6 +102,5 @@ def copy(setting: Setting) -> Row:
 
 
 def gpu_of(setting: Setting) -> Gpu | None:
-    """Return what conf/gpus.yaml has about the card: the entry all of whose words are in its name."""
-    name = (setting.card or "").lower()
-    return next((gpu for key, gpu in gpus().items() if all(word in name for word in key.split("_"))), None)
+    """Return what conf/gpus.yaml has about the card; None without one."""
+    return find_device(setting.card or "")

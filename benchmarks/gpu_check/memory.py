@@ -5,19 +5,27 @@ from __future__ import annotations
 from benchmarks.gpu_check.environment import gpu_of
 from benchmarks.gpu_check.results import Limit, Row
 from benchmarks.gpu_check.setting import Setting, rehearsed
-from benchmarks.gpu_check.workloads import GIB, rehearsals, rehearsals_if_possible, request_of, steps_on_card
+from benchmarks.gpu_check.workloads import (
+    GIB,
+    examples_of,
+    rehearsals,
+    rehearsals_if_possible,
+    request_of,
+    steps_on_card,
+)
+from src.planning.fit import TARGET_FRACTION
 from src.planning.gpus import find_gpu
 from src.rehearsal.request import Result
 
 REHEARSED_GPU = "h100"
 STEPS = 3  # the optimizer's state is there from the second on
-# Workload and overrides; pairs of UltraFeedback have up to 8k tokens, and the first of those drawn has.
+LONGEST = 2  # pairs as long as the limits allow, 8k tokens in UltraFeedback; gradients are there at the second
+# Workload and overrides.
 VARIANTS = {
     "3B TL;DR": ("3B TL;DR", ()),
     "3B TL;DR, checkpointing": ("3B TL;DR", ("engine.activation_checkpointing=true",)),
     "3B UF with an 8k-token pair": ("3B UF", ()),
 }
-FRACTION = 0.9
 WHY_PEAK = "nine tenths of the card: the rest is for fragmentation and other processes"
 AS_REHEARSED = Limit(0.05, "the rehearsal decides what fits and which micro-batches are recomputed")
 FRAGMENTS = Limit(3.0, "what the allocator holds and tensors do not is lost to the run")
@@ -26,7 +34,7 @@ FRAGMENTS = Limit(3.0, "what the allocator holds and tensors do not is lost to t
 def run(setting: Setting) -> list[Row]:
     gpu = gpu_of(setting) or find_gpu(REHEARSED_GPU)
     requests = [request_of(workload, gpu.name, *changes) for workload, changes in VARIANTS.values()]
-    bound = Limit(FRACTION * gpu.memory / GIB, WHY_PEAK)
+    bound = Limit(TARGET_FRACTION * gpu.memory / GIB, WHY_PEAK)
     if not setting.on_card:
         return [
             rehearsed(f"{name}: peak on one {gpu.name}", result.peak / GIB, "GiB", bound, held(result))
@@ -34,8 +42,9 @@ def run(setting: Setting) -> list[Row]:
         ]
     results, why_not = rehearsals_if_possible(requests)
     rows = []
-    for (name, (workload, changes)), result in zip(VARIANTS.items(), results, strict=True):
-        step = steps_on_card(workload, gpu.name, setting.out / "memory" / name.replace(" ", "_"), STEPS, *changes)
+    for (name, (workload, changes)), request, result in zip(VARIANTS.items(), requests, results, strict=True):
+        folder, examples = setting.out / "memory" / name.replace(" ", "_"), examples_of(request, LONGEST)
+        step = steps_on_card(workload, gpu.name, folder, STEPS, *changes, examples=examples)
         rows.append(setting.row(f"{name}: peak", step.peak / GIB, "GiB", bound))
         fragments = (step.reserved - step.peak) / GIB
         rows.append(setting.row(f"{name}: reserved and not allocated", fragments, "GiB", FRAGMENTS))

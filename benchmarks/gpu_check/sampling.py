@@ -14,6 +14,7 @@ from benchmarks.gpu_check.results import Limit, Row
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.gpu_check.shapes import llama, llama_of
 from benchmarks.gpu_check.training import stage_of
+from src.model.kv_cache import cache_in
 from src.model.loading import load_template, numerics_of
 from src.model.logprobs import patch_model_
 from src.model.numerics import cast_for_inference_
@@ -59,7 +60,7 @@ class CacheMeter:
         model.register_forward_hook(self.note)
 
     def note(self, module: Any, inputs: Any, output: Any) -> None:
-        tensors = [x for layer in output.past_key_values.layers for x in (layer.keys, layer.values)]
+        tensors = [x for layer in cache_in(output).layers for x in (layer.keys, layer.values)]
         positions = tensors[0].shape[0] * tensors[0].shape[2]  # (rows, heads, tokens, dimensions)
         self.bytes_per_token = max(self.bytes_per_token, sum(x.nbytes for x in tensors) / positions)
 

@@ -89,14 +89,15 @@ def rehearsals_if_possible(requests: Sequence[Request]) -> tuple[list[Result | N
         return [None] * len(requests), str(error)
 
 
-def examples_of(request: Request) -> list[Example]:
-    """Return examples of the request's lengths with random tokens."""
+def examples_of(request: Request, num_longest: int = 0) -> list[Example]:
+    """Return examples of the request's lengths with random tokens, and so many of its longest one."""
     rng, vocabulary = random.Random(0), request.config["vocab_size"]
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(3, vocabulary) for _ in range(count))
 
-    return [Example(tokens(prompt), tuple(map(tokens, responses))) for prompt, *responses in request.examples]
+    lengths = (*request.examples, *[request.longest] * num_longest)
+    return [Example(tokens(prompt), tuple(map(tokens, responses))) for prompt, *responses in lengths]
 
 
 def steps_on_card(

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from src.config.schema import Engine
-from src.planning.gpus import Gpu, find_gpu, gpus
+from src.planning.gpus import Gpu, find_device, find_gpu
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 
@@ -26,7 +26,6 @@ def _card_of_machine(driver: Path) -> Gpu | None:
     """Return the card that NVIDIA's driver lists first, where conf/gpus.yaml has it."""
     for file in sorted(driver.glob("*/information")):
         model = next((line for line in file.read_text(encoding="utf-8").lower().splitlines() if "model:" in line), "")
-        for name, gpu in gpus().items():
-            if all(part in model for part in name.split("_")):
-                return gpu
+        if (gpu := find_device(model)) is not None:
+            return gpu
     return None

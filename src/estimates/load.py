@@ -14,7 +14,7 @@ from src.planning.fit import BUDGET_MULTIPLE, MAX_BUDGET, TARGET_FRACTION, Held,
 from src.planning.gpus import Gpu
 from src.planning.model_shape import ModelShape, model_shape
 from src.planning.stage import Stage
-from src.rehearsal.request import Request, Result, draw_lengths
+from src.rehearsal.request import Request, Result, draw_lengths, longest_lengths
 
 _REHEARSED_LAYERS = (2, 4)  # a line through two depths gives the whole one
 _SCORED_EXAMPLES = 64  # rehearsed of a pass over all pairs
@@ -84,10 +84,14 @@ class Load:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example that the limits allow: a prompt of usual length, and responses to the limit."""
-        data = self.point.dataset
-        prompt = 0 if math.isnan(self.size.prompt_tokens) else min(round(self.size.prompt_tokens), data.max_tokens - 1)
-        return prompt + self.size.responses * (data.max_tokens - prompt)
+        """Tokens of the longest example that the limits allow."""
+        return sum(self._longest)
+
+    @property
+    def _longest(self) -> tuple[int, ...]:
+        data, size = self.point.dataset, self.size
+        prompt = 0 if math.isnan(size.prompt_tokens) else size.prompt_tokens
+        return longest_lengths(prompt, size.responses, data.max_tokens, data.max_prompt_tokens)
 
     @property
     def usable(self) -> float:
@@ -164,6 +168,7 @@ class Load:
             config=self.shape.config,
             gpu=self.card.name,
             examples=() if self.stage.kind == "generate" else examples,
+            longest=() if self.stage.kind == "generate" else self._longest,
             precision=engine.precision,
             strategy=engine.strategy,
             ranks=self.ranks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,3 +49,8 @@ class _BlockLayer(DynamicLayer):
 def bf16_cache() -> Cache:
     """Return an empty cache; it grows to 2 bytes x 2 x kv_heads x d x layers for each token of each row."""
     return Cache(layer_class_to_replicate=_BlockLayer)
+
+
+def cache_in(values: Mapping[str, Any]) -> Cache:
+    """Return the cache of a model's outputs or arguments, which transformers before 5.24 call `past_key_values`."""
+    return values["cache"] if "cache" in values else values["past_key_values"]

@@ -1,4 +1,8 @@
-"""Results at two depths -> the result at the whole depth. Every layer holds and does the same, so the line is exact."""
+"""Results at two depths -> the result at the whole depth, by a line.
+
+Every layer holds and computes the same, so that what lasts and what is computed are on the line. Peaks are within a
+percent of it: where activations are computed again, and where exchange overlaps, the layers beside one another count.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from typing import Any
 from src.rehearsal.request import Result, Work
 from src.training.token_budget import Pass, TokenBudget, choose_token_budget
 
-_LINEAR = ("parameters", "activation_bytes_per_token", "host_seconds", "seconds", "floor_seconds")
+_LINEAR = ("parameters", "activation_bytes_per_token", "seconds", "host_seconds", "floor_seconds")
+_LINEAR += ("exposed_exchange_seconds",)
 _LINEAR_BY_NAME = ("held", "peak_by_phase", "held_at_peak", "host_copies", "syncs")
 _NOT_OF_A_STEP = ("load", "budget")  # phases that the peak of a step does not count
 

@@ -138,7 +138,7 @@ class FakeCudaMode(TorchDispatchMode):
         if func.namespace in _LIBRARIES:
             self.substituted.add(func._schema.name)
         if kernel is not None:
-            self.work.add(kernel, name, self.phase)
+            self.work.add(kernel, self.phase)
             if kernel.workspace:
                 self.memory.needs(kernel.workspace, self.phase)
         return output

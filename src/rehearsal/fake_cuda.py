@@ -14,54 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from src.planning.gpus import Gpu
 from src.rehearsal.device import FakeCudaMode
+from src.rehearsal.streams import Stream
 
-# Compute capability and multiprocessors; code asks whether they are at least some number.
-_CHIPS = {"h": ((9, 0), 132), "a": ((8, 0), 108), "l": ((8, 9), 142), "r": ((8, 9), 128)}
-
-
-class _Stream:
-    """A stream in which everything has always finished."""
-
-    priority = device_index = stream_id = cuda_stream = 0
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device = torch.device("cuda", 0)
-
-    def wait_stream(self, *_: Any) -> None: ...
-
-    def wait_event(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
-
-    def query(self) -> bool:
-        return True
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-
-class _Event:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def record(self, *_: Any) -> None: ...
-
-    def wait(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, *_: Any) -> float:
-        return 0.0
-
-
-_STREAM = _Stream()
 _TENSOR_DATA: Any = torch._C.TensorBase.data
 
 
@@ -83,11 +37,11 @@ _DATA = property(_TENSOR_DATA.__get__, _set_data)
 
 def _answers(gpu: Gpu, mode: FakeCudaMode) -> dict[str, Any]:
     """Return what stands in for the functions of torch.cuda, by name."""
-    memory, (capability, processors) = mode.memory, _CHIPS[gpu.name[0]]
+    memory, streams = mode.memory, mode.work.streams
     properties = SimpleNamespace(
-        name=gpu.name, total_memory=gpu.memory, major=capability[0], minor=capability[1],
-        multi_processor_count=processors, warp_size=32, L2_cache_size=50 * 2**20, regs_per_multiprocessor=65536,
-        shared_memory_per_block_optin=227 * 1024,
+        name=gpu.name, total_memory=gpu.memory, major=gpu.capability[0], minor=gpu.capability[1],
+        multi_processor_count=gpu.multiprocessors, warp_size=32, L2_cache_size=50 * 2**20,
+        regs_per_multiprocessor=65536, shared_memory_per_block_optin=227 * 1024,
     )  # fmt: skip
     return {
         "_lazy_init": lambda *_: None,
@@ -96,7 +50,7 @@ def _answers(gpu: Gpu, mode: FakeCudaMode) -> dict[str, Any]:
         "current_device": lambda: 0,
         "set_device": lambda *_: None,
         "get_device_name": lambda *_: gpu.name,
-        "get_device_capability": lambda *_: capability,
+        "get_device_capability": lambda *_: gpu.capability,
         "get_device_properties": lambda *_: properties,
         "is_bf16_supported": lambda *_, **__: True,
         "mem_get_info": lambda *_: (gpu.usable - memory.reserved, gpu.memory),
@@ -108,11 +62,11 @@ def _answers(gpu: Gpu, mode: FakeCudaMode) -> dict[str, Any]:
         "empty_cache": memory.empty_cache,
         "synchronize": lambda *_: None,
         "is_current_stream_capturing": lambda: False,
-        "Stream": _Stream,
-        "Event": _Event,
-        "current_stream": lambda *_: _STREAM,
-        "default_stream": lambda *_: _STREAM,
-        "stream": lambda stream: contextlib.nullcontext(stream),
+        "Stream": Stream,
+        "Event": streams.event,
+        "current_stream": lambda *_: streams.current,
+        "default_stream": lambda *_: streams.default,
+        "stream": streams.use,
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda *_: None,
         "manual_seed_all": lambda *_: None,

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from src.data.examples import Example
 from src.model import sampling
+from src.model.kv_cache import cache_in
 from src.model.loading import numerics_of
-from src.model.logprobs import iter_kl, iter_logps, patch_model_
+from src.model.logprobs import SCORING_TOKEN_BUDGET, iter_kl, iter_logps, patch_model_
 from src.model.numerics import cast_for_inference_
 from src.model.sampling import sample
 from src.planning.identity import GenerationInputs
 from src.rehearsal.device import FakeCudaMode
 from src.rehearsal.models import config_of, load_fake, template
 from src.rehearsal.request import Request
-from src.rehearsal.training import TOKEN, Notes, examples_of, model_inputs, resources_of
+from src.rehearsal.training import TOKEN, Notes, copies_of_longest, examples_of, model_inputs, resources_of
 
 # Tokens that are sampled for real: the first from the prompt, others with a cache of the prompt's length, and after a
 # jump others with a cache of almost the full length, which have allocated all that a step allocates.
@@ -35,13 +36,18 @@ def load_for_inference(request: Request, mode: FakeCudaMode, layers: int | None)
 
 
 def rehearse_reference(request: Request, mode: FakeCudaMode, layers: int | None, notes: Notes) -> None:
-    """Score all examples under one model."""
+    """Score all examples under one model, after micro-batches of the longest."""
     model = load_for_inference(request, mode, layers)
     _note_model(notes, "weights", model)
     examples = examples_of(request)
     numerics = numerics_of(model_inputs(request), resources_of(request))
+    budget = request.max_tokens_per_micro_batch or SCORING_TOKEN_BUDGET
     with mode.in_phase("score"):
-        for indices, *_ in iter_logps(model, examples, request.max_tokens_per_micro_batch, numerics):
+        if request.longest:
+            for _ in iter_logps(model, [examples.pop()] * copies_of_longest(request, budget), budget, numerics):
+                pass
+            mode.work.reset()
+        for indices, *_ in iter_logps(model, examples, budget, numerics):
             notes.micro_batches += 1
             notes.tokens += sum(examples[i].length for i in indices)
             notes.supervised_tokens += sum(examples[i].num_supervised_tokens for i in indices)
@@ -116,7 +122,7 @@ def _shortened(model: Any, mode: FakeCudaMode, request: Request, notes: Notes) -
 
     def update_noted(outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         model_kwargs = update(outputs, model_kwargs, *args, **kwargs)
-        layers = model_kwargs["past_key_values"].layers
+        layers = cache_in(model_kwargs).layers
         marks.append({kind: list(row) for kind, row in mode.work.by_kind.items()})
         mode.phase = "decode"  # whose peak grows with the cache of all layers, that of the prompt hardly
         if len(marks) == SHORT_STEPS and jump:

@@ -30,9 +30,9 @@ _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "liger-
 class Request:
     """One stage on one rank. Lengths are in tokens; `stage` is one of STAGES.
 
-    Of training the last of `steps` optimizer steps is reported: of the first `batch_size` examples, with the
-    optimizer's state there (the steps before it are of one example a rank). Of `reference` it is a pass over all
-    examples, and of `generate` one batch: its samples, then their log-probs and KL under two models.
+    Of training an optimizer step of the first `batch_size` examples is reported, with the optimizer's state there; of
+    `reference` a pass over all examples; and of `generate` one batch: its samples, then their log-probs and KL under
+    two models. Before them comes a step, or a pass, of micro-batches of `longest`, of which only the peak counts.
     """
 
     stage: str
@@ -40,6 +40,7 @@ class Request:
     gpu: str  # a name of conf/gpus.yaml
     # (prompt, response, ...) lengths of every example: two responses for pairs, one for SFT. Not for `generate`.
     examples: tuple[tuple[int, ...], ...] = ()
+    longest: tuple[int, ...] = ()  # the same of the longest example that the limits allow; empty: that of `examples`
     # As engine, model and trainer have them.
     precision: str = "bf16"
     strategy: str = "none"
@@ -51,8 +52,6 @@ class Request:
     max_tokens_per_micro_batch: int | None = None
     batch_size: int = 128
     method: str = "dpo"
-    steps: int = 2
-    torch_signatures: str | None = None  # release of torch whose varlen_attn is called; None: the installed one
     # Of `generate`: prompts sampled together, the longest prompt, and the longest response.
     rows: int = 64
     prompt_tokens: int = 0
@@ -74,7 +73,8 @@ class Request:
     @staticmethod
     def from_json(value: dict[str, Any]) -> Request:
         examples = tuple(tuple(lengths) for lengths in value["examples"])
-        return Request(**{**value, "examples": examples, "layers": tuple(value["layers"])})
+        tuples = {name: tuple(value[name]) for name in ("longest", "layers")}
+        return Request(**{**value, **tuples, "examples": examples})
 
     @property
     def identity(self) -> str:
@@ -103,7 +103,7 @@ class Result:
     # What lasts: weights, gradients, optimizer_state; kv_cache of `generate`, reference_weights of its second model.
     held: dict[str, int] = field(default_factory=dict)
     peak_by_phase: dict[str, int] = field(default_factory=dict)  # load, budget, forward, backward, optimizer, ...
-    peak: int = 0  # of the steady step; of scoring and sampling the highest of all
+    peak: int = 0  # of steps with the optimizer's state; of scoring and sampling the highest of all
     held_at_peak: dict[str, int] = field(default_factory=dict)  # phase:operation that allocated -> bytes, largest first
     activation_bytes_per_token: float = 0.0  # held by one forward pass with gradients, without checkpointing
     token_budget: int | None = None  # configured or found
@@ -112,9 +112,10 @@ class Result:
     tokens: int = 0  # that the model reads; of `generate` those that it samples
     supervised_tokens: int = 0
     work: dict[str, Work] = field(default_factory=dict)  # products, attention, casts, elementwise, ... -> work
-    seconds: float = 0.0  # of the device: the sum over `work`
+    seconds: float = 0.0  # of the device: the sum over `work`, with exchange only where nothing is computed meanwhile
+    exposed_exchange_seconds: float = 0.0  # of exchange with other ranks: that part of it
     host_seconds: float = 0.0  # launching the kernels; overlaps with the device's
-    floor_seconds: float = 0.0  # the FLOPs that have to be, at the rate of a large product
+    floor_seconds: float = 0.0  # what has to be at least: src/rehearsal/work.py:WorkMeter.floor
     host_copies: dict[str, int] = field(default_factory=dict)  # phase:direction -> copies between host and device
     syncs: dict[str, int] = field(default_factory=dict)  # phase:operation -> times the host waits for the device
     rehearsed_layers: tuple[int, ...] = ()  # empty: all
@@ -139,18 +140,27 @@ def draw_lengths(
     max_prompt_tokens: int,
     spread: float = 0.3,
 ) -> tuple[tuple[int, ...], ...]:
-    """Return log-normal lengths around the medians, cut as a dataset is; the first is the longest that the cut allows.
+    """Return log-normal lengths of these means, cut as a dataset is.
 
     spread: the standard deviation of the logarithm, 0.3 in TL;DR and 0.5 to 0.8 in UltraFeedback. Always the same draw.
     """
     rng = random.Random(0)
-    longest_prompt = min(round(prompt), max_prompt_tokens, max_tokens - 1)
-    examples = [(longest_prompt, *[max_tokens - longest_prompt] * responses)]
-    while len(examples) < count:
-        drawn = min(round(prompt * rng.lognormvariate(0, spread)), max_prompt_tokens, max_tokens - 2)
-        lengths = [round(response * rng.lognormvariate(0, spread)) for _ in range(responses)]
-        examples.append((max(2, drawn), *(max(2, min(length, max_tokens - drawn)) for length in lengths)))
+
+    def draw(mean: float) -> int:
+        return round(mean * rng.lognormvariate(-(spread**2) / 2, spread))
+
+    examples = []
+    for _ in range(count):
+        drawn = max(2, min(draw(prompt), max_prompt_tokens, max_tokens - 2))
+        lengths = [max(2, min(draw(response), max_tokens - drawn)) for _ in range(responses)]
+        examples.append((drawn, *lengths))
     return tuple(examples)
+
+
+def longest_lengths(prompt: float, responses: int, max_tokens: int, max_prompt_tokens: int) -> tuple[int, ...]:
+    """Return the lengths of the longest example that the limits allow: a prompt of usual length, and full responses."""
+    length = min(round(prompt), max_prompt_tokens, max_tokens - 1)
+    return length, *[max_tokens - length] * responses
 
 
 def rehearse(request: Request, timeout: float = TIMEOUT) -> Result:

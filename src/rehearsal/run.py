@@ -22,7 +22,7 @@ from src.rehearsal.fake_ranks import fake_ranks
 from src.rehearsal.inference import rehearse_generate, rehearse_reference
 from src.rehearsal.models import config_of, num_parameters
 from src.rehearsal.request import ROOT, Request, Result
-from src.rehearsal.substitutes import flash_attn_installed, torch_of
+from src.rehearsal.substitutes import flash_attn_installed
 from src.rehearsal.training import Notes, rehearse_training
 from src.training import fsdp_engine, token_budget
 
@@ -92,8 +92,6 @@ def run_at(request: Request, layers: int | None = None, budget: token_budget.Tok
         stack.enter_context(fake_ranks(request.ranks))
         if request.attention == "flash_attention_2":
             stack.enter_context(flash_attn_installed())
-        if request.torch_signatures is not None:
-            stack.enter_context(torch_of(request.torch_signatures))
         mode.work.ranks = request.ranks
         try:
             if budget is not None and request.stage in ("sft", "align"):
@@ -109,7 +107,8 @@ def run_at(request: Request, layers: int | None = None, budget: token_budget.Tok
 
 
 def _result(request: Request, mode: FakeCudaMode, notes: Notes, error: str | None) -> Result:
-    work = mode.work.work
+    work, exposed = mode.work.work, mode.work.exposed_exchange
+    computed = sum(row.seconds for kind, row in work.items() if kind != "communication")
     by_phase = dict(mode.memory.peak_by_phase)
     rate = mode.gpu.bf16_peak if request.precision == "bf16" else mode.gpu.fp32
     return Result(
@@ -126,9 +125,10 @@ def _result(request: Request, mode: FakeCudaMode, notes: Notes, error: str | Non
         tokens=notes.tokens,
         supervised_tokens=notes.supervised_tokens,
         work=work,
-        seconds=sum(row.seconds for row in work.values()),
+        seconds=computed + exposed,
+        exposed_exchange_seconds=exposed,
         host_seconds=sum(row.kernels for row in work.values()) * mode.gpu.launch,
-        floor_seconds=mode.work.useful_flops(request.lora is not None) / rate,
+        floor_seconds=mode.work.floor(rate, request.lora is not None),
         host_copies=dict(mode.work.host_copies),
         syncs=dict(mode.work.syncs),
         substituted=tuple(sorted(mode.substituted)),

@@ -30,11 +30,12 @@ from src.training.engine import TrainingEngine
 from src.training.token_budget import TokenBudget
 
 TOKEN = 5  # any; values are not computed
+MICRO_BATCHES_OF_LONGEST = 2  # gradients are there in the second
 
 
 @dataclass
 class Notes:
-    """What came to light while the loop ran; numbers are those of the last step."""
+    """What came to light while the loop ran; numbers are those of the last step, peaks of all but the first."""
 
     parameters: int = 0
     token_budget: int | None = None
@@ -50,16 +51,28 @@ class Notes:
 
 
 def examples_of(request: Request) -> list[Example]:
+    """Return the examples, and last the longest one."""
     return [
         Example((TOKEN,) * prompt, tuple((TOKEN,) * length for length in responses))
-        for prompt, *responses in request.examples
+        for prompt, *responses in (*request.examples, *filter(None, [request.longest]))
     ]
+
+
+def copies_of_longest(request: Request, token_budget: int) -> int:
+    """Return how many copies of the longest example fill MICRO_BATCHES_OF_LONGEST."""
+    prompt, *responses = request.longest
+    return MICRO_BATCHES_OF_LONGEST * max(1, token_budget // (prompt + sum(responses)))
+
+
+def _steps(request: Request) -> int:
+    """Return the steps of the loop: one after which there is an optimizer state, of the longest, of the examples."""
+    return 3 if request.longest else 2
 
 
 def rehearse_training(
     request: Request, mode: FakeCudaMode, layers: int | None, notes: Notes, budget: TokenBudget | None = None
 ) -> None:
-    """Run `src.training.loop.train` for the request's steps; fill `notes` as it goes, also until an error.
+    """Run `src.training.loop.train` for two or three steps; fill `notes` as it goes, also until an error.
 
     budget: instead of the one that would be found.
     """
@@ -99,7 +112,7 @@ def model_inputs(request: Request) -> ModelInputs:
 def _inputs(request: Request) -> SftInputs | AlignInputs:
     model, data = model_inputs(request), DataInputs("rehearsed", 0, 1, 1)
     lora = None if request.lora is None else Lora(**request.lora)
-    trainer = Training(lr=1e-6, batch_size=request.batch_size, max_steps=request.steps, epochs=1000)
+    trainer = Training(lr=1e-6, batch_size=request.batch_size, max_steps=_steps(request), epochs=1000)
     if request.stage == "sft":
         return SftInputs(model, lora, data, trainer, 0)
     options = dict.fromkeys(METHODS[request.method].options, 1.0)
@@ -160,19 +173,22 @@ def _watched(request: Request, mode: FakeCudaMode, notes: Notes) -> Iterator[Non
             def log_noted(*args: Any) -> None:
                 log_metrics(*args)
                 notes.finished_steps += 1
-                if notes.finished_steps < request.steps:
+                mode.finished = notes.finished_steps == _steps(request)
+                if notes.finished_steps == 1:
                     mode.memory.start_peak()
+                if not mode.finished:
                     _start_step(mode, notes)
-                else:
-                    mode.finished = True
 
             return log_noted
 
         def choosing(batch_indices: Any) -> Any:
             def indices(step: int, num_examples: int, batch_size: int, seed: int) -> list[int]:
-                if step < request.steps - 1:  # only so that there is an optimizer state
-                    return list(range(max(1, request.ranks)))
-                return [i % num_examples for i in range(batch_size)]
+                if step == 0:
+                    return [i % len(request.examples) for i in range(request.ranks)]
+                if step < _steps(request) - 1:
+                    copies = copies_of_longest(request, notes.token_budget or 0)
+                    return [num_examples - 1] * copies * request.ranks
+                return [i % len(request.examples) for i in range(batch_size)]
 
             return indices
 

@@ -14,20 +14,13 @@ from torch.utils.flop_counter import flop_registry
 
 from src.planning.gpus import Gpu
 from src.rehearsal.request import Work
+from src.rehearsal.streams import Streams
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "dot", "mv", "addmv", "_grouped_mm"}
 OPTIMIZER = {"_fused_adamw_"}
 # Kernels that touch a few rows of a large tensor: of its bytes they move as many as of the rows.
 _ROWS = {"embedding", "index_select", "gather", "index"}
-_ROWS_WRITTEN = {
-    "index_add",
-    "index_add_",
-    "index_put",
-    "index_put_",
-    "scatter_add_",
-    "scatter_",
-    "embedding_dense_backward",
-}
+_ROWS_WRITTEN = {"index_add", "index_add_", "index_put", "index_put_", "scatter_add_", "scatter_"}
 _NO_KERNEL = {
     "detach", "alias", "lift_fresh", "empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided",
     "record_stream", "_unsafe_view", "_reshape_alias", "set_", "resize_", "split_with_sizes", "wait_tensor",
@@ -52,28 +45,39 @@ class WorkMeter:
         self.gpu = gpu
         self.parameter_shapes: set[torch.Size] = set()  # sums of gradients are recognized by their shape
         self.ranks = 1
+        self.streams = Streams()
         self.reset()
 
     def reset(self) -> None:
         self.by_kind: dict[str, list[float]] = {}
         self.flops_by_phase: dict[str, float] = defaultdict(float)
-        self.by_operation: dict[str, list[float]] = {}
+        self._waited_before = self.streams.default.waited
         self.host_copies: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
 
-    def add(self, kernel: Kernel, operation: str, phase: str) -> None:
+    def add(self, kernel: Kernel, phase: str) -> None:
         self.flops_by_phase[phase] += kernel.flops
         row = (1.0, kernel.flops, kernel.bytes, kernel.seconds)
-        for table, key in ((self.by_kind, kernel.kind), (self.by_operation, operation)):
-            table[key] = [a + b for a, b in zip(table.get(key, (0.0, 0.0, 0.0, 0.0)), row, strict=True)]
+        before = self.by_kind.get(kernel.kind, (0.0, 0.0, 0.0, 0.0))
+        self.by_kind[kernel.kind] = [a + b for a, b in zip(before, row, strict=True)]
+        (self.streams.exchange if kernel.kind == "communication" else self.streams.launch)(kernel.seconds)
 
-    def useful_flops(self, lora: bool) -> float:
-        """Return the FLOPs that have to be: none of those that compute activations and logits again.
+    @property
+    def exposed_exchange(self) -> float:
+        """The seconds since the last reset in which the device exchanges with other ranks and computes nothing."""
+        return self.streams.default.waited - self._waited_before
 
-        The backward pass takes twice the forward pass; with adapters once, as frozen weights have no gradient.
+    def floor(self, rate: float, lora: bool) -> float:
+        """Return the seconds that have to be. rate: FLOP/s of a large product.
+
+        Of training the FLOPs, none of those that compute activations and logits again: the backward pass takes twice
+        the forward pass; with adapters once, as frozen weights have no gradient. Of scoring and sampling the longer of
+        the FLOPs and of reading what products and attention read: weights, and the cache.
         """
-        forward = self.flops_by_phase["forward"]
-        return (2.0 if lora else 3.0) * forward if forward else sum(self.flops_by_phase.values())
+        if forward := self.flops_by_phase["forward"]:
+            return (2.0 if lora else 3.0) * forward / rate
+        needed = [self.by_kind.get(kind, (0.0, 0.0, 0.0)) for kind in ("products", "attention")]
+        return max(sum(row[1] for row in needed) / rate, sum(row[2] for row in needed) / self.gpu.bandwidth)
 
     @property
     def work(self) -> dict[str, Work]:
@@ -86,11 +90,11 @@ class WorkMeter:
         """Return what an operation takes; None when it launches no kernel. pairs: of queries and keys in attention."""
         if name in _NO_KERNEL or func.is_view or (not outputs and not func._schema.is_mutable):
             return None
-        gpu, moved = self.gpu, _bytes_moved(name, args, inputs, outputs)
+        gpu, moved = self.gpu, bytes_moved(name, args, inputs, outputs)
         if (received := _received(name, inputs, outputs, self.ranks)) is not None:
-            return Kernel("communication", 0.0, received, received / gpu.interconnect)
+            return Kernel("communication", 0.0, received, received / gpu.exchange_rate(self.ranks))
         if "attn" in name or "attention" in name:
-            return self._attention(name, inputs, outputs, moved, pairs, args, kwargs)
+            return self._attention(name, inputs, moved, pairs, _is_causal(func, args, kwargs))
         if name in PRODUCTS:
             flops = _flops(func, inputs, outputs)
             rate = gpu.fp32 if inputs[1].dtype == torch.float32 else gpu.bf16  # what addmm adds to may have more
@@ -108,16 +112,12 @@ class WorkMeter:
             return "accumulation"
         return "elementwise"
 
-    def _attention(
-        self, name: str, inputs: list[Tensor], outputs: list[Tensor], moved: float, pairs: float | None,
-        args: Sequence[Any], kwargs: dict[str, Any],
-    ) -> Kernel:  # fmt: skip
+    def _attention(self, name: str, inputs: list[Tensor], moved: float, pairs: float | None, is_causal: bool) -> Kernel:
         backward = "backward" in name
         q, k = inputs[1:3] if backward else inputs[:2]
         if q.dim() == 4:  # (batch, heads, n, d): scaled_dot_product_attention
             batch, heads, rows, width = q.shape
-            causal = kwargs.get("is_causal", False) or any(x is True for x in args)
-            pairs = batch * rows * k.shape[2] * (0.5 if causal and rows > 1 else 1.0)
+            pairs = batch * rows * k.shape[2] * (0.5 if is_causal and rows > 1 else 1.0)
         else:  # (tokens, heads, d): variable lengths
             heads, width = q.shape[1:]
             assert pairs is not None, "the lengths of the segments are on the host"
@@ -143,6 +143,12 @@ def causal_pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> float:
     return float((q * k - q * (q - 1) / 2).sum())
 
 
+def _is_causal(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return the argument is_causal of an operation, at the place where its schema has it."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return bool(given.get("is_causal", False))
+
+
 def _flops(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:
     packet = func.overloadpacket
     if packet not in flop_registry:
@@ -150,27 +156,20 @@ def _flops(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:
     return float(flop_registry[packet](*inputs[:3], out_val=outputs[0]))
 
 
-def _bytes_moved(name: str, args: Sequence[Any], inputs: list[Tensor], outputs: list[Tensor]) -> float:
+def bytes_moved(name: str, args: Sequence[Any], inputs: list[Tensor], outputs: list[Tensor]) -> float:
     """Return the bytes that a kernel reads and writes, where each element of a tensor is read or written once."""
     if name == "_fused_adamw_":  # reads weight, gradient and two moments; writes all but the gradient
         parameters, gradients, first, second = (sum(map(_size, tensors)) for tensors in args[:4])
         return 2 * (parameters + first + second) + gradients
     if name in _ROWS:
         return 2.0 * sum(map(_size, outputs))
-    if name in _ROWS_WRITTEN:
-        return (
-            3.0 * min(map(_size, inputs[1:] or inputs), default=0.0)
-            if "embedding" not in name
-            else _embedding(inputs, outputs)
-        )
+    if name == "embedding_dense_backward":  # all of it is set to zero, and the rows of tokens are added
+        return _size(outputs[0]) + 3.0 * _size(inputs[0])
+    if name in _ROWS_WRITTEN:  # the rows are the last argument; in a new tensor, the others are copied
+        return 3.0 * _size(inputs[-1]) + (0.0 if name.endswith("_") else 2.0 * _size(outputs[0]))
     if name in ("copy_", "zero_", "fill_"):  # what is there before is not read
         return sum(map(_size, inputs[1:])) + sum(map(_size, outputs))
     return float(sum(map(_size, inputs)) + sum(map(_size, outputs)))
-
-
-def _embedding(inputs: list[Tensor], outputs: list[Tensor]) -> float:
-    """Return the bytes of an embedding's gradient: all of it is set to zero, and the rows of tokens are added."""
-    return _size(outputs[0]) + 3.0 * _size(inputs[0])
 
 
 def _size(tensor: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from src.rehearsal.request import Request, draw_lengths
+from src.rehearsal.request import Request, draw_lengths, longest_lengths
 
 TINY = {
     "model_type": "llama",
@@ -21,11 +21,13 @@ TINY = {
 NUM_PARAMETERS = 512 * 64 + 64 + 2 * (2 * 64 + 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 160)
 
 PAIRS = draw_lengths(4, 20, 12, 2, max_tokens=64, max_prompt_tokens=48)
+LONGEST = longest_lengths(20, 2, max_tokens=64, max_prompt_tokens=48)
 TINY_REQUEST = Request(
     "align",
     TINY,
     "h100",
     PAIRS,
+    LONGEST,
     strategy="fsdp",
     attention="varlen",
     activation_checkpointing="false",

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
+from src.planning.gpus import find_gpu
 from src.rehearsal.guard import load_guard
 from tests.support.rehearsals import GENERATE, TINY_REQUEST
 
@@ -23,8 +24,10 @@ from transformers import DynamicCache  # noqa: E402
 
 from src.model import attention, lm_head, sampling  # noqa: E402
 from src.model.packing import PackedBatch  # noqa: E402
+from src.rehearsal import run as run_module  # noqa: E402
 from src.rehearsal.run import run  # noqa: E402
 from src.stages import align  # noqa: E402
+from tests.support.torch_releases import torch_of  # noqa: E402
 
 
 @contextlib.contextmanager
@@ -79,17 +82,30 @@ MUTANTS: dict[str, tuple] = {
 }
 
 
+def exchanges() -> list[list[float]]:
+    """Return all and exposed seconds of exchange, and of the step: with links as they are and 20,000 times slower."""
+    rows = []
+    for factor in (1.0, 20_000.0):
+        gpu = find_gpu(TINY_REQUEST.gpu)
+        slow = replace(gpu, interconnect=gpu.interconnect / factor)
+        with mock.patch.object(run_module, "find_gpu", lambda _, slow=slow: slow):
+            result = run_module.run(replace(TINY_REQUEST, ranks=2))
+        rows.append([result.work["communication"].seconds, result.exposed_exchange_seconds, result.seconds])
+    return rows
+
+
 def main() -> None:
-    errors = {}
+    errors: dict[str, object] = {"exchanges": exchanges()}
     for name, (mutant, request) in MUTANTS.items():
         with mutant():
             errors[name] = run(request).error
     for release in ("2.10", "2.11", "2.12", "2.13"):
-        errors[f"torch {release}"] = run(replace(TINY_REQUEST, torch_signatures=release)).error
+        with torch_of(release):
+            errors[f"torch {release}"] = run(TINY_REQUEST).error
     # The mistake of an earlier version: an argument that torch 2.11 does not have.
     has_enable_gqa = SimpleNamespace(signature=lambda _: inspect.signature(lambda enable_gqa: None))
-    with mock.patch.object(attention, "inspect", has_enable_gqa):
-        errors["enable_gqa"] = run(replace(TINY_REQUEST, torch_signatures="2.11")).error
+    with mock.patch.object(attention, "inspect", has_enable_gqa), torch_of("2.11"):
+        errors["enable_gqa"] = run(TINY_REQUEST).error
     json.dump(errors, sys.stdout)
 
 
