@@ -105,13 +105,13 @@ def test_every_remedy_is_accepted_by_the_config_and_is_what_was_tried(kind, over
         settings = dict(setting.split("=") for setting in remedy.split())
         named |= set(settings)
         assert changed.ranks == math.prod(int(settings.get(key, 1)) for key in GPUS)
-        own = tuple(f"{key}={value}" for key, value in settings.items() if not key.startswith("hydra"))
-        if own not in points:
-            points[own] = point(*TLDR, *overrides, *own)
+        settings_of_point = tuple(f"{key}={value}" for key, value in settings.items() if not key.startswith("hydra"))
+        if settings_of_point not in points:
+            points[settings_of_point] = point(*TLDR, *overrides, *settings_of_point)
         for part in ("model", "dataset", "evaluation"):
-            assert getattr(points[own], part) == getattr(changed.point, part), remedy
+            assert getattr(points[settings_of_point], part) == getattr(changed.point, part), remedy
         for key in ("strategy", "precision", "activation_checkpointing", "gpu"):
-            assert getattr(points[own].engine, key) == getattr(changed.point.engine, key), remedy
+            assert getattr(points[settings_of_point].engine, key) == getattr(changed.point.engine, key), remedy
     assert named == keys
 
 

@@ -57,25 +57,25 @@ def test_one_process_in_float32_has_the_bits_of_no_strategy(alone):
     assert_identical(run_alone("fsdp"), alone)
 
 
-@pytest.mark.parametrize("kept", [BOTH, WEIGHTS, NEITHER])
-def test_two_ranks_train_what_one_process_does(kept, alone):
-    first, second = run_on_two("fsdp", kept=kept)
+@pytest.mark.parametrize("keeps", [BOTH, WEIGHTS, NEITHER])
+def test_two_ranks_train_what_one_process_does(keeps, alone):
+    first, second = run_on_two("fsdp", keeps=keeps)
     assert first.norms == second.norms and first.norms == pytest.approx(alone.norms, rel=1e-4)
     assert error(first.weights, alone.weights) < FP32_ERROR
     assert second.weights is None
     assert {weight.dtype for weight in first.weights.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("kept", [BOTH, WEIGHTS, NEITHER])
-def test_bf16_on_two_ranks_trains_what_one_process_does(kept, alone_bf16, alone):
-    first, second = run_on_two("fsdp", "bf16", kept=kept)
+@pytest.mark.parametrize("keeps", [BOTH, WEIGHTS, NEITHER])
+def test_bf16_on_two_ranks_trains_what_one_process_does(keeps, alone_bf16, alone):
+    first, second = run_on_two("fsdp", "bf16", keeps=keeps)
     assert first.norms == second.norms and first.norms == pytest.approx(alone_bf16.norms, rel=0.02)
     assert error(first.weights, alone_bf16.weights) < BF16_ERROR
     assert alone_bf16.norms != alone.norms, "it is bf16 that computes"
     assert cosine_similarity(moved(first.weights), moved(alone.weights), dim=0) > 0.95
 
 
-def count_exchanges(kept):
+def count_exchanges(keeps):
     """Return how often a step gathers weights and exchanges gradients."""
     counts = Counter()
     with pytest.MonkeyPatch.context() as patch:
@@ -87,13 +87,13 @@ def count_exchanges(kept):
                 return original(*arguments, **options)
 
             patch.setattr(_fsdp_param_group, name, counted)
-        run("fsdp", "bf16", num_steps=1, kept=kept)
+        run("fsdp", "bf16", num_steps=1, keeps=keeps)
     return counts
 
 
 def test_what_stays_whole_is_exchanged_once_a_step_and_else_in_every_micro_batch():
     layers, rest = 6, 1
-    both, weights, neither = (on_ranks(2, "fsdp", count_exchanges, kept)[0] for kept in (BOTH, WEIGHTS, NEITHER))
+    both, weights, neither = (on_ranks(2, "fsdp", count_exchanges, keeps)[0] for keeps in (BOTH, WEIGHTS, NEITHER))
     assert both == {"foreach_all_gather": layers + rest, "foreach_reduce": layers + rest}
     assert weights == both | {"foreach_reduce": MICRO_BATCHES * (layers + rest)}
     # A layer is gathered before its forward pass and again before its backward pass.

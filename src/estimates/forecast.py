@@ -119,16 +119,16 @@ class Forecast:
             f"{load.stage.kind} of {point.model.name} with engine={point.engine.name} does not fit on {where} "
             f"({load.card.memory / _GIB:.1f} GiB): {load.problem}"
         )
-        found: list[str] = []
+        helpful: list[str] = []
         for remedy, changed in load.remedies(self._on_gpus):
-            if changed.held.constant > changed.usable or (found and changed.ranks > load.ranks):
+            if changed.held.constant > changed.usable or (helpful and changed.ranks > load.ranks):
                 continue
             (tried,) = self._rehearsed([changed])
             if tried.problem is None:
-                found.append(f"{remedy} fits, with {tried.peak / _GIB:.1f} GiB in each process")
+                helpful.append(f"{remedy} fits, with {tried.peak / _GIB:.1f} GiB in each process")
                 if tried.ranks == load.ranks:
                     break  # otherwise the line also names what fits on as many cards as there are
-        return f"{refusal}; {' or '.join(found) or 'nothing that was tried helps: choose another card (engine.gpu)'}"
+        return f"{refusal}; {' or '.join(helpful) or 'nothing that was tried helps: choose another card (engine.gpu)'}"
 
     def _cards(self) -> str:
         sizes = {load.card.name: load.card.memory / _GIB for load in self.loads.values() if load.card is not None}

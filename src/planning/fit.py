@@ -74,11 +74,11 @@ def held_by_process(
     trained = shape.num_parameters if lora is None else _adapters(shape, lora)
     weights, gradients, state = training_bytes(shape.num_parameters, trained, strategy, computed, ranks)
     gathered = 0
-    kept = fsdp_keeps_whole(shape.num_parameters, ranks, device_bytes)
+    keeps = fsdp_keeps_whole(shape.num_parameters, ranks, device_bytes)
     if strategy == "fsdp" and ranks == 1:
         gathered = computed * shape.num_parameters if computed < _FLOAT32 else 0  # copies; FSDP2 takes no part
-    elif strategy == "fsdp" and kept.weights:
-        gathered = computed * shape.num_parameters + (_FLOAT32 * trained if kept.gradients else 0)
+    elif strategy == "fsdp" and keeps.weights:
+        gathered = computed * shape.num_parameters + (_FLOAT32 * trained if keeps.gradients else 0)
     elif strategy in _SHARDED_WEIGHTS:
         # Two layers, as the next one is fetched meanwhile, and the embedding and the head, which stay.
         gathered = computed * (2 * shape.layer + _outside_layers(shape))

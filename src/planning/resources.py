@@ -57,8 +57,8 @@ def fsdp_keeps_whole(num_parameters: int, num_processes: int, device_bytes: int)
     (4 bytes: 3B on two of 80 GB).
     """
     share, most = 16 * num_parameters / num_processes, _MOST_KEPT * device_bytes
-    kept = KeptWhole(share + 2 * num_parameters <= most, share + 6 * num_parameters <= most)
-    return KeptWhole(True, True) if num_processes == 1 else kept
+    keeps = KeptWhole(share + 2 * num_parameters <= most, share + 6 * num_parameters <= most)
+    return KeptWhole(True, True) if num_processes == 1 else keeps
 
 
 def resources_of(point: Point, pairs: DataInputs) -> Resources:

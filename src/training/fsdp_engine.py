@@ -54,7 +54,7 @@ class FsdpEngine(TrainingEngine):
         # Detached: of a parameter itself the device would hold the whole tensor for as long as it is referred to.
         weights: dict[str, Any] = {name: p.detach() for name, p in policy.named_parameters()}
         num_parameters = sum(p.numel() for p in weights.values())
-        self.kept = fsdp_keeps_whole(num_parameters, self.shards, self._device_bytes())
+        self.keeps = fsdp_keeps_whole(num_parameters, self.shards, self._device_bytes())
         self.policy: Any = self._shard(policy, numerics)
         self._distribute(weights)
         self.optimizer = self._optimizer_of(self.policy)
@@ -83,7 +83,7 @@ class FsdpEngine(TrainingEngine):
             mp_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         mesh = self._mesh()
         for layer in decoder_layers(policy.model):
-            fully_shard(layer, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=not self.kept.weights)
+            fully_shard(layer, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=not self.keeps.weights)
         fully_shard(policy, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=False)
         for module in policy.modules():
             if isinstance(module, FSDPModule):
@@ -118,8 +118,8 @@ class FsdpEngine(TrainingEngine):
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         self.policy.set_is_last_backward(last)
-        self.policy.set_reshard_after_backward(last or not self.kept.weights)
-        self.policy.set_requires_gradient_sync(last or not self.kept.gradients)
+        self.policy.set_reshard_after_backward(last or not self.keeps.weights)
+        self.policy.set_requires_gradient_sync(last or not self.keeps.gradients)
         yield
 
     def backward(self, loss: Tensor) -> None:

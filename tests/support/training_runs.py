@@ -64,14 +64,14 @@ def run(
     *,
     num_steps: int = 4,
     lr: float = 1e-3,
-    kept: KeptWhole = BOTH,
+    keeps: KeptWhole = BOTH,
     lora: Lora | None = None,
     before_step: Callable[[TrainingEngine, int], None] = lambda *_: None,
     **resources: Any,
 ) -> Trained:
     """Train on this rank."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fsdp_engine, "fsdp_keeps_whole", lambda *_: kept)
+        patch.setattr(fsdp_engine, "fsdp_keeps_whole", lambda *_: keeps)
         trainer = Training(lr=lr, max_grad_norm=1.0)
         with closing(make_engine(Resources(device="cpu", strategy=strategy, **resources), trainer, lora, 0)) as engine:
             engine.prepare(start, NumericsConfig(precision))
