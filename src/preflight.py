@@ -21,6 +21,7 @@ from src.hardware import check_num_threads
 from src.judges.prompt_file import load_judge_prompt
 from src.model.files import check_model_files, why_too_long
 from src.planning.content import locate
+from src.planning.gpus import find_gpu
 from src.planning.identity import DataInputs
 from src.planning.model_shape import model_shape
 from src.planning.resources import max_sequence_tokens, splits_validation_prompts
@@ -35,8 +36,11 @@ HubName = tuple[str, str, str, str | None]
 def check_input_files(points: Sequence[Point]) -> None:
     """Read every row of the local files that points name, and what their models say about themselves.
 
-    Raises ConfigError naming file and line, or model and file.
+    Raises ConfigError naming file and line, or model and file; also for a GPU that conf/gpus.yaml does not have.
     """
+    for gpu in dict.fromkeys(point.engine.gpu for point in points):
+        if gpu is not None:
+            find_gpu(gpu)
     for path in dict.fromkeys(point.model.path for point in points):
         check_model_files(path)
     for name in dict.fromkeys(p.judge.model for p in points if p.judge.name == "reward_model"):

@@ -16,7 +16,8 @@ import yaml
 
 from src.config.fields import choices_of
 from src.config.schema import Sweep
-from src.errors import ConfigError, PointFailure, StageError, SweepFailed, report_errors
+from src.config.validation import check_folder
+from src.errors import PointFailure, StageError, SweepFailed, report_errors
 from src.store.files import atomic_write
 from src.store.retention import apply_retention, best_results_in_store
 from src.store.store import StageName
@@ -147,8 +148,7 @@ def main() -> int:
         paths = [fetch(name) if name.startswith(SCHEME) else Path(name) for name in arguments.dir]
         folders = [SweepFolder.open(path) for path in {path.resolve(): path for path in paths}.values()]
         out = arguments.out or folders[0].path.with_name("+".join(folder.name for folder in folders))
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"--out={out}: must be a folder")
+        check_folder("--out", str(out))
         results = collect(folders)
         try:
             write_results(results, SweepFolder(out), select=arguments.select)

@@ -43,7 +43,7 @@ def test_results_are_not_written_into_a_file_or_where_nobody_may_write(folder, t
     done = run_in_process(folder.path, "--out", tmp_path / "file", module="sweeps.aggregate")
     assert "--out=" in assert_one_line(done) and (tmp_path / "file").read_text() == "mine"
     done = run_in_process(folder.path, "--out", tmp_path / "file" / "below", module="sweeps.aggregate")
-    assert "--out=FOLDER names another" in assert_one_line(done, 1)
+    assert "is not a folder); choose another folder" in assert_one_line(done)
     folder.figures.write_text("a file where a folder should be")
     done = run_in_process(folder.path, module="sweeps.aggregate")
     assert str(folder.figures) in assert_one_line(done, 1)

@@ -72,7 +72,10 @@ def check_judge(point: Point) -> None:
         if point.evaluation.metric == "win_rate":
             raise ConfigError("evaluation.metric=win_rate needs a judge; without one use reward_accuracy")
         return
-    if judge.name == "gold" and (not is_mini or judge.baseline != "sft" or point.evaluation.prompts_file is not None):
+    if judge.name == "gold" and is_mini and (judge.baseline != "sft" or point.evaluation.prompts_file is not None):
+        key = "judge.baseline" if judge.baseline != "sft" else "evaluation.prompts_file"
+        raise ConfigError(f"{key}: judge=gold judges samples for generated posts against the SFT model's; remove it")
+    if judge.name == "gold" and not is_mini:
         raise ConfigError(
             "judge=gold works only with dataset=mini_tldr (it needs the generated ground truth); "
             "use judge=none evaluation=preference, or another judge"

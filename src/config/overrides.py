@@ -58,6 +58,9 @@ def _parse(argument: str, parser: OverridesParser) -> Override:
     group = key.lstrip("+~").partition("@")[0]
     if override.is_sweep_override():
         _check_sweep(shown, value)
+        choices = value.list if isinstance(value, ChoiceSweep) else []
+        if group in GROUPS and any(name is None or isinstance(name, int | float) for name in choices):
+            raise ConfigError(f"{shown}: must be {group}=NAME,NAME; {options_text(group)}")
     elif group in GROUPS and not (override.is_delete() and value is None):
         names = value if isinstance(value, list) else [value]
         only_one = override.is_delete() and isinstance(value, list)

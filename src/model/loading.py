@@ -131,7 +131,7 @@ def _load_config(source: str, name: str, options: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # as in load_pretrained
-        raise ConfigError(f"{name} cannot be loaded: {_reason(error)}") from error
+        raise ConfigError(f"{name}: its config.json cannot be loaded: {_reason(error)}") from error
 
 
 def load_pretrained(auto_class: Any, source: str, name: str, **options: Any) -> Any:
@@ -210,8 +210,11 @@ def _pretrained_source(path: ContentPath) -> tuple[str, dict[str, Any]]:
 def load_template(model: ModelInputs) -> Template:
     """Load the tokenizer with its chat template, once per process: a GGUF tokenizer takes seconds."""
     source, options = _pretrained_source(model.path)
+    name = f"model.path={model.path.location}"
     with reading(model.path):
-        tokenizer = load_tokenizer(source, f"model.path={model.path.location}", **options)
+        if "gguf_file" not in options:  # what is wrong there is no fault of the tokenizer, which reads it first
+            _load_config(source, name, options)
+        tokenizer = load_tokenizer(source, name, **options)
     return Template(model.template, tokenizer)
 
 

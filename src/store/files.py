@@ -137,6 +137,10 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk is reported by a write, which does not know the file's name
+            error.filename = str(path)
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
