@@ -13,8 +13,8 @@ from typing import Any
 from src.rehearsal.request import Result, Work
 from src.training.token_budget import Pass, TokenBudget, choose_token_budget
 
-_LINEAR = ("parameters", "activation_bytes_per_token", "seconds", "host_seconds", "floor_seconds")
-_LINEAR += ("exposed_exchange_seconds",)
+_SECONDS = ("seconds", "exposed_exchange_seconds", "host_seconds", "floor_seconds")
+_LINEAR = ("parameters", "activation_bytes_per_token", *_SECONDS)
 _LINEAR_BY_NAME = ("held", "peak_by_phase", "held_at_peak", "host_copies", "syncs")
 _NOT_OF_A_STEP = ("load", "budget")  # phases that the peak of a step does not count
 
