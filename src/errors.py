@@ -7,12 +7,15 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
+from threading import current_thread, main_thread
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -108,6 +111,15 @@ def _tolerate_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+_was_interrupted = False
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    global _was_interrupted
+    _was_interrupted = True
+    raise KeyboardInterrupt
+
+
 def _interrupted() -> SystemExit:
     print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
     return SystemExit(130)
@@ -120,7 +132,11 @@ def report_errors() -> Iterator[None]:
     The codes are 1 for a failed run, 2 for a wrong request and 130 for an interruption. Only what is neither a user's,
     a file system's nor an endpoint's doing has a traceback before its line.
     """
+    global _was_interrupted
+    _was_interrupted = False
     _tolerate_any_text()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     logging.raiseExceptions = False  # a log that a full disk refuses is not worth a traceback
     try:
         yield
@@ -133,7 +149,7 @@ def report_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
-        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):  # during an import in a C extension
+        if _was_interrupted:  # during an import in a C extension, which fails in its own way
             raise _interrupted() from None
         if not isinstance(error, (*USER_FACING_ERRORS, OSError)):
             traceback.print_exc()

@@ -58,6 +58,8 @@ REFUSED = [
     (["~beta"], "beta has no value: add beta=VALUE"),
     (["seed=???"], "seed has no value: add seed=VALUE"),
     (["dataset.preference=${setup}"], "dataset.preference: is set to a node of another kind; set its keys one by one"),
+    (["sweep.rungs=${beta}"], "sweep.rungs=0.1: must be a list"),
+    (["model.lora.targets=${setup.name}"], "model.lora.targets=mini_tldr: must be a list"),
     (["trainer.sft=${model}"], "trainer.sft: is set to a node of another kind; set its keys one by one"),
     (["-m", "method=null,dpo"], "method=null,dpo: must be method=NAME,NAME; there are"),
     (["-m", "trainer=1,paper"], "trainer=1,paper: must be trainer=NAME,NAME; there are"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
@@ -138,6 +138,11 @@ def _types_of_fields(config_class: type) -> dict[str, Any]:
     return get_type_hints(config_class)
 
 
+def _container(hint: Any) -> Any:
+    """Return list or dict for the type of a field that is one, or may be null instead; else None."""
+    return next((origin for origin in map(get_origin, (hint, *get_args(hint))) if origin in (list, dict)), None)
+
+
 def typed_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
     """Yield (dotted key, field, value) of every leaf of a config. Raises ConfigError for a key not in the schema."""
     known = {f.name: f for f in fields(node)}
@@ -152,5 +157,8 @@ def typed_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any],
             if not isinstance(value, tuple(expected)):  # type: ignore[arg-type]
                 raise ConfigError(f"{prefix}{name}: is set to a node of another kind; set its keys one by one")
             yield from typed_leaves(value, f"{prefix}{name}.")
+        elif (container := _container(types[name])) and value is not None and not isinstance(value, container):
+            kind = "a list" if container is list else "a mapping"
+            raise ConfigError(f"{prefix}{name}={shortened(str(value))}: must be {kind}, and not refer to another kind")
         else:
             yield prefix + name, spec, value
