@@ -63,7 +63,7 @@ REFUSED = [
     (["trainer.sft=${model}"], "trainer.sft: is set to a node of another kind; set its keys one by one"),
     (["-m", "method=null,dpo"], "method=null,dpo: must be method=NAME,NAME; there are"),
     (["-m", "trainer=1,paper"], "trainer=1,paper: must be trainer=NAME,NAME; there are"),
-    (["evaluation.prompts_file=README.md"], "evaluation.prompts_file: judge=gold judges"),
+    (["evaluation.prompts_file=README.md"], "evaluation.prompts_file: judge=gold knows only"),
     (["-m", "engine.gpu=null,a100"], "engine.gpu=a100: not in conf/gpus.yaml"),
     (["~trainer"], "trainer has no option: add trainer=NAME"),
     (["-m", "beta=range(0.1,inf)"], "beta=range(0.1,inf): START, STOP and STEP must be finite"),
