@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from src.data.evaluation_prompts import read_answers, read_prompts
 from src.data.rows import name_of
 from src.data.sources import open_source
 from src.errors import ConfigError
-from src.hardware import check_num_threads
+from src.hardware import check_num_threads, visible_gpus
 from src.judges.prompt_file import load_judge_prompt
 from src.model.files import check_model_files, why_too_long
 from src.planning.content import locate
@@ -135,8 +136,15 @@ def check_key(points: Iterable[Point]) -> None:
             read_key(judge)
 
 
-def check_programs(points: Iterable[Point]) -> None:
-    """Raise ConfigError when the program of a server that runs on this machine is not installed."""
+def check_programs(points: Sequence[Point]) -> None:
+    """Raise ConfigError when this machine, which runs the points, lacks a server's program or torch's compiler."""
+    compiles = any(p.engine.compile and (p.engine.device == "cpu" or not visible_gpus()) for p in points)
+    compiler = (shlex.split(os.environ.get("CXX", "")) or ["g++"])[0]
+    if compiles and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"engine.compile=true: on a CPU torch compiles with a C++ compiler, and {compiler} is not on PATH; install "
+            "it, set CXX, or use engine.compile=false"
+        )
     for command in dict.fromkeys(point.server.command for point in points):
         if command is not None and shutil.which(program := shlex.split(command)[0]) is None:
             raise ConfigError(f"server.command: {program} is not on PATH; install it, or give its absolute path")

@@ -288,3 +288,9 @@ def test_an_interrupt_at_any_time_is_one_line(after, tmp_path):
     # Python ends by the signal itself, which a shell shows as 130 too, when Ctrl-C came inside an import in C.
     assert process.returncode in (130, -signal.SIGINT), stderr
     assert "Interrupted" in stderr and "Traceback" not in stderr
+
+
+def test_compilation_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = run_in_process("engine.compile=true", "beta=1", "tracking=none", f"output_dir={tmp_path}")
+    assert done.returncode == 2 and done.stderr.startswith("error: engine.compile=true: on a CPU torch compiles")
