@@ -158,3 +158,14 @@ def local_long_run(tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("long")
     train("-m", "method=dpo", "beta=0.1", *LONG, f"output_dir={output_dir}")
     return output_dir
+
+
+@pytest.fixture
+def one_thread():
+    """Compute with one thread: small models are much slower on several when the machine has other work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

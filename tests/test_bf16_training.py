@@ -22,11 +22,8 @@ PAIRS = random_pairs(8, 0)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_no_group():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _no_group_remains(one_thread):
     yield
-    torch.set_num_threads(before)
     destroy_distributed()
 
 

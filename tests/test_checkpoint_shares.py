@@ -16,13 +16,7 @@ from src.training.training_state import ShardedState
 from tests.support.checkpointed_runs import drafts, equal, steps, training
 from tests.support.ranks import on_ranks
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Wide enough for what is written beside each tensor not to count.

@@ -4,7 +4,6 @@ import errno
 import threading
 
 import pytest
-import torch
 
 from src import preemption
 from src.config.schema import Lora
@@ -16,13 +15,7 @@ from src.training.accelerate_engine import AccelerateEngine
 from src.training.training_state import ShardedState
 from tests.support.checkpointed_runs import END, drafts, equal, steps, training
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

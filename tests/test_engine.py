@@ -28,13 +28,7 @@ ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
 TOLERANCE = 0.01
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small models are much slower on several threads when the machine has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start_ranks(*arguments: str, num_ranks: int = 2) -> subprocess.Popen[str]:

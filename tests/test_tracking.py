@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 
 import pytest
 
@@ -308,20 +307,3 @@ def test_a_dashboard_without_an_account_is_files_and_a_clear_error(uploaded_swee
     (tmp_path / "store").mkdir()
     done = run(None, str(empty.path), "--local", module="sweeps.dashboard")
     assert done.returncode == 2 and "no point is done yet" in done.stderr, done.stderr
-
-
-def test_a_dashboard_in_wandb_without_its_package_is_one_line(monkeypatch, tmp_path):
-    from src.errors import ConfigError
-    from sweeps import dashboard
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"wandb_workspaces: pip install '\.\[dashboards\]'"):
-        dashboard.save(SweepFolder(tmp_path), None, None, None)
-
-
-def test_planning_and_training_import_no_tracker():
-    code = "import json, sys, src.train, sweeps.search.search, src.stages.align\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=shell(), capture_output=True, text=True, check=True
-    )
-    assert {"wandb", "tensorboard"}.isdisjoint(json.loads(done.stdout))

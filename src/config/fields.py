@@ -155,10 +155,10 @@ def typed_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any],
         if is_dataclass(value):
             expected = [kind for kind in (types[name], *get_args(types[name])) if is_dataclass(kind)]
             if not isinstance(value, tuple(expected)):  # type: ignore[arg-type]
-                raise ConfigError(f"{prefix}{name}: is set to a node of another kind; set its keys one by one")
+                raise ConfigError(f"{prefix}{name}: refers to a config of another type; set its keys one by one")
             yield from typed_leaves(value, f"{prefix}{name}.")
         elif (container := _container(types[name])) and value is not None and not isinstance(value, container):
             kind = "a list" if container is list else "a mapping"
-            raise ConfigError(f"{prefix}{name}={shortened(str(value))}: must be {kind}, and not refer to another kind")
+            raise ConfigError(f"{prefix}{name}={shortened(str(value))}: must be {kind}")
         else:
             yield prefix + name, spec, value

@@ -199,7 +199,7 @@ def rotate_(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool)
     """
     rotate = _liger().rope.rope_backward if inverse else _liger().rope.rope_forward
     rotated = rotate(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-    assert [x.data_ptr() for x in rotated[:2]] == [query.data_ptr(), key.data_ptr()], "liger copied them"
+    assert [x.data_ptr() for x in rotated[:2]] == [query.data_ptr(), key.data_ptr()], "liger made copies"
 
 
 @rotate_.register_fake
@@ -222,7 +222,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward_(grad: Tensor, gate: Tensor, up: Tensor) -> None:
     """Overwrite gate and up with their gradients."""
     grads = _liger().swiglu.swiglu_backward(gate, up, grad)
-    assert [x.data_ptr() for x in grads] == [gate.data_ptr(), up.data_ptr()], "liger copied them"
+    assert [x.data_ptr() for x in grads] == [gate.data_ptr(), up.data_ptr()], "liger made copies"
 
 
 @swiglu_backward_.register_fake
@@ -253,7 +253,7 @@ class RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_x, grad = (None if g is None else g.contiguous() for g in grad_outputs)
-        assert grad is not None, "who needs x alone does not norm it"
+        assert grad is not None, "every caller uses the normed output"
         total, grad_weight = rms_norm_backward(grad, grad_x, *ctx.saved_tensors)
         return total, total if ctx.needs_input_grad[1] else None, grad_weight, None, None
 

@@ -14,35 +14,28 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from src.config.schema import Lora, Training
 from src.distributed import get_distributed, init_distributed
 from src.model.logprobs import NumericsConfig, SequenceLogps
 from src.planning.resources import Resources, fsdp_keeps_whole
-from src.training.engine import ModelLoader, TrainingEngine, decoder_layers, empty_model
-from src.training.training_state import ShardedState, StagedState, load_sharded
+from src.training.engine import ModelLoader, decoder_layers, empty_model
+from src.training.sharded_engine import ShardedEngine, whole
 
 
-class FsdpEngine(TrainingEngine):
+class FsdpEngine(ShardedEngine):
     """engine.strategy = fsdp on several ranks; one process has `src.training.one_process_engine`."""
 
     def __init__(self, resources: Resources, trainer: Training, lora: Lora | None, seed: int) -> None:
         super().__init__(resources, trainer, lora, seed)
         init_distributed(resources.strategy)
-
-    @property
-    def checkpoint_format(self) -> str:
-        return "sharded"
 
     @property
     def shards(self) -> int:
@@ -122,29 +115,10 @@ class FsdpEngine(TrainingEngine):
         self.policy.set_requires_gradient_sync(last or not self.keeps.gradients)
         yield
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.trainer.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return _full(norm)
-
-    @property
-    def saves_in_background(self) -> bool:
-        return True
-
-    def stage_state(self, folder: Path) -> StagedState:
-        return ShardedState(self.policy, self.optimizer, folder)
-
-    def load_state(self, folder: Path) -> None:
-        load_sharded(self.policy, self.optimizer, folder)
-
     def gather_model(self) -> Any:
         weights = {}
         for name, parameter in self.policy.named_parameters():
-            weight = _full(parameter.detach())
+            weight = whole(parameter.detach())
             if get_distributed().is_main_process:
                 weights[name] = weight.cpu()
         model = type(self._model), self._model.config
@@ -152,8 +126,3 @@ class FsdpEngine(TrainingEngine):
         if not get_distributed().is_main_process:
             return None
         return self._published(self._rebuild(empty_model(*model), weights))
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that ranks may hold in shards; every rank calls this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
