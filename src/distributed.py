@@ -133,7 +133,7 @@ class DistributedContext:
         try:
             content = self.store.compare_set(_FAILURE, "", _pickled(self.rank, error))
         except Exception:  # of any type: the process that serves the store has ended
-            return error
+            return StageError("process 0 of the run has ended, and with it the run: its own message says why")
         rank, first = pickle.loads(base64.b85decode(content))
         return error if rank == self.rank else first
 
