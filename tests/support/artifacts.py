@@ -10,7 +10,7 @@ from src.store.store import RUN_CONFIG_FILE
 
 
 def results(output_dir: Path) -> dict[str, object]:
-    """Return what a run computed, by file: without how long it took, and without the config, whose batch sizes may differ."""
+    """Return what a run computed, by file: without timings, and without the config, whose batch sizes may differ."""
     contents: dict[str, object] = {}
     for done in sorted((output_dir / "store").glob("*/*/DONE")):
         folder = done.parent
@@ -36,8 +36,8 @@ def _parsed(name: str, data: bytes) -> Any:
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
     if name == "result.json":
         result = json.loads(data)
-        took = ("seconds", "processes")
-        result["stages"] = [{k: v for k, v in s.items() if k not in took} for s in result["stages"]]
+        cost = ("seconds", "processes")
+        result["stages"] = [{k: v for k, v in s.items() if k not in cost} for s in result["stages"]]
         return result
     if name == "DONE":
         return {k: v for k, v in json.loads(data).items() if k in ("stage", "identity", "tokens")}
