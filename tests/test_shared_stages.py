@@ -20,6 +20,7 @@ from src.stages.shared_rows import SharedRows
 from src.store.store import Store
 from tests.support.artifacts import results
 from tests.support.configs import TINY, point
+from tests.support.endpoint import smollm2_folder
 from tests.support.ranks import on_ranks
 from tests.support.small_models import smollm2_template, write_reward_model
 
@@ -171,16 +172,18 @@ PAIRS = [
 
 @pytest.mark.slow
 def test_two_ranks_score_and_sample_with_smollm2_as_one_process_does(tmp_path):
-    smollm2_template()
-    one, two, file = tmp_path / "one", tmp_path / "two", tmp_path / "pairs.jsonl"
+    smollm2_template()  # or skip
+    one, two, file, model = (tmp_path / name for name in ("one", "two", "pairs.jsonl", "model"))
+    on_ranks(1, "none", smollm2_folder, model)  # loads in a tenth of the time of the GGUF file
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in PAIRS]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def stages(folder):
         overrides = [
-            *("setup=smollm2_jsonl", f"dataset.path={file}", "dataset.validation_size=2", "init=base", "method=dpo"),
+            *("setup=smollm2_jsonl", f"model.path={model}", f"dataset.path={file}", "dataset.validation_size=2"),
+            *("init=base", "method=dpo", "beta=0.1", "lr=1e-5"),
             *("trainer.align.batch_size=2", "trainer.align.max_steps=1", "trainer.max_tokens_per_micro_batch=64"),
-            *("evaluation.generation.batch_size=1", "evaluation.generation.max_new_tokens=16", "beta=0.1", "lr=1e-5"),
+            *("evaluation.generation.batch_size=1", "evaluation.generation.max_new_tokens=8"),
         ]
         return stages_of(point(*overrides, f"output_dir={folder}"))
 
