@@ -27,7 +27,7 @@ def alone(tmp_path_factory):
 
 def kill_when_there(pattern, folder, *arguments):
     """Start two ranks and kill one of them once a file of this pattern has a row; return all files like it."""
-    process, deadline = start_ranks(*arguments, "engine=ddp", f"output_dir={folder}"), time.monotonic() + 120
+    process, deadline = start_ranks(*arguments, "engine=ddp", f"output_dir={folder}"), time.monotonic() + 300
     while not any(path.stat().st_size for path in (folder / "store").glob(pattern)):
         assert process.poll() is None and time.monotonic() < deadline, f"no {pattern}"
         time.sleep(0.002)

@@ -145,7 +145,6 @@ def _sample_by_server(
     release_accelerator()  # a server allocates the memory that is free when it starts
     assert inputs.generation.server is not None
     _, command = inputs.generation.server
-
     timeout, precision, concurrency = resources.server_timeout, inputs.model.precision, resources.server_concurrency
 
     def save(index: int, response: tuple[list[int], bool]) -> None:
