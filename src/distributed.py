@@ -132,8 +132,10 @@ class DistributedContext:
             return error
         try:
             content = self.store.compare_set(_FAILURE, "", _pickled(self.rank, error))
-        except Exception:  # of any type: the process that serves the store has ended
-            return StageError("process 0 of the run has ended, and with it the run: its own message says why")
+        except Exception:  # of any type: the process that serves the store, rank 0 or torchrun, has ended
+            if type(error) is RuntimeError or isinstance(error, dist.DistError):  # of a collective, because of that
+                return StageError("process 0 of the run has ended, and with it the run: its own message says why")
+            return error
         rank, first = pickle.loads(base64.b85decode(content))
         return error if rank == self.rank else first
 

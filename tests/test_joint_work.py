@@ -1,14 +1,17 @@
 """Ranks that compute shares of one piece of work: every batch once, no row twice, an error of one is that of all."""
 
+import contextlib
 import json
 import os
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
-from src.distributed import JointWork, Share, get_distributed
+from src.distributed import DistributedContext, JointWork, Share, get_distributed
 from src.errors import ConfigError, StageError
+from src.preemption import Interrupted
 from src.serving import model_server
 from src.stages.shared_rows import SharedRows
 from src.store.attempt import Attempt
@@ -77,14 +80,11 @@ def test_a_part_that_was_cut_off_or_is_no_file_costs_its_own_rows_alone(tmp_path
     assert files.collect() == rows
 
 
-def error_of(function, together=True):
-    """Return what the function raises on this rank, and after how many seconds."""
+def error_of(function, scope=None):
+    """Return what the function raises on this rank, and after how many seconds; scope: by default all fail together."""
     started = time.monotonic()
     try:
-        if together:
-            with get_distributed().failing_together():
-                function()
-        else:
+        with scope or get_distributed().failing_together():
             function()
     except Exception as error:
         return type(error), str(error), time.monotonic() - started
@@ -133,19 +133,35 @@ def test_an_error_that_cannot_be_sent_names_its_process_elsewhere():
     assert (kind, message) == (StageError, "process 1: NotPickled: one and two") and own[0] is NotPickled
 
 
-def fail_while_others_are_in_a_collective(together):
+def fail_while_others_are_in_a_collective(failing_rank, together):
     ranks = get_distributed()
-    if ranks.rank == 1:
-        return error_of(lambda: [].pop(), together)  # its process ends when this returns
-    return error_of(ranks.barrier, together)
+    scope = ranks.failing_together() if together else contextlib.nullcontext()
+    # The process of the one that fails ends when this returns.
+    return error_of([].pop if ranks.rank == failing_rank else ranks.barrier, scope)
 
 
 def test_a_rank_in_a_collective_hears_of_the_error_of_a_rank_that_has_ended():
-    first, own = on_ranks(2, "ddp", fail_while_others_are_in_a_collective, True)
+    first, own = on_ranks(2, "ddp", fail_while_others_are_in_a_collective, 1, True)
     assert own[0] is IndexError and first[:2] == own[:2] and first[2] < SECONDS
     # The control: the collective itself says only that a connection was closed.
-    first, _ = on_ranks(2, "ddp", fail_while_others_are_in_a_collective, False)
+    first, _ = on_ranks(2, "ddp", fail_while_others_are_in_a_collective, 1, False)
     assert first[0] is RuntimeError
+
+
+def test_ranks_say_so_when_rank_0_has_ended_and_an_error_of_their_own_stays(monkeypatch):
+    own, other = on_ranks(2, "ddp", fail_while_others_are_in_a_collective, 0, True)
+    assert own[0] is IndexError and other[0] in (IndexError, StageError)
+    assert other[1] == own[1] or "process 0 of the run has ended" in other[1]
+    ranks = DistributedContext(rank=1, size=2)
+    monkeypatch.setattr(DistributedContext, "store", property(lambda _: 1 / 0))
+    for error in (Interrupted("near the time limit"), ConfigError("a wrong row")):
+        assert error_of(partial(_raise, error), ranks.failing_together())[:2] == (type(error), str(error))
+    lost = error_of(partial(_raise, RuntimeError("Connection closed by peer")), ranks.failing_together())
+    assert lost[0] is StageError and "process 0 of the run has ended" in lost[1]
+
+
+def _raise(error):
+    raise error
 
 
 def work_slowly():
