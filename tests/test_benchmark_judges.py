@@ -273,7 +273,10 @@ def test_a_prompt_without_an_answer_of_the_baseline_is_named(tmp_path):
         ),
         (["judge=tldr", "judge.base_url=http://x", "judge.prompt_file=README.md"], "judge=tldr has no such field"),
         (["judge=alpaca_eval", "judge.baseline=sft", "judge.model=gpt5"], "judge.model=gpt5: unknown annotator"),
-        (["evaluation.prompts_file=README.md"], "judge=gold works only with dataset=mini_tldr"),
+        (
+            ["evaluation.prompts_file=README.md"],
+            "evaluation.prompts_file: judge=gold knows only the posts of dataset=mini_tldr",
+        ),
     ],
 )
 def test_a_benchmark_that_cannot_be_run_is_an_error_before_anything_runs(overrides, message, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_what_stays_whole_is_exchanged_once_a_step_and_else_in_every_micro_batch
 def test_of_three_billion_parameters_both_stay_whole_on_80_gb_and_of_eight_the_weights():
     three, eight, gib = int(3.2e9), int(8e9), 2**30
     assert fsdp_keeps_whole(three, 2, 80 * gib) == BOTH and fsdp_keeps_whole(three, 2, 40 * gib) == NEITHER
-    assert fsdp_keeps_whole(eight, 8, 80 * gib) == WEIGHTS and fsdp_keeps_whole(eight, 1, 80 * gib) == BOTH
+    assert fsdp_keeps_whole(eight, 8, 80 * gib) == WEIGHTS
 
 
 def parts_of_ranks():

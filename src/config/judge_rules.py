@@ -77,7 +77,10 @@ def check_judge(point: Point) -> None:
         return
     if judge.name == "gold" and is_mini and (judge.baseline != "sft" or point.evaluation.prompts_file is not None):
         key = "judge.baseline" if judge.baseline != "sft" else "evaluation.prompts_file"
-        raise ConfigError(f"{key}: judge=gold judges samples for generated posts against the SFT model's; remove it")
+        raise ConfigError(
+            f"{key}: judge=gold knows only the posts of dataset=mini_tldr, compared with the SFT model's summaries; "
+            "remove the override, or choose another judge"
+        )
     if judge.name == "gold" and not is_mini:
         raise ConfigError(
             "judge=gold works only with dataset=mini_tldr (it needs the generated ground truth); "

@@ -125,7 +125,7 @@ class Forecast:
             if changed.held.constant > changed.usable or (helpful and changed.ranks > load.ranks):
                 continue
             (tried,) = self._rehearsed([changed])
-            if tried.problem is None:
+            if tried.problem is None and (tried.result is None or tried.rehearsed is not None):
                 helpful.append(f"{remedy} fits, with {tried.peak / _GIB:.1f} GiB in each process")
                 if tried.ranks == load.ranks:
                     break  # otherwise the line also names what fits on as many cards as there are

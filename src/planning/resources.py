@@ -50,15 +50,14 @@ _MOST_KEPT = 0.6  # of a device: what a process holds of the model; the rest is 
 
 
 def fsdp_keeps_whole(num_parameters: int, num_processes: int, device_bytes: int) -> KeptWhole:
-    """Return what FSDP2 keeps whole. With one process both are there anyway.
+    """Return what FSDP2 keeps whole on several processes.
 
-    With several, a process's share of weights, gradients and Adam's moments (16 bytes a parameter) and what is kept may
+    A process's share of weights, gradients and Adam's moments (16 bytes a parameter) and what is kept may
     take _MOST_KEPT of a device: weights in bf16 (2 bytes: 8B on eight of 80 GB), and with them gradients in float32
     (4 bytes: 3B on two of 80 GB).
     """
     share, most = 16 * num_parameters / num_processes, _MOST_KEPT * device_bytes
-    keeps = KeptWhole(share + 2 * num_parameters <= most, share + 6 * num_parameters <= most)
-    return KeptWhole(True, True) if num_processes == 1 else keeps
+    return KeptWhole(share + 2 * num_parameters <= most, share + 6 * num_parameters <= most)
 
 
 def resources_of(point: Point, pairs: DataInputs) -> Resources:

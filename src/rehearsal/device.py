@@ -97,6 +97,8 @@ class FakeCudaMode(TorchDispatchMode):
             is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
             return self.fake_on_host(value) if is_real else value
 
+        if func is torch.ops.aten.addmm.dtype_out:
+            return kwargs["out"]  # torch 2.11 takes the dtype for another argument in its shape function
         return self.fake_mode.dispatch(func, types, *tree_map(fake, (args, kwargs)))
 
     def _check_dtypes(self, name: str, inputs: list[Tensor]) -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 from src.errors import ConfigError, describe_failure
 from src.planning.fit import training_bytes
 from src.planning.gpus import find_gpu
-from src.planning.resources import fsdp_keeps_whole
+from src.planning.resources import KeptWhole, fsdp_keeps_whole
 from src.rehearsal.depth import BudgetProbe, Probed, at_depth, peak_of
 from src.rehearsal.device import FakeCudaMode
 from src.rehearsal.fake_cuda import fake_cuda
@@ -51,16 +51,18 @@ def run(request: Request) -> Result:
     try:
         stand_in, with_ranks = STAND_INS.get(request.strategy, (request.strategy, True))
         rehearsed = replace(request, strategy=stand_in, ranks=request.ranks if with_ranks else 1)
-        result = _run_at_two_depths(rehearsed) if request.layers else run_at(rehearsed)
+        stands_in = stand_in != request.strategy
+        with _keeping_nothing() if stands_in else contextlib.nullcontext():
+            result = _run_at_two_depths(rehearsed, stands_in) if request.layers else run_at(rehearsed)
     except ConfigError as error:
         return Result(error=str(error), rehearsed_layers=request.layers)
-    return result if stand_in == request.strategy else _exchange_held(result, request, stand_in)
+    return _exchange_held(result, request, stand_in) if stands_in else result
 
 
-def _run_at_two_depths(request: Request) -> Result:
+def _run_at_two_depths(request: Request, stands_in: bool) -> Result:
     layers = request.layers[0], request.layers[-1]
     depth = config_of(request.config).num_hidden_layers
-    with _keeping_as_the_whole_model(request):
+    with contextlib.nullcontext() if stands_in else _keeping_as_the_whole_model(request):
         return _draw_line(request, layers, depth)
 
 
@@ -68,6 +70,11 @@ def _keeping_as_the_whole_model(request: Request) -> AbstractContextManager[Any]
     """Let FSDP2 choose what it keeps by the size of the whole model, not of the layers that are rehearsed."""
     size = num_parameters(config_of(request.config))
     return mock.patch.object(fsdp_engine, "fsdp_keeps_whole", lambda _, *limits: fsdp_keeps_whole(size, *limits))
+
+
+def _keeping_nothing() -> AbstractContextManager[Any]:
+    """Let FSDP2 gather and exchange in every micro-batch, as ZeRO-3 does, in whose place it is rehearsed."""
+    return mock.patch.object(fsdp_engine, "fsdp_keeps_whole", lambda *_: KeptWhole(weights=False, gradients=False))
 
 
 def _draw_line(request: Request, layers: tuple[int, int], depth: int) -> Result:
@@ -143,7 +150,7 @@ def _exchange_held(result: Result, request: Request, stand_in: str) -> Result:
     held = dict(zip(("weights", "gradients", "optimizer_state"), sizes, strict=True))
     gathered = 0
     if stand_in == "fsdp" and not STAND_INS[request.strategy][1] and request.precision == "bf16":
-        gathered = 2 * result.parameters  # one rank of FSDP2 has its bf16 weights beside the float32 ones
+        gathered = 2 * result.parameters  # its copies of the float32 weights
     difference = sum(held.values()) - sum(result.held.get(name, 0) for name in held) - gathered
     by_phase = {phase: size + difference for phase, size in result.peak_by_phase.items()}
     substituted = (*result.substituted, f"engine.strategy={request.strategy}: the step of {stand_in}")

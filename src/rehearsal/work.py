@@ -105,7 +105,8 @@ class WorkMeter:
     def _kind(self, name: str, phase: str, inputs: list[Tensor], outputs: list[Tensor]) -> str:
         if name in OPTIMIZER or phase == "optimizer":
             return "optimizer"
-        if name in ("_to_copy", "copy_") and inputs[-1].dtype != outputs[0].dtype:
+        written = outputs or inputs  # a list of tensors that are written to is not returned
+        if name in ("_to_copy", "copy_", "_foreach_copy_") and inputs[-1].dtype != written[0].dtype:
             return "casts"
         same = len(inputs) == 2 and inputs[0].shape == inputs[1].shape and inputs[0].shape in self.parameter_shapes
         if phase == "backward" and name in ("add", "add_") and same:

@@ -28,10 +28,6 @@ class OneProcessEngine(TrainingEngine):
     def checkpoint_format(self) -> str:
         return "sharded"
 
-    @property
-    def shards(self) -> int:
-        return 1
-
     def prepare(self, load: ModelLoader, numerics: NumericsConfig) -> Any:
         self.policy = SequenceLogps(self.configure_model(load()), numerics).train().to(self.device)
         self.optimizer = self._optimizer_of(self.policy)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from src.model.cpu.linear import OneDNNLinear
 from src.model.grad_sums import GradSum, SummingLinear
-from src.model.lm_head import Head
 
 
 class RoundedWeights:
@@ -29,7 +29,8 @@ class RoundedWeights:
                     copy = copies.get(id(weight))
                     copies[id(weight)] = copy = _rounded(weight) if copy is None else copy
                     self._places.append((module, name, weight, copy))
-        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and not isinstance(m, Head)]
+        # A subclass computes in its own way, and its gradients are added as those of other modules are.
+        linear = [module for module in model.modules() if type(module) in (torch.nn.Linear, OneDNNLinear)]
         self._linear = [(module, type(module)) for module in linear if sum_in_linear]
         self.outdated = False  # whether the weights have changed since they were rounded
 
@@ -37,15 +38,16 @@ class RoundedWeights:
     def in_place(self) -> Iterator[None]:
         """Let the copies take the weights' place for one micro-batch, forward and backward."""
         if self.outdated:
-            weights = {id(copy): (copy.data, weight.data) for _, _, weight, copy in self._places}
+            trained = [(weight, copy) for _, _, weight, copy in self._places if weight.requires_grad]
+            weights = {id(copy): (copy.data, weight.data) for weight, copy in trained}
             copies, exact = zip(*weights.values(), strict=True)
             torch._foreach_copy_(copies, exact)
             self.outdated = False
-        for module, name, _, copy in self._places:
-            module._parameters[name] = copy
-        for module, _ in self._linear:
-            module.__class__ = SummingLinear
         try:
+            for module, name, _, copy in self._places:
+                module._parameters[name] = copy
+            for module, _ in self._linear:
+                module.__class__ = SummingLinear
             yield
         finally:
             for module, name, weight, _ in self._places:
