@@ -180,11 +180,11 @@ def rehearse_all(requests: Sequence[Request], timeout: float = TIMEOUT) -> list[
     # Equal requests once: samples of the baseline by one process and of policies by several are those.
     missing = {entry: request for entry, request in zip(entries, requests, strict=True) if results[entry] is None}
     if missing:
-        for entry, result in zip(missing, _run(list(missing.values()), timeout), strict=True):
-            results[entry] = result
+        for entry, made in zip(missing, _run(list(missing.values()), timeout), strict=True):
+            results[entry] = made
             with contextlib.suppress(OSError):  # the cache only saves time
                 entry.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(entry, json.dumps(result.to_json()))
+                atomic_write(entry, json.dumps(made.to_json()))
     return [result for entry in entries if (result := results[entry]) is not None]
 
 
