@@ -1,26 +1,58 @@
 """Multi-process runs (DDP, FSDP2 or ZeRO).
 
-Rank 0 holds the lease, writes and publishes; the other ranks take part in the training stages only.
+Rank 0 holds the lease, writes and publishes; all ranks compute. In training they meet in every step. Elsewhere each
+computes its `Share` of batches that are planned as for one process, and they meet when all are done (`JointWork`).
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import itertools
 import os
-from dataclasses import dataclass
+import pickle
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from src.environment import read_integer
-from src.errors import ConfigError
+from src.errors import ConfigError, StageError, describe_failure
 
-# Control messages between stages wait while rank 0 generates samples alone, which can take days.
+B = TypeVar("B", bound=Sequence[Any])
+
+# Control messages between stages wait while rank 0 asks a judge's endpoint, or another job computes a stage that this
+# one needs, which can take days.
 CONTROL_TIMEOUT = timedelta(days=7)
 # After it a collective that one rank never joins ends the run. Ranks meet in every step; the longest that some wait for
 # others is while weights are read, or DeepSpeed writes its files, on a slow disk.
 STEP_TIMEOUT = timedelta(minutes=30)
+POLL_SECONDS = 0.1  # between two looks at what other ranks have done
+_FAILURE = "failure"  # key of the first error of any rank
+
+
+@dataclass(frozen=True)
+class Share:
+    """The batches of one rank. They are planned as for one process, so that results do not depend on the ranks."""
+
+    rank: int = 0
+    size: int = 1
+    done: Container[Any] = ()  # items of batches that are known already, the same ones on every rank
+
+    def of(self, batches: Iterable[B]) -> list[B]:
+        """Return every size-th of the batches that are not done, whole: the shape of a batch decides rounding."""
+        remaining = [batch for batch in batches if not self.is_done(batch)]
+        return remaining[self.rank :: self.size]
+
+    def is_done(self, batch: Sequence[Any]) -> bool:
+        return all(item in self.done for item in batch)
+
+
+EVERYTHING = Share()
 
 
 @dataclass(frozen=True)
@@ -32,6 +64,7 @@ class DistributedContext:
     local_size: int = 1  # ranks on this machine
     local_rank: int = 0  # the index of this rank's GPU
     gloo_group: Any = None  # process group for control messages
+    work_numbers: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
     def is_main_process(self) -> bool:
@@ -68,6 +101,89 @@ class DistributedContext:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def share(self, done: Container[Any]) -> Share:
+        """Return the share of this rank. done: the items that are known already, the same on every rank."""
+        return Share(self.rank, self.size, done)
+
+    @property
+    def store(self) -> Any:
+        """Keys and values that a rank reads and writes without waiting for the others; only with several ranks."""
+        # torch names no public way to the store of its process group, which torchrun or rank 0 serves.
+        return dist.PrefixStore("alignment-sweep", dist.distributed_c10d._get_default_store())
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let the first exception that any rank raises in the body be the one that all of them raise.
+
+        A rank hears of it in `JointWork`, or when it waits for a rank that has ended because of it.
+        """
+        try:
+            yield
+        except Exception as error:
+            first = self._first_failure(error)
+            if first is error:
+                raise
+            raise first from error
+
+    def _first_failure(self, error: Exception) -> Exception:
+        """Return the first error of any rank, which is `error` if none has failed before."""
+        if self.size == 1:
+            return error
+        try:
+            content = self.store.compare_set(_FAILURE, "", _pickled(self.rank, error))
+        except Exception:  # of any type: the process that serves the store, rank 0 or torchrun, has ended
+            if type(error) is RuntimeError or isinstance(error, dist.DistError):  # of a collective, because of that
+                return StageError("process 0 of the run has ended, and with it the run: its own message says why")
+            return error
+        rank, first = pickle.loads(base64.b85decode(content))
+        return error if rank == self.rank else first
+
+    def raise_failure(self) -> None:
+        """Raise the error of a rank that has failed, if there is one."""
+        if self.size > 1 and self.store.check([_FAILURE]):
+            raise pickle.loads(base64.b85decode(self.store.get(_FAILURE)))[1]
+
+
+def _pickled(rank: int, error: Exception) -> str:
+    """Return rank and error as text; an error that cannot be pickled by its description."""
+    try:
+        content = pickle.dumps((rank, error))
+        pickle.loads(content)
+    except Exception:  # of any type: that of the error's own code
+        content = pickle.dumps((rank, StageError(f"process {rank}: {describe_failure(error)}")))
+    return base64.b85encode(content).decode()
+
+
+class JointWork:
+    """Work whose shares the ranks compute apart: each tells how much of it is done, and hears when another has failed.
+
+    Every rank makes one, in the same order. Ranks that wait are not in a collective, so that rank 0 keeps its lease,
+    reports progress, and stops when it is asked to.
+    """
+
+    def __init__(self, ranks: DistributedContext, num_done: int = 0) -> None:
+        """num_done: items that were done before."""
+        self._ranks, self._num_before, self._num_done = ranks, num_done, 0
+        self._key = f"work-{next(ranks.work_numbers)}"
+
+    def advance(self, count: int = 0) -> int:
+        """Add to the number of items that are done; return that of all ranks. Raises the error of a failed rank."""
+        if self._ranks.size == 1:
+            self._num_done += count
+        else:
+            self._ranks.raise_failure()
+            self._num_done = self._ranks.store.add(f"{self._key}/done", count)
+        return self._num_before + self._num_done
+
+    def wait(self, report: Callable[[int], None]) -> None:
+        """Return when every rank has called this; meanwhile report the items that are done. Raises like `advance`."""
+        if self._ranks.size > 1:
+            self._ranks.store.add(f"{self._key}/finished", 1)
+            while self._ranks.store.add(f"{self._key}/finished", 0) < self._ranks.size:
+                report(self.advance())
+                time.sleep(POLL_SECONDS)
+        report(self.advance())
 
 
 _context: DistributedContext | None = None

@@ -53,7 +53,7 @@ def run_stages(plan: Plan, store: Store, report: Report) -> bool:
 def foresee(plan: Plan, store: Store, dry_run: bool) -> None:
     """Print, for a dry run, the plan and its memory and cost. Raises ConfigError when it does not fit its card."""
     num_processes = read_integer("WORLD_SIZE", 1, minimum=1)
-    forecast = Forecast(plan, lambda stage: num_processes if stage.is_training else 1, all_rehearsed=dry_run)
+    forecast = Forecast(plan, lambda stage: num_processes if stage.is_shared else 1, all_rehearsed=dry_run)
     if dry_run:
         print(*filter(None, (plan.text(), forecast.text(), Cost(plan, store, forecast).text())), sep="\n")
     forecast.check()

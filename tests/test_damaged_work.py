@@ -131,7 +131,7 @@ def test_damaged_responses_are_sampled_again_and_never_published(tmp_path, caplo
     lines = [json.dumps(row) for row in (first, *rows[1:], *others)]
     file.write_text("\n".join([*lines, '{"index": 1, "ids": [3, ']))
     train_to(tmp_path, 1.0, *everything)
-    assert f"{file}: 7 damaged lines; those prompts are sampled again" in caplog.text
+    assert f"{file}: 7 damaged lines; those rows are computed again" in caplog.text
     assert results(tmp_path) == results(undisturbed)
 
 

@@ -1,10 +1,6 @@
 """Every engine - one process, DDP, FSDP2, ZeRO - trains the same model, and resumes after a kill."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 from contextlib import closing
 from functools import partialmethod
@@ -16,9 +12,10 @@ from safetensors.torch import load_file
 from src.model.logprobs import sequence_logps
 from src.model.packing import pack
 from src.training.strategies import make_engine
-from tests.support.commands import ROOT, SMALL, environment, train
+from tests.support.commands import SMALL, train
 from tests.support.configs import stage_of
 from tests.support.small_models import make_model, random_pairs, relative
+from tests.support.torchrun import finish, kill_last_rank, start_ranks
 from tests.support.waiting import wait_until
 
 POINT = [*SMALL, "method=dpo", "beta=0.1", "trainer.max_tokens_per_micro_batch=512", "engine.precision=fp32"]
@@ -29,25 +26,6 @@ TOLERANCE = 0.01
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def start_ranks(*arguments: str, num_ranks: int = 2) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
-    return subprocess.Popen(
-        [*launcher, "-m", "src.train", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
 
 
 def weights(folder, kind="align"):
@@ -114,10 +92,8 @@ def test_kill_9_of_one_process_and_the_same_command_again_gives_identical_weight
     process = start_ranks(*arguments, f"output_dir={killed}")
     checkpoints = "align/.work/*/checkpoints/*/step-*"
     wait_until(lambda: any((killed / "store").glob(checkpoints)) or process.poll() is not None, 300, "a checkpoint")
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0 and not list((killed / "store").glob("align/*/DONE"))
+    kill_last_rank(process)
+    assert not list((killed / "store").glob("align/*/DONE"))
     finish(start_ranks(*arguments, f"output_dir={killed}"))
     assert distance(weights(killed), weights(calm)) == 0
     (log,) = (killed / "store").glob("align/*/metrics.jsonl")

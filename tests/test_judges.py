@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from src.config.schema import JudgeEndpoint
 from src.data.rows import text_prompt
@@ -18,7 +18,8 @@ from src.judges.tldr import average_games, build_chats, parse_winner
 from src.planning.content import ContentPath
 from src.planning.identity import DataInputs, EvaluateInputs, JudgeInputs, PromptInputs
 from src.planning.resources import Resources
-from tests.support.commands import ROOT, SMALL, run_in_process, start, train
+from tests.support.commands import SMALL, run_in_process, start, train
+from tests.support.small_models import write_reward_model
 
 NUM_PROMPTS = 12  # two questions each
 
@@ -202,23 +203,7 @@ def test_a_wrong_judge_is_an_error_before_anything_runs(overrides, message, tmp_
 
 @pytest.fixture(scope="module")
 def reward_folder(tmp_path_factory):
-    """Write a small reward model with random weights and the tokenizer of mini TL;DR."""
-    folder = tmp_path_factory.mktemp("reward")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "src" / "data" / "mini_tldr_base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_labels=1,
-        initializer_range=0.5,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_reward_model(tmp_path_factory.mktemp("reward"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
+from src.distributed import Share
 from src.model import kv_cache, sampling, sampling_memory
 from src.model.kv_cache import bf16_cache
 from src.model.numerics import NumericsConfig, cast_for_inference_
@@ -130,7 +131,7 @@ def test_a_batch_that_does_not_fit_is_sampled_in_parts_and_the_samples_stay_the_
     monkeypatch.setattr(
         type(model), "generate", lambda self, ids, **kwargs: sizes.append(len(ids)) or generate(self, ids, **kwargs)
     )
-    samples = {i: ids for i, ids, _ in sample(model, Template(), PROMPTS, "s", generation, done=done)}
+    samples = {i: ids for i, ids, _ in sample(model, Template(), PROMPTS, "s", generation, share=Share(done=done))}
     # By length, prompts 2 and 0 are the first part, which is skipped when both are done.
     assert {i: ids for i, ids in samples.items() if i not in done} == whole
     assert sizes == ([2, 2, 3] if not done else [2, 3])

@@ -14,6 +14,7 @@ from benchmarks.gpu_check.results import Limit, Row
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.gpu_check.shapes import llama, llama_of
 from benchmarks.gpu_check.training import stage_of
+from src.distributed import Share
 from src.model.kv_cache import cache_in
 from src.model.loading import load_template, numerics_of
 from src.model.logprobs import patch_model_
@@ -38,7 +39,7 @@ def run(setting: Setting) -> list[Row]:
 
     def responses(done: set[int]) -> dict[int, list[int]]:
         batch = max(2, count // 4)
-        drawn = sample(model, template, prompts, "seed", generation, numerics, batch_size=batch, done=done)
+        drawn = sample(model, template, prompts, "seed", generation, numerics, batch_size=batch, share=Share(done=done))
         return {index: ids for index, ids, _ in drawn}
 
     cache = CacheMeter(model)

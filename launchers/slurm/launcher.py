@@ -70,8 +70,8 @@ class SlurmLauncher(PlanLauncher):
             )
 
     def num_processes(self, stage: Stage) -> int:
-        """Return the tasks of the stage's job for training; all else is computed by one of them."""
-        return self.options.kinds[job_kind(stage)].tasks if stage.is_training else 1
+        """Return the tasks of the stage's job, or 1 for what one of them computes by itself."""
+        return self.options.kinds[job_kind(stage)].tasks if stage.is_shared else 1
 
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure] | None:
         """Submit what is neither done nor queued or running; return None while jobs run.

@@ -25,6 +25,9 @@ BASELINES = ("sft", "chosen")
 # Judges that call an endpoint: OpenAI's, unless judge.base_url names another. The address is part of the identity.
 ENDPOINT_JUDGES = ("tldr", "alpaca_eval", "arena_hard")
 
+# Judges that compute a model themselves, which all processes of a job do together.
+MODEL_JUDGES = ("reward_model",)
+
 # Judges whose model may be a local folder, which is identified by its content.
 CONTENT_HASHED_MODELS = ("alpaca_eval", "reward_model")
 

@@ -114,7 +114,8 @@ class Forecast:
     def _refusal(self, load: Load) -> str:
         assert load.card is not None
         point = load.point
-        where = f"{load.ranks} {load.card.name}" if load.ranks > 1 else f"one {load.card.name}"
+        in_shards = load.ranks > 1 and load.stage.is_training
+        where = f"{load.ranks} {load.card.name}" if in_shards else f"one {load.card.name}"
         refusal = (
             f"{load.stage.kind} of {point.model.name} with engine={point.engine.name} does not fit on {where} "
             f"({load.card.memory / _GIB:.1f} GiB): {load.problem}"

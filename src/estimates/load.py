@@ -171,7 +171,7 @@ class Load:
             longest=() if self.stage.kind == "generate" else self._longest,
             precision=engine.precision,
             strategy=engine.strategy,
-            ranks=self.ranks,
+            ranks=self.ranks if self.stage.is_training else 1,  # others hold the whole model in every process
             attention=point.model.attention,
             activation_checkpointing=str(engine.activation_checkpointing).lower(),
             fused_kernels=str(engine.fused).lower(),

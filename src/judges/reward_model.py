@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from src.data.control_tokens import ControlTokens
 from src.data.rows import Prompt
+from src.distributed import JointWork, Share, get_distributed
 from src.errors import ConfigError, StageError
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import Answers, is_number, is_text
@@ -35,22 +36,48 @@ def reward_model(
     judge = inputs.judge
     assert judge is not None and isinstance(judge.model, ContentPath)
     answers = Answers.of_judge(judge, attempt.output_dir, {"reward": is_number, "by": is_text})
-    texts = [(c.prompt, row["response"]) for c in comparisons for row in (c.response, c.baseline)]
-    keys = [digest([judge.model.fingerprint, prompt.messages, response]) for prompt, response in texts]
+    texts: dict[str, tuple[Prompt, str]] = {}
+    keys: list[list[str]] = []  # of response and baseline
+    for c in comparisons:
+        keys.append([digest([judge.model.fingerprint, c.prompt.messages, text]) for text in c.texts[1:]])
+        texts |= dict(zip(keys[-1], [(c.prompt, text) for text in c.texts[1:]], strict=True))
     answers.refresh()
-    missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers.known}
-    if missing:
-        for key, reward in _rewards(judge.model, missing, resources.device):
-            if not math.isfinite(reward):
-                raise StageError(
-                    f"judge.model={judge.model_name}: the reward of a response is {reward}; use another model"
-                )
-            answers.add(key, {"reward": reward, "by": attempt.identity})
-            attempt.step(sum(key in answers.known for key in keys), len(keys))
-    rewards = [answers.known[key]["reward"] for key in keys]
-    verdicts = [_compare(*both) for both in zip(rewards[::2], rewards[1::2], strict=True)]
-    calls = sum(answers.known[key]["by"] == attempt.identity for key in set(keys))
-    return Judged(verdicts, {"answers": len(keys), "calls": calls})
+    known = get_distributed().broadcast_object({key: answers.known[key] for key in texts if key in answers.known})
+    if len(known) < len(texts):
+        # In batches of their own, which are the same whether those of the baseline are known or not.
+        of_baseline = {baseline for _, baseline in keys}
+        groups = [[k for k in texts if k not in of_baseline], [k for k in texts if k in of_baseline]]
+        known |= _missing(judge.model, resources.device, texts, groups, known, answers, attempt)
+    verdicts = [_compare(*(known[key]["reward"] for key in pair)) for pair in keys]
+    calls = sum(known[key]["by"] == attempt.identity for key in texts)
+    return Judged(verdicts, {"answers": 2 * len(keys), "calls": calls})
+
+
+def _missing(
+    path: ContentPath,
+    device: str,
+    texts: dict[str, tuple[Prompt, str]],
+    groups: list[list[str]],
+    known: dict[str, dict[str, Any]],
+    answers: Answers,
+    attempt: Attempt,
+) -> dict[str, dict[str, Any]]:
+    """Return the answers that are not known, by key, on every rank; each computes its share, and keeps them on disk."""
+    ranks, new = get_distributed(), {}
+    work = JointWork(ranks, len(known))
+
+    def report(num_done: int) -> None:
+        attempt.step(num_done, len(texts))
+
+    for key, reward in _rewards(path, texts, groups, device, ranks.share(known)):
+        if not math.isfinite(reward):
+            raise StageError(f"judge.model={path.location}: the reward of a response is {reward}; use another model")
+        if key not in known:  # others of a batch may be
+            new[key] = {"reward": reward, "by": attempt.identity}
+            answers.add(key, new[key])
+            report(work.advance(1))
+    work.wait(report)
+    return {key: answer for part in ranks.gather_objects(new) for key, answer in part.items()}
 
 
 def _compare(response: float, baseline: float) -> Verdict:
@@ -58,8 +85,10 @@ def _compare(response: float, baseline: float) -> Verdict:
     return Verdict(value, f"reward {response:.4g} against {baseline:.4g}")
 
 
-def _rewards(path: ContentPath, texts: dict[str, tuple[Prompt, str]], device: str) -> Iterator[tuple[str, float]]:
-    """Yield (key, reward) of every text, in batches of similar length."""
+def _rewards(
+    path: ContentPath, texts: dict[str, tuple[Prompt, str]], groups: list[list[str]], device: str, share: Share
+) -> Iterator[tuple[str, float]]:
+    """Yield (key, reward) of the texts of a share, in batches of one group and of similar length."""
     name = path.location
     source = str(locate(name, "judge.model") or name)
     with reading(path):
@@ -75,9 +104,11 @@ def _rewards(path: ContentPath, texts: dict[str, tuple[Prompt, str]], device: st
     longest, limit = max(map(len, ids.values())), getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise StageError(f"judge.model={name} reads {limit} tokens; the longest prompt with its response has {longest}")
-    order = sorted(ids, key=lambda key: len(ids[key]))
-    for start in range(0, len(order), BATCH_SIZE):
-        keys = order[start : start + BATCH_SIZE]
+    batches: list[list[str]] = []
+    for group in groups:
+        order = sorted(group, key=lambda key: len(ids[key]))
+        batches += [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
+    for keys in share.of(batches):
         yield from zip(keys, _batch_rewards(model, tokenizer, [ids[key] for key in keys]), strict=True)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from src.data.examples import Example
+from src.distributed import EVERYTHING, Share
 from src.errors import ConfigError
 from src.hardware import HeapTrimmer
 from src.model import attention
@@ -140,32 +141,40 @@ class SequenceLogps(torch.nn.Module):
 
 @torch.no_grad()
 def iter_logps(
-    model: Any, examples: Sequence[Example], token_budget: int | None, numerics: NumericsConfig = FLOAT32
+    model: Any,
+    examples: Sequence[Example],
+    token_budget: int | None,
+    numerics: NumericsConfig = FLOAT32,
+    share: Share = EVERYTHING,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yield (indices, logps, tokens) for micro-batches of the examples, sequences in order of (example, response)."""
-    for indices, batch in _batches(model, examples, token_budget):
+    for indices, batch in _batches(model, examples, token_budget, share):
         logps, tokens = sequence_logps(model, batch, numerics)
         yield indices, logps.cpu(), tokens.cpu()
 
 
 def iter_kl(
-    policy: Any, initial: Any, examples: Sequence[Example], token_budget: int | None, numerics: NumericsConfig = FLOAT32
+    policy: Any,
+    initial: Any,
+    examples: Sequence[Example],
+    token_budget: int | None,
+    numerics: NumericsConfig = FLOAT32,
+    share: Share = EVERYTHING,
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
     """Yield (indices, policy_logps, initial_logps, kl) of `sequence_kl` for micro-batches of the examples."""
     initial.eval()
-    for indices, batch in _batches(policy, examples, token_budget):
+    for indices, batch in _batches(policy, examples, token_budget, share):
         policy_logps, initial_logps, kl = sequence_kl(policy, initial, batch, numerics)
         yield indices, policy_logps.cpu(), initial_logps.cpu(), kl.cpu()
 
 
 def _batches(
-    model: Any, examples: Sequence[Example], token_budget: int | None
+    model: Any, examples: Sequence[Example], token_budget: int | None, share: Share
 ) -> Iterator[tuple[list[int], PackedBatch]]:
     model.eval()
     device = next(model.parameters()).device
     heap = HeapTrimmer()
-    for indices in pack_first_fit(
-        [e.length for e in examples], range(len(examples)), token_budget or SCORING_TOKEN_BUDGET
-    ):
+    lengths = [e.length for e in examples]
+    for indices in share.of(pack_first_fit(lengths, range(len(examples)), token_budget or SCORING_TOKEN_BUDGET)):
         yield indices, pack(examples, indices).to(device)
         heap.maybe_trim()

@@ -6,7 +6,7 @@ transformers draws from one random stream per batch, so its samples change with 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from src.data.templates import Template
+from src.distributed import EVERYTHING, Share
 from src.model.fused import set_fused_
 from src.model.kv_cache import bf16_cache
 from src.model.numerics import FLOAT32, NumericsConfig
@@ -61,14 +62,13 @@ def _parts(
     model: Any,
     prompts: Sequence[list[int]],
     generation: GenerationInputs,
-    done: Container[int],
+    share: Share,
 ) -> Iterator[Sequence[int]]:
-    """Yield the parts of a batch that are sampled at once, but those whose prompts are all `done`."""
-    if not all(i in done for i in batch):
-        longest = max(len(prompts[i]) for i in batch)
-        for part in parts_that_fit(batch, model, longest, generation.max_new_tokens):
-            if not all(i in done for i in part):
-                yield part
+    """Yield the parts of a batch that are sampled at once, but those whose prompts are all done."""
+    longest = max(len(prompts[i]) for i in batch)
+    for part in parts_that_fit(batch, model, longest, generation.max_new_tokens):
+        if not share.is_done(part):
+            yield part
 
 
 @torch.no_grad()
@@ -81,12 +81,11 @@ def sample(
     numerics: NumericsConfig = FLOAT32,
     *,
     batch_size: int = 64,
-    done: Container[int] = (),
+    share: Share = EVERYTHING,
 ) -> Iterator[tuple[int, list[int], bool]]:
-    """Yield (index, response ids, finished) for every prompt; a finished response includes its end token.
+    """Yield (index, response ids, finished) for every prompt of the share's batches.
 
-    Batches whose prompts are all `done` are skipped; batches are formed before that, so that all others stay the same.
-    On a GPU a batch that might not fit into memory is sampled in parts.
+    A finished response includes its end token. On a GPU a batch that might not fit into memory is sampled in parts.
     """
     model.eval()
     model.set_attn_implementation("sdpa")
@@ -100,7 +99,7 @@ def sample(
     # Sorted by length, so that there is little padding; samples do not depend on the order.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    for indices in (part for batch in batches for part in _parts(batch, model, prompts, generation, done)):
+    for indices in (part for batch in share.of(batches) for part in _parts(batch, model, prompts, generation, share)):
         prompt_length = max(len(prompts[i]) for i in indices)
         ids = torch.full((len(indices), prompt_length), end_id)
         mask = torch.zeros_like(ids)

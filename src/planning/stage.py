@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from src.config.endpoints import normalize_url
-from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES
+from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES, MODEL_JUDGES
 from src.config.schema import Dataset, HubTable, Judge, Point, Table, Training, method_options
 from src.methods import METHODS
 from src.planning.content import ContentPath, Kind, digest
@@ -87,6 +87,14 @@ class Stage:
     @property
     def is_training(self) -> bool:
         return isinstance(self.inputs, SftInputs | AlignInputs)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all processes of a job compute it together; rank 0 judges without a model by itself."""
+        match self.inputs:
+            case EvaluateInputs(judge=judge):
+                return judge is not None and judge.name in MODEL_JUDGES
+        return True
 
     @property
     def role(self) -> str:

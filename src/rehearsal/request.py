@@ -176,15 +176,16 @@ def rehearse_all(requests: Sequence[Request], timeout: float = TIMEOUT) -> list[
     `timeout` seconds. An error that the rehearsal found is no exception but `Result.error`.
     """
     entries = [_cache_folder() / f"{request.identity}.json" for request in requests]
-    results = [_read(entry) for entry in entries]
-    missing = [i for i, result in enumerate(results) if result is None]
+    results = {entry: _read(entry) for entry in entries}
+    # Equal requests once: samples of the baseline by one process and of policies by several are those.
+    missing = {entry: request for entry, request in zip(entries, requests, strict=True) if results[entry] is None}
     if missing:
-        for i, result in zip(missing, _run([requests[i] for i in missing], timeout), strict=True):
-            results[i] = result
+        for entry, made in zip(missing, _run(list(missing.values()), timeout), strict=True):
+            results[entry] = made
             with contextlib.suppress(OSError):  # the cache only saves time
-                entries[i].parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(entries[i], json.dumps(result.to_json()))
-    return [result for result in results if result is not None]
+                entry.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(entry, json.dumps(made.to_json()))
+    return [result for entry in entries if (result := results[entry]) is not None]
 
 
 def _run(requests: Sequence[Request], timeout: float) -> list[Result]:

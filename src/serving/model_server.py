@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.distributed import get_distributed
 from src.errors import StageError
+from src.hardware import visible_gpus
 from src.model.sampling import seed_from_str
 from src.planning.identity import GenerationInputs
 
@@ -47,9 +49,7 @@ def serving(
     Its output goes to server.log in `folder`. on_progress is called while it starts. Raises StageError when the server
     does not start, or when it has died and the body therefore raises one.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     command = [word.format(checkpoint=checkpoint, port=port, dtype=dtype) for word in shlex.split(server_command)]
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
@@ -80,9 +80,24 @@ def serving(
             _stop(process)
 
 
+def _free_port() -> int:
+    """Return a port that is free now and that no other rank's server gets."""
+    ranks = get_distributed()
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        if port % ranks.size == ranks.rank:
+            return port
+
+
 def _own_environment() -> dict[str, str]:
-    """Return the environment of a server, without the rank and address by which it would join the job's processes."""
-    return {name: value for name, value in os.environ.items() if not _OF_A_RANK.fullmatch(name)}
+    """Return the environment of a server: the GPU of this rank alone, and nothing by which it would join the ranks."""
+    environment = {name: value for name, value in os.environ.items() if not _OF_A_RANK.fullmatch(name)}
+    ranks = get_distributed()
+    if ranks.size > 1 and (gpus := visible_gpus()):
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[ranks.local_rank % len(gpus)]
+    return environment
 
 
 def _die_with_parent() -> None:

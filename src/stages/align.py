@@ -12,15 +12,17 @@ from torch import Tensor
 
 from src.data.held_out import check_held_out
 from src.data.tokenization import TokenizedDataset, load_examples
+from src.distributed import get_distributed
 from src.losses import PairLoss, preference_loss
 from src.methods import METHODS
-from src.model.loading import device_of, load_template, load_weights, numerics_of, save_checkpoint
+from src.model.loading import device_of, load_for_inference, load_template, load_weights, numerics_of, save_checkpoint
 from src.model.logprobs import iter_logps
 from src.model.numerics import cast_for_inference_
 from src.model.packing import PackedBatch
 from src.planning.identity import AlignInputs
 from src.planning.resources import Resources
 from src.stages import reference
+from src.stages.shared_rows import Row, SharedRows
 from src.store.attempt import Attempt
 from src.store.files import write_json, write_jsonl
 from src.training.loop import GlobalBatch, LossFn, train
@@ -101,11 +103,18 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     loss_fn = make_loss_fn(inputs, train_references)
     load = partial(load_weights, inputs.model, resources, upstream.get("init"))
     model = train(load, data.examples, loss_fn, inputs, resources, attempt)
+    if attempt.is_main_process:
+        save_checkpoint(model, template, attempt.out)
+    get_distributed().barrier()  # until the checkpoint is there, which ranks that trained a shard load
+    if model is None:
+        model = load_for_inference(inputs.model, resources, attempt.out)
+    else:
+        cast_for_inference_(model, numerics_of(inputs.model, resources))
+    lines = _validate(inputs, resources, model, validation, references.get("validation"), attempt)
     if not attempt.is_main_process:
         return
-    save_checkpoint(model, template, attempt.out)
-    cast_for_inference_(model, numerics_of(inputs.model, resources))
-    _validate(inputs, resources, model, validation, references.get("validation"), attempt)
+    write_jsonl(attempt.out / VALIDATION_FILE, lines)
+    attempt.tokens += sum(example.length for example in validation.examples)
     counts = {"train": data.counts, "validation": validation.counts}
     content = {
         "pairs": len(data.examples),
@@ -123,22 +132,23 @@ def _validate(
     data: TokenizedDataset,
     references: Tensor | None,
     attempt: Attempt,
-) -> None:
-    """Write one line per validation pair: prompt, loss, reward margin, and whether the score prefers the chosen one.
+) -> list[Row]:
+    """Return one line per validation pair: prompt, loss, reward margin, and whether the score prefers the chosen one.
 
     Prompts are numbered by first appearance, so that pairs of one prompt have the same number. Equal scores are half
     a point: which of the two is higher then says nothing.
     """
     numbers: dict[tuple[int, ...], int] = {}
     prompts = [numbers.setdefault(example.prompt, len(numbers)) for example in data.examples]
-    lines: dict[int, dict[str, Any]] = {}
     numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
-    for indices, logps, tokens in iter_logps(model, data.examples, budget, numerics):
+    # In memory alone: the model of the next attempt need not have the same bits, as its last steps are trained again.
+    rows = SharedRows(attempt, None, lambda done: None)
+    for indices, logps, tokens in iter_logps(model, data.examples, budget, numerics, rows.share):
         pairs = pair_losses(inputs, logps, tokens, references, indices)
         margins = inputs.beta * (pairs.chosen_score - pairs.rejected_score)
         ties = margins.abs() <= inputs.beta * score_rounding(inputs, logps, tokens, references, indices)
         correct = torch.where(ties, 0.5, (margins > 0).float())
-        for i, *values in zip(indices, pairs.loss.tolist(), margins.tolist(), correct.tolist(), strict=True):
-            lines[i] = {"prompt": prompts[i], **dict(zip(("loss", "margin", "correct"), values, strict=True))}
-        attempt.tokens += sum(data.examples[i].length for i in indices)
-    write_jsonl(attempt.out / VALIDATION_FILE, (lines[i] for i in sorted(lines)))
+        columns = zip(indices, pairs.loss.tolist(), margins.tolist(), correct.tolist(), strict=True)
+        rows.save({i: {"prompt": prompts[i], "loss": a, "margin": b, "correct": c} for i, a, b, c in columns})
+    lines = rows.gather()
+    return [lines[i] for i in sorted(lines)]

@@ -34,6 +34,8 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     if inputs.judge is not None:
         comparisons = _comparisons(inputs, resources, samples, upstream)
         judged = judge_function(inputs.judge.name)(inputs, resources, comparisons, attempt)
+        if not attempt.is_main_process:
+            return
         usage = {"name": inputs.judge.name, **judged.usage, "scores": judged.scores}
         rows = (
             {"index": s["index"], "verdict": v.value, "reason": v.reason, "baseline": c.baseline["response"]}
@@ -161,7 +163,7 @@ def _stages(upstream: dict[str, Path], attempt: Attempt) -> list[dict[str, Any]]
         "identity": attempt.identity,
         "seconds": seconds,
         "tokens": 0,
-        "processes": 1,
+        "processes": attempt.processes,
     }
     this_stage |= provenance(attempt.packages)
     stages: dict[str, dict[str, Any]] = {attempt.identity: this_stage}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import time
 from pathlib import Path
@@ -11,21 +9,26 @@ from typing import Any
 
 from src.data.evaluation_prompts import read_prompts
 from src.data.examples import Example
+from src.data.rows import Prompt
 from src.data.templates import Template
+from src.distributed import get_distributed
 from src.hardware import release_accelerator
 from src.model.loading import load_for_inference, load_template, numerics_of
 from src.model.logprobs import iter_kl
 from src.model.sampling import sample
+from src.planning.content import digest
 from src.planning.identity import GenerateInputs
 from src.planning.resources import Resources
 from src.serving.model_server import sample_through, served_folder, serving
+from src.stages.shared_rows import Row, SharedRows
 from src.store.attempt import Attempt
-from src.store.files import has_valid_checksum, read_jsonl, remove, with_checksum, write_jsonl
+from src.store.files import read_jsonl, write_jsonl
 from src.store.store import SAMPLES_FILE
 
 log = logging.getLogger(__name__)
 
-RESPONSES_FILE = "responses.jsonl"  # among the checkpoints: the responses sampled so far
+RESPONSES = "responses"  # name of the files, among the checkpoints, of what is sampled so far
+SCORES = ("logp", "reference_logp", "kl")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -39,14 +42,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     template = load_template(inputs.model)
     prompts = [entry.prompt for entry in read_prompts(inputs.prompts, resources.expected_rows)]
-    numbered = [(i, template.prompt_ids(p)) for i, p in enumerate(prompts)]
-    limit = inputs.prompts.data.max_prompt_tokens
-    # Without any token, not even a begin token, there is no position that predicts the first response token.
-    rows = [(i, ids[-limit:]) for i, ids in numbered if ids]
-    if len(rows) < len(prompts):
-        log.warning("%s: dropped %d of %d prompts: empty", attempt.label, len(prompts) - len(rows), len(prompts))
-    if longer := sum(len(ids) > limit for _, ids in numbered):
-        log.warning("%s: %d of %d prompts are cut to their last %d tokens", attempt.label, longer, len(prompts), limit)
+    rows = _prompt_ids(inputs, template, prompts, attempt)
     prompt_ids = [ids for _, ids in rows]
     # Policy and baseline have different seeds, so that their samples are independent; all policies of a grid have the
     # same, so that points are compared on common random numbers.
@@ -63,9 +59,9 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     model = model or load("checkpoint")  # after the server has released the accelerator
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i]["ids"]),)) for i in range(count)]
     initial = load("reference") if inputs.role == "policy" else model  # a baseline is its own reference
-    scores = _scores(inputs, resources, model, initial, examples)
-    attempt.step(2 * count, 2 * count)
-
+    scores = _scores(inputs, resources, model, initial, examples, attempt)
+    if not attempt.is_main_process:
+        return
     samples = (
         {
             "index": number,
@@ -73,11 +69,27 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
             "response": template.text(responses[i]["ids"]),
             "finished": responses[i]["finished"],
             "tokens": len(responses[i]["ids"]),
-            **scores[i],
+            **{name: scores[i][name] for name in SCORES},
         }
         for i, (number, _) in enumerate(rows)
     )
     write_jsonl(attempt.out / SAMPLES_FILE, samples)
+
+
+def _prompt_ids(
+    inputs: GenerateInputs, template: Template, prompts: list[Prompt], attempt: Attempt
+) -> list[tuple[int, list[int]]]:
+    """Return (number of the prompt, its ids) for every prompt that can be answered; warn of those that are changed."""
+    numbered = [(i, template.prompt_ids(p)) for i, p in enumerate(prompts)]
+    limit = inputs.prompts.data.max_prompt_tokens
+    # Without any token, not even a begin token, there is no position that predicts the first response token.
+    rows = [(i, ids[-limit:]) for i, ids in numbered if ids]
+    if attempt.is_main_process and len(rows) < len(prompts):
+        log.warning("%s: dropped %d of %d prompts: empty", attempt.label, len(prompts) - len(rows), len(prompts))
+    longer = sum(len(ids) > limit for _, ids in numbered)
+    if attempt.is_main_process and longer:
+        log.warning("%s: %d of %d prompts are cut to their last %d tokens", attempt.label, longer, len(prompts), limit)
+    return rows
 
 
 def _sample(
@@ -88,80 +100,76 @@ def _sample(
     prompt_ids: list[list[int]],
     seed: str,
     attempt: Attempt,
-) -> dict[int, dict[str, Any]]:
+) -> dict[int, Row]:
     """Return a row for every prompt: the `ids` of its response, and whether it `finished`.
 
-    Each is written to disk at once, so that the next attempt resumes. model: a checkpoint's folder with a server.
+    model: a checkpoint's folder with a server.
     """
-    file = attempt.checkpoints / RESPONSES_FILE
-    responses = {row["index"]: row for row in _read_responses(file)}
-    if responses:
-        log.info("%s: %d of %d prompts were sampled before", attempt.label, len(responses), len(prompt_ids))
-        attempt.prior_seconds = max(row["seconds"] for row in responses.values())
-        attempt.tokens = sum(len(row["ids"]) for row in responses.values())
-    started, tokens_before = time.perf_counter(), attempt.tokens
+    started, count = time.perf_counter(), len(prompt_ids)
+    rows = SharedRows(attempt, RESPONSES, lambda done: attempt.step(done, 2 * count))
+    if rows.known and attempt.is_main_process:
+        log.info("%s: %d of %d prompts were sampled before", attempt.label, len(rows.known), count)
     generation, numerics = inputs.generation, numerics_of(inputs.model, resources)
-    with file.open("a", encoding="utf-8") as handle:
-
-        def save_response(index: int, response: tuple[list[int], bool]) -> None:
-            if index not in responses:  # a batch may have some responses from an earlier attempt
-                ids, finished = response
-                row = {"index": index, "ids": ids, "finished": finished, "seconds": round(attempt.seconds, 3)}
-                handle.write(json.dumps(with_checksum(row)) + "\n")
-                handle.flush()
-                attempt.tokens += len(ids)
-                responses[index] = row
-
-        def report_progress() -> None:
-            attempt.step(len(responses), 2 * len(prompt_ids))
-
-        if generation.server is None:
-            batch_size, done = resources.sampling_batch_size, set(responses)
-            samples = sample(model, template, prompt_ids, seed, generation, numerics, batch_size=batch_size, done=done)
-            for index, ids, finished in samples:
-                save_response(index, (ids, finished))
-                report_progress()
-        elif todo := {i: ids for i, ids in enumerate(prompt_ids) if i not in responses}:
-            folder = served_folder(model, attempt.checkpoints, template, generation)
-            release_accelerator()  # a server allocates the memory that is free when it starts
-            _, command = generation.server
-            precision, timeout = inputs.model.precision, resources.server_timeout
-            with serving(command, timeout, folder, precision, attempt.checkpoints, report_progress) as url:
-                concurrency = resources.server_concurrency
-                sample_through(
-                    url, concurrency, str(folder), template, todo, seed, generation, save_response, report_progress
-                )
-    if attempt.tokens > tokens_before:
-        tokens_per_second = (attempt.tokens - tokens_before) / (time.perf_counter() - started)
-        log.info("%s: %.0f tokens/s", attempt.label, tokens_per_second)
+    if generation.server is not None:
+        todo = {i: prompt_ids[i] for (i,) in rows.share.of([i] for i in range(count))}
+        _sample_by_server(inputs, resources, model, template, todo, seed, attempt, rows)
+    else:
+        batch_size = resources.sampling_batch_size
+        for index, ids, finished in sample(
+            model, template, prompt_ids, seed, generation, numerics, batch_size=batch_size, share=rows.share
+        ):
+            rows.save({index: {"ids": ids, "finished": finished}})
+    responses = rows.gather()
+    attempt.tokens = sum(len(row["ids"]) for row in responses.values())
+    if (new := attempt.tokens - sum(len(row["ids"]) for row in rows.known.values())) and attempt.is_main_process:
+        log.info("%s: %.0f tokens/s", attempt.label, new / (time.perf_counter() - started))
     return responses
 
 
-def _read_responses(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of earlier attempts; remove damaged ones, such as a last line that a kill has cut off."""
-    rows: list[dict[str, Any]] = []
-    if not file.is_file():
-        remove(file)  # a folder or a named pipe in its place
-    lines = file.read_bytes().split(b"\n") if file.exists() else []
-    for line in filter(None, lines):
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and has_valid_checksum(row):
-                rows.append(row)
-    if num_damaged := sum(map(bool, lines)) - len(rows):
-        log.warning("%s: %d damaged lines; those prompts are sampled again", file, num_damaged)
-    write_jsonl(file, rows)
-    return rows
+def _sample_by_server(
+    inputs: GenerateInputs,
+    resources: Resources,
+    checkpoint: Path,
+    template: Template,
+    prompts: dict[int, list[int]],
+    seed: str,
+    attempt: Attempt,
+    rows: SharedRows,
+) -> None:
+    """Sample the prompts of this rank by a server of its own, on its accelerator."""
+    if not prompts:
+        return
+    own_folder = attempt.checkpoints / f"server-{get_distributed().rank}"
+    own_folder.mkdir(exist_ok=True)
+    folder = served_folder(checkpoint, own_folder, template, inputs.generation)
+    release_accelerator()  # a server allocates the memory that is free when it starts
+    assert inputs.generation.server is not None
+    _, command = inputs.generation.server
+    timeout, precision, concurrency = resources.server_timeout, inputs.model.precision, resources.server_concurrency
+
+    def save(index: int, response: tuple[list[int], bool]) -> None:
+        ids, finished = response
+        rows.save({index: {"ids": ids, "finished": finished}})
+
+    with serving(command, timeout, folder, precision, own_folder, rows.report) as url:
+        model, generation = str(folder), inputs.generation
+        sample_through(url, concurrency, model, template, prompts, seed, generation, save, rows.report)
 
 
 def _scores(
-    inputs: GenerateInputs, resources: Resources, model: Any, initial: Any, examples: list[Example]
-) -> dict[int, dict[str, float]]:
-    """Return logp, reference_logp and kl of every response."""
-    numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
-    names = ("logp", "reference_logp", "kl")
-    scores: dict[int, dict[str, float]] = {}
-    for indices, *columns in iter_kl(model, initial, examples, budget, numerics):
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        scores |= {i: dict(zip(names, row, strict=True)) for i, row in zip(indices, rows, strict=True)}
-    return scores
+    inputs: GenerateInputs,
+    resources: Resources,
+    model: Any,
+    initial: Any,
+    examples: list[Example],
+    attempt: Attempt,
+) -> dict[int, Row]:
+    """Return the SCORES of every response."""
+    numerics, budget, count = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch, len(examples)
+    # A response that is damaged on disk may be another one in the next attempt, whose scores are others.
+    scored = digest([example.responses for example in examples])
+    rows = SharedRows(attempt, f"scores-{scored}", lambda done: attempt.step(count + done, 2 * count))
+    for indices, *columns in iter_kl(model, initial, examples, budget, numerics, rows.share):
+        values = zip(*(column.tolist() for column in columns), strict=True)
+        rows.save({i: dict(zip(SCORES, row, strict=True)) for i, row in zip(indices, values, strict=True)})
+    return rows.gather()

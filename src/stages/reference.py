@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from src.data.examples import Example
 from src.data.tokenization import load_examples
 from src.model.loading import load_for_inference, load_template, numerics_of
 from src.model.logprobs import iter_logps
 from src.planning.identity import ReferenceInputs
 from src.planning.resources import Resources
+from src.stages.shared_rows import SharedRows
 from src.store.attempt import Attempt
 
 FILE = "reference.safetensors"
@@ -26,7 +31,6 @@ def read(folder: Path) -> dict[str, Tensor]:
 def run(inputs: ReferenceInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     template = load_template(inputs.model)
     model = load_for_inference(inputs.model, resources, upstream.get("init"))
-    numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
     splits = {
         split: load_examples(inputs.data, inputs.model, split, template, attempt, resources.expected_rows).examples
         for split in ("train", "validation")
@@ -34,10 +38,24 @@ def run(inputs: ReferenceInputs, resources: Resources, upstream: dict[str, Path]
     total, finished = sum(map(len, splits.values())), 0
     tensors: dict[str, Tensor] = {}
     for split, examples in splits.items():
-        tensors[split] = torch.empty(len(examples), 2)
-        for indices, logps, _ in iter_logps(model, examples, budget, numerics):
-            tensors[split][indices] = logps.view(-1, 2)
-            attempt.tokens += sum(examples[i].length for i in indices)
-            finished += len(indices)
-            attempt.step(finished, total)
-    save_file(tensors, attempt.out / FILE)
+        report = partial(_report, attempt, finished, total)
+        tensors[split] = _logps(inputs, resources, model, examples, SharedRows(attempt, f"logps-{split}", report))
+        finished += len(examples)
+        attempt.tokens += sum(example.length for example in examples)
+    if attempt.is_main_process:
+        save_file(tensors, attempt.out / FILE)
+
+
+def _report(attempt: Attempt, before: int, total: int, num_done: int) -> None:
+    attempt.step(before + num_done, total)
+
+
+def _logps(
+    inputs: ReferenceInputs, resources: Resources, model: Any, examples: Sequence[Example], rows: SharedRows
+) -> Tensor:
+    """Return (examples, 2) float32, on every rank."""
+    numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
+    for indices, logps, _ in iter_logps(model, examples, budget, numerics, rows.share):
+        rows.save({i: {"logps": pair} for i, pair in zip(indices, logps.view(-1, 2).tolist(), strict=True)})
+    known = rows.gather()
+    return torch.tensor([known[i]["logps"] for i in range(len(examples))])

@@ -19,25 +19,24 @@ from src.store.store import STAGE_FILE, Store
 
 log = logging.getLogger(__name__)
 
-DISTRIBUTED_STAGES = ("sft", "align")  # kinds that all ranks of a run compute together; rank 0 computes the others
-
 
 def compute_or_wait(stage: Stage, store: Store, report: Report = lambda *_: None) -> Path:
     """Return the directory of the stage's artifacts: reused, computed by another process, or computed here.
 
     What it reads from upstream is checked against what was published, and computed again where it is damaged or
     missing. Several processes may call this for one stage at once; one computes. All ranks of a run call it and compute
-    training stages together. Raises whatever the stage raises; nothing is published then.
+    the stage together. Raises whatever the stage raises on any rank, on all of them; nothing is published then.
     """
     ranks = get_distributed()
-    if ranks.is_main_process:
-        _complete(stage, store, report)
-        ranks.broadcast_object(None)
-    else:
-        # Take part in every attempt that rank 0 starts, of this stage or a damaged one upstream, until it is done.
-        while (message := ranks.broadcast_object()) is not None:
-            started, out = message
-            _run(started, store, store.join_attempt(started, out))
+    with ranks.failing_together():
+        if ranks.is_main_process:
+            _complete(stage, store, report)
+            ranks.broadcast_object(None)
+        else:
+            # Take part in every attempt that rank 0 starts, of this stage or a damaged one upstream, until it is done.
+            while (message := ranks.broadcast_object()) is not None:
+                started, out = message
+                _run(started, store, store.join_attempt(started, out))
     return store.dir(stage)
 
 
@@ -49,7 +48,7 @@ def _complete(stage: Stage, store: Store, report: Report) -> None:
                 _compute(stage, store, report)
             except LeaseLost as error:
                 if get_distributed().size > 1:
-                    raise  # the other ranks are in the middle of a step that will not end
+                    raise  # the other ranks are in the middle of a stage that will not end
                 log.warning("%s: %s", stage.label, error)  # another process computes it: wait for that
     except DamagedFile as error:
         raise StageError(str(error)) from None  # no fault of the request
@@ -86,7 +85,7 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
             _complete_upstream(stage, store, report)
             with reading((stage.inputs, stage.resources.pairs)):
                 attempt = store.begin(stage, lease, report)
-                if stage.kind in DISTRIBUTED_STAGES:
+                if stage.is_shared:
                     get_distributed().broadcast_object((stage, attempt.out))
                     attempt.processes = get_distributed().size
                 _run(stage, store, attempt)

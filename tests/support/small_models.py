@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from src.data.examples import Example
 from src.data.templates import Template
@@ -15,6 +16,7 @@ from src.model.loading import load_template
 from src.model.logprobs import patch_model_
 from src.planning.content import ContentPath, locate
 from src.planning.identity import ModelInputs
+from tests.support.commands import ROOT
 
 VOCABULARY = 211
 
@@ -46,6 +48,25 @@ def random_pairs(count, seed):
         return tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(low, high)))
 
     return [Example(tokens(1, 40), (tokens(1, 25), tokens(1, 25))) for _ in range(count)]
+
+
+def write_reward_model(folder: Path) -> Path:
+    """Write a small reward model with random weights and the tokenizer of mini TL;DR; return the folder."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "src" / "data" / "mini_tldr_base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=1,
+        initializer_range=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def relative(a, b):
