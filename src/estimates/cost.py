@@ -142,13 +142,15 @@ def _num_parameters(stage: Stage) -> float:
 
 
 def _num_passes(inputs: dict[str, Any], kind: str) -> float:
-    """Return what the tokens of a stage are proportional to; NaN when max_steps decides.
+    """Return what the tokens of a stage are proportional to, of stages with the same data; NaN where nothing tells.
 
     inputs: as stage.json has them.
     """
     if kind in ("sft", "align"):
-        trainer, fraction = inputs["trainer"], inputs["data"]["sft_fraction"] * inputs.get("stop_fraction", 1.0)
-        return trainer["epochs"] * fraction if trainer["max_steps"] is None else math.nan
+        trainer, data, fraction = inputs["trainer"], inputs["data"], inputs.get("stop_fraction", 1.0)
+        if data["max_examples"] is not None:
+            return float(min(1.0, trainer["epochs"]) * fraction)
+        return trainer["epochs"] * data["sft_fraction"] * fraction if trainer["max_steps"] is None else math.nan
     if kind == "reference":
         return 1.0
     return float(inputs["prompts"]["num_prompts"] * inputs["generation"]["max_new_tokens"])
@@ -167,7 +169,8 @@ def _expected_tokens(stage: Stage) -> float:
         return float(inputs.prompts.num_prompts * inputs.generation.max_new_tokens)
     size = table_size(point, "sft" if isinstance(inputs, SftInputs) else "train")
     if isinstance(inputs, ReferenceInputs):
-        return size.tokens * size.rows + table_size(point, "validation").rows * size.tokens
+        rows = size.rows if inputs.data.max_examples is None else min(size.rows, inputs.data.max_examples)
+        return size.tokens * (rows + table_size(point, "validation").rows)
     assert isinstance(inputs, SftInputs | AlignInputs)
     trainer = inputs.trainer
     num_examples = size.rows * trainer.epochs * inputs.data.sft_fraction
