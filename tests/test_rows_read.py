@@ -169,3 +169,7 @@ def test_reference_log_probs_are_those_of_the_pairs_that_steps_read(tmp_path):
     assert [len(logps[split]) for split in ("train", "validation")] == [2 * 8, 8]
     assert len(list(read_jsonl(folders["align"] / "metrics.jsonl"))) == 2
     assert read_json(folders["align"] / "data.json")["pairs"] == 16
+    for kind, folder in folders.items():
+        done = read_json(folder / "DONE")
+        assert 0 < done["loading_seconds"] < done["seconds"], kind
+        assert (done["alone_seconds"] > 0) == (kind != "reference"), kind

@@ -103,9 +103,10 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     model = train(load, data.examples, loss_fn, inputs, resources, attempt)
     if not attempt.is_main_process:
         return
-    save_checkpoint(model, template, attempt.out)
-    cast_for_inference_(model, numerics_of(inputs.model, resources))
-    _validate(inputs, resources, model, validation, references.get("validation"), attempt)
+    with attempt.alone():
+        save_checkpoint(model, template, attempt.out)
+        cast_for_inference_(model, numerics_of(inputs.model, resources))
+        _validate(inputs, resources, model, validation, references.get("validation"), attempt)
     counts = {"train": data.counts, "validation": validation.counts}
     content = {
         "pairs": len(data.examples),

@@ -115,6 +115,7 @@ def _sample(
         def report_progress() -> None:
             attempt.step(len(responses), 2 * len(prompt_ids))
 
+        report_progress()
         if generation.server is None:
             batch_size, done = resources.sampling_batch_size, set(responses)
             samples = sample(model, template, prompt_ids, seed, generation, numerics, batch_size=batch_size, done=done)

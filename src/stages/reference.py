@@ -33,6 +33,7 @@ def run(inputs: ReferenceInputs, resources: Resources, upstream: dict[str, Path]
     }
     total, finished = sum(map(len, splits.values())), 0
     tensors: dict[str, Tensor] = {}
+    attempt.step(finished, total)
     for split, examples in splits.items():
         tensors[split] = torch.empty(len(examples), 2)
         for indices, logps, _ in iter_logps(model, examples, budget, numerics):

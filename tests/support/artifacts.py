@@ -36,7 +36,7 @@ def _parsed(name: str, data: bytes) -> Any:
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
     if name == "result.json":
         result = json.loads(data)
-        result["stages"] = [{k: v for k, v in s.items() if k != "seconds"} for s in result["stages"]]
+        result["stages"] = [{k: v for k, v in s.items() if not k.endswith("seconds")} for s in result["stages"]]
         return result
     if name == "DONE":
         return {k: v for k, v in json.loads(data).items() if k in ("stage", "identity", "tokens")}
