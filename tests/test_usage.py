@@ -6,6 +6,8 @@ import time
 import pytest
 
 from src.distributed import DistributedContext
+from src.estimates.cost import Cost
+from src.estimates.forecast import Forecast
 from src.planning.plan import make_plan
 from src.stages import runner
 from src.store.files import read_checksummed_json
@@ -107,3 +109,23 @@ def test_the_usage_of_a_sweep_counts_each_stage_once_and_leaves_out_what_is_not_
     (store.dir(by_role["sft"]) / "DONE").write_text("damaged")
     assert list(usage_by_kind(store, of_points)) == ["generate"]
     assert sum(usage_by_kind(store, []).values(), Usage()) == Usage()
+
+
+def test_estimates_count_computing_by_tokens_and_waiting_by_stages(stages, monkeypatch, tmp_path):
+    by_role, store = stages
+
+    def run(stage, store, attempt):
+        load_work_and_save(stage, store, attempt)
+        attempt.tokens = 1000
+
+    monkeypatch.setattr(runner, "_run", run)
+    for role in ("sft", "reference", "align"):
+        usage = usage_of(compute(by_role[role], store))
+    twice_as_long = [point("beta=0.2", "trainer.align.epochs=2", f"output_dir={tmp_path}")]
+    plan = make_plan([*twice_as_long, point("beta=0.3", f"output_dir={tmp_path}")], store)
+    cost = Cost(plan, store, Forecast(plan, lambda stage: 1, all_rehearsed=False))
+    estimate = cost.estimates["align"]
+    assert (estimate.num_stages, estimate.tokens, estimate.source) == (2, 3000, "measured")
+    assert estimate.waiting == pytest.approx(2 * usage.waiting / 3600)
+    assert estimate.hours == pytest.approx((3 * usage.in_use + 2 * usage.waiting) / 3600)
+    assert "of them waiting, as finished stages did" in cost.text()
