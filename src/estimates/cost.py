@@ -162,7 +162,7 @@ def _num_passes(inputs: dict[str, Any], kind: str) -> float:
     """
     if kind in ("sft", "align"):
         trainer, data, fraction = inputs["trainer"], inputs["data"], inputs.get("stop_fraction", 1.0)
-        if data["max_examples"] is not None:
+        if data.get("max_examples") is not None:
             return float(min(1.0, trainer["epochs"]) * fraction)
         return trainer["epochs"] * data["sft_fraction"] * fraction if trainer["max_steps"] is None else math.nan
     if kind == "reference":
