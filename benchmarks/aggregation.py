@@ -86,7 +86,7 @@ def _write_result(stage: Path, values: list[float], selection: set[int], beta: i
         stage / QUALITY_FILE,
         {"schema": RESULT_SCHEMA, "prompts": prompts, "values": values, "selection": [i in selection for i in prompts]},
     )
-    write_json(stage / DONE, with_checksum({"identity": stage.name, "files": describe_files(stage)}))
+    write_json(stage / DONE, with_checksum({"identity": stage.name, "seconds": 1.0, "files": describe_files(stage)}))
 
 
 def main() -> int:

@@ -30,11 +30,12 @@ from sweeps.analysis.significance import pairwise_against_pointwise
 from sweeps.arguments import ArgumentParser
 from sweeps.report import figures
 from sweeps.report.escapes import csv_text
-from sweeps.report.report import write_report
+from sweeps.report.report import cost_table, write_report
 from sweeps.report.tables import benchmark_table, best_table, print_best, write_tables
 from sweeps.search.record import recorded_failures, write_states
 from sweeps.wandb.from_wandb import SCHEME, fetch
 
+COST_ENTRIES = ("stage", "computed", "hours", "waiting", "tokens")  # of a row of the report's Cost, in sweep.json
 BEST_YAML_KEYS = (
     *("lr", "beta", "init", "variant", "metric"),
     *("quality_reporting", "quality_reporting_se", "quality_reporting_low", "quality_reporting_high"),
@@ -112,6 +113,7 @@ def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
     if record["keep_checkpoints"] == "best" and (of_sweeps := best_results_in_store(store)) is not None:
         selected = of_sweeps | {identity for seeds in best.identities for identity in seeds}
     apply_retention(store, [point["stages"] for point in points], record["keep_checkpoints"], selected)
+    record["cost"] = [{name: row[name] for name in COST_ENTRIES} for row in cost_table(results)]
     # The final state last, so that waiters find complete results.
     write_states(folder, record, "failed" if failures else "done", failures)
     if failures:

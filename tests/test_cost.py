@@ -13,6 +13,7 @@ from src.planning.gpus import find_gpu
 from src.planning.plan import make_plan
 from src.rehearsal.request import Result
 from src.store.store import Store
+from src.store.usage import usage_of
 from tests.support.commands import SMALL, dry_run, train
 from tests.support.configs import point
 
@@ -92,6 +93,10 @@ def test_estimates_are_measured_once_a_stage_of_the_same_data_and_model_has_fini
     estimate = estimates(tmp_path, *SMALL, "method=ipo", "beta=0.1", "trainer.align.epochs=2")["align"]
     ((done,),) = [[json.loads(p.read_text()) for p in (tmp_path / "store" / "align").glob("*/DONE")]]
     assert estimate.tokens == 2 * done["tokens"] and estimate.source == "measured"
-    assert estimate.hours == pytest.approx(2 * done["seconds"] / 3600)
+    usage = usage_of(done)
+    assert usage.in_use + usage.waiting == pytest.approx(done["seconds"] + done["waited_seconds"])
+    assert usage.waiting > 0
+    assert estimate.hours == pytest.approx((2 * usage.in_use + usage.waiting) / 3600)
+    assert estimate.waiting == pytest.approx(usage.waiting / 3600) and "of them waiting" in output
     other = estimates(tmp_path, *SMALL, "method=ipo", "engine=fsdp")["align"]
     assert math.isnan(other.hours) and not other.source  # another computation has another speed

@@ -2,14 +2,7 @@
 
 import pytest
 
-from src.config.validation import build_point
-from src.planning.stage import stages_of
-from tests.support.configs import composed
-
-
-def identities(*overrides):
-    return {stage.role: stage.identity for stage in stages_of(build_point(composed(*overrides)))}
-
+from tests.support.configs import identities
 
 ALL = {"sft", "reference", "align", "baseline", "generate", "evaluate"}
 
@@ -23,7 +16,14 @@ ALL = {"sft", "reference", "align", "baseline", "generate", "evaluate"}
         ("init.sft_weight=0.1", {"align", "generate", "evaluate"}),
         ("evaluation.generation.temperature=0.5", {"baseline", "generate", "evaluate"}),
         ("evaluation.split_seed=1", {"evaluate"}),
-        ("dataset.train_size=100", ALL - {"sft"}),
+        ("dataset.train_size=100", ALL - {"sft", "baseline"}),
+        ("trainer.align.max_steps=10", {"reference", "align", "generate", "evaluate"}),
+        (
+            "trainer.align.max_steps=62",
+            {"reference", "align", "generate", "evaluate"},
+        ),  # the last 16 of 2000 are not read
+        ("trainer.align.max_steps=63", {"align", "generate", "evaluate"}),  # 63 x 32 pairs: all of 2000
+        ("trainer.sft.max_steps=10", ALL),
         ("trainer.sft.lr=2e-3", ALL),
         ("dataset.seed=1", ALL),
         ("seed=1", ALL),

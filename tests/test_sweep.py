@@ -13,6 +13,7 @@ import yaml
 
 from src.store.store import RESULT_SCHEMA
 from src.store.sweep_folder import SweepFolder
+from src.store.usage import usage_by_kind
 from tests.support.commands import SMALL, dry_run, run_in_process, train
 
 FOUR = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
@@ -73,6 +74,23 @@ def test_a_sweep_writes_every_documented_file(swept):
     assert report.count("<svg") == 3
     assert not re.search(r"""(src|href)=["'](?!#|data:)""", report), "report.html refers to other files"
     assert "report.html" in output and "Win rate" in output
+
+
+def test_a_sweep_tells_what_it_took_of_accelerators_in_use_and_waiting(swept):
+    folder, _ = swept
+    sweep = folder.read()
+    cost = {row["stage"]: row for row in sweep["cost"]}
+    computed = {"sft": 1, "reference": 1, "align": 4, "generate": 5, "evaluate": 4}
+    assert {kind: row["computed"] for kind, row in cost.items()} == computed
+    stages = {identity for point in sweep["points"] for identity in point["stages"].items()}
+    usage = usage_by_kind(folder.store, stages)
+    for kind in ("sft", "reference", "align", "generate"):
+        assert cost[kind]["hours"] == pytest.approx((usage[kind].in_use + usage[kind].waiting) / 3600), kind
+        assert cost[kind]["waiting"] == pytest.approx(usage[kind].waiting / 3600), kind
+        assert 0 < cost[kind]["waiting"] < cost[kind]["hours"], kind
+    status = run_in_process(folder.path, module="sweeps.status").stdout
+    assert re.search(r"finished stages: \S+ \+ \S+ waiting \(sft \S+ \+ \S+ waiting, .*generate ", status), status
+    assert "Of them waiting" in folder.report.read_text()
 
 
 def test_points_agree_with_the_results_they_come_from(swept):

@@ -9,7 +9,7 @@ import pytest
 
 from src.config.validation import build_point
 from src.data.row_counts import MAX_BYTES_OF_LINES, count_rows
-from src.data.sources import SOURCES, open_source, sample_demonstrations
+from src.data.sources import SOURCES, open_source, training_rows
 from src.data.tokenization import tokenize
 from src.estimates.table_size import table_size
 from src.model.loading import load_template
@@ -37,7 +37,7 @@ def read(point, split):
     """The number of examples of a split and their mean length, from the whole of it as stages tokenize it."""
     data = sft_data(point) if split == "sft" else pair_data(point)
     source = open_source(data)
-    rows = sample_demonstrations(source, data) if split == "sft" else source.pairs(split)
+    rows = source.pairs(split) if split == "validation" else training_rows(source, split)
     model = next(stage.inputs.model for stage in stages_of(point))
     assert isinstance(model, ModelInputs)
     lengths = [e.length for e in tokenize(rows, load_template(model), data.max_tokens, data.max_prompt_tokens).examples]

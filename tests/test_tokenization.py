@@ -10,7 +10,7 @@ import pytest
 from src.config.schema import Dataset, HubTable, Point
 from src.data import mini_tldr, tokenization
 from src.data.rows import Pair, Prompt, parse_pair, text_prompt
-from src.data.sources import JsonLines, MiniTldr, open_source, sample_demonstrations
+from src.data.sources import JsonLines, MiniTldr, open_source, training_rows
 from src.data.templates import Template
 from src.data.tokenization import TokenizedDataset, load_examples, tokenize
 from src.model.loading import load_template
@@ -141,7 +141,7 @@ def test_a_smaller_fraction_of_the_demonstrations_is_a_subset_of_every_larger_on
 
     def responses(fraction):
         inputs = sft_data(Point(dataset=replace(data, sft_fraction=fraction)))
-        return [d.response for d in sample_demonstrations(open_source(inputs), inputs)]
+        return [d.response for d in training_rows(open_source(inputs), "sft")]
 
     everything = responses(1.0)
     samples = [responses(fraction) for fraction in (0.01, 0.03, 0.1, 0.5, 1.0)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from launchers.slurm import cluster
@@ -13,6 +13,7 @@ from launchers.slurm.job_records import Submission, all_submissions
 from launchers.slurm.point_status import PointStatus, StatusReader, last_line
 from src.errors import ConfigError, PointFailure
 from src.store.sweep_folder import SweepFolder
+from src.store.usage import Usage, usage_by_kind
 
 SACCT_TIMEOUT_S = 6.0  # accounting lags behind
 
@@ -27,6 +28,7 @@ class SweepStatus:
     aggregation: list[str]  # ids of those that aggregate the sweep
     aggregation_error: str | None  # why the aggregation ended without writing the results
     slurm_error: str | None = None  # why SLURM could not be asked
+    usage: dict[str, Usage] = field(default_factory=dict)  # kind of stage -> what its finished ones took
 
     @property
     def has_active_points(self) -> bool:
@@ -68,6 +70,7 @@ def read_status(folder: SweepFolder, sacct_timeout: float = SACCT_TIMEOUT_S) -> 
         [job for s in aggregations for job in s.jobs if job in queue],
         None if slurm_error else _aggregation_error(record, aggregations, queue),
         slurm_error,
+        usage_by_kind(folder.store, (stage for point in record["points"] for stage in point["stages"].items())),
     )
 
 

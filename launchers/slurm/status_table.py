@@ -18,6 +18,7 @@ from launchers.slurm.submit import Submitted
 from src.planning.plan import Plan
 from src.progress import seconds_text
 from src.store.sweep_folder import SweepFolder
+from src.store.usage import Usage
 
 REFRESH_SECONDS = 2.0
 LINE_SECONDS = 15.0  # between plain lines while nothing changes
@@ -92,6 +93,10 @@ def render(status: SweepStatus, folder: SweepFolder, show_all: bool = False) -> 
             details = _first_three([reason for reason, _ in reasons.most_common()])
             table.add_row(Text(state, style=_STYLES[state]), f"{len(in_state)} points", "", "", "", details)
     parts: list[Text | Table] = [Text(f"{folder.name}: {summary(status)}", style="bold"), table]
+    if status.usage:
+        kinds = ", ".join(f"{kind} {usage.text}" for kind, usage in status.usage.items())
+        total = sum(status.usage.values(), Usage())
+        parts.append(Text(f"accelerator-hours of finished stages: {total.text} ({kinds})", style="dim"))
     for log in dict.fromkeys(row.log for row in rows if row.state == "failed" and row.log):
         parts.append(Text(f"log: {log}", style="dim"))
     if status.aggregation and not status.has_active_points:

@@ -6,7 +6,6 @@ Errors name the file and line of the row.
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,11 +87,11 @@ class Source:
     def __init__(self, data: DataInputs, expected_rows: ExpectedRows = NO_EXPECTATION) -> None:
         self.data, self.expected_rows = data, expected_rows
 
-    def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
+    def demonstrations(self, track: ProgressFn = no_progress) -> Sequence[Demonstration]:
         """Return what SFT learns."""
         raise NotImplementedError
 
-    def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
+    def pairs(self, split: str, track: ProgressFn = no_progress) -> Sequence[Pair]:
         """Return the preference pairs of `train` or `validation`."""
         raise NotImplementedError
 
@@ -205,16 +204,6 @@ def _response(value: Any, where: str, name: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {name} must be text, a message, or a list of messages")
     return value
-
-
-def sample_indices(num_rows: int, num_samples: int | None, seed: int | str) -> list[int]:
-    """Return a seeded sample of range(num_rows), ascending; num_samples=None: all.
-
-    A smaller sample is a subset of every larger one of the same seed.
-    """
-    order = list(range(num_rows))
-    random.Random(seed).shuffle(order)
-    return sorted(order[:num_samples])
 
 
 def read_rows(path: str, key: str = "dataset.path") -> list[tuple[str, dict[str, Any]]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 from src.data import mini_tldr
+from src.data.row_samples import RowsOnDemand, shuffled_indices
 from src.data.rows import (
     NO_EXPECTATION,
     Demonstration,
@@ -18,14 +20,14 @@ from src.data.rows import (
     no_progress,
     parse_pair,
     read_rows,
-    sample_indices,
     text_prompt,
 )
 from src.data.tables import Hub
 from src.errors import ConfigError
-from src.planning.content import reading
+from src.planning.content import ContentPath, reading
 from src.planning.identity import DataInputs
 
+MAX_VALIDATION_PAIRS = 256  # of a file, where the config has no size
 MINI_TLDR_ROWS = {"sft": 6400, "train": 2000, "validation": 256}  # where the config has no size
 
 
@@ -68,15 +70,13 @@ class JsonLines(Source):
     def _splits(self) -> dict[str, list[Pair]]:
         data = self.data
         assert data.path is not None
-        path = data.path.location
-        with reading(data.path):
-            rows = [parse_pair(row, where) for where, row in read_rows(path)]
+        path, rows = data.path.location, list(_read_pairs(data.path))
         # Shuffled by prompt: the pairs of one prompt must not be in both splits.
         prompts = list(dict.fromkeys(row.prompt.stripped_key for row in rows))
         random.Random(data.seed).shuffle(prompts)
         position = {key: number for number, key in enumerate(prompts)}
         rows.sort(key=lambda row: position[row.prompt.stripped_key])
-        end = validation_size = data.validation_size or max(2, len(rows) // 10)
+        end = validation_size = data.validation_size or max(2, min(len(rows) // 10, MAX_VALIDATION_PAIRS))
         while 0 < end < len(rows) and rows[end].prompt.stripped_key == rows[end - 1].prompt.stripped_key:
             end += 1
         if end >= len(rows):
@@ -105,19 +105,28 @@ class JsonLines(Source):
         self.pairs("train")
 
 
+@lru_cache(maxsize=1)  # SFT, alignment and the prompts each have a source of their own
+def _read_pairs(path: ContentPath) -> list[Pair]:
+    with reading(path):
+        return [parse_pair(row, where) for where, row in read_rows(path.location)]
+
+
 SOURCES: dict[str, type[Source]] = {"mini_tldr": MiniTldr, "jsonl": JsonLines, "hub": Hub}
 
 _last_opened: dict[str, Source] = {}
 
 
-def sample_demonstrations(source: Source, data: DataInputs, track: ProgressFn = no_progress) -> list[Demonstration]:
-    """Return sft_fraction of the source's demonstrations, at least one, in the source's order.
+def training_rows(source: Source, split: str, track: ProgressFn = no_progress) -> RowsOnDemand[Demonstration | Pair]:
+    """Return the rows of `sft` (sft_fraction of them, at least one) or `train` that training may read.
 
-    A smaller fraction is a subset of every larger one.
+    They are in the source's order; where only the first of them are read (max_examples), in a seeded one. A smaller
+    fraction is a subset of every larger one.
     """
-    rows = source.demonstrations(track)
-    num_rows = max(1, round(data.sft_fraction * len(rows)))
-    return [rows[i] for i in sample_indices(len(rows), num_rows, f"{data.seed}/sft_fraction")]
+    data = source.data
+    rows: Sequence[Any] = source.demonstrations(track) if split == "sft" else source.pairs(split, track)
+    fraction = data.sft_fraction if split == "sft" else 1.0
+    order = shuffled_indices(len(rows), f"{data.seed}/sft_fraction")[: max(1, round(fraction * len(rows)))]
+    return RowsOnDemand(rows.__getitem__, sorted(order) if data.max_examples is None else order)
 
 
 def open_source(data: DataInputs, expected_rows: ExpectedRows = NO_EXPECTATION) -> Source:

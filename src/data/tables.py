@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from src.config.schema import Table
 from src.data.adapters import adapt_row
 from src.data.row_counts import count_rows
+from src.data.row_samples import RowsOnDemand, sample_indices
 from src.data.rows import (
     Demonstration,
     Pair,
@@ -23,7 +24,6 @@ from src.data.rows import (
     parse_demonstration,
     parse_pair,
     require_regular_file,
-    sample_indices,
 )
 from src.errors import ConfigError
 from src.planning.content import reading
@@ -39,21 +39,22 @@ class Hub(Source):
     A local copy is laid out as on the hub (parquet, arrow or JSON lines), or as `DatasetDict.save_to_disk` does.
     """
 
-    def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
+    def demonstrations(self, track: ProgressFn = no_progress) -> Sequence[Demonstration]:
         assert self.data.sft is not None
-        return self._read("sft", self.data.sft.train_split, parse_demonstration, self.data.sft_size, track)
+        return self._rows("sft", self.data.sft.train_split, parse_demonstration, self.data.sft_size, track)
 
-    def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
+    def pairs(self, split: str, track: ProgressFn = no_progress) -> Sequence[Pair]:
         if split == "validation":
             return self._validation_pairs
         assert self.data.preference is not None
-        return self._read("preference", self.data.preference.train_split, parse_pair, self.data.train_size, track)
+        return self._rows("preference", self.data.preference.train_split, parse_pair, self.data.train_size, track)
 
     @cached_property
-    def _validation_pairs(self) -> list[Pair]:  # every point of a sweep asks for them several times
+    def _validation_pairs(self) -> Sequence[Pair]:  # every point of a sweep asks for them several times
         data = self.data
         assert data.preference is not None
-        return self._read("preference", data.preference.validation_split, parse_pair, data.validation_size, no_progress)
+        split, size = data.preference.validation_split, data.validation_size
+        return self._rows("preference", split, parse_pair, size, no_progress, all_read=True)
 
     def num_rows(self, split: str) -> int | None:
         """Count the rows of a local copy, before filters. Of a part of a split (train[:97%]) nothing here tells."""
@@ -101,13 +102,22 @@ class Hub(Source):
             raise ConfigError(f"{self._location(name)}/{split}: the split has no rows")
         self._parse(name, split, [(0, first)], parse)
 
-    def _read(
-        self, name: str, split: str, parse: Callable[[Row, str], T], size: int | None, track: ProgressFn
-    ) -> list[T]:
+    def _rows(
+        self,
+        name: str,
+        split: str,
+        parse: Callable[[Row, str], T],
+        size: int | None,
+        track: ProgressFn,
+        all_read: bool = False,
+    ) -> Sequence[T]:
+        """Return a sample of the rows that pass the filters, all parsed, or each on demand where few will be read."""
         with reading(self.data.path):  # rows are mapped from disk: they are read as they are parsed
             rows = self._table(name, split)
             remaining = self._filtered_indices(name, split, rows, parse, track)
             indices = [remaining[i] for i in sample_indices(len(remaining), size, self.data.seed)]
+            if self.data.max_examples is not None and not all_read:
+                return RowsOnDemand(lambda i: self._parse(name, split, [(i, rows[i])], parse)[0], indices)
             selected = track(rows.select(indices), f"{split} rows")
             return self._parse(name, split, zip(indices, selected, strict=True), parse)
 

@@ -16,10 +16,10 @@ import datasets
 
 from src.data.examples import Example
 from src.data.rows import Demonstration, ExpectedRows, Pair, name_of
-from src.data.sources import open_source, sample_demonstrations
+from src.data.sources import open_source, training_rows
 from src.data.templates import Template
 from src.errors import ConfigError, DamagedFile
-from src.planning.content import digest
+from src.planning.content import digest, reading
 from src.planning.identity import DataInputs, ModelInputs, hashable
 from src.store.attempt import Attempt
 from src.store.files import fsync_tree, publish_folder, read_checksummed_json, with_checksum, write_json
@@ -98,8 +98,10 @@ class TokenizedDataset:
         self.examples = TokenizedExamples(dataset)
 
     @classmethod
-    def collect(cls, examples: Iterable[Example], counts: RowCounts) -> TokenizedDataset:
-        """Keep examples that a model can learn from; count the others by the reason why not."""
+    def collect(
+        cls, examples: Iterable[Example], counts: RowCounts, max_examples: int | None = None
+    ) -> TokenizedDataset:
+        """Keep examples that a model can learn from, the first max_examples; count others by the reason why not."""
         dropped: Counter[str] = Counter()
 
         def rows() -> Iterator[dict[str, Any]]:
@@ -109,7 +111,8 @@ class TokenizedDataset:
                 else:
                     yield vars(example)
 
-        remaining, chunks = rows(), [datasets.Dataset.from_dict({name: [] for name in _FEATURES}, _FEATURES)]
+        remaining = islice(rows(), max_examples)
+        chunks = [datasets.Dataset.from_dict({name: [] for name in _FEATURES}, _FEATURES)]
         while chunk := list(islice(remaining, CHUNK_ROWS)):
             chunks.append(datasets.Dataset.from_list(chunk, _FEATURES))
         counts.dropped = dict(dropped)
@@ -152,11 +155,16 @@ def _why_useless(example: Example) -> str | None:
 
 
 def tokenize(
-    rows: Iterable[Pair | Demonstration], template: Template, max_tokens: int, max_prompt_tokens: int
+    rows: Iterable[Pair | Demonstration],
+    template: Template,
+    max_tokens: int,
+    max_prompt_tokens: int,
+    max_examples: int | None = None,
 ) -> TokenizedDataset:
     """Return an example of two responses for each pair, of one response for each demonstration.
 
-    A prompt over its limit keeps its end; a response over its limit is cut on the right and loses its end token.
+    No row is read after the last of max_examples. A prompt over its limit keeps its end; a response over its limit is
+    cut on the right and loses its end token.
     Raises ConfigError, naming the row, when the template cannot write it.
     """
     counts = RowCounts()
@@ -172,7 +180,7 @@ def tokenize(
         except ConfigError as error:
             raise ConfigError(f"{row.where}: {error}" if row.where else str(error)) from error
 
-    return TokenizedDataset.collect(map(example, rows), counts)
+    return TokenizedDataset.collect(map(example, rows), counts, max_examples)
 
 
 def _tokenize_pair(row: Pair, template: Template, max_tokens: int, max_prompt_tokens: int) -> Example:
@@ -205,11 +213,12 @@ _cache: dict[str, TokenizedDataset] = {}
 def load_examples(
     data: DataInputs, model: ModelInputs, split: str, template: Template, attempt: Attempt, expected_rows: ExpectedRows
 ) -> TokenizedDataset:
-    """Return the tokenized `sft` demonstrations, or the `train` or `validation` pairs.
+    """Return the tokenized `sft` demonstrations, or the `train` or `validation` pairs: those that stages read.
 
     Tokens are cached on disk for every stage that reads the same rows, and in the process. Raises ConfigError when no
     row remains.
     """
+    data = data.held_out if split == "validation" else data
     key = digest([VERSION, split, hashable(data), model.path.fingerprint, model.template])
     if key not in _cache:
         if len(_cache) >= 6:
@@ -218,11 +227,13 @@ def load_examples(
         tokenized = TokenizedDataset.load(folder)
         if tokenized is None:
             source, track = open_source(data, expected_rows), attempt.track
-            rows: Sequence[Pair | Demonstration] = (
-                sample_demonstrations(source, data, track) if split == "sft" else source.pairs(split, track)
-            )
-            tracked = track(rows, f"tokens of {split} rows")
-            tokenized = tokenize(tracked, template, data.max_tokens, data.max_prompt_tokens)
+            with reading(data.path):  # of a table rows are read when they are tokenized
+                rows: Sequence[Pair | Demonstration] = (
+                    source.pairs(split, track) if split == "validation" else training_rows(source, split, track)
+                )
+                tracked = track(rows, f"tokens of {split} rows")
+                limits = data.max_tokens, data.max_prompt_tokens, data.max_examples
+                tokenized = tokenize(tracked, template, *limits)
             # Tokens are kept by content, which may move.
             tokenized.counts.first = tokenized.counts.first.removeprefix(data.path.location if data.path else "")
             tokenized.save(folder)

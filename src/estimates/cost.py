@@ -21,6 +21,7 @@ from src.planning.model_shape import model_shape
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.store.store import Store
+from src.store.usage import usage_of
 
 _KINDS = ("sft", "reference", "align", "generate")  # of stages that a model computes
 _WEIGHT_BYTES = 4  # per parameter: models are saved in float32
@@ -35,7 +36,8 @@ class Estimate:
 
     num_stages: int
     tokens: float
-    hours: float  # of one accelerator (or CPU process)
+    hours: float  # of one accelerator (or CPU process), waiting included
+    waiting: float  # of these hours, as finished stages waited; 0 where none has finished
     source: str  # of the speed: measured (finished stages of this store), rehearsed, or arithmetic
 
 
@@ -58,10 +60,12 @@ class Cost:
         for kind in _KINDS:
             if stages := [stage for stage in self.stages if stage.kind == kind]:
                 tokens, speeds = [self._tokens(stage) for stage in stages], [self._speed(stage) for stage in stages]
-                hours = sum(count * seconds for count, (seconds, _) in zip(tokens, speeds, strict=True)) / 3600
+                in_use = sum(count * seconds for count, (seconds, _) in zip(tokens, speeds, strict=True)) / 3600
+                waiting = sum(map(self._waiting, stages)) / 3600
+                hours = in_use + waiting
                 sources = sorted({source for _, source in speeds})
                 source = "" if math.isnan(hours) else " and ".join(sources)
-                estimates[kind] = Estimate(len(stages), sum(tokens), hours, source)
+                estimates[kind] = Estimate(len(stages), sum(tokens), hours, waiting, source)
         return estimates
 
     def _tokens(self, stage: Stage) -> float:
@@ -78,18 +82,25 @@ class Cost:
 
     def _speed(self, stage: Stage) -> tuple[float, str]:
         """Return the seconds of one accelerator per token, and where they come from."""
-        inputs = stage.description["inputs"]
-        measured = [
-            done["seconds"] * done["processes"] / done["tokens"]
-            for other, done in self.finished[stage.kind]
-            if all(other.get(name) == inputs.get(name) for name in ("model", "lora")) and done["tokens"]
-        ]
+        measured = [usage_of(done).in_use / done["tokens"] for done in self._of_same_model(stage) if done["tokens"]]
         if measured:
             return median(measured), MEASURED
         rehearsed = self.forecast.seconds_per_token(stage)
         if not math.isnan(rehearsed):
             return rehearsed, REHEARSED
         return self.forecast.computed_seconds_per_token(stage), ARITHMETIC
+
+    def _waiting(self, stage: Stage) -> float:
+        """Return the seconds that accelerators wait for a stage, whatever its size: 0 where none has finished."""
+        measured = [usage_of(done).waiting for done in self._of_same_model(stage)]
+        return median(measured) if measured else 0.0
+
+    def _of_same_model(self, stage: Stage) -> Iterator[dict[str, Any]]:
+        """Yield what DONE says of the finished stages of the same kind and model."""
+        inputs = stage.description["inputs"]
+        for other, done in self.finished[stage.kind]:
+            if all(other.get(name) == inputs.get(name) for name in ("model", "lora")):
+                yield done
 
     def text(self) -> str:
         """Return the estimate as a table; empty when nothing is to run."""
@@ -102,6 +113,9 @@ class Cost:
         total = sum(e.hours for e in self.estimates.values())
         if not math.isnan(total):
             lines.append(f"{'all':9} {'':6} {'':>10} {_format_hours(total):>18}")
+        waiting = sum(e.waiting for e in self.estimates.values())
+        if waiting:
+            lines.append(f"{MEASURED}: {_format_hours(waiting)} of them waiting, as finished stages did")
         if any(ARITHMETIC in e.source for e in self.estimates.values()):
             lines.append(
                 f"{ARITHMETIC}: products alone, and in sampling the reading of weights and keys, at the rates of "
@@ -142,13 +156,15 @@ def _num_parameters(stage: Stage) -> float:
 
 
 def _num_passes(inputs: dict[str, Any], kind: str) -> float:
-    """Return what the tokens of a stage are proportional to; NaN when max_steps decides.
+    """Return what the tokens of a stage are proportional to, of stages with the same data; NaN where nothing tells.
 
     inputs: as stage.json has them.
     """
     if kind in ("sft", "align"):
-        trainer, fraction = inputs["trainer"], inputs["data"]["sft_fraction"] * inputs.get("stop_fraction", 1.0)
-        return trainer["epochs"] * fraction if trainer["max_steps"] is None else math.nan
+        trainer, data, fraction = inputs["trainer"], inputs["data"], inputs.get("stop_fraction", 1.0)
+        if data.get("max_examples") is not None:
+            return float(min(1.0, trainer["epochs"]) * fraction)
+        return trainer["epochs"] * data["sft_fraction"] * fraction if trainer["max_steps"] is None else math.nan
     if kind == "reference":
         return 1.0
     return float(inputs["prompts"]["num_prompts"] * inputs["generation"]["max_new_tokens"])
@@ -167,7 +183,8 @@ def _expected_tokens(stage: Stage) -> float:
         return float(inputs.prompts.num_prompts * inputs.generation.max_new_tokens)
     size = table_size(point, "sft" if isinstance(inputs, SftInputs) else "train")
     if isinstance(inputs, ReferenceInputs):
-        return size.tokens * size.rows + table_size(point, "validation").rows * size.tokens
+        rows = size.rows if inputs.data.max_examples is None else min(size.rows, inputs.data.max_examples)
+        return size.tokens * (rows + table_size(point, "validation").rows)
     assert isinstance(inputs, SftInputs | AlignInputs)
     trainer = inputs.trainer
     num_examples = size.rows * trainer.epochs * inputs.data.sft_fraction

@@ -7,7 +7,7 @@ being hashed. What results do not depend on (device, threads, budgets, addresses
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from src.config.schema import Lora, Table, Training
@@ -16,7 +16,7 @@ from src.planning.content import ContentPath
 T = TypeVar("T")
 
 # Raise a stage's number when what it computes changes: artifacts of the old version are then not reused.
-VERSIONS = {"sft": 10, "reference": 9, "align": 9, "generate": 9, "evaluate": 5}
+VERSIONS = {"sft": 11, "reference": 10, "align": 10, "generate": 10, "evaluate": 6}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class DataInputs:
-    """Rows of a dataset. SFT has the fields of its demonstrations set, all other stages those of preference pairs."""
+    """Rows of a dataset. SFT has the fields of its demonstrations set, all other stages those of preference pairs.
+
+    max_examples: that training reads, the first in a seeded order from which something can be learned; None: all.
+    """
 
     source: str
     seed: int
@@ -43,6 +46,12 @@ class DataInputs:
     sft_fraction: float = 1.0
     train_size: int | None = None
     validation_size: int | None = None
+    max_examples: int | None = None
+
+    @property
+    def held_out(self) -> DataInputs:
+        """What the validation pairs and their prompts depend on: not how many pairs are trained on."""
+        return replace(self, train_size=None, max_examples=None)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from src.config.endpoints import normalize_url
 from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES, MODEL_JUDGES
-from src.config.schema import Dataset, HubTable, Judge, Point, Table, Training, method_options
+from src.config.schema import MAX_ROWS, Dataset, HubTable, Judge, Optimization, Point, Table, Training, method_options
 from src.methods import METHODS
 from src.planning.content import ContentPath, Kind, digest
 from src.planning.identity import (
@@ -186,21 +187,51 @@ def sft_data(point: Point) -> DataInputs:
     data, inputs = point.dataset, pair_data(point)
     if data.source != "jsonl":
         inputs = replace(inputs, preference=None, train_size=None, validation_size=None)
-    return replace(inputs, sft=_table(data, data.sft), sft_size=data.sft_size, sft_fraction=data.sft_fraction)
+    return replace(
+        inputs,
+        sft=_table(data, data.sft),
+        sft_size=data.sft_size,
+        sft_fraction=data.sft_fraction,
+        max_examples=max_examples(point.trainer.sft, data.sft_size),
+    )
 
 
 def pair_data(point: Point) -> DataInputs:
-    """Return what every stage that needs preference pairs or their prompts reads."""
+    """Return what every stage that needs preference pairs reads."""
     data = point.dataset
     path = None if data.path is None else ContentPath.of(data.path, "dataset.path", kind="table")
     without_sft: dict[str, Any] = {"sft": None, "sft_size": None, "sft_fraction": 1.0}
-    return select_fields(DataInputs, data, path=path, preference=_table(data, data.preference), **without_sft)
+    return select_fields(
+        DataInputs,
+        data,
+        path=path,
+        preference=_table(data, data.preference),
+        max_examples=max_examples(point.trainer.align, data.train_size),
+        **without_sft,
+    )
+
+
+def max_examples(trainer: Optimization, num_rows: int | None) -> int | None:
+    """Return the fewest examples whose passes have max_steps steps; None where max_steps does not bound them.
+
+    num_rows: of the split, None where a config does not tell. With at least one pass every step reads examples of its
+    own; with less than one, `epochs` is a fraction of the examples as it is of a whole split.
+    """
+    if trainer.max_steps is None:
+        return None
+    read = trainer.max_steps * trainer.batch_size / min(1.0, trainer.epochs)
+    if read >= (MAX_ROWS if num_rows is None else num_rows):
+        return None
+    count = math.ceil(read)
+    while math.floor(count * trainer.epochs / trainer.batch_size) < trainer.max_steps:  # by rounding
+        count += 1
+    return count
 
 
 def prompt_inputs(point: Point) -> PromptInputs:
     file = point.evaluation.prompts_file
     path = None if file is None else ContentPath.of(file, "evaluation.prompts_file")
-    return PromptInputs(pair_data(point), point.evaluation.num_prompts, path)
+    return PromptInputs(pair_data(point).held_out, point.evaluation.num_prompts, path)
 
 
 def judge_inputs(judge: Judge) -> JudgeInputs | None:

@@ -104,7 +104,8 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     load = partial(load_weights, inputs.model, resources, upstream.get("init"))
     model = train(load, data.examples, loss_fn, inputs, resources, attempt)
     if attempt.is_main_process:
-        save_checkpoint(model, template, attempt.out)
+        with attempt.alone():
+            save_checkpoint(model, template, attempt.out)
     get_distributed().barrier()  # until the checkpoint is there, which ranks that trained a shard load
     if model is None:
         model = load_for_inference(inputs.model, resources, attempt.out)

@@ -23,6 +23,7 @@ from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RE
 
 
 def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
+    attempt.step(0, 1)
     samples = generate.read(upstream["samples"])
     validation = list(read_jsonl(upstream["align"] / align.VALIDATION_FILE))
     # Averaged by prompt, so that the pairs of one prompt are in one split and count as one observation.
@@ -156,16 +157,9 @@ def ratio_and_error(totals: list[float], counts: list[int]) -> dict[str, float |
 
 
 def _stages(upstream: dict[str, Path], attempt: Attempt) -> list[dict[str, Any]]:
-    """Return what DONE records of this stage and of all its upstream: seconds, tokens, processes, provenance."""
-    seconds = round(attempt.seconds, 3)
-    this_stage: dict[str, Any] = {
-        "stage": "evaluate",
-        "identity": attempt.identity,
-        "seconds": seconds,
-        "tokens": 0,
-        "processes": attempt.processes,
-    }
-    this_stage |= provenance(attempt.packages)
+    """Return what DONE records of this stage and of all its upstream: tokens, durations, processes, provenance."""
+    this_stage: dict[str, Any] = {"stage": "evaluate", "identity": attempt.identity, "tokens": 0}
+    this_stage |= attempt.duration() | provenance(attempt.packages)
     stages: dict[str, dict[str, Any]] = {attempt.identity: this_stage}
     folders = list(upstream.values())
     while folders:

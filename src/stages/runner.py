@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import time
 from pathlib import Path
 
 from src import preemption
@@ -18,6 +19,20 @@ from src.store.lease import Lease, LeaseLost
 from src.store.store import STAGE_FILE, Store
 
 log = logging.getLogger(__name__)
+
+
+class _Waited:
+    """The seconds that this process has waited for others to compute stages, since it last began one itself."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def take(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+_waited = _Waited()
 
 
 def compute_or_wait(stage: Stage, store: Store, report: Report = lambda *_: None) -> Path:
@@ -78,13 +93,16 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
         report(f"{stage.label} (waiting for {holder})", progress.get("step", 0), progress.get("total", 0))
         return _is_complete(stage, store)
 
+    asked = time.monotonic()
     with Lease(store.work(stage), waiting) as lease:
+        _waited.seconds += time.monotonic() - asked
         if lease.held and not _is_complete(stage, store):
             if damage := store.damage(stage):
                 store.set_aside(stage, damage)
             _complete_upstream(stage, store, report)
             with reading((stage.inputs, stage.resources.pairs)):
                 attempt = store.begin(stage, lease, report)
+                attempt.held_processes, attempt.waited_seconds = get_distributed().size, _waited.take()
                 if stage.is_shared:
                     get_distributed().broadcast_object((stage, attempt.out))
                     attempt.processes = get_distributed().size

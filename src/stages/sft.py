@@ -29,6 +29,7 @@ def run(inputs: SftInputs, resources: Resources, upstream: dict[str, Path], atte
         )
     model = train(partial(load_weights, inputs.model, resources), data.examples, sft_loss, inputs, resources, attempt)
     if attempt.is_main_process:
-        save_checkpoint(model, template, attempt.out)
+        with attempt.alone():
+            save_checkpoint(model, template, attempt.out)
         counts = {"dropped": data.counts.dropped, "spelling_control_tokens": data.counts.spelling_control_tokens}
         write_json(attempt.out / "data.json", {"rows": len(data.examples), **counts})

@@ -19,7 +19,7 @@ class SharedRows:
     """
 
     def __init__(self, attempt: Attempt, name: str | None, report: Callable[[int], None]) -> None:
-        """Read what earlier attempts have left.
+        """Read what earlier attempts have left, and report it.
 
         name: of the files among the attempt's checkpoints; None keeps rows in memory alone. report: called with the
         number of rows that are done, of all ranks together.
@@ -32,6 +32,7 @@ class SharedRows:
         self._work = JointWork(self._ranks, len(self.known))
         self._new: dict[int, Row] = {}
         attempt.prior_seconds = max((attempt.prior_seconds, *(row["seconds"] for row in self.known.values())))
+        self.report()
 
     def save(self, rows: dict[int, Row]) -> None:
         """Keep rows of one batch, by index. Raises what `report` raises, and the error of a rank that has failed."""
@@ -44,7 +45,7 @@ class SharedRows:
         self._report(self._work.advance(len(new)))
 
     def report(self) -> None:
-        """Report how many rows are done, when none has been for a while. Raises like `save`."""
+        """Report how many rows are done: at the start, and when none has been for a while. Raises like `save`."""
         self._report(self._work.advance())
 
     def gather(self) -> dict[int, Row]:

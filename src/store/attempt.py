@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -36,18 +37,22 @@ class Attempt:
     tokens: int = 0
     save_seconds: float | None = None  # of the last checkpoint: from the end of a step until its state was on disk
     processes: int = 1  # ranks that compute the stage together, with one accelerator each where there are any
+    held_processes: int = 1  # ranks of the run, which hold their accelerators meanwhile
+    loading_seconds: float = 0.0  # of `seconds`: from the start of this attempt to its first step
+    alone_seconds: float = 0.0  # of `seconds`: in which rank 0 computed and the other processes waited
+    waited_seconds: float = 0.0  # before the attempt: for other processes that computed what this one needs
     packages: tuple[str, ...] = ()  # that the stage uses besides torch and the like
     _last_report: float = 0.0
     _first_step: int | None = None
 
     def step(self, step: int, total: int, interruptible: bool = True) -> None:
-        """Report progress.
+        """Report progress. The first call, with the step to start at, says that models and data have been loaded.
 
         Raises LeaseLost when another process has taken the stage over, and Interrupted when this process was asked to
         stop (unless not `interruptible`: the caller saves a checkpoint first and raises by itself).
         """
         if self._first_step is None:
-            self._first_step = step
+            self._first_step, self.loading_seconds = step, time.monotonic() - self.started
         self._report(self.label, step, total, self._first_step, self.started, interruptible)
 
     def track(self, rows: Sequence[T], description: str) -> Iterator[T]:
@@ -84,3 +89,16 @@ class Attempt:
     @property
     def seconds(self) -> float:
         return self.prior_seconds + time.monotonic() - self.started
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Compute in the body what the other processes wait for."""
+        started = time.monotonic()
+        yield
+        self.alone_seconds += time.monotonic() - started
+
+    def duration(self) -> dict[str, float]:
+        """Return what DONE and result.json say of the stage's time (`src.store.usage`)."""
+        names = "seconds", "loading_seconds", "alone_seconds", "waited_seconds"
+        processes = {"processes": self.processes, "held_processes": self.held_processes}
+        return {**{name: round(getattr(self, name), 3) for name in names}, **processes}

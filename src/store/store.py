@@ -219,10 +219,9 @@ class Store:
         done = {
             "stage": stage.kind,
             "identity": stage.identity,
-            "seconds": round(attempt.seconds, 3),
+            **attempt.duration(),
             "tokens": attempt.tokens,
             "save_seconds": attempt.save_seconds,
-            "processes": attempt.processes,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),

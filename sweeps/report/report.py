@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from src.errors import DamagedFile, warn
 from src.store.files import atomic_write, read_jsonl
 from src.store.store import JUDGEMENTS_FILE, SAMPLES_FILE
+from src.store.usage import KINDS, usage_of
 from sweeps.analysis.results import Results, read_quality
 from sweeps.analysis.selection import GROUP
 from sweeps.report.plot_style import NAMES
@@ -79,16 +80,21 @@ def _headlines(best: pd.DataFrame, all_tables: dict[str, pd.DataFrame]) -> list[
 
 
 def cost_table(results: Results) -> list[dict[Hashable, Any]]:
-    """Return one row per kind of stage: how many were computed, their hours and tokens, and what sharing saved."""
+    """Return one row per kind of stage: how many were computed, their hours and tokens, and what sharing saved.
+
+    hours: of accelerators, `waiting` ones among them (`src.store.usage`).
+    """
     if not results.stages:
         return []
-    stages = pd.DataFrame({"processes": 1, **stage} for stage in results.stages.values())
-    stages["hours"] = stages.seconds * stages.processes / 3600
+    stages = pd.DataFrame(list(results.stages.values()))
+    usage = [usage_of(stage) for stage in results.stages.values()]
+    stages["waiting"] = [one.waiting / 3600 for one in usage]
+    stages["hours"] = [(one.in_use + one.waiting) / 3600 for one in usage]
     stages["uses"] = stages.identity.map(results.uses()).fillna(0).astype(int)
     stages["hours_saved"] = stages.hours * (stages.uses - 1).clip(lower=0)
     kinds = stages.groupby("stage")
-    table = kinds[["hours", "tokens", "uses", "hours_saved"]].sum().assign(computed=kinds.size())
-    order = [kind for kind in ("sft", "reference", "align", "generate", "evaluate") if kind in table.index]
+    table = kinds[["hours", "waiting", "tokens", "uses", "hours_saved"]].sum().assign(computed=kinds.size())
+    order = [kind for kind in KINDS if kind in table.index]
     return table.loc[order].reset_index().to_dict("records")
 
 

@@ -36,8 +36,9 @@ def _parsed(name: str, data: bytes) -> Any:
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
     if name == "result.json":
         result = json.loads(data)
-        cost = ("seconds", "processes")
-        result["stages"] = [{k: v for k, v in s.items() if k not in cost} for s in result["stages"]]
+        cost = ("processes", "held_processes")
+        stages = result["stages"]
+        result["stages"] = [{k: v for k, v in s.items() if k not in cost and not k.endswith("seconds")} for s in stages]
         return result
     if name == "DONE":
         return {k: v for k, v in json.loads(data).items() if k in ("stage", "identity", "tokens")}

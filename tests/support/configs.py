@@ -33,3 +33,8 @@ def point(*overrides: str) -> Point:
 def stage_of(kind: str, *overrides: str) -> Stage:
     """Return the stage of a point with that kind."""
     return next(stage for stage in stages_of(point(*overrides)) if stage.kind == kind)
+
+
+def identities(*overrides: str) -> dict[str, str]:
+    """Return role -> identity of the stages of a point."""
+    return {stage.role: stage.identity for stage in stages_of(point(*overrides))}
