@@ -15,7 +15,7 @@ from src.hardware import cores, visible_gpus
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.preflight import check_cpu_threads, check_programs
-from src.store.retention import release_model
+from src.store.retention import release_models
 from src.store.sweep_folder import SweepFolder
 
 log = logging.getLogger(__name__)
@@ -71,9 +71,8 @@ class LocalLauncher(PlanLauncher):
                             worker.submit(stage)
                     finished = _collect_finished(workers, schedule)
                     for stage, error in finished:
-                        # With keep_checkpoints=none a model goes as soon as no other point of the plan needs it.
-                        if stage.kind == "evaluate" and error is None and stage.point.keep_checkpoints == "none":
-                            release_model(store, plan.stages_by_role, stage.upstream["align"].identity)
+                        if stage.kind == "evaluate" and error is None:
+                            release_models(folder, {stage.identity})
                     table.update(finished)
         finally:
             for worker in workers:

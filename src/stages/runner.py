@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import time
 from pathlib import Path
 
 from src import preemption
@@ -83,9 +84,10 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
         if lease.held and not _is_complete(stage, store):
             if damage := store.damage(stage):
                 store.set_aside(stage, damage)
+            attempt = store.begin(stage, lease, report)  # from here on it is known that a model upstream is in use
             _complete_upstream(stage, store, report)
+            attempt.started = time.monotonic()
             with reading((stage.inputs, stage.resources.pairs)):
-                attempt = store.begin(stage, lease, report)
                 if stage.kind in DISTRIBUTED_STAGES:
                     get_distributed().broadcast_object((stage, attempt.out))
                     attempt.processes = get_distributed().size
