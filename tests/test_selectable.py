@@ -1,6 +1,7 @@
 """No model is given up that the finished sweep selects, whatever the order in which results arrive."""
 
 import random
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -54,11 +55,16 @@ class Sweep:
                 quality = row["quality_selection"] if str(n) in finished else None
                 yield Measured(str(n), ("s", row["method"], "sft", ""), row["beta"], row["lr"], quality, NUM_PROMPTS)
 
+    @cache  # noqa: B019
     def selected(self, rule):
         """Return the results that the finished sweep selects."""
         rows = [row | {"state": "failed" if str(n) in self.lost else "done"} for n, row in enumerate(self.rows)]
         best = select_points(average_seeds(points(*rows)), rule, Prompts(self.values))
         return {identity for identities in best.identities for identity in identities}
+
+
+sweep_of = cache(Sweep)
+SEEDS = range(60)
 
 
 def lost_models(sweep: Sweep, rule: str) -> set[str]:
@@ -72,29 +78,31 @@ def lost_models(sweep: Sweep, rule: str) -> set[str]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_what_the_finished_sweep_selects_was_never_given_up(rule):
-    assert not any(lost_models(Sweep(seed), rule) for seed in range(150))
+    assert not any(lost_models(sweep_of(seed), rule) for seed in SEEDS)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("broken", ["seeds", "ties", "shortlist"])
-def test_a_rule_that_looks_only_at_what_is_there_would_lose_models(broken, rule, monkeypatch):
-    """The negative control: each bound is needed, but the shortlist's only where there is one."""
-    if broken == "seeds":  # the mean of the seeds that are there, as if none were missing
-        mean = property(lambda row: sum(row.qualities) / len(row.qualities))
-        monkeypatch.setattr(module._Row, "low", mean)
-        monkeypatch.setattr(module._Row, "high", mean)
-    elif broken == "ties":  # the larger lr
-        monkeypatch.setattr(module._Row, "rank", property(lambda row: (row.low, row.beta, row.lr)))
-    else:
-        monkeypatch.setattr(module, "_may_be_similar", lambda quality, best, n: quality >= best)
-    is_needed = {"seeds": True, "ties": rule == "best", "shortlist": rule != "best"}[broken]
-    assert any(lost_models(Sweep(seed), rule) for seed in range(150)) == is_needed
+# The mean of the seeds that are there, as if none were missing.
+MEAN = property(lambda row: sum(row.qualities) / len(row.qualities))
+BROKEN = {
+    "seeds": [(module._Row, "low", MEAN), (module._Row, "high", MEAN)],
+    "ties": [(module._Row, "rank", property(lambda row: (row.low, row.beta, row.lr)))],  # the larger lr
+    "shortlist": [(module, "_may_be_similar", lambda quality, best, n: quality >= best)],  # the best alone
+}
+
+
+@pytest.mark.parametrize(
+    ("broken", "rule"), [("seeds", RULES[0]), ("seeds", RULES[1]), ("ties", RULES[0]), ("shortlist", RULES[1])]
+)
+def test_without_one_of_its_bounds_the_rule_would_lose_models(broken, rule, monkeypatch):
+    for change in BROKEN[broken]:
+        monkeypatch.setattr(*change)
+    assert any(lost_models(sweep_of(seed), rule) for seed in SEEDS)
 
 
 def test_decisions_are_never_taken_back():
     """So two jobs that see different results may both remove models."""
-    for seed, rule in product(range(60), RULES):
-        sweep, given_up = Sweep(seed), set()
+    for seed, rule in product(SEEDS, RULES):
+        sweep, given_up = sweep_of(seed), set()
         for number in range(len(sweep.order) + 1):
             finished = set(sweep.order[:number])
             now = finished - selectable(sweep.measured(finished), rule)
@@ -103,8 +111,8 @@ def test_decisions_are_never_taken_back():
 
 
 def test_of_one_seed_each_method_has_one_candidate_at_any_time():
-    for seed in range(60):
-        sweep = Sweep(seed)
+    for seed in SEEDS:
+        sweep = sweep_of(seed)
         if sweep.num_seeds == 1:
             for number in range(len(sweep.order) + 1):
                 assert len(selectable(sweep.measured(set(sweep.order[:number])), "best")) <= len(("dpo", "ipo"))
