@@ -18,6 +18,9 @@ LARGEST = 10**15  # of a number that has no smaller maximum of its own
 MAX_NAME_BYTES = 100  # a file system allows 255, of which extensions and numbers of ours need some
 
 
+BEFORE = "before"  # metadata of a field: the value with which identities are those of before there was the field
+
+
 @dataclass(frozen=True)
 class Interval:
     """The numbers >= minimum (or > above) and <= maximum (or < below)."""
@@ -41,9 +44,12 @@ class Interval:
         return " and ".join(f"{sign} {number_text(bound)}" for sign, bound in bounds if bound is not None)
 
 
-def choice(*values: str | bool | None, default: Any = MISSING) -> Any:
-    """Return a dataclass field whose value is one of `values`."""
-    return field(default=default, metadata={"choices": values})
+def choice(*values: str | bool | None, default: Any = MISSING, before: str | None = None) -> Any:
+    """Return a dataclass field whose value is one of `values`.
+
+    before: of a field that was added later, the value that stands for what was done before.
+    """
+    return field(default=default, metadata={"choices": values} | ({} if before is None else {BEFORE: before}))
 
 
 def number(

@@ -26,6 +26,7 @@ ARCHITECTURES = (
 
 WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}  # prefix of names -> what adds it
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER_CONFIG = "adapter_config.json"  # of peft: the folder has adapters, not a model
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab*", "tekken.json")
 
 
@@ -87,6 +88,8 @@ def _check_folder(folder: Path, causal: bool) -> None:
     if (folder / "adapter_config.json").exists():
         # transformers would load its base model from elsewhere, which no identity hashes.
         raise _Unusable("a LoRA adapter (adapter_config.json): merge it into its base model and give that folder")
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        raise _Unusable("adapters without their model; model.lora.publish=merged publishes whole models")
     config = _read_object(folder / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):

@@ -7,9 +7,10 @@ being hashed. What results do not depend on (device, threads, budgets, addresses
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+from src.config.fields import BEFORE
 from src.config.schema import Lora, Table, Training
 from src.planning.content import ContentPath
 
@@ -91,6 +92,7 @@ class AlignInputs:
     trainer: Training
     seed: int
     stop_fraction: float = 1.0
+    save_dtype: str = field(default="float32", metadata={BEFORE: "float32"})
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,15 @@ def select_fields(cls: type[T], source: Any, **values: Any) -> T:
 
 
 def hashable(value: Any) -> Any:
-    """Return inputs as JSON values, every file by its content alone."""
+    """Return inputs as JSON values, every file by its content alone.
+
+    A field that was added later is left out where it has the value of before, so that identities stay what they were.
+    """
 
     def content(inputs: Any) -> Any:
-        return inputs.fingerprint if isinstance(inputs, ContentPath) else vars(inputs)
+        if isinstance(inputs, ContentPath):
+            return inputs.fingerprint
+        missing = object()
+        return {f.name: v for f in fields(inputs) if (v := getattr(inputs, f.name)) != f.metadata.get(BEFORE, missing)}
 
     return json.loads(json.dumps(value, default=content))

@@ -14,10 +14,12 @@ from src.data.held_out import check_held_out
 from src.data.tokenization import TokenizedDataset, load_examples
 from src.losses import PairLoss, preference_loss
 from src.methods import METHODS
+from src.model.adapters import save_adapter
 from src.model.loading import device_of, load_template, load_weights, numerics_of, save_checkpoint
 from src.model.logprobs import iter_logps
 from src.model.numerics import cast_for_inference_
 from src.model.packing import PackedBatch
+from src.planning.content import locate
 from src.planning.identity import AlignInputs
 from src.planning.resources import Resources
 from src.stages import reference
@@ -100,10 +102,15 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     train_references = references["train"].to(device_of(resources.device)) if references else None
     loss_fn = make_loss_fn(inputs, train_references)
     load = partial(load_weights, inputs.model, resources, upstream.get("init"))
-    model = train(load, data.examples, loss_fn, inputs, resources, attempt)
+    model, adapter = train(load, data.examples, loss_fn, inputs, resources, attempt)
     if not attempt.is_main_process:
         return
-    save_checkpoint(model, template, attempt.out)
+    dtype = getattr(torch, inputs.save_dtype)
+    if adapter is None:
+        save_checkpoint(model, template, attempt.out, dtype)
+    else:
+        initial = upstream.get("init") or locate(inputs.model.path.location) or inputs.model.path.location
+        save_adapter(adapter, str(initial), attempt.out, dtype)
     cast_for_inference_(model, numerics_of(inputs.model, resources))
     _validate(inputs, resources, model, validation, references.get("validation"), attempt)
     counts = {"train": data.counts, "validation": validation.counts}

@@ -13,7 +13,8 @@ from src.data.evaluation_prompts import read_prompts
 from src.data.examples import Example
 from src.data.templates import Template
 from src.hardware import release_accelerator
-from src.model.loading import load_for_inference, load_template, numerics_of
+from src.model.adapters import is_adapter
+from src.model.loading import load_for_inference, load_template, load_weights, numerics_of, save_checkpoint
 from src.model.logprobs import iter_kl
 from src.model.sampling import sample
 from src.planning.identity import GenerateInputs
@@ -53,12 +54,13 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     seed = f"{inputs.seed}/{inputs.generation.seed}/{inputs.role}"
 
     def load(checkpoint: str) -> Any:
-        return load_for_inference(inputs.model, resources, upstream.get(checkpoint))
+        return load_for_inference(inputs.model, resources, upstream.get(checkpoint), upstream.get("reference"))
 
     count = len(rows)
     release_accelerator()  # of what earlier stages of this process held: the cache of keys and values needs it
     model = load("checkpoint") if inputs.generation.server is None else None
-    responses = _sample(inputs, resources, model or upstream["checkpoint"], template, prompt_ids, seed, attempt)
+    sampled = model or _whole_model(inputs, resources, upstream, template, attempt)
+    responses = _sample(inputs, resources, sampled, template, prompt_ids, seed, attempt)
     release_accelerator()  # of that cache: scoring needs the memory for a second model
     model = model or load("checkpoint")  # after the server has released the accelerator
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i]["ids"]),)) for i in range(count)]
@@ -78,6 +80,22 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
         for i, (number, _) in enumerate(rows)
     )
     write_jsonl(attempt.out / SAMPLES_FILE, samples)
+
+
+def _whole_model(
+    inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path], template: Template, attempt: Attempt
+) -> Path:
+    """Return the folder of the checkpoint for a server: that of adapters as a model they are merged into.
+
+    Servers differ in how they compute with adapters, if they can; merged ones are what is scored.
+    """
+    checkpoint, folder = upstream["checkpoint"], attempt.checkpoints / "merged"
+    if not is_adapter(checkpoint):
+        return checkpoint
+    remove(folder)  # of an earlier attempt
+    merged = load_weights(inputs.model, resources, checkpoint, upstream.get("reference"))
+    save_checkpoint(merged, template, folder)
+    return folder
 
 
 def _sample(
