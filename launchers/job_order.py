@@ -35,10 +35,6 @@ class Schedule:
             for identity, stage in self.waiting.items()
         }
 
-    def max_parallelism(self) -> int:
-        """Return the largest number of workers that can be busy at once."""
-        return max(1, sum(result in self.waiting for result in self.plan.results))
-
     def next(self) -> Stage | None:
         """Move a stage whose upstream is done to `running` and return it; None when every stage has to wait."""
         ready = [

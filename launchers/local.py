@@ -43,6 +43,10 @@ class LocalLauncher(PlanLauncher):
         """Return 1: each worker computes stages of its own."""
         return 1
 
+    def max_running(self, plan: Plan) -> int:
+        """Return the number of workers."""
+        return min(self.workers or len(visible_gpus()) or cores(), super().max_running(plan))
+
     def on_gpus(self, number: int) -> str:
         """Return the overrides for a number of GPUs, which only jobs have together."""
         return f"hydra/launcher=slurm {super().on_gpus(number)}"
@@ -57,7 +61,7 @@ class LocalLauncher(PlanLauncher):
         schedule, store = Schedule(plan), folder.store
         folder.logs.mkdir(parents=True, exist_ok=True)
         gpus = visible_gpus()
-        num_workers = min(self.workers or len(gpus) or cores(), schedule.max_parallelism())
+        num_workers = self.max_running(plan)
         previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         workers: list[Worker] = []
         try:

@@ -48,7 +48,7 @@ class Search:
         while not (plan := self._plan({})).needed and not self.state.is_last:
             self._promote()
         forecast = Forecast(plan, launcher.num_processes, launcher.on_gpus, all_rehearsed=True)
-        print(self._text(plan, [forecast.text(), Cost(plan, self.store, forecast).text()]))
+        print(self._text(plan, [forecast.text(), Cost(plan, self.store, forecast, launcher.max_running(plan)).text()]))
         forecast.check()
 
     def _text(self, plan: Plan, estimates: list[str]) -> str:
