@@ -108,7 +108,7 @@ def test_adapters_of_another_model_are_refused(tmp_path):
 
 def test_adapters_are_no_model_path(tmp_path):
     published(tmp_path, lora=Lora(rank=4))
-    with pytest.raises(ConfigError, match=r"adapters without their model; model\.lora\.publish=merged"):
+    with pytest.raises(ConfigError, match=r"a LoRA adapter .*model\.lora\.publish=merged"):
         check_model_files(str(tmp_path))
 
 

@@ -85,11 +85,12 @@ def wrapper_hint(names: list[str]) -> str:
 
 
 def _check_folder(folder: Path, causal: bool) -> None:
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_CONFIG).exists():
         # transformers would load its base model from elsewhere, which no identity hashes.
-        raise _Unusable("a LoRA adapter (adapter_config.json): merge it into its base model and give that folder")
-    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        raise _Unusable("adapters without their model; model.lora.publish=merged publishes whole models")
+        raise _Unusable(
+            f"a LoRA adapter ({ADAPTER_CONFIG}): merge it into its base model and give that folder "
+            "(alignment with model.lora.publish=merged makes one)"
+        )
     config = _read_object(folder / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
