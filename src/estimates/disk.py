@@ -39,7 +39,7 @@ def disk_of(plan: Plan, num_running: int) -> Disk | None:
     if not initial and not aligned:
         return None
     sizes = sorted(map(_published_bytes, aligned), reverse=True)
-    at_once = min(len(aligned), _max_aligned(plan.points, num_running))
+    at_once = min(len(aligned), _max_aligned(plan.points, num_running) or len(aligned))
     return Disk(
         num_models=len(initial) + at_once,
         num_in_all=len(initial) + len(aligned),
@@ -49,13 +49,13 @@ def disk_of(plan: Plan, num_running: int) -> Disk | None:
     )
 
 
-def _max_aligned(points: Sequence[Point], num_running: int) -> float:
-    """Return how many aligned models are on disk at once by `keep_checkpoints`, at most."""
+def _max_aligned(points: Sequence[Point], num_running: int) -> int | None:
+    """Return how many aligned models are on disk at once by `keep_checkpoints`, at most; None for no bound."""
     first, is_sweep = points[0], len(points) > 1
     if first.keep_checkpoints == "none":
         return num_running
     if first.keep_checkpoints == "all" or first.sweep.select != "best" or not is_sweep:
-        return math.inf  # a shortlist may be of any size
+        return None  # a shortlist may be of any size
     studies = {(p.setup.name, p.method.name, p.init.name, p.sweep.variant) for p in points}
     seeds = Counter((p.setup.name, p.method.name, p.init.name, p.sweep.variant, p.beta, p.lr) for p in points)
     # Where several seeds make a point, all of a selected one stay, and those of one that is not complete yet.
