@@ -182,7 +182,7 @@ def test_compiled_layers_have_the_same_gradients(compiled, monkeypatch):
 
 @pytest.mark.slow
 def test_lora_trains_low_rank_differences_and_starts_at_the_reference(alone, tmp_path):
-    train(*POINT, "model.lora.rank=4", f"output_dir={tmp_path}")
+    train(*POINT, "model.lora.rank=4", "model.lora.publish=merged", f"output_dir={tmp_path}")
     before, after = weights(tmp_path, "sft"), weights(tmp_path)
     assert before.keys() == weights(alone).keys(), "merged: an ordinary checkpoint"
     moved = 0

@@ -3,11 +3,12 @@
 import json
 import shutil
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from src.config.schema import Lora, Training
@@ -17,6 +18,7 @@ from src.model.files import check_model_files
 from src.model.loading import load_pretrained, save_checkpoint
 from src.model.numerics import FLOAT32, NumericsConfig, cast_for_inference_
 from src.planning.resources import Resources
+from src.stages.generate import _whole_model
 from src.training.strategies import make_engine
 from tests.support.commands import SMALL, train
 from tests.support.training_runs import start, step
@@ -96,8 +98,6 @@ def test_adapters_are_published_alone_and_peft_reads_them(tmp_path):
 def test_adapters_of_another_model_are_refused(tmp_path):
     published(tmp_path, lora=Lora(rank=4))
     weights = load_file(tmp_path / "adapter_model.safetensors")
-    from safetensors.torch import save_file
-
     save_file(
         {name: weight[..., :-1].contiguous() for name, weight in weights.items()},
         tmp_path / "adapter_model.safetensors",
@@ -110,6 +110,17 @@ def test_adapters_are_no_model_path(tmp_path):
     published(tmp_path, lora=Lora(rank=4))
     with pytest.raises(ConfigError, match=r"a LoRA adapter .*model\.lora\.publish=merged"):
         check_model_files(str(tmp_path))
+
+
+def test_a_server_gets_a_whole_model_with_the_values_that_are_scored(tmp_path):
+    upstream = {"checkpoint": tmp_path / "adapter", "reference": tmp_path / "initial"}
+    validated = published(upstream["checkpoint"], lora=Lora(rank=4))
+    save_checkpoint(start(), Template, upstream["reference"])
+    served = _whole_model(SimpleNamespace(model=None), None, upstream, Template, SimpleNamespace(checkpoints=tmp_path))
+    assert served == tmp_path / "merged" and not is_adapter(served)
+    assert_equal(loaded(served), validated)
+    upstream["checkpoint"] = upstream["reference"]  # the control: whole already
+    assert _whole_model(SimpleNamespace(), None, upstream, Template, SimpleNamespace()) == upstream["reference"]
 
 
 def test_in_a_bf16_computation_nothing_is_lost_by_publishing_bf16(tmp_path):
