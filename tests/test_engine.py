@@ -201,7 +201,13 @@ def test_lora_trains_low_rank_differences_and_starts_at_the_reference(alone, tmp
 
 @pytest.mark.slow
 def test_lora_of_two_processes_is_that_of_one(tmp_path):
-    arguments = [*POINT, "model.lora.rank=4", "trainer.sft.max_steps=2", "trainer.align.max_steps=4"]
+    arguments = [
+        *POINT,
+        "model.lora.rank=4",
+        "model.lora.publish=merged",
+        "trainer.sft.max_steps=2",
+        "trainer.align.max_steps=4",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     train(*arguments, f"output_dir={one}")
     finish(start_ranks(*arguments, "engine=zero3", f"output_dir={two}"))
