@@ -98,7 +98,7 @@ def main() -> None:
     inputs = SftInputs(base, None, DataInputs("mini_tldr", 98, 160, 112), TRAINER, seed=0)
     with tempfile.TemporaryDirectory() as work, Lease(Path(work)) as lease, RunProgress() as report:
         attempt = Attempt(Path(work), Path(work), lease, report, "mini base", "mini-base", Path(work))
-        model = train(lambda: model, data.examples, sft_loss, inputs, RESOURCES, attempt)
+        model, _ = train(lambda: model, data.examples, sft_loss, inputs, RESOURCES, attempt)
         print((Path(work) / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-1])
     save_checkpoint(model, template, out)
 

@@ -28,15 +28,12 @@ class Schedule:
         self._num_retries: Counter[str] = Counter()
         num_points = Counter(identity for stage_ids in plan.point_stages for identity in stage_ids)
         self._shared = {identity for identity, count in num_points.items() if count > 1}
-        last_point = {identity: n for n, stage_ids in enumerate(plan.point_stages) for identity in stage_ids}
+        order = [plan.point_stages[index] for index in plan.start_order]
+        last_point = {identity: n for n, stage_ids in enumerate(order) for identity in stage_ids}
         self._priority = {
             identity: (identity not in self._shared, last_point[identity], _KINDS.index(stage.kind))
             for identity, stage in self.waiting.items()
         }
-
-    def max_parallelism(self) -> int:
-        """Return the largest number of workers that can be busy at once."""
-        return max(1, sum(result in self.waiting for result in self.plan.results))
 
     def next(self) -> Stage | None:
         """Move a stage whose upstream is done to `running` and return it; None when every stage has to wait."""

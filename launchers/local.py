@@ -15,7 +15,7 @@ from src.hardware import cores, visible_gpus
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.preflight import check_cpu_threads, check_programs
-from src.store.retention import release_model
+from src.store.retention import release_models
 from src.store.sweep_folder import SweepFolder
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,10 @@ class LocalLauncher(PlanLauncher):
         """Return 1: each worker computes stages of its own."""
         return 1
 
+    def max_running(self, plan: Plan) -> int:
+        """Return the number of workers."""
+        return min(self.workers or len(visible_gpus()) or cores(), super().max_running(plan))
+
     def on_gpus(self, number: int) -> str:
         """Return the overrides for a number of GPUs, which only jobs have together."""
         return f"hydra/launcher=slurm {super().on_gpus(number)}"
@@ -57,7 +61,7 @@ class LocalLauncher(PlanLauncher):
         schedule, store = Schedule(plan), folder.store
         folder.logs.mkdir(parents=True, exist_ok=True)
         gpus = visible_gpus()
-        num_workers = min(self.workers or len(gpus) or cores(), schedule.max_parallelism())
+        num_workers = self.max_running(plan)
         previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         workers: list[Worker] = []
         try:
@@ -71,9 +75,8 @@ class LocalLauncher(PlanLauncher):
                             worker.submit(stage)
                     finished = _collect_finished(workers, schedule)
                     for stage, error in finished:
-                        # With keep_checkpoints=none a model goes as soon as no other point of the plan needs it.
-                        if stage.kind == "evaluate" and error is None and stage.point.keep_checkpoints == "none":
-                            release_model(store, plan.stages_by_role, stage.upstream["align"].identity)
+                        if stage.kind == "evaluate" and error is None:
+                            release_models(folder, {stage.identity})
                     table.update(finished)
         finally:
             for worker in workers:

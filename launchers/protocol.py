@@ -34,6 +34,10 @@ class PlanLauncher(Launcher):
     def num_processes(self, stage: Stage) -> int:
         """Return how many processes compute the stage together, each on a card of its own."""
 
+    def max_running(self, plan: Plan) -> int:
+        """Return how many points of the plan are computed at once, at most."""
+        return max(1, sum(result in plan.needed for result in plan.results))
+
     def on_gpus(self, number: int) -> str:
         """Return the overrides of a sweep whose training stages are each computed on a number of GPUs."""
         nodes = f"hydra.launcher.nodes={number // 8} " if number > 8 else ""

@@ -26,7 +26,7 @@ from src.planning.plan import Plan, make_plan, warn_of_other_versions
 from src.preflight import check_cpu_threads, check_input_files, check_key, check_packages, check_programs
 from src.progress import RunProgress
 from src.store.attempt import Report
-from src.store.retention import apply_retention
+from src.store.retention import discard_finished_work, remove_models
 from src.store.store import RESULT_FILE, Store, read_result
 from src.tracking.sync_process import sync_run
 
@@ -86,7 +86,9 @@ def run(cfg: DictConfig) -> None:
                     sync.start()
                 if not run_stages(plan, store, report):
                     return
-        apply_retention(store, plan.stages_by_role, point.keep_checkpoints, set(plan.results))
+        discard_finished_work(store)
+        if point.keep_checkpoints == "none":
+            remove_models(store, plan.stages_by_role)
         folder = store.dir(plan.stages[plan.results[0]])
         print(result_text(point, read_result(folder)))
         print(f"result: {folder / RESULT_FILE}")

@@ -19,7 +19,7 @@ from src.config.schema import Sweep
 from src.config.validation import check_folder
 from src.errors import PointFailure, StageError, SweepFailed, report_errors
 from src.store.files import atomic_write
-from src.store.retention import apply_retention, best_results_in_store
+from src.store.retention import discard_finished_work, remove_models
 from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import sync_sweep
@@ -109,10 +109,10 @@ def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
     write_states(folder, record, "aggregating", failures)
     results = collect([folder])
     failures |= {result: PointFailure("failed", reason) for result, reason in results.damaged.items()}
-    best, selected = write_results(results, folder), None
-    if record["keep_checkpoints"] == "best" and (of_sweeps := best_results_in_store(store)) is not None:
-        selected = of_sweeps | {identity for seeds in best.identities for identity in seeds}
-    apply_retention(store, [point["stages"] for point in points], record["keep_checkpoints"], selected)
+    write_results(results, folder)
+    discard_finished_work(store)
+    if record["keep_checkpoints"] != "all":
+        remove_models(store, [point["stages"] for point in points], settled=folder)
     record["cost"] = [{name: row[name] for name in COST_ENTRIES} for row in cost_table(results)]
     # The final state last, so that waiters find complete results.
     write_states(folder, record, "failed" if failures else "done", failures)

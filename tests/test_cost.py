@@ -8,6 +8,7 @@ import pytest
 
 from src.estimates import forecast
 from src.estimates.cost import Cost
+from src.estimates.disk import disk_of
 from src.estimates.forecast import Forecast
 from src.planning.gpus import find_gpu
 from src.planning.plan import make_plan
@@ -74,12 +75,45 @@ def test_without_a_card_hours_are_unknown_until_they_are_measured(tmp_path, rehe
 
 
 def test_a_sweeps_estimate_counts_shared_stages_once(tmp_path):
-    _, output = dry_run("+sweep=paper_tldr_3b", f"output_dir={tmp_path}", "engine.gpu=null")
+    sweep = ["+sweep=paper_tldr_3b", f"output_dir={tmp_path}", "engine.gpu=null"]
+    _, output = dry_run(*sweep, "keep_checkpoints=all")
     num_stages = dict(re.findall(r"^(sft|reference|align|generate) +(\d+) +\S+ [MG] +-$", output, re.M))
     assert num_stages == {"sft": "1", "reference": "1", "align": "200", "generate": "200"}
-    assert re.search(
-        r"^disk: 2\.58 TB for the weights of 201 models until the sweep ends and keep_checkpoints=best", output, re.M
-    )
+    assert re.search(r"^disk: 2\.58 TB for the weights of 201 models, 38\.6 GB for each", output, re.M)
+
+
+def most_models(tmp_path, *overrides, num_running=4, seeds=(0,), betas=(0.1, 1.0, 3.0)):
+    """Return the models of a plan of two methods that are on disk at once, and their bytes."""
+    common = ["setup=llama32_3b_tldr", "lr=1e-6", "keep_checkpoints=best", f"output_dir={tmp_path}"]
+    points = [
+        point(*common, f"method={method}", f"beta={beta}", f"seed={seed}", *overrides)
+        for method in ("dpo", "ipo")
+        for beta in betas
+        for seed in seeds
+    ]
+    disk = disk_of(make_plan(points, Store(tmp_path)), num_running)
+    return disk.num_models, disk.model_bytes, disk.checkpoint_bytes
+
+
+def test_the_most_on_disk_is_a_model_for_each_method_and_running_point_and_sft(tmp_path):
+    one = 4 * SIZE_3B
+    assert most_models(tmp_path, num_running=2) == (1 + 2 + 2, 5 * one, 3 * one)
+    assert most_models(tmp_path, num_running=100)[0] == 1 + 6, "no more than there are"
+    assert most_models(tmp_path, "keep_checkpoints=none", num_running=2)[0] == 1 + 2
+    assert most_models(tmp_path, "keep_checkpoints=all", num_running=2)[0] == 1 + 6
+    assert most_models(tmp_path, "sweep.select=lowest_kl_in_shortlist", num_running=2)[0] == 1 + 6
+    assert most_models(tmp_path, num_running=1, seeds=(0, 1))[0] == 2 + (2 + 1) * 2, "SFT has a seed, too"
+    assert most_models(tmp_path, "model.save_dtype=bfloat16", num_running=2)[1] == one + 4 * one / 2
+    _, adapters, checkpoint = most_models(tmp_path, "model.lora.rank=16", num_running=2)
+    assert one < adapters < 1.05 * one and checkpoint < 0.05 * one
+    merged = most_models(tmp_path, "model.lora.rank=16", "model.lora.publish=merged", num_running=2)
+    assert merged[1] == 5 * one and merged[2] == checkpoint
+
+
+def test_dry_run_says_how_many_models_are_on_disk_at_once(tmp_path):
+    sweep = ["+sweep=paper_tldr_3b", f"output_dir={tmp_path}", "engine.gpu=null", "hydra.launcher.workers=2"]
+    line = r"^disk: 141 GB for the weights of at most 11 of 201 models at any moment \(keep_checkpoints=best, 2 points"
+    assert re.search(line, dry_run(*sweep)[1], re.M)
 
 
 @pytest.mark.slow

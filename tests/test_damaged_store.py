@@ -165,6 +165,18 @@ def test_removed_weights_are_no_damage(store_of_one, capsys):
     assert "config.json: missing" in (store.damage(align) or "")  # the control
 
 
+def test_a_removed_model_is_computed_again_only_for_a_stage_that_reads_it(store_of_one, one_point):
+    store = Store(store_of_one)
+    (align,) = (stage for stage in compute(store_of_one).stages.values() if stage.kind == "align")
+    store.remove_weights(align)
+    compute_or_wait(align, store)  # as a requeued job does whose point is done
+    assert not store.has_weights(align)
+    for kind in ("generate", "evaluate"):
+        shutil.rmtree(store.root / kind)
+    compute(store_of_one)
+    assert store.has_weights(align) and results(store_of_one) == results(one_point)
+
+
 def test_a_folder_without_DONE_is_moved_away_when_the_stage_is_published(store_of_one, one_point, capsys):
     (done,) = (store_of_one / "store").glob("evaluate/*/DONE")
     done.unlink()

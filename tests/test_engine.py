@@ -152,7 +152,7 @@ def test_compiled_layers_have_the_same_gradients(compiled, monkeypatch):
 
 @pytest.mark.slow
 def test_lora_trains_low_rank_differences_and_starts_at_the_reference(alone, tmp_path):
-    train(*POINT, "model.lora.rank=4", f"output_dir={tmp_path}")
+    train(*POINT, "model.lora.rank=4", "model.lora.publish=merged", f"output_dir={tmp_path}")
     before, after = weights(tmp_path, "sft"), weights(tmp_path)
     assert before.keys() == weights(alone).keys(), "merged: an ordinary checkpoint"
     moved = 0
@@ -171,7 +171,13 @@ def test_lora_trains_low_rank_differences_and_starts_at_the_reference(alone, tmp
 
 @pytest.mark.slow
 def test_lora_of_two_processes_is_that_of_one(tmp_path):
-    arguments = [*POINT, "model.lora.rank=4", "trainer.sft.max_steps=2", "trainer.align.max_steps=4"]
+    arguments = [
+        *POINT,
+        "model.lora.rank=4",
+        "model.lora.publish=merged",
+        "trainer.sft.max_steps=2",
+        "trainer.align.max_steps=4",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     train(*arguments, f"output_dir={one}")
     finish(start_ranks(*arguments, "engine=zero3", f"output_dir={two}"))

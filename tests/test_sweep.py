@@ -14,7 +14,7 @@ import yaml
 from src.store.store import RESULT_SCHEMA
 from src.store.sweep_folder import SweepFolder
 from src.store.usage import usage_by_kind
-from tests.support.commands import SMALL, dry_run, run_in_process, train
+from tests.support.commands import SMALL, dry_run, kill_when, run_in_process, start, train
 
 FOUR = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
 COLUMNS = [
@@ -239,6 +239,31 @@ def test_keep_best_keeps_the_best_models_and_all_measurements(tmp_path):
     train(*arguments[:-2], "sweep.name=other", "keep_checkpoints=all", "evaluation.generation.temperature=0.5")
     assert len(weights(tmp_path)) == 4
     assert {p: p.read_text() for p in metrics} == metrics
+
+
+@pytest.mark.slow
+def test_keep_best_holds_a_model_for_each_method_and_worker_while_the_sweep_runs(tmp_path):
+    sweep = ["-m", "method=dpo,orpo", "beta=0.01,0.1,0.3,1", *SMALL, f"output_dir={tmp_path}", "sweep.name=kept"]
+    launcher = start(*sweep, "keep_checkpoints=best", "hydra.launcher.workers=2")
+    most = 0
+    while launcher.poll() is None:
+        most = max(most, len(weights(tmp_path)))
+        time.sleep(0.05)
+    assert launcher.returncode == 0 and 2 < most <= 2 + 2
+    best = yaml.safe_load((tmp_path / "sweeps" / "kept" / "best.yaml").read_text())["mini_tldr"]
+    assert weights(tmp_path) == {Path(entry["checkpoint"]).name for entry in best.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_after", [2, 4, 6])
+def test_a_sweep_killed_while_it_runs_keeps_the_models_it_selects_later(killed_after, tmp_path):
+    sweep = ["-m", "method=dpo,orpo", "beta=0.01,0.1,0.3,1", *SMALL, f"output_dir={tmp_path}", "sweep.name=kept"]
+    sweep += ["keep_checkpoints=best", "hydra.launcher.workers=2"]
+    results = lambda store: len(list(store.glob("evaluate/*/DONE"))) >= killed_after  # noqa: E731
+    assert kill_when(results, tmp_path, *sweep)
+    train(*sweep)
+    best = yaml.safe_load((tmp_path / "sweeps" / "kept" / "best.yaml").read_text())["mini_tldr"]
+    assert weights(tmp_path) == {Path(entry["checkpoint"]).name for entry in best.values()} and len(best) == 2
 
 
 @pytest.mark.slow

@@ -87,6 +87,6 @@ def train_steps(
     loss_fn = make_loss_fn(inputs, references.to(device_of(resources.device)))
     with Lease(folder) as lease:
         attempt = Attempt(folder, checkpoints, lease, lambda *_: None, "gpu_check", "gpu_check", folder)
-        trained = train(lambda: model, examples, loss_fn, inputs, resources, attempt)
+        trained, _ = train(lambda: model, examples, loss_fn, inputs, resources, attempt)
     lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     return trained, [json.loads(line) for line in lines]

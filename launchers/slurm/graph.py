@@ -45,9 +45,9 @@ def job_arrays(
     """
     todo = {identity for identity in plan.needed if identity not in in_flight}
     points = [
-        (point, stage_ids)
-        for point, stage_ids in zip(plan.points, plan.point_stages, strict=True)
-        if stage_ids[-1] in todo and stage_ids[-1] not in skipped
+        (plan.points[index], stage_ids)
+        for index in plan.start_order
+        if (stage_ids := plan.point_stages[index])[-1] in todo and stage_ids[-1] not in skipped
     ]
     num_points = Counter(identity for _, stage_ids in points for identity in stage_ids)
     todo &= num_points.keys()

@@ -24,6 +24,7 @@ from src.errors import describe_failure
 from src.planning.stage import Stage
 from src.preemption import Interrupted
 from src.progress import RunProgress
+from src.store.retention import release_models
 from src.tracking.sync_process import sync_sweep
 
 EXIT_REQUEUE = 75  # exit code of a stopped job that asks to be requeued (EX_TEMPFAIL of sysexits.h)
@@ -67,12 +68,8 @@ def run_task(stages: Sequence[Stage], folder: Path, index: int, upload: str) -> 
                 sync.start()
             for stage in stages:
                 compute_or_wait(stage, store, report)
-        if rank() == 0 and stages[0].point.keep_checkpoints == "none":
-            # No other point uses a model that this task alone computes. The aggregation would delete it too late for
-            # the disk.
-            for stage in stages:
-                if stage.kind == "align" and {stage.identity, stages[-1].identity} <= targets:
-                    store.remove_weights(stage)
+                if rank() == 0 and stage.kind == "evaluate":
+                    release_models(submission.sweep, {stage.identity})
         destroy_distributed()
 
 

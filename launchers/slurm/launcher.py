@@ -73,6 +73,11 @@ class SlurmLauncher(PlanLauncher):
         """Return the tasks of the stage's job, or 1 for what one of them computes by itself."""
         return self.options.kinds[job_kind(stage)].tasks if stage.is_shared else 1
 
+    def max_running(self, plan: Plan) -> int:
+        """Return the points to compute, or array_parallelism, which bounds those of one submission."""
+        number = super().max_running(plan)
+        return min(self.options.array_parallelism or number, number)
+
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure] | None:
         """Submit what is neither done nor queued or running; return None while jobs run.
 

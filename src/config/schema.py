@@ -60,6 +60,7 @@ class Lora:
     rank: int | None = number(None, minimum=1, maximum=2**16)
     alpha: float = number(32.0, above=0, maximum=1e6)
     targets: list[str] | None = None  # names of linear layers
+    publish: str = choice("adapter", "merged", default="adapter")  # by alignment; SFT merges
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Model(Option):
     revision: str | None = None
     attention: str = choice("auto", "flash_attention_2", "varlen", "onednn", "sdpa", default="auto")
     lora: Lora = field(default_factory=Lora)
+    save_dtype: str = choice("float32", "bfloat16", default="float32")  # of aligned models; SFT saves float32
 
 
 @dataclass

@@ -14,18 +14,16 @@ from statistics import median
 from typing import Any
 
 from src.estimates.card import card_of
+from src.estimates.disk import disk_of
 from src.estimates.forecast import ARITHMETIC, REHEARSED, Forecast
 from src.estimates.table_size import table_size
 from src.planning.identity import VERSIONS, AlignInputs, GenerateInputs, ReferenceInputs, SftInputs
-from src.planning.model_shape import model_shape
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.store.store import Store
 from src.store.usage import usage_of
 
 _KINDS = ("sft", "reference", "align", "generate")  # of stages that a model computes
-_WEIGHT_BYTES = 4  # per parameter: models are saved in float32
-_CHECKPOINT_BYTES = 12  # per parameter of a checkpoint to resume from: weights and two moments of Adam in float32
 MEASURED = "measured"
 RECENT_STAGES = 50  # newest finished stages of a kind that sizes and speeds are taken from
 
@@ -44,10 +42,10 @@ class Estimate:
 class Cost:
     """Estimates for the stages a plan needs: as fast as finished stages of the store were, else as rehearsed."""
 
-    def __init__(self, plan: Plan, store: Store, forecast: Forecast) -> None:
-        self.store, self.forecast = store, forecast
+    def __init__(self, plan: Plan, store: Store, forecast: Forecast, num_running: int = 1) -> None:
+        """Read from the store what has finished. num_running: points that are computed at once."""
+        self.plan, self.store, self.forecast, self.num_running = plan, store, forecast, num_running
         self.stages = [stage for identity, stage in plan.stages.items() if identity in plan.needed]
-        self.models = [stage for stage in self.stages if stage.kind in ("sft", "align")]
         self.finished = {
             kind: [(stored["inputs"], done) for stored, done in store.finished(kind, VERSIONS[kind], RECENT_STAGES)]
             for kind in _KINDS
@@ -132,27 +130,21 @@ class Cost:
         return f"not known: needs one finished run of this model and dataset in this output_dir{card}"
 
     def _disk(self) -> Iterator[str]:
-        weights = sum(
-            _num_parameters(stage) * (_WEIGHT_BYTES + (_CHECKPOINT_BYTES if stage.stop_fraction < 1 else 0))
-            for stage in self.models
-        )
-        if not self.models or math.isnan(weights):
+        disk = disk_of(self.plan, self.num_running)
+        if disk is None or math.isnan(disk.model_bytes):
             return
-        until = {"all": "", "best": " until the sweep ends and keep_checkpoints=best takes effect", "none": " at most"}
-        partial = any(stage.stop_fraction < 1 for stage in self.stages)
-        checkpoints = " and the checkpoints that partial runs resume from" if partial else ""
-        checkpoint_bytes = _CHECKPOINT_BYTES * _num_parameters(self.models[0])
+        models, keep = f"{disk.num_in_all} models", self.plan.points[0].keep_checkpoints
+        if disk.num_models < disk.num_in_all:
+            running = f"{self.num_running} point{'s' if self.num_running > 1 else ''} at a time"
+            models = f"at most {disk.num_models} of {models} at any moment (keep_checkpoints={keep}, {running})"
+        if disk.partial_bytes:
+            models += f", {_format(disk.partial_bytes, 'B')} for the checkpoints that partial runs resume from"
         root = next(path for path in (self.store.root, *self.store.root.parents) if path.exists())
         yield (
-            f"disk: {_format(weights, 'B')} for the weights of {len(self.models)} models{checkpoints}"
-            f"{until[self.models[0].point.keep_checkpoints]}, {_format(checkpoint_bytes, 'B')} for each that is being "
-            f"trained; {_format(shutil.disk_usage(root).free, 'B')} free"
+            f"disk: {_format(disk.model_bytes, 'B')} for the weights of {models}, "
+            f"{_format(disk.checkpoint_bytes, 'B')} for each that is being trained; "
+            f"{_format(shutil.disk_usage(root).free, 'B')} free"
         )
-
-
-def _num_parameters(stage: Stage) -> float:
-    shape = model_shape(stage.point.model.path, stage.point.model.revision)
-    return math.nan if shape is None else shape.num_parameters
 
 
 def _num_passes(inputs: dict[str, Any], kind: str) -> float:

@@ -26,6 +26,7 @@ ARCHITECTURES = (
 
 WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}  # prefix of names -> what adds it
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER_CONFIG = "adapter_config.json"  # of peft: the folder has adapters, not a model
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab*", "tekken.json")
 
 
@@ -84,9 +85,12 @@ def wrapper_hint(names: list[str]) -> str:
 
 
 def _check_folder(folder: Path, causal: bool) -> None:
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_CONFIG).exists():
         # transformers would load its base model from elsewhere, which no identity hashes.
-        raise _Unusable("a LoRA adapter (adapter_config.json): merge it into its base model and give that folder")
+        raise _Unusable(
+            f"a LoRA adapter ({ADAPTER_CONFIG}): merge it into its base model and give that folder "
+            "(alignment with model.lora.publish=merged makes one)"
+        )
     config = _read_object(folder / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):

@@ -19,6 +19,7 @@ from src.distributed import get_distributed
 from src.errors import ConfigError, DamagedFile
 from src.hardware import check_num_threads, cores_of_process
 from src.model import attention
+from src.model.adapters import is_adapter, merge_adapter
 from src.model.files import too_many_tokens, wrapper_hint
 from src.model.fused_ops import why_not_fused
 from src.model.logprobs import patch_model_
@@ -74,21 +75,29 @@ def set_cpu_threads(configured: int | None, sharing: int = 1) -> None:
     torch.set_num_threads(configured or cores_of_process(max(sharing, get_distributed().local_size)))
 
 
-def load_for_inference(model: ModelInputs, resources: Resources, checkpoint: Path | None = None) -> Any:
+def load_for_inference(
+    model: ModelInputs, resources: Resources, checkpoint: Path | None = None, base: Path | None = None
+) -> Any:
     """Load a model for log-probs and samples: cast by `cast_for_inference_`, on the run's device, patched.
 
-    Weights are cast before they reach the device, which holds half of the bytes in bf16. Raises as load_weights does.
+    Weights are cast before they reach the device, which holds half of the bytes in bf16. Arguments and errors are those
+    of load_weights.
     """
-    loaded = cast_for_inference_(load_weights(model, resources, checkpoint), numerics_of(model, resources))
+    loaded = cast_for_inference_(load_weights(model, resources, checkpoint, base), numerics_of(model, resources))
     return patch_model_(loaded.to(device_of(resources.device)))
 
 
-def load_weights(model: ModelInputs, resources: Resources, checkpoint: Path | None = None) -> Any:
+def load_weights(
+    model: ModelInputs, resources: Resources, checkpoint: Path | None = None, base: Path | None = None
+) -> Any:
     """Load a stage's checkpoint, or the base model: float32, in CPU memory, as transformers builds it.
 
-    Training engines start from it. Raises ConfigError when it cannot be loaded whole, when the log-prob path does not
-    support its architecture, or when the tokenizer is not its own; DamagedFile for a stage's checkpoint.
+    base: the checkpoint that training started from, None for the base model; adapters are merged into it. Training
+    engines start from what is returned. Raises ConfigError when it cannot be loaded whole, when the log-prob path does
+    not support its architecture, or when the tokenizer is not its own; DamagedFile for a stage's checkpoint.
     """
+    if checkpoint is not None and is_adapter(checkpoint):
+        return merge_adapter(load_weights(model, resources, base), checkpoint)
     if checkpoint is not None:
         try:
             loaded = load_pretrained(AutoModelForCausalLM, str(checkpoint), str(checkpoint), attn_implementation="sdpa")
@@ -226,8 +235,20 @@ def load_tokenizer(source: str, name: str, **options: Any) -> Any:
         raise ConfigError(f"{name}: its tokenizer cannot be loaded: {_reason(error)}") from error
 
 
-def save_checkpoint(model: Any, template: Template, folder: Path) -> None:
-    """Write model.safetensors (float32), config and tokenizer: a folder that from_pretrained reads."""
+def save_checkpoint(model: Any, template: Template, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write model.safetensors, config and tokenizer: a folder that from_pretrained reads.
+
+    The float32 model stays as it is. dtype: one that has the values of its weights.
+    """
     model.set_attn_implementation("sdpa")
-    model.save_pretrained(folder)
+    _cast_(model, dtype)
+    model.save_pretrained(folder)  # which writes the dtype to config.json, too
+    _cast_(model, torch.float32)
+    model.config.dtype = torch.float32
     template.tokenizer.save_pretrained(folder)
+
+
+def _cast_(model: Any, dtype: torch.dtype) -> None:
+    """Cast parameters, not buffers: in bf16 the frequencies of rotary embeddings would be others."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -11,6 +11,7 @@ roundings, which is larger than what a step of alignment changes.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -49,6 +50,13 @@ def cast_for_inference_(model: Any, numerics: NumericsConfig) -> Any:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def round_(parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """Round float32 weights to the values that a dtype has, in place."""
+    if dtype != torch.float32:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(dtype).to(torch.float32)
 
 
 def set_deterministic(enabled: bool) -> None:

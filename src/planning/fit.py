@@ -71,7 +71,7 @@ def held_by_process(
     if stage not in ("sft", "align"):  # one process holds the whole model, and trains nothing
         cache = cached_tokens * shape.kv_bytes_per_token * computed // _BF16
         return Held(computed * shape.num_parameters, kv_cache=cache, working=working)
-    trained = shape.num_parameters if lora is None else _adapters(shape, lora)
+    trained = shape.num_parameters if lora is None else num_adapter_parameters(shape, lora)
     weights, gradients, state = training_bytes(shape.num_parameters, trained, strategy, computed, ranks)
     gathered = 0
     keeps = fsdp_keeps_whole(shape.num_parameters, ranks, device_bytes)
@@ -129,7 +129,7 @@ def training_bytes(total: int, trained: int, strategy: str, computed: int, ranks
     return (0, gradients, 0) if strategy.endswith("_offload") else (weights + master, gradients, state)
 
 
-def _adapters(shape: ModelShape, lora: Lora) -> int:
+def num_adapter_parameters(shape: ModelShape, lora: Lora) -> int:
     """Return the parameters of adapters of the layers' products, all of them or those named."""
     width, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim

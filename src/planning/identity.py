@@ -100,6 +100,7 @@ class AlignInputs:
     trainer: Training
     seed: int
     stop_fraction: float = 1.0
+    save_dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,17 @@ class Plan:
         return [stage_ids[-1] for stage_ids in self.point_stages]
 
     @property
+    def start_order(self) -> list[int]:
+        """The indices of the points in the order they start, seeds of one together.
+
+        It is by their mean that a point is selected or its models are removed.
+        """
+        firsts: dict[tuple[object, ...], int] = {}
+        for index, p in enumerate(self.points):
+            firsts.setdefault(_without_seed(p), index)
+        return sorted(range(len(self.points)), key=lambda index: firsts[_without_seed(self.points[index])])
+
+    @property
     def stages_by_role(self) -> list[dict[str, str]]:
         """For each point, role -> identity of its stages, `evaluate` last, as sweep.json records them."""
         return [{self.stages[i].role: i for i in stage_ids} for stage_ids in self.point_stages]
@@ -74,6 +85,11 @@ class Plan:
         lines.append("stage      to do  done or not needed")
         lines += [f"{role:9} {todo[role]:6} {total - todo[role]:6}" for role, total in roles.items()]
         return "\n".join(lines)
+
+
+def _without_seed(point: Point) -> tuple[object, ...]:
+    study = point.setup.name, point.method.name, point.init.name, point.sweep.variant
+    return *study, point.beta, point.lr
 
 
 def warn_of_other_versions(plan: Plan, store: Store) -> None:

@@ -135,7 +135,9 @@ def stages_of(point: Point) -> list[Stage]:
 
     def sft(fraction: float) -> Stage:
         stage_point = replace(point, dataset=replace(point.dataset, sft_fraction=fraction))
-        return add(SftInputs(model, lora, sft_data(stage_point), point.trainer.sft, point.seed), stage_point)
+        data = sft_data(stage_point)
+        inputs = SftInputs(model, lora and replace(lora, publish="merged"), data, point.trainer.sft, point.seed)
+        return add(inputs, stage_point)
 
     fraction = point.dataset.sft_fraction
     # The base model has no stage: it is part of the inputs of the stages that start from it.
@@ -159,6 +161,7 @@ def stages_of(point: Point) -> list[Stage]:
             trainer=select_fields(Training, point.trainer.align, lr=point.lr),
             seed=point.seed,
             stop_fraction=point.trainer.align.stop_fraction,
+            save_dtype=point.model.save_dtype,
         ),
         init=initial,
         reference=reference,

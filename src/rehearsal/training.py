@@ -111,7 +111,8 @@ def model_inputs(request: Request) -> ModelInputs:
 
 def _inputs(request: Request) -> SftInputs | AlignInputs:
     model, data = model_inputs(request), DataInputs("rehearsed", 0, 1, 1)
-    lora = None if request.lora is None else Lora(**request.lora)
+    # What is published then moves to the CPU, where nothing is rehearsed: merged, the model stays on the card.
+    lora = None if request.lora is None else Lora(**request.lora | {"publish": "merged"})
     trainer = Training(lr=1e-6, batch_size=request.batch_size, max_steps=_steps(request), epochs=1000)
     if request.stage == "sft":
         return SftInputs(model, lora, data, trainer, 0)

@@ -11,21 +11,24 @@ import torch
 from torch import Tensor
 
 from src.data.held_out import check_held_out
+from src.data.templates import Template
 from src.data.tokenization import TokenizedDataset, load_examples
 from src.distributed import get_distributed
 from src.losses import PairLoss, preference_loss
 from src.methods import METHODS
+from src.model.adapters import save_adapter
 from src.model.loading import device_of, load_for_inference, load_template, load_weights, numerics_of, save_checkpoint
 from src.model.logprobs import iter_logps
 from src.model.numerics import cast_for_inference_
 from src.model.packing import PackedBatch
+from src.planning.content import locate
 from src.planning.identity import AlignInputs
 from src.planning.resources import Resources
 from src.stages import reference
 from src.stages.shared_rows import Row, SharedRows
 from src.store.attempt import Attempt
 from src.store.files import write_json, write_jsonl
-from src.training.loop import GlobalBatch, LossFn, train
+from src.training.loop import GlobalBatch, LossFn, Trained, train
 
 VALIDATION_FILE = "validation.jsonl"
 ROUNDING_ULPS = 8  # units in the last place of the summed log-probs; differences of training are thousands of them
@@ -102,13 +105,14 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     train_references = references["train"].to(device_of(resources.device)) if references else None
     loss_fn = make_loss_fn(inputs, train_references)
     load = partial(load_weights, inputs.model, resources, upstream.get("init"))
-    model = train(load, data.examples, loss_fn, inputs, resources, attempt)
+    trained = train(load, data.examples, loss_fn, inputs, resources, attempt)
     if attempt.is_main_process:
         with attempt.alone():
-            save_checkpoint(model, template, attempt.out)
+            _publish(inputs, template, upstream, trained, attempt)
     get_distributed().barrier()  # until the checkpoint is there, which ranks that trained a shard load
+    model = trained.model
     if model is None:
-        model = load_for_inference(inputs.model, resources, attempt.out)
+        model = load_for_inference(inputs.model, resources, attempt.out, upstream.get("init"))
     else:
         cast_for_inference_(model, numerics_of(inputs.model, resources))
     lines = _validate(inputs, resources, model, validation, references.get("validation"), attempt)
@@ -124,6 +128,17 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
         "validation_leaks": leaks._asdict(),
     }
     write_json(attempt.out / "data.json", content)
+
+
+def _publish(
+    inputs: AlignInputs, template: Template, upstream: dict[str, Path], trained: Trained, attempt: Attempt
+) -> None:
+    dtype = getattr(torch, inputs.save_dtype)
+    if trained.adapter is None:
+        save_checkpoint(trained.model, template, attempt.out, dtype)
+    else:
+        initial = upstream.get("init") or locate(inputs.model.path.location) or inputs.model.path.location
+        save_adapter(trained.adapter, str(initial), attempt.out, dtype)
 
 
 def _validate(

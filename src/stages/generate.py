@@ -13,7 +13,8 @@ from src.data.rows import Prompt
 from src.data.templates import Template
 from src.distributed import get_distributed
 from src.hardware import release_accelerator
-from src.model.loading import load_for_inference, load_template, numerics_of
+from src.model.adapters import is_adapter
+from src.model.loading import load_for_inference, load_template, load_weights, numerics_of, save_checkpoint
 from src.model.logprobs import iter_kl
 from src.model.sampling import sample
 from src.planning.content import digest
@@ -22,7 +23,7 @@ from src.planning.resources import Resources
 from src.serving.model_server import sample_through, served_folder, serving
 from src.stages.shared_rows import Row, SharedRows
 from src.store.attempt import Attempt
-from src.store.files import read_jsonl, write_jsonl
+from src.store.files import read_jsonl, remove, write_jsonl
 from src.store.store import SAMPLES_FILE
 
 log = logging.getLogger(__name__)
@@ -49,12 +50,13 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     seed = f"{inputs.seed}/{inputs.generation.seed}/{inputs.role}"
 
     def load(checkpoint: str) -> Any:
-        return load_for_inference(inputs.model, resources, upstream.get(checkpoint))
+        return load_for_inference(inputs.model, resources, upstream.get(checkpoint), upstream.get("reference"))
 
     count = len(rows)
     release_accelerator()  # of what earlier stages of this process held: the cache of keys and values needs it
     model = load("checkpoint") if inputs.generation.server is None else None
-    responses = _sample(inputs, resources, model or upstream["checkpoint"], template, prompt_ids, seed, attempt)
+    sampled = model or _whole_model(inputs, resources, upstream, template, attempt)
+    responses = _sample(inputs, resources, sampled, template, prompt_ids, seed, attempt)
     release_accelerator()  # of that cache: scoring needs the memory for a second model
     model = model or load("checkpoint")  # after the server has released the accelerator
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i]["ids"]),)) for i in range(count)]
@@ -90,6 +92,24 @@ def _prompt_ids(
     if attempt.is_main_process and longer:
         log.warning("%s: %d of %d prompts are cut to their last %d tokens", attempt.label, longer, len(prompts), limit)
     return rows
+
+
+def _whole_model(
+    inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path], template: Template, attempt: Attempt
+) -> Path:
+    """Return the folder of the checkpoint for a server: that of adapters as a model they are merged into.
+
+    Servers differ in how they compute with adapters, if they can; merged ones are what is scored.
+    """
+    checkpoint, folder = upstream["checkpoint"], attempt.checkpoints / "merged"
+    if not is_adapter(checkpoint):
+        return checkpoint
+    if attempt.is_main_process:
+        remove(folder)  # of an earlier attempt
+        merged = load_weights(inputs.model, resources, checkpoint, upstream.get("reference"))
+        save_checkpoint(merged, template, folder)
+    get_distributed().barrier()
+    return folder
 
 
 def _sample(

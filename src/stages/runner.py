@@ -45,7 +45,9 @@ def compute_or_wait(stage: Stage, store: Store, report: Report = lambda *_: None
     ranks = get_distributed()
     with ranks.failing_together():
         if ranks.is_main_process:
-            _complete(stage, store, report)
+            # A model that was removed since is made again when a stage reads it, not because it was planned before:
+            # its points may be done, by a former run of this job or another process of the sweep.
+            _complete(stage, store, report, with_weights=False)
             ranks.broadcast_object(None)
         else:
             # Take part in every attempt that rank 0 starts, of this stage or a damaged one upstream, until it is done.
@@ -55,12 +57,15 @@ def compute_or_wait(stage: Stage, store: Store, report: Report = lambda *_: None
     return store.dir(stage)
 
 
-def _complete(stage: Stage, store: Store, report: Report) -> None:
-    """Compute the stage or wait for it, until all its artifacts are there and undamaged."""
+def _complete(stage: Stage, store: Store, report: Report, with_weights: bool = True) -> None:
+    """Compute the stage or wait for it, until all its artifacts are there and undamaged.
+
+    with_weights: also a model that `keep_checkpoints` has removed.
+    """
     try:
-        while not _is_complete(stage, store):
+        while not _is_complete(stage, store, with_weights):
             try:
-                _compute(stage, store, report)
+                _compute(stage, store, report, with_weights)
             except LeaseLost as error:
                 if get_distributed().size > 1:
                     raise  # the other ranks are in the middle of a stage that will not end
@@ -79,11 +84,12 @@ def _complete(stage: Stage, store: Store, report: Report) -> None:
         raise
 
 
-def _is_complete(stage: Stage, store: Store) -> bool:
-    return store.has_weights(stage) and store.damage(stage) is None
+def _is_complete(stage: Stage, store: Store, with_weights: bool) -> bool:
+    is_there = store.has_weights(stage) if with_weights else store.is_done(stage)
+    return is_there and store.damage(stage) is None
 
 
-def _compute(stage: Stage, store: Store, report: Report) -> None:
+def _compute(stage: Stage, store: Store, report: Report, with_weights: bool) -> None:
     """Compute and publish under the stage's lease, unless another process is about to."""
 
     def waiting(holder: str) -> bool:
@@ -91,17 +97,18 @@ def _compute(stage: Stage, store: Store, report: Report) -> None:
             raise preemption.Interrupted(f"{stage.label} stopped while waiting for {holder}: {reason}")
         progress = store.progress(stage) or {}
         report(f"{stage.label} (waiting for {holder})", progress.get("step", 0), progress.get("total", 0))
-        return _is_complete(stage, store)
+        return _is_complete(stage, store, with_weights)
 
     asked = time.monotonic()
     with Lease(store.work(stage), waiting) as lease:
         _waited.seconds += time.monotonic() - asked
-        if lease.held and not _is_complete(stage, store):
+        if lease.held and not _is_complete(stage, store, with_weights):
             if damage := store.damage(stage):
                 store.set_aside(stage, damage)
+            attempt = store.begin(stage, lease, report)  # from here on it is known that a model upstream is in use
             _complete_upstream(stage, store, report)
+            attempt.started = time.monotonic()
             with reading((stage.inputs, stage.resources.pairs)):
-                attempt = store.begin(stage, lease, report)
                 attempt.held_processes, attempt.waited_seconds = get_distributed().size, _waited.take()
                 if stage.is_shared:
                     get_distributed().broadcast_object((stage, attempt.out))

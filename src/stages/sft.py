@@ -27,7 +27,8 @@ def run(inputs: SftInputs, resources: Resources, upstream: dict[str, Path], atte
         check_held_out(
             resources.pairs, data.examples, validation.examples, resources.min_validation_prompts, "SFT demonstrations"
         )
-    model = train(partial(load_weights, inputs.model, resources), data.examples, sft_loss, inputs, resources, attempt)
+    load = partial(load_weights, inputs.model, resources)
+    model, _ = train(load, data.examples, sft_loss, inputs, resources, attempt)
     if attempt.is_main_process:
         with attempt.alone():
             save_checkpoint(model, template, attempt.out)

@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,11 +131,18 @@ class Store:
         """Return whether the stage is done and its model was not removed since."""
         return self.is_done(stage) and not (self.dir(stage) / WEIGHTS_REMOVED).exists()
 
-    def remove_weights(self, stage: Stage | StageName) -> None:
-        """Delete the model of a finished stage, not its measurements; a stage that needs the model recomputes it."""
+    def remove_weights(self, stage: Stage | StageName, unless: Callable[[], bool] = lambda: False) -> None:
+        """Delete the model of a finished stage, not its measurements; a stage that needs the model recomputes it.
+
+        unless: asked once the model is marked as removed, so that a reader that looks at the mark after it has begun
+        is either seen here or computes the model again; True takes the mark back.
+        """
         folder = self.dir(stage)
         if self.has_weights(stage):
             write_json(folder / WEIGHTS_REMOVED, {"removed": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            if unless():
+                (folder / WEIGHTS_REMOVED).unlink()
+                return
         for path in folder.glob(WEIGHTS):
             path.unlink(missing_ok=True)
 

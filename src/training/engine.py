@@ -4,9 +4,9 @@ Weights, sums of gradients and optimizer state are float32 with every strategy, 
 3e-7 is below the resolution of bf16 weights. With engine.precision=bf16 the computation uses a rounded copy of the
 weights, which the engine, FSDP2 or DeepSpeed makes.
 
-With model.lora, low-rank adapters (peft) are trained instead of the weights and merged into them afterwards. Their
-reference is the adapters switched off, which is the checkpoint they start from: the same cached log-probs as for full
-training. There is no dropout: with it, results would depend on how examples are packed.
+With model.lora, low-rank adapters (peft) are trained instead of the weights, and published by themselves or merged into
+them. Their reference is the adapters switched off, which is the checkpoint they start from: the same cached log-probs
+as for full training. There is no dropout: with it, results would depend on how examples are packed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.config.schema import Lora, Training
 from src.errors import ConfigError
+from src.model.adapters import Adapter, adapter_of
 from src.model.loading import device_of
 from src.model.logprobs import patch_model_
-from src.model.numerics import NumericsConfig
+from src.model.numerics import NumericsConfig, round_
 from src.planning.resources import Resources
 from src.training.training_state import StagedState
 
@@ -47,6 +48,8 @@ class TrainingEngine(ABC):
     optimizer: Any
     _model: Any  # inside of the policy
     _adapted: Any  # peft's wrapper of it, with model.lora
+    save_dtype = torch.float32  # of what is published
+    adapter: Adapter | None = None  # once the model is gathered, where adapters are published
 
     def __init__(self, resources: Resources, trainer: Training, lora: Lora | None, seed: int) -> None:
         """`seed` is for the initial adapters. Raises ConfigError for a device that is not there."""
@@ -92,9 +95,10 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def gather_model(self) -> Any:
-        """Return the trained float32 model, adapters merged, patched and on the device.
+        """Return the trained model as it is published: rounded to save_dtype, adapters merged, patched, on the device.
 
-        Where the weights are in shards, only rank 0 gets it, and others None. Ends the training.
+        It is float32, whatever it was rounded to. Where the weights are in shards, only rank 0 gets it, and others
+        None. Ends the training.
         """
 
     def close(self) -> None:
@@ -161,9 +165,18 @@ class TrainingEngine(ABC):
         return model
 
     def _published(self, model: Any) -> Any:
-        """Return a trained model with its adapters merged, patched and on the device."""
-        merged = model if self.lora is None else self._adapted.merge_and_unload()
-        return patch_model_(merged.to(self.device), self.device)
+        """Return a trained model as gather_model does, with what is published rounded: its adapters or its weights."""
+        if self.lora is None:
+            round_(model.parameters(), self.save_dtype)
+        elif self.lora.publish == "adapter":
+            self._adapted.to("cpu")  # where those who load them merge them, with the same sums
+            round_((p for p in self._adapted.parameters() if p.requires_grad), self.save_dtype)
+            self.adapter = adapter_of(self._adapted)
+            model = self._adapted.merge_and_unload()
+        else:
+            model = self._adapted.merge_and_unload()
+            round_(model.parameters(), self.save_dtype)
+        return patch_model_(model.to(self.device), self.device)
 
 
 def decoder_layers(model: torch.nn.Module) -> list[Any]:

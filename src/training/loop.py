@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from src.data.examples import Example
 from src.distributed import get_distributed
 from src.errors import ConfigError, StageError
 from src.hardware import HeapTrimmer, release_accelerator
+from src.model.adapters import Adapter
 from src.model.loading import numerics_of
 from src.model.packing import PackedBatch
 from src.planning.identity import AlignInputs, SftInputs
@@ -34,6 +35,13 @@ from src.training.token_budget import find_token_budget
 LossFn = Callable[[PackedBatch, Tensor, Tensor, GlobalBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
+class Trained(NamedTuple):
+    """A trained model, and its adapters where these are published instead of it."""
+
+    model: Any  # float32, adapters merged, with the values that are published
+    adapter: Adapter | None
+
+
 def sft_loss(
     packed: PackedBatch, logps: Tensor, token_counts: Tensor, batch: GlobalBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,8 +56,8 @@ def train(
     inputs: SftInputs | AlignInputs,
     resources: Resources,
     attempt: Attempt,
-) -> Any:
-    """Train the model that `load` returns and return it, adapters merged; ranks other than 0 may get None.
+) -> Trained:
+    """Train the model that `load` returns and return it as it is published; ranks other than 0 may get None.
 
     Resumes from the attempt's newest checkpoint; every rank of the run calls this. A run that stops early
     (`stop_fraction`) leaves a checkpoint for longer ones. Raises LeaseLost; Interrupted after saving a checkpoint;
@@ -63,6 +71,8 @@ def train(
     with contextlib.ExitStack() as cleanup:
         engine = cleanup.enter_context(contextlib.closing(make_engine(resources, trainer, inputs.lora, inputs.seed)))
         engine.prepare(load, numerics_of(inputs.model, resources))
+        if isinstance(inputs, AlignInputs):
+            engine.save_dtype = getattr(torch, inputs.save_dtype)
         total = total_steps(len(examples), trainer)
         end = max(1, round(inputs.stop_fraction * total)) if isinstance(inputs, AlignInputs) else total
         checkpointer = Checkpointer(engine, attempt, resources.checkpoint_minutes)
@@ -96,7 +106,8 @@ def train(
             checkpointer.save(end, keep=1)
             checkpointer.wait()
         attempt.step(end, end)
-        trained = engine.gather_model()
+        model = engine.gather_model()
+        trained = Trained(model, engine.adapter)
     release_accelerator()  # what validation and the next stage need: the engine holds nothing any more
     return trained
 

@@ -14,7 +14,7 @@ from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
 from src.planning.plan import Plan, make_plan
 from src.preflight import check_hub, check_key, check_packages
-from src.store.retention import apply_retention_after_rung, best_results_in_store
+from src.store.retention import discard_checkpoints, remove_models
 from src.store.store import StageName, Store, read_result
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import SyncProcess, sync_sweep
@@ -48,7 +48,7 @@ class Search:
         while not (plan := self._plan({})).needed and not self.state.is_last:
             self._promote()
         forecast = Forecast(plan, launcher.num_processes, launcher.on_gpus, all_rehearsed=True)
-        print(self._text(plan, [forecast.text(), Cost(plan, self.store, forecast).text()]))
+        print(self._text(plan, [forecast.text(), Cost(plan, self.store, forecast, launcher.max_running(plan)).text()]))
         forecast.check()
 
     def _text(self, plan: Plan, estimates: list[str]) -> str:
@@ -153,8 +153,9 @@ class Search:
         self._promote()
         moves = zip(before.results[before.rung], before.rung_of, self.state.rung_of, strict=True)
         rejected = {result for result, old, new in moves if old == new == before.rung}
-        keep, best = plan.points[0].keep_checkpoints, best_results_in_store(self.store)
-        apply_retention_after_rung(self.store, plan.stages_by_role, keep, rejected, best)
+        if plan.points[0].keep_checkpoints != "all":
+            remove_models(self.store, plan.stages_by_role)
+        discard_checkpoints(self.store, plan.stages_by_role, rejected)
 
     def _quality(self, identity: str) -> float | None:
         """Return the quality on the selection prompts; None without a readable result, or when it is NaN."""

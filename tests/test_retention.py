@@ -1,0 +1,254 @@
+"""Models while a sweep runs: few on disk, and whatever is killed or shared, none that is needed later."""
+
+import random
+from contextlib import suppress
+from itertools import product
+
+import pytest
+import yaml
+
+from src.stages.evaluate import mean_and_error
+from src.store import retention
+from src.store.files import with_checksum, write_json
+from src.store.integrity import WEIGHTS_REMOVED, describe_files
+from src.store.lease import Lease
+from src.store.retention import release_models, remove_models
+from src.store.store import DONE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, STAGE_FILE, StageName, Store
+from src.store.sweep_folder import SweepFolder
+from sweeps.analysis.results import collect
+from sweeps.analysis.selection import average_seeds, select_points
+
+NUM_PROMPTS = 40
+METHODS = ("dpo", "ipo")
+NUM_WORKERS = 3
+
+
+class Killed(BaseException):
+    pass
+
+
+class FakeSweep:
+    """A sweep whose stages are written, not computed, in any order."""
+
+    def __init__(self, output_dir, rng, *, name="fake", rule="best", seeds=1, keep="best", betas=(0.1, 1.0, 3.0)):
+        self.store, self.rng, self.rule = Store(output_dir), rng, rule
+        self.folder = SweepFolder(self.store.sweeps / name)
+        self.points = [
+            self._point(method, beta, lr, seed)
+            for method, beta, lr, seed in product(METHODS, betas, (1e-6, 1e-5), range(seeds))
+        ]
+        self.difficulty = [rng.random() for _ in range(NUM_PROMPTS)]
+        self.record = {"name": name, "command": "fake", "store": str(self.store.root), "keep_checkpoints": keep}
+        self.record |= {"tracking": {}, "search": None, "finished": None, "state": "running", "select": rule}
+        self.record |= {"studies": [], "points": self.points}
+        self.folder.write(self.record)
+
+    def _point(self, method, beta, lr, seed):
+        name = f"{method}-{beta:g}-{lr:g}-{seed}"
+        point = {"setup": "s", "method": method, "init": "sft", "variant": "", "beta": beta, "lr": lr, "seed": seed}
+        point |= {"stop_fraction": 1.0, "label": name, "state": "to do", "error": None, "job": None, "identity": name}
+        return point | {"stages": {"align": f"a-{name}", "generate": f"g-{name}", "evaluate": name}}
+
+    def align(self, point):
+        stage = self.store.dir(StageName("align", point["stages"]["align"]))
+        if not self.store.has_weights(StageName("align", stage.name)):
+            stage.mkdir(parents=True, exist_ok=True)
+            (stage / "model.safetensors").write_text("weights")
+            (stage / WEIGHTS_REMOVED).unlink(missing_ok=True)
+            write_json(stage / DONE, {})
+
+    def evaluate(self, point):
+        stage = self.store.dir(StageName("evaluate", point["identity"]))
+        stage.mkdir(parents=True)
+        ability = self.rng.choice([0.5, 0.6, 0.6, 0.7])
+        values = [float(d < ability) for d in self.difficulty]
+        measurement = {"value": self.rng.random(), "se": 0.1, "n": NUM_PROMPTS}
+        result = {"schema": RESULT_SCHEMA, "quality": {"metric": "win_rate", **mean_and_error(values)}}
+        result |= {"splits": dict.fromkeys(("selection", "reporting"), mean_and_error(values))}
+        result |= {"kl": {"per_sequence": measurement, "per_token": measurement}, "stages": []}
+        result |= dict.fromkeys(("reward_accuracy", "reward_margin", "response_tokens"), measurement)
+        write_json(stage / RESULT_FILE, result)
+        quality = {"prompts": list(range(NUM_PROMPTS)), "values": values, "selection": [True] * NUM_PROMPTS}
+        write_json(stage / QUALITY_FILE, {"schema": RESULT_SCHEMA, **quality})
+        write_json(stage / STAGE_FILE, {"upstream": {"align": point["stages"]["align"]}})
+        write_json(stage / DONE, with_checksum({"identity": stage.name, "files": describe_files(stage)}))
+
+    def selected(self, entries=None):
+        """Return the selected results."""
+        return {identity for entry in (entries or self.best()).values() for identity in entry["identities"]}
+
+    def best(self):
+        results = collect([self.folder])
+        averages = average_seeds(results.points[results.points.candidate])
+        best = select_points(averages, self.rule, results.prompts)
+        return {row.method: {"identities": list(row.identities)} for row in best.itertuples()}
+
+    def finalize(self):
+        """Do what `sweeps.aggregate.finalize` does, without tables and figures; return the selected results."""
+        entries = self.best()
+        self.folder.best_yaml.write_text(yaml.safe_dump({"s": entries}))
+        remove_models(self.store, [point["stages"] for point in self.points], settled=self.folder)
+        return self.selected(entries)
+
+    def models(self):
+        """Return the points whose models are on disk, whole."""
+        names = {path.parent.name for path in self.store.root.glob("align/*/model.safetensors")}
+        whole = {name for name in names if self.store.has_weights(StageName("align", name))}
+        return {point["identity"] for point in self.points if point["stages"]["align"] in whole}
+
+
+def kill_removals(rng, patch):
+    """Kill some removals of a model, before the model is marked as removed or between that and the deletion."""
+    remove = Store.remove_weights
+
+    def maybe_killed(store, stage, unless=lambda: False):
+        moment = rng.choice(["never", "never", "before", "between"])
+        if moment == "never":
+            remove(store, stage, unless)
+            return
+        if moment == "between":
+            write_json(store.dir(stage) / WEIGHTS_REMOVED, {"removed": "now"})
+        raise Killed
+
+    patch.setattr(Store, "remove_weights", maybe_killed)
+
+
+def play(sweep, rng, *, kills=False, num_failed=0):
+    """Run all points, NUM_WORKERS at a time, in a random order; the failed ones are retried after the sweep's end.
+
+    Returns the number of models on disk after every result, and what is selected in the end.
+    """
+    order = rng.sample(sweep.points, len(sweep.points))
+    sizes, selected = [], None
+    for todo in (order[num_failed:], order[:num_failed]):
+        running = []
+        while todo or running:
+            while todo and len(running) < NUM_WORKERS:
+                running.append(todo.pop())
+                sweep.align(running[-1])
+            point = running.pop(rng.randrange(len(running)))
+            sweep.evaluate(point)
+            sizes.append(len(sweep.models()))
+            if not kills or rng.random() < 0.7:  # else it was killed when it had published the result
+                with suppress(Killed):
+                    release_models(sweep.folder, {point["identity"]})
+        selected = None
+        while selected is None:  # the same command again
+            with suppress(Killed):
+                selected = sweep.finalize()
+    return sizes, selected
+
+
+CASES = list(product(("best", "lowest_kl_in_shortlist"), (1, 2), range(2)))
+
+
+def lost_models(tmp_path, monkeypatch):
+    """Yield the selected models that are not on disk at the end of sweeps whose processes were killed and failed."""
+    for number, (rule, seeds, seed) in enumerate(CASES):
+        rng = random.Random(seed)
+        sweep = FakeSweep(tmp_path / str(number), rng, rule=rule, seeds=seeds)
+        with monkeypatch.context() as patch:
+            kill_removals(rng, patch)
+            _, selected = play(sweep, rng, kills=True, num_failed=rng.choice([0, 3]))
+        yield from selected - sweep.models()
+
+
+def test_no_kill_loses_a_model_that_is_selected_later(tmp_path, monkeypatch):
+    assert list(lost_models(tmp_path, monkeypatch)) == []
+
+
+def test_the_best_of_what_is_there_alone_would_lose_some(tmp_path, monkeypatch):
+    """The negative control."""
+
+    def best_so_far(points, rule):
+        done = [point for point in points if point.quality is not None]
+        return {max((p for p in done if p.study == s), key=lambda p: p.quality).result for s in {p.study for p in done}}
+
+    monkeypatch.setattr(retention, "selectable", best_so_far)
+    assert any(lost_models(tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_on_disk_is_at_most_a_model_for_each_method_and_running_point(seed, tmp_path):
+    rng = random.Random(seed)
+    sweep = FakeSweep(tmp_path, rng, betas=(0.1, 0.5, 1.0, 3.0))
+    sizes, selected = play(sweep, rng, num_failed=seed % 2)
+    assert max(sizes) <= len(METHODS) + NUM_WORKERS < len(sweep.points)
+    assert sweep.models() == selected and len(selected) == len(METHODS)
+
+
+def two_sweeps(tmp_path, **other):
+    """Return a sweep whose points are done and not released yet, and another one of the same points."""
+    rng = random.Random(1)
+    sweep = FakeSweep(tmp_path, rng, betas=(0.1, 1.0))
+    for point in sweep.points:
+        sweep.align(point)
+        sweep.evaluate(point)
+    return sweep, FakeSweep(tmp_path, rng, name="other", betas=(0.1, 1.0), **other)
+
+
+def test_models_of_a_sweep_that_keeps_all_stay(tmp_path):
+    sweep, other = two_sweeps(tmp_path, keep="all")
+    sweep.finalize()
+    assert len(sweep.models()) == len(sweep.points)
+    other.folder.record.unlink()  # the control
+    assert len(sweep.finalize()) == len(sweep.models()) == len(METHODS)
+
+
+@pytest.mark.parametrize("keep", ["none", "best"])
+def test_a_model_stays_while_a_point_of_another_sweep_waits_for_it(keep, tmp_path):
+    sweep, other = two_sweeps(tmp_path, keep=keep)
+    selected = sweep.finalize()
+    loser = next(point for point in sweep.points if point["identity"] not in selected)
+    assert loser["identity"] not in sweep.models(), "the control: nobody waits"
+    sweep.align(loser)
+    shared = {**other.points[0], "identity": "later", "stages": {**loser["stages"], "evaluate": "later"}}
+    other.folder.write(other.record | {"points": [shared]})
+    sweep.finalize()
+    assert sweep.models() == selected | {loser["identity"]}
+    other.evaluate(shared)
+    release_models(other.folder, {"later"})
+    assert (loser["identity"] in sweep.models()) == (keep == "best"), "it may be the other sweep's best"
+
+
+def test_a_model_from_which_a_stage_samples_stays(tmp_path):
+    sweep, _ = two_sweeps(tmp_path, keep="none")
+    loser = next(point for point in sweep.points if point["identity"] not in sweep.selected())
+    work = sweep.store.work(StageName("generate", "reader"))
+    with Lease(work):
+        (work / "attempt-x").mkdir()
+        write_json(work / "attempt-x" / STAGE_FILE, {"upstream": {"checkpoint": loser["stages"]["align"]}})
+        sweep.finalize()
+        assert loser["identity"] in sweep.models() and len(sweep.models()) == len(METHODS) + 1
+    sweep.finalize()
+    assert loser["identity"] not in sweep.models(), "the control: it has been sampled"
+
+
+def test_a_model_that_is_being_computed_again_is_left_alone(tmp_path):
+    sweep, _ = two_sweeps(tmp_path, keep="none")
+    loser = next(point for point in sweep.points if point["identity"] not in sweep.selected())
+    with Lease(sweep.store.work(StageName("align", loser["stages"]["align"]))):
+        sweep.finalize()
+        assert loser["identity"] in sweep.models()
+    sweep.finalize()
+    assert loser["identity"] not in sweep.models()
+
+
+def test_a_damaged_record_of_another_sweep_keeps_every_model(tmp_path, capfd):
+    sweep, other = two_sweeps(tmp_path)
+    other.folder.record.write_text("{")
+    sweep.finalize()
+    assert len(sweep.models()) == len(sweep.points)
+    assert str(other.folder.record) in capfd.readouterr().err
+
+
+def test_keep_none_removes_each_model_with_its_result(tmp_path):
+    rng = random.Random(0)
+    sweep = FakeSweep(tmp_path, rng, keep="none", betas=(0.1,))
+    for point in sweep.points:
+        sweep.align(point)
+        release_models(sweep.folder, {point["identity"]})
+        assert sweep.models() == {point["identity"]}, "it waits for its result"
+        sweep.evaluate(point)
+        release_models(sweep.folder, {point["identity"]})
+        assert sweep.models() == set()
