@@ -89,7 +89,7 @@ class WorkerPool:
                 group.request_stop(reason)
 
     def _collect(self) -> list[tuple[Stage, str | None]]:
-        """Wait for results and return the stages that are done (None) or failed (why); perhaps none after half a second.
+        """Wait for results and return the stages that are done (None) or failed (why); none after half a second.
 
         A group of which a process died is replaced. Its stage is retried: a kill is no fault of the stage, which
         resumes from its checkpoint in fresh processes.

@@ -115,7 +115,7 @@ class PoolResources(JobResources):
 
     @property
     def num_workers(self) -> int:
-        """Groups of processes in a job, each of which computes a point, on GPUs of its own or, without GPUs, on cores."""
+        """Groups of processes in a job, each of which computes a point on GPUs of its own, or on cores without GPUs."""
         return max(1, (self.gpus or self.cpus_per_task) // self.gpus_per_point)
 
     @property
