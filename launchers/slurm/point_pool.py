@@ -86,10 +86,10 @@ def run_points(
 ) -> None:
     """Compute the points of one element of the submission in `folder`, as many at once as the job has GPUs for.
 
-    results: the `evaluate` stages of its tasks. num_workers: points at once in a job without GPUs. Points that ended in
-    an earlier run of the job are left as they are; the others resume from their checkpoints. A point that fails ends
-    alone. Raises SweepFailed at the end when some have failed, so that the state in SLURM is FAILED. On USR2 (near the
-    time limit) and TERM the running stages save checkpoints and the job exits with EXIT_REQUEUE.
+    results: the `evaluate` stages of its tasks. num_workers: points at once. Points that ended in an earlier run of the
+    job are left as they are; the others resume from their checkpoints. A point that fails ends alone. Raises
+    SweepFailed at the end when some have failed, so that the state in SLURM is FAILED. On USR2 (near the time limit)
+    and TERM the running stages save checkpoints and the job exits with EXIT_REQUEUE.
     """
     submission = read_submission(folder)
     tasks, store = submission.tasks_of(element), submission.sweep.store
@@ -166,7 +166,8 @@ def _compute(
 
 def _slots(num_workers: int, gpus_per_point: int, schedule: Schedule, store: Store) -> list[GroupSlot]:
     """Return what each group of worker processes of this job may use, and until when."""
-    gpus, seconds_left = visible_gpus(), cluster.seconds_left(JobEnvironment().job_id)
+    # A job that has its node to itself may see more GPUs than it asked for.
+    gpus, seconds_left = visible_gpus()[: num_workers * gpus_per_point], cluster.seconds_left(JobEnvironment().job_id)
     # The signal was asked for before anybody had measured a save; a requeued job has the same one again.
     end = None if seconds_left is None else (time.monotonic() + seconds_left, NEAR_TIME_LIMIT)
     return group_slots(
