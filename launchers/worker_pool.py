@@ -62,8 +62,8 @@ class WorkerPool:
         are done (None) or have failed (why) since. Raises Interrupted once all stages have stopped, after this process
         was asked to stop.
         """
-        for slot in self.slots:
-            self.groups.append(WorkerGroup(slot))
+        if not self.schedule.finished():
+            self.groups.extend(map(WorkerGroup, self.slots))
         asked: set[str] = set()  # identities of stages that were asked to stop
         while not self.schedule.finished():
             if reason := preemption.stop_reason():

@@ -72,11 +72,15 @@ def test_a_point_that_fails_ends_alone_and_fails_the_job_at_its_end(undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_job_that_is_stopped_or_killed_continues_where_it_was(signum, undisturbed, tmp_path):
     submission = submitted_at(tmp_path)
     job = start_job(submission)
-    wait_until(lambda: sum(newest_steps(tmp_path)) > 4 or job.poll() is not None, 120, "checkpoints of alignments")
+    try:
+        wait_until(lambda: sum(newest_steps(tmp_path)) > 4 or job.poll() is not None, 300, "checkpoints of alignments")
+    except AssertionError:
+        os.killpg(job.pid, signal.SIGKILL)
+        raise
     os.killpg(job.pid, signum)  # to the workers, too, as slurmstepd does
     output = job.communicate(timeout=60)[0]
     steps, ended = newest_steps(tmp_path), list((tmp_path / "store").glob("*/*/DONE"))
@@ -88,8 +92,7 @@ def test_a_job_that_is_stopped_or_killed_continues_where_it_was(signum, undistur
         assert job.returncode == EXIT_REQUEUE and "Traceback" not in output, output
         assert "stopped" in states(submission) and not {"running", "waiting"} & set(states(submission))
         statuses = [task.status() for task in submission.tasks]
-        near = {status["near_time_limit"] for status in statuses if status["state"] == "stopped"}
-        assert near == {signum == signal.SIGUSR2}
+        assert not any(status["near_time_limit"] for status in statuses if status["state"] == "stopped")
 
     run(submission)
     assert states(submission) == ["done", "failed", "done"]
