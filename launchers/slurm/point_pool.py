@@ -17,6 +17,7 @@ from launchers.progress_table import LiveTable
 from launchers.slurm import cluster
 from launchers.slurm.job import (
     EXIT_REQUEUE,
+    LINE_SECONDS,
     NEAR_TIME_LIMIT,
     STARTUP_JITTER,
     log,
@@ -159,7 +160,7 @@ def _compute(
         if _result_of(task) in plan.done:  # a kill came between its publication and its status
             statuses.end(task, None)
     pool = WorkerPool(schedule, slots, log_file)
-    table = LiveTable(name, schedule, store, pool.groups)
+    table = LiveTable(name, schedule, store, pool.groups, LINE_SECONDS)
     with pool, table:
         pool.run(lambda stage: statuses.started(stage.identity), finished)
 
