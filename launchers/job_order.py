@@ -71,6 +71,10 @@ class Schedule:
         self.waiting[stage.identity] = self.running.pop(stage.identity)
         return True
 
+    def postpone(self, stage: Stage) -> None:
+        """Move a running stage that has stopped on request back to `waiting`."""
+        self.waiting[stage.identity] = self.running.pop(stage.identity)
+
     def finished(self) -> bool:
         return not self.waiting and not self.running
 

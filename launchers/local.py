@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import signal
-from multiprocessing.connection import wait
 
 from launchers.job_order import Schedule
+from launchers.processes import check_num_processes
 from launchers.progress_table import LiveTable
 from launchers.protocol import PlanLauncher
-from launchers.worker import WORKER_DIED, Worker, WorkerSlot
+from launchers.worker import WorkerSlot
+from launchers.worker_group import GroupSlot
+from launchers.worker_pool import WorkerPool, group_slots
 from src.errors import ConfigError, PointFailure
-from src.hardware import cores, visible_gpus
+from src.hardware import visible_gpus
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.preflight import check_cpu_threads, check_programs
 from src.store.retention import release_models
+from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
-
-log = logging.getLogger(__name__)
 
 MAX_WORKERS = 1024  # processes, each of which holds a model
 
@@ -28,27 +28,47 @@ class LocalLauncher(PlanLauncher):
 
     runs_in_process = True
 
-    def __init__(self, workers: int | None = None) -> None:
-        if workers is not None and (type(workers) is not int or not 1 <= workers <= MAX_WORKERS):
-            raise ConfigError(f"hydra.launcher.workers={workers}: must be a number from 1 to {MAX_WORKERS}, or null")
-        self.workers = workers
+    def __init__(self, workers: int | None = None, gpus_per_point: int = 1) -> None:
+        for name, value in (("workers", workers), ("gpus_per_point", gpus_per_point)):
+            if (name, value) != ("workers", None) and (type(value) is not int or not 1 <= value <= MAX_WORKERS):
+                null = ", or null" if name == "workers" else ""
+                raise ConfigError(f"hydra.launcher.{name}={value}: must be a number from 1 to {MAX_WORKERS}{null}")
+        if (workers or 1) * gpus_per_point > MAX_WORKERS:
+            raise ConfigError(
+                f"hydra.launcher.workers={workers}: {workers} x gpus_per_point={gpus_per_point} is more than"
+                f" {MAX_WORKERS} processes"
+            )
+        self.workers, self.gpus_per_point = workers, gpus_per_point
 
     def check(self, plan: Plan) -> None:
         """Raise ConfigError for a plan that cannot run here, before anything is written."""
-        if plan.needed:
-            check_programs(plan.points)
-            check_cpu_threads(plan.points)
+        if not plan.needed:
+            return
+        gpus = visible_gpus()
+        if gpus and len(gpus) < self.gpus_per_point:
+            raise ConfigError(
+                f"hydra.launcher.gpus_per_point={self.gpus_per_point}: this machine has {len(gpus)} GPUs; set at most"
+                " so many"
+            )
+        for stage in (plan.stages[identity] for identity in plan.needed):
+            if stage.is_training:
+                key = "hydra.launcher.gpus_per_point"
+                check_num_processes(stage.point, stage.kind, self.gpus_per_point, key, f"{key}=1")
+        check_programs(plan.points)
+        check_cpu_threads(plan.points)
 
     def num_processes(self, stage: Stage) -> int:
-        """Return 1: each worker computes stages of its own."""
-        return 1
+        """Return the processes of a point, or 1 for what one of them computes by itself."""
+        return self.gpus_per_point if stage.is_shared else 1
 
     def max_running(self, plan: Plan) -> int:
-        """Return the number of workers."""
-        return min(self.workers or len(visible_gpus()) or cores(), super().max_running(plan))
+        """Return the number of groups of workers."""
+        return len(self._slots(plan))
 
     def on_gpus(self, number: int) -> str:
-        """Return the overrides for a number of GPUs, which only jobs have together."""
+        """Return the overrides for a number of GPUs: of this machine, or of jobs where it has fewer."""
+        if len(visible_gpus()) >= number:
+            return f"hydra.launcher.gpus_per_point={number}"
         return f"hydra/launcher=slurm {super().on_gpus(number)}"
 
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure]:
@@ -60,54 +80,25 @@ class LocalLauncher(PlanLauncher):
             return {}
         schedule, store = Schedule(plan), folder.store
         folder.logs.mkdir(parents=True, exist_ok=True)
-        gpus = visible_gpus()
-        num_workers = self.max_running(plan)
+        pool = WorkerPool(schedule, self._slots(plan), lambda number, stage: folder.logs / f"worker-{number}.log")
+        table = LiveTable(folder.name, schedule, store, pool.groups)
+
+        def finished(stages: list[tuple[Stage, str | None]]) -> None:
+            if results := {stage.identity for stage, error in stages if stage.kind == "evaluate" and error is None}:
+                release_models(folder, results)
+            table.update(stages)
+
         previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        workers: list[Worker] = []
         try:
-            with LiveTable(folder.name, schedule, store, workers) as table:
-                for i in range(num_workers):
-                    gpu, log_file = gpus[i % len(gpus)] if gpus else None, folder.logs / f"worker-{i}.log"
-                    workers.append(Worker(WorkerSlot(num_workers, gpu, store.output_dir, log_file)))
-                while not schedule.finished():
-                    for worker in workers:
-                        if worker.stage is None and (stage := schedule.next()) is not None:
-                            worker.submit(stage)
-                    finished = _collect_finished(workers, schedule)
-                    for stage, error in finished:
-                        if stage.kind == "evaluate" and error is None:
-                            release_models(folder, {stage.identity})
-                    table.update(finished)
+            with pool, table:
+                pool.run(finished=finished)
         finally:
-            for worker in workers:
-                worker.stop()
             signal.signal(signal.SIGTERM, previous_handler)
         failures = schedule.failures
         return {result: PointFailure("failed", failures[result]) for result in plan.results if result in failures}
 
+    def _slots(self, plan: Plan) -> list[GroupSlot]:
+        def worker(num_processes: int, gpus: str | None) -> WorkerSlot:
+            return WorkerSlot(num_processes, gpus, Store(plan.points[0].output_dir).output_dir)
 
-def _collect_finished(workers: list[Worker], schedule: Schedule) -> list[tuple[Stage, str | None]]:
-    """Wait for results and return the stages that are done (None) or failed (why), after half a second perhaps none.
-
-    A worker that died is replaced. Its stage is retried: a kill is no fault of the stage, which resumes from its
-    checkpoint in a fresh process.
-    """
-    busy = [worker for worker in workers if worker.stage is not None]
-    ready = wait([handle for worker in busy for handle in (worker.pipe, worker.process.sentinel)], timeout=0.5)
-    finished: list[tuple[Stage, str | None]] = []
-    for number, worker in enumerate(workers):
-        stage = worker.stage
-        if stage is None or not (worker.pipe in ready or worker.process.sentinel in ready):
-            continue
-        error, worker.stage = worker.result(), None
-        if error is None:
-            schedule.done(stage)
-        elif error.startswith(WORKER_DIED) and schedule.requeue(stage):
-            log.warning("%s: %s; retrying", stage.label, error)
-        else:
-            schedule.fail(stage, error)
-        if stage.identity not in schedule.waiting:
-            finished.append((stage, error))
-        if not worker.process.is_alive():
-            workers[number] = Worker(worker.slot)
-    return finished
+        return group_slots(self.workers, self.gpus_per_point, visible_gpus(), super().max_running(plan), worker)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launchers.job_order import Schedule
-from launchers.worker import Worker
+from launchers.worker_group import WorkerGroup
 from src.planning.stage import Stage
 from src.progress import seconds_text
 from src.store.store import Store, read_result
@@ -32,7 +32,15 @@ def metrics_text(artifacts: Path) -> str:
 class LiveTable:
     """Shows what the workers are computing, and a line for each shared stage, point or failure that finished."""
 
-    def __init__(self, name: str, schedule: Schedule, store: Store, workers: list[Worker]) -> None:
+    def __init__(
+        self,
+        name: str,
+        schedule: Schedule,
+        store: Store,
+        workers: list[WorkerGroup],
+        line_seconds: float = LINE_SECONDS,
+    ) -> None:
+        self.line_seconds = line_seconds
         self.name, self.schedule, self.store, self.workers = name, schedule, store, workers
         self.live = Live(console=Console(markup=False, emoji=False), auto_refresh=False, transient=True)
         self.is_terminal = self.live.console.is_terminal
@@ -64,7 +72,7 @@ class LiveTable:
                 self._print(f"done   {stage.point.label}: {metrics_text(self.store.dir(stage))}")
         if self.is_terminal:
             self.live.update(self._table(), refresh=True)
-        elif time.monotonic() - self._last_line > LINE_SECONDS:
+        elif time.monotonic() - self._last_line > self.line_seconds:
             running = [worker.stage for worker in self.workers if worker.stage is not None]
             self._print(", ".join(f"{stage.label} {self._fraction(stage):.0%}" for stage in running))
 

@@ -36,7 +36,7 @@ class PlanLauncher(Launcher):
 
     def max_running(self, plan: Plan) -> int:
         """Return how many points of the plan are computed at once, at most."""
-        return max(1, sum(result in plan.needed for result in plan.results))
+        return max(1, plan.num_points_to_compute)
 
     def on_gpus(self, number: int) -> str:
         """Return the overrides of a sweep whose training stages are each computed on a number of GPUs."""

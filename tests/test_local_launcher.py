@@ -1,5 +1,6 @@
 """The worker processes of the local launcher: interrupted, killed, and orphaned by a killed launcher."""
 
+import json
 import os
 import signal
 import subprocess
@@ -57,6 +58,59 @@ def test_a_model_that_only_several_gpus_hold_is_refused_as_each_worker_has_one(e
         Forecast(plan, LocalLauncher().num_processes, all_rehearsed=False).check()
     assert f"engine={engine}" in str(refused.value) and "\n" not in str(refused.value)
     Forecast(plan, lambda stage: 8, all_rehearsed=False).check()  # the control: a job of eight GPUs
+
+
+GROUP = ["engine=ddp", "hydra.launcher.gpus_per_point=2", "hydra.launcher.workers=1", "dataset.sft_size=64"]
+
+
+@pytest.mark.slow
+def test_a_point_of_several_processes_fails_alone_and_a_killed_process_is_replaced(tmp_path):
+    points = ["-m", "method=orpo", "beta=1", "lr=1e-3,1e5", *SMALL, *GROUP]  # the second learning rate diverges
+    launcher = start(*points, "trainer.align.epochs=8", f"output_dir={tmp_path}", "sweep.name=group")
+    wait_for_alignment(tmp_path)
+    _, follower = sorted(workers_of(launcher), key=lambda process: process.pid)
+    follower.kill()
+    output = launcher.communicate(timeout=300)[0]
+    assert launcher.returncode == 1 and "1 of 2 points failed" in output, output
+    assert states(tmp_path, "group") == ["done", "failed"]
+    log = (SweepFolder(tmp_path / "sweeps" / "group").logs / "worker-0.log").read_text()
+    assert "resuming from step" in log
+    records = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*/*/DONE")]
+    assert {r["processes"] for r in records if r["stage"] in ("sft", "align")} == {2}
+    assert {r["processes"] for r in records if r["stage"] == "evaluate"} == {1}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "options", "message"),
+    [
+        (["0", "1"], ["engine=ddp"], {"gpus_per_point": 4}, "gpus_per_point=4: this machine has 2 GPUs"),
+        ([], ["engine=single"], {"gpus_per_point": 2}, "but engine=single uses one: choose engine=fsdp, or hydra"),
+        ([], ["engine=ddp", "trainer.align.batch_size=2"], {"gpus_per_point": 4}, "align.batch_size=2: below the 4"),
+        ([], [], {"gpus_per_point": 0}, "gpus_per_point=0: must be a number from 1 to 1024"),
+        ([], [], {"gpus_per_point": None}, "gpus_per_point=None: must be a number from 1 to 1024"),
+        ([], [], {"workers": "x"}, "workers=x: must be a number from 1 to 1024, or null"),
+        ([], [], {"workers": 512, "gpus_per_point": 4}, "workers=512: 512 x gpus_per_point=4 is more than 1024"),
+    ],
+)
+def test_points_that_cannot_have_so_many_processes_are_refused(
+    gpus, overrides, options, message, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("launchers.local.visible_gpus", lambda: gpus)
+    plan = make_plan([point("method=orpo", "beta=1", *overrides)], Store(tmp_path))
+    with pytest.raises(ConfigError, match=message) as refused:
+        LocalLauncher(**options).check(plan)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_machine_with_enough_gpus_needs_no_jobs_for_points_of_several(monkeypatch, tmp_path):
+    monkeypatch.setattr("launchers.local.visible_gpus", lambda: ["0", "1"])
+    launcher = LocalLauncher(gpus_per_point=2)
+    plan = make_plan([point("method=orpo", "beta=1", "engine=ddp")], Store(tmp_path))
+    launcher.check(plan)
+    processes = {stage.kind: launcher.num_processes(stage) for stage in plan.stages.values()}
+    assert processes == {"sft": 2, "generate": 1, "align": 2, "evaluate": 1}
+    assert launcher.on_gpus(2) == "hydra.launcher.gpus_per_point=2"
+    assert launcher.on_gpus(4) == "hydra/launcher=slurm hydra.launcher.gpus_per_node=4"
 
 
 @pytest.mark.slow

@@ -7,10 +7,8 @@ import pytest
 
 from launchers.slurm import cluster, submit
 from launchers.slurm.job_records import new_submission
-from launchers.slurm.options import complete_options
 from launchers.slurm.time_limit import after_timeouts, signal_delay
 from src import preemption
-from src.config.hydra_setup import register
 from src.errors import ConfigError
 from src.planning.identity import VERSIONS
 from src.planning.save_time import SaveTimes, seconds_to_stop
@@ -19,20 +17,9 @@ from src.store.integrity import describe_files
 from src.store.store import CHECKPOINT_FILE, CHECKPOINTS, Store
 from src.store.sweep_folder import SweepFolder
 from tests.support.configs import TINY, stage_of
+from tests.support.slurm_options import slurm_options
 
 POINT = [*TINY, "method=dpo", "beta=0.1"]
-
-
-def options(launcher="slurm", **values):
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from src.config.schema import CONF_DIR
-
-    register()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("train", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
-    return complete_options(OmegaConf.to_container(config.hydra.launcher) | values)
 
 
 def finish(store, stage, **done):
@@ -69,12 +56,12 @@ def test_an_8b_model_gets_a_longer_signal_delay_than_the_default_before_anything
     stage = stage_of("align", "setup=llama31_8b_uf", "method=dpo", "beta=0.1")
     times = SaveTimes(Store(tmp_path))
     assert times.seconds(stage) == pytest.approx(12 * 8.03e9 / 0.5e9, rel=0.01)
-    assert signal_delay("align", [stage], options(), times) > 1.5 * times.seconds(stage) > 120
+    assert signal_delay("align", [stage], slurm_options(), times) > 1.5 * times.seconds(stage) > 120
 
 
 def test_the_signal_comes_at_least_as_early_as_the_measured_save_takes(tmp_path):
     store, stage = Store(tmp_path), stage_of("align", *POINT)
-    delay = lambda **values: signal_delay("align", [stage], options(**values), SaveTimes(store))  # noqa: E731
+    delay = lambda **values: signal_delay("align", [stage], slurm_options(**values), SaveTimes(store))  # noqa: E731
     assert delay() == 120 and delay(signal_delay_s=900) == 900  # the control: what is configured
     leave_checkpoint(store, stage, save_seconds=400.0)
     assert delay() == seconds_to_stop(400.0) == 630
@@ -83,6 +70,14 @@ def test_the_signal_comes_at_least_as_early_as_the_measured_save_takes(tmp_path)
         ConfigError, match=r"timeout_min=11 is too short for align jobs: a checkpoint takes about 400 s"
     ):
         delay(timeout_min=11)
+
+
+def test_points_that_one_job_computes_at_once_have_time_to_save_at_once(tmp_path):
+    store, stage = Store(tmp_path), stage_of("align", *POINT)
+    leave_checkpoint(store, stage, save_seconds=100.0)
+    delay = lambda **values: signal_delay("align", [stage], slurm_options(**values), SaveTimes(store))  # noqa: E731
+    assert delay(gpus_per_node=4, points_per_job=8) == seconds_to_stop(400.0)
+    assert delay(gpus_per_node=4) == seconds_to_stop(100.0)  # the control
 
 
 @pytest.fixture
@@ -108,7 +103,7 @@ def test_sbatch_is_asked_for_that_signal_and_for_twice_as_much_after_a_timeout(s
     folder, stage = SweepFolder(tmp_path / "sweeps" / "s"), stage_of("align", *POINT)
     tasks = [("a point", [["align", stage.identity]])]
     first = new_submission(folder, "align", tasks, signal_delay_s=300)
-    submit._sbatch(first, options(), print, [((stage,),)])
+    submit._sbatch(first, slurm_options(), print, [((stage,),)])
     assert [request["signal_delay_s"] for request in submissions] == [300]
     (task,) = first.tasks
 
@@ -175,10 +170,10 @@ def test_the_time_left_is_read_as_squeue_writes_it(text, seconds, monkeypatch):
 
 
 def test_a_job_of_eight_gpus_asks_for_the_memory_of_its_node_and_others_for_the_sites_default():
-    kinds = options("slurm_8gpu").kinds
+    kinds = slurm_options("slurm_8gpu").kinds
     assert [kinds[kind].sbatch().get("mem") for kind in ("sft", "align")] == ["0", "0"]
     assert [kinds[kind].sbatch().get("mem") for kind in ("reference", "baseline", "aggregate")] == [None] * 3
-    assert options(mem_gb=1.5).kinds["align"].sbatch()["mem"] == "1536M"
+    assert slurm_options(mem_gb=1.5).kinds["align"].sbatch()["mem"] == "1536M"
 
 
 def test_the_record_of_a_submission_has_its_signal_delay(tmp_path):

@@ -19,7 +19,7 @@ def job_kind(stage: Stage) -> str:
 
 @dataclass
 class JobTask:
-    """One job, or one task of a job array."""
+    """What is submitted for one point, or for one shared stage."""
 
     label: str
     targets: list[Stage]  # the stages it is submitted for
@@ -31,17 +31,19 @@ class JobArray:
     """One call of sbatch: a job array, or a single job."""
 
     kind: str  # sft, reference, baseline, align
-    tasks: list[JobTask]
+    jobs: list[list[JobTask]]  # the tasks of each job: several where a job computes several points
     upstream: tuple[str, ...]  # identities of the stages that other jobs have to compute first
-    parallelism: int | None = None  # the number of tasks that may run at once; None: all
+    parallelism: int | None = None  # the number of jobs that may run at once; None: all
 
 
 def job_arrays(
-    plan: Plan, in_flight: Collection[str], skipped: Collection[str], max_array_size: int
+    plan: Plan, in_flight: Collection[str], skipped: Collection[str], max_array_size: int, points_per_job: int = 1
 ) -> Iterator[JobArray]:
     """Yield the sbatch calls that a plan needs, each after those it depends on.
 
     in_flight: identities of stages that queued or running jobs compute. skipped: results not to be computed.
+    points_per_job: how many of the points that wait for the same stages one job computes. When it computes several,
+    those that share a stage, such as an alignment that two judges see, are in one job, which may have more points then.
     """
     todo = {identity for identity in plan.needed if identity not in in_flight}
     points = [
@@ -53,7 +55,7 @@ def job_arrays(
     todo &= num_points.keys()
 
     def is_shared(identity: str) -> bool:
-        return plan.stages[identity].role in SHARED or num_points[identity] > 1
+        return plan.stages[identity].role in SHARED or (points_per_job == 1 and num_points[identity] > 1)
 
     def task(label: str, targets: list[Stage]) -> JobTask:
         upstream = {identity for stage in targets for identity in _all_upstream(stage)}
@@ -67,14 +69,30 @@ def job_arrays(
 
     for identity, stage in plan.stages.items():
         if identity in todo and is_shared(identity):
-            yield JobArray(job_kind(stage), [task(stage.label, [stage])], upstream_of([stage]))
-    by_upstream: dict[tuple[str, ...], list[JobTask]] = defaultdict(list)
+            yield JobArray(job_kind(stage), [[task(stage.label, [stage])]], upstream_of([stage]))
+    # Points that share a stage share the first one that is to do.
+    together: dict[str, list[JobTask]] = defaultdict(list)
     for point, stage_ids in points:
         targets = [plan.stages[i] for i in stage_ids if i in todo and not is_shared(i)]
-        by_upstream[upstream_of(targets)].append(task(point.label, targets))
-    for upstream, tasks in by_upstream.items():
-        for start in range(0, len(tasks), max_array_size):
-            yield JobArray("align", tasks[start : start + max_array_size], upstream)
+        together[targets[0].identity].append(task(point.label, targets))
+    by_upstream: dict[tuple[str, ...], list[list[JobTask]]] = defaultdict(list)
+    for tasks in together.values():
+        by_upstream[upstream_of([stage for job_task in tasks for stage in job_task.targets])].append(tasks)
+    for upstream, groups in by_upstream.items():
+        jobs = _pack(groups, points_per_job)
+        for start in range(0, len(jobs), max_array_size):
+            yield JobArray("align", jobs[start : start + max_array_size], upstream)
+
+
+def _pack(groups: list[list[JobTask]], points_per_job: int) -> list[list[JobTask]]:
+    """Return the tasks of each job: at most so many, or a group that has more, in their order."""
+    jobs: list[list[JobTask]] = []
+    for tasks in groups:
+        if jobs and len(jobs[-1]) + len(tasks) <= points_per_job:
+            jobs[-1].extend(tasks)
+        else:
+            jobs.append(list(tasks))
+    return jobs
 
 
 def _all_upstream(stage: Stage) -> Iterator[str]:
@@ -84,7 +102,7 @@ def _all_upstream(stage: Stage) -> Iterator[str]:
 
 
 def split_parallelism(total: int | None, sizes: list[int]) -> list[int | None]:
-    """Split `total` tasks that may run at once over job arrays in proportion to their sizes, at least one each."""
+    """Split `total` jobs that may run at once over job arrays in proportion to their sizes, at least one each."""
     if total is None:
         return [None] * len(sizes)
     exact = [total * size / sum(sizes) for size in sizes]

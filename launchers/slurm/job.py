@@ -1,4 +1,7 @@
-"""The functions that SLURM jobs run: `run_task` computes stages, `run_aggregation` finalizes the sweep."""
+"""The functions that SLURM jobs run: `run_task` computes stages, `run_aggregation` finalizes the sweep.
+
+That of jobs with several points is `launchers/slurm/point_pool.py:run_points`.
+"""
 
 from __future__ import annotations
 
@@ -116,23 +119,8 @@ def report_status(task: Task) -> Iterator[None]:
 
     Rank 0 writes it, and any process that fails first.
     """
-    # submitit's own handlers would requeue the job before a checkpoint is saved.
-    for signum in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(signum, _request_stop)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    logging.getLogger("submitit").setLevel(logging.WARNING)
-    logging.captureWarnings(True)
-    _remove_partial_result()
-    is_main_process, previous = rank() == 0, task.status()
-    status: dict[str, Any] = {
-        **{key: previous[key] for key in ("stalled_runs", "progress_marker") if key in previous},
-        "host": os.uname().nodename,
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "node": os.environ.get("SLURMD_NODENAME"),
-        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        "starts": previous.get("starts", 0) + 1,
-        "started": time.time(),
-    }
+    set_up_process()
+    is_main_process, status = rank() == 0, status_at_start(task)
     if is_main_process:
         task.write_status({**status, "state": "running"})
     try:
@@ -153,6 +141,31 @@ def report_status(task: Task) -> Iterator[None]:
         raise
     if is_main_process:
         task.write_status({**status, "state": "done"})
+
+
+def set_up_process() -> None:
+    """Prepare a process of a job: its signals, its log, and what an earlier run of it has left."""
+    # submitit's own handlers would requeue the job before a checkpoint is saved.
+    for signum in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(signum, _request_stop)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+    logging.getLogger("submitit").setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    _remove_partial_result()
+
+
+def status_at_start(task: Task) -> dict[str, Any]:
+    """Return what the status of a task says of the run of its job that begins now."""
+    previous = task.status()
+    return {
+        **{key: previous[key] for key in ("stalled_runs", "progress_marker") if key in previous},
+        "host": os.uname().nodename,
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "starts": previous.get("starts", 0) + 1,
+        "started": time.time(),
+    }
 
 
 def _remove_partial_result() -> None:

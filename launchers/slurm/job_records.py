@@ -2,6 +2,7 @@
 
     submission.json   the request (kind, tasks and their stages), written before sbatch; then the job ids
     task-N.json       the status of task N, written by its job: where it runs, why it failed
+    task-N.log        the log of task N, where one job computes several
     *_log.out, *.err  the output of the jobs
 
 A job's name ends in the ID, so that jobs of a submitter that died before recording their ids can be found.
@@ -28,18 +29,30 @@ SCHEMA = 2  # of submission.json and the task files beside it
 
 @dataclass
 class Task:
-    """One job, or one task of a job array."""
+    """What one job was submitted for, or one of several points that a job computes."""
 
     folder: Path  # of its submission
     index: int  # in its submission
     label: str
     stages: list[list[str]]  # [kind, identity] of the stages it is submitted for, in order
+    element: int | None = None  # of the job array, where each job computes several points; None: that of the task
     job: str | None = None  # SLURM's id, 123 or 123_4
 
     @property
+    def shares_job(self) -> bool:
+        """Whether the job may go on when this task has ended."""
+        return self.element is not None
+
+    @property
     def log(self) -> Path:
-        """The file with the stderr of the first process."""
-        return self.folder / f"{self.job}_0_log.err"
+        """The file with the log of the task, or the stderr of the first process of its job."""
+        own = self.own_log
+        return own if self.shares_job and own.exists() else self.folder / f"{self.job}_0_log.err"
+
+    @property
+    def own_log(self) -> Path:
+        """The log of the task alone, in a job that computes several."""
+        return self.folder / f"task-{self.index}.log"
 
     def status(self) -> dict[str, Any]:
         """Return the last status that the job wrote; empty before it has started."""
@@ -73,7 +86,11 @@ class Submission:
 
     @property
     def jobs(self) -> list[str]:
-        return [task.job for task in self.tasks if task.job is not None]
+        return list(dict.fromkeys(task.job for task in self.tasks if task.job is not None))
+
+    def tasks_of(self, element: int) -> list[Task]:
+        """Return the tasks that this element of the job array computes."""
+        return [task for task in self.tasks if (task.element if task.shares_job else task.index) == element]
 
     def write(self) -> None:
         jobs = self.folder.parent
@@ -89,9 +106,12 @@ class Submission:
 
 
 def new_submission(
-    sweep: SweepFolder, kind: str, tasks: Iterable[tuple[str, list[list[str]]]], **fields: Any
+    sweep: SweepFolder,
+    kind: str,
+    tasks: Iterable[tuple[str, list[list[str]]] | tuple[str, list[list[str]], int | None]],
+    **fields: Any,
 ) -> Submission:
-    """Return a submission of the sweep, not written yet. tasks: label and stages of each."""
+    """Return a submission of the sweep, not written yet. tasks: label, stages and perhaps array element of each."""
     folder = sweep.jobs / uuid.uuid4().hex[:10]
     return Submission(folder, kind, [Task(folder, index, *task) for index, task in enumerate(tasks)], **fields)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from launchers.processes import check_num_processes
 from launchers.protocol import PlanLauncher
 from launchers.slurm import cluster
 from launchers.slurm.graph import job_kind
@@ -14,7 +15,6 @@ from launchers.slurm.status import failed_points, read_status
 from launchers.slurm.status_table import announce, watch
 from launchers.slurm.submit import submit
 from launchers.slurm.time_limit import signal_delay
-from src.config.schema import Point
 from src.errors import ConfigError, PointFailure
 from src.planning.plan import Plan
 from src.planning.save_time import SaveTimes
@@ -44,8 +44,10 @@ class SlurmLauncher(PlanLauncher):
             )
         kinds = {job_kind(plan.stages[identity]) for identity in plan.needed} | {"align"}
         for kind in sorted(kinds):
+            num_processes = self.options.kinds[kind].num_processes
+            where = self._decides_num_processes(kind)
             for point in plan.points:
-                self._check_num_processes(kind, point)
+                check_num_processes(point, kind, num_processes, where, f"{where}=1")
         times = SaveTimes(Store(output_dir))
         for kind in sorted(kinds):
             stages = [plan.stages[identity] for identity in plan.needed if job_kind(plan.stages[identity]) == kind]
@@ -53,30 +55,25 @@ class SlurmLauncher(PlanLauncher):
         for kind in sorted(kinds | {"aggregate"}):
             cluster.check_request(kind, self.options.kinds[kind].sbatch())
 
-    def _check_num_processes(self, kind: str, point: Point) -> None:
-        """Raise ConfigError unless the point's engine and batch size suit the number of processes of such a job."""
-        num_processes = self.options.kinds[kind].tasks
-        if kind in ("sft", "align"):
-            batch_size = getattr(point.trainer, kind).batch_size
-            if batch_size < num_processes:
-                raise ConfigError(
-                    f"trainer.{kind}.batch_size={batch_size}: below the {num_processes} processes of a {kind} job, each"
-                    " of which needs an example per step; lower hydra.launcher.gpus_per_node or nodes"
-                )
-        if num_processes > 1 and point.engine.strategy == "none":
-            raise ConfigError(
-                f"hydra.launcher: {kind} jobs have {num_processes} GPUs, but engine={point.engine.name} uses one:"
-                " choose engine=fsdp, or give the job gpus_per_node=1"
-            )
+    def _decides_num_processes(self, kind: str) -> str:
+        """Return the key that decides how many processes compute a stage of such a job together."""
+        if kind == "align" and self.options.points_per_job > 1:
+            return "hydra.launcher.gpus_per_point"
+        return f"hydra.launcher.kinds.{kind}.gpus_per_node"
 
     def num_processes(self, stage: Stage) -> int:
-        """Return the tasks of the stage's job, or 1 for what one of them computes by itself."""
-        return self.options.kinds[job_kind(stage)].tasks if stage.is_shared else 1
+        """Return the processes of the stage's job, or 1 for what one of them computes by itself."""
+        return self.options.kinds[job_kind(stage)].num_processes if stage.is_shared else 1
 
     def max_running(self, plan: Plan) -> int:
         """Return the points to compute, or array_parallelism, which bounds those of one submission."""
         number = super().max_running(plan)
         return min(self.options.array_parallelism or number, number)
+
+    def on_gpus(self, number: int) -> str:
+        """Return the overrides for a number of GPUs for each point."""
+        several = [name for name in ("points_per_job", "gpus_per_point") if getattr(self.options, name) > 1]
+        return " ".join([*(f"hydra.launcher.{name}=1" for name in several), super().on_gpus(number)])
 
     def launch_plan(self, plan: Plan, folder: SweepFolder, finalize: str) -> dict[str, PointFailure] | None:
         """Submit what is neither done nor queued or running; return None while jobs run.

@@ -62,16 +62,25 @@ class JobResources:
         return max(1, self.gpus)
 
     @property
-    def tasks(self) -> int:
-        """Processes of a job: one per GPU."""
+    def num_processes(self) -> int:
+        """Processes that compute a stage together: one per GPU of the job."""
         return self.nodes * self.tasks_per_node
+
+    @property
+    def cpus_per_slurm_task(self) -> int:
+        return self.cpus_per_task
+
+    @property
+    def points_at_once(self) -> int:
+        """Stages of different points that a job computes at once."""
+        return 1
 
     def sbatch(self) -> dict[str, Any]:
         """Return options of sbatch by their long names; True for one without a value."""
         values: dict[str, Any] = {
             **{name: getattr(self, name) for name in ("partition", "account", "qos", "constraint", "nodes")},
             "ntasks-per-node": self.tasks_per_node,
-            "cpus-per-task": self.cpus_per_task,
+            "cpus-per-task": self.cpus_per_slurm_task,
             "mem": None if self.mem_gb is None else f"{round(self.mem_gb * 1024)}M" if self.mem_gb else "0",
             "time": self.timeout_min,
             "gpus-per-node": self.gpus_per_node if self.gpus else None,
@@ -86,12 +95,43 @@ class JobResources:
 
 
 @dataclass
+class PoolResources(JobResources):
+    """The resources of a job that computes several points: one task of SLURM, which starts worker processes."""
+
+    gpus_per_point: int = 1
+    points_per_job: int = 1
+
+    @property
+    def tasks_per_node(self) -> int:
+        return 1
+
+    @property
+    def num_processes(self) -> int:
+        return self.gpus_per_point
+
+    @property
+    def cpus_per_slurm_task(self) -> int:
+        return self.cpus_per_task * max(1, self.gpus)
+
+    @property
+    def num_workers(self) -> int:
+        """Groups of processes in a job, each of which computes a point on GPUs of its own, or on cores without GPUs."""
+        return max(1, (self.gpus or self.cpus_per_task) // self.gpus_per_point)
+
+    @property
+    def points_at_once(self) -> int:
+        return min(self.points_per_job, self.num_workers)
+
+
+@dataclass
 class SlurmOptions(JobResources):
     """The schema of conf/hydra/launcher/slurm.yaml, which has the values and their meaning."""
 
     _target_: str = "hydra_plugins.alignment_sweep.SlurmLauncher"
     _recursive_: bool = False  # Hydra passes `kinds` as it is, with missing values
     kinds: dict[str, JobResources] = field(default_factory=lambda: {kind: JobResources() for kind in KINDS})
+    points_per_job: int = number(minimum=1, maximum=10_000)
+    gpus_per_point: int = number(minimum=1, maximum=1024)
     array_parallelism: int | None = number(minimum=1, maximum=10**6)
     signal_delay_s: int = number(minimum=1, maximum=65535)
     retry_failed: bool = MISSING
@@ -131,7 +171,44 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
             )
     if options.upload not in UPLOAD:
         raise ConfigError(f"hydra.launcher.upload={options.upload}: must be one of {', '.join(UPLOAD)}")
+    if options.points_per_job > 1:
+        options.kinds["align"] = _pool_resources(options)
+    elif options.gpus_per_point > 1:
+        raise ConfigError(
+            f"hydra.launcher.gpus_per_point={options.gpus_per_point}: is for jobs of several points"
+            " (points_per_job=N); a job of one point uses all its GPUs (gpus_per_node)"
+        )
     return options
+
+
+def _pool_resources(options: SlurmOptions) -> PoolResources:
+    """Return the resources of jobs of several points. Raises ConfigError where they cannot be divided among points."""
+    points, gpus_per_point = options.points_per_job, options.gpus_per_point
+    align = options.kinds["align"]
+    values = {key.name: getattr(align, key.name) for key in fields(JobResources)}
+    pool = PoolResources(**values, gpus_per_point=gpus_per_point, points_per_job=points)
+    where = f"hydra.launcher.points_per_job={points}"
+    if pool.nodes > 1:
+        raise ConfigError(
+            f"{where}: a job of several points has one node, but align jobs have nodes={pool.nodes}; set"
+            " hydra.launcher.kinds.align.nodes=1"
+        )
+    if (pool.gpus or gpus_per_point) % gpus_per_point:
+        raise ConfigError(
+            f"hydra.launcher.gpus_per_point={gpus_per_point}: must divide the {pool.gpus} GPUs of an align job"
+            " (gpus_per_node)"
+        )
+    if points * gpus_per_point < pool.gpus:
+        raise ConfigError(
+            f"{where}: would leave {pool.gpus - points * gpus_per_point} of the {pool.gpus} GPUs of an align job"
+            f" without work; at least {pool.num_workers}, or more gpus_per_point"
+        )
+    if options.array_parallelism is not None and options.array_parallelism < pool.points_at_once:
+        raise ConfigError(
+            f"hydra.launcher.array_parallelism={options.array_parallelism}: below the {pool.points_at_once} points"
+            f" that one job runs at once ({where}, {pool.gpus} GPUs); set at least so many"
+        )
+    return pool
 
 
 def _check_resources(resources: JobResources, where: str) -> None:

@@ -103,8 +103,12 @@ class StatusReader:
             return self._without_job(PointStatus(label, identity, "to do"), stages, recorded)
         status = PointStatus(label, identity, "failed", log=task.log, job=task.job)
         queued = self.queue.get(task.job or "")
-        if queued is not None and queued.state in _PENDING:
+        if task.shares_job and task.status().get("state") == "failed":
+            status.detail = str(task.status().get("error"))  # its job goes on with other points
+        elif queued is not None and queued.state in _PENDING:
             status.state, status.detail = "queued", self._pending_reason(queued, stages, task)
+        elif queued is not None and task.shares_job and task.status().get("state") != "running":
+            status.state, status.detail = "queued", "its job computes other points first"
         elif queued is not None:
             status.state = "running"
             self._add_progress(status, stages)

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from launchers.slurm.job_records import Submission
 from launchers.slurm.point_status import STATES, PointStatus
 from launchers.slurm.status import SweepStatus, read_status
 from launchers.slurm.submit import Submitted
@@ -35,10 +36,17 @@ def announce(plan: Plan, folder: SweepFolder, submitted: Submitted) -> None:
         f" {num_submitted} submitted"
     )
     for submission in submitted.submissions:
-        job, content = submission.jobs[0].partition("_")[0], submission.kind
-        print(f"  job {job:>8}  {f'{len(submission.jobs)} points' if content == 'align' else content}")
+        print(f"  job {submission.jobs[0].partition('_')[0]:>8}  {_content(submission)}")
     if submitted.submissions or submitted.in_flight:
         print(f"follow: python -m sweeps.status {path} --watch\ncancel: python -m sweeps.cancel {path}", flush=True)
+
+
+def _content(submission: Submission) -> str:
+    """Return what the jobs of a submission compute."""
+    if submission.kind != "align":
+        return submission.kind
+    num_jobs, num_points = len(submission.jobs), len(submission.tasks)
+    return f"{num_points} points" + (f" in {num_jobs} jobs" if submission.tasks[0].shares_job else "")
 
 
 def _first_three(labels: list[str]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,11 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from launchers.slurm import cluster
 from launchers.slurm.cluster import QueuedJob
-from launchers.slurm.graph import job_arrays, split_parallelism
+from launchers.slurm.graph import JobArray, job_arrays, split_parallelism
 from launchers.slurm.job import run_aggregation, run_task
 from launchers.slurm.job_records import Submission, all_submissions, new_submission
-from launchers.slurm.options import SlurmOptions
+from launchers.slurm.options import PoolResources, SlurmOptions
+from launchers.slurm.point_pool import run_points
 from launchers.slurm.time_limit import after_timeouts, signal_delay
 from src.errors import ConfigError
 from src.planning.plan import Plan
@@ -31,7 +33,7 @@ class Submitted:
     """The outcome of one call of `submit`."""
 
     submissions: list[Submission] = field(default_factory=list)  # new ones, the aggregation last
-    in_flight: int = 0  # points that queued or running jobs compute already
+    in_flight: int = 0  # points that are not done and that queued or running jobs compute already
 
 
 def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions, skipped: set[str]) -> Submitted:
@@ -45,28 +47,34 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
     cancel_unrecorded(known, queue)
     plan.refresh(store)  # after the queue was read: a job that has left it has published its stages
     in_flight = _in_flight(plan, known, queue)
-    outcome = Submitted(in_flight=sum(result in in_flight for result in plan.results))
+    outcome = Submitted(in_flight=sum(result in in_flight and result not in plan.done for result in plan.results))
 
-    arrays = list(job_arrays(plan, in_flight, skipped, cluster.max_array_size()))
+    arrays = list(job_arrays(plan, in_flight, skipped, cluster.max_array_size(), options.points_per_job))
     point_arrays = [array for array in arrays if array.kind == "align"]
-    parallelism = split_parallelism(options.array_parallelism, [len(array.tasks) for array in point_arrays])
+    limit = options.array_parallelism
+    num_jobs = None if limit is None else limit // options.kinds["align"].points_at_once
+    parallelism = split_parallelism(num_jobs, [len(array.jobs) for array in point_arrays])
     for array, count in zip(point_arrays, parallelism, strict=True):
         array.parallelism = count
     code = str(snapshot(folder.code, result_folders(store.output_dir)))
     jobs, times = dict(in_flight), SaveTimes(store)  # stage -> the job that computes it
     for array in arrays:
-        tasks = [(task.label, [[stage.kind, stage.identity] for stage in task.targets]) for task in array.tasks]
+        is_pool = isinstance(options.kinds[array.kind], PoolResources)
+        tasks = [
+            (task.label, [[stage.kind, stage.identity] for stage in task.targets], element if is_pool else None)
+            for element, job_tasks in enumerate(array.jobs)
+            for task in job_tasks
+        ]
         waits_for = list(dict.fromkeys(jobs[identity] for identity in array.upstream if identity in jobs))
         submission = new_submission(folder, array.kind, tasks, waits_for=waits_for, code=code)
-        targets = {stage.identity: stage for task in array.tasks for stage in task.targets}
+        targets = {stage.identity: stage for job in array.jobs for task in job for stage in task.targets}
         delay = signal_delay(array.kind, targets.values(), options, times)
         timeout_min = options.kinds[array.kind].timeout_min
         submission.signal_delay_s = after_timeouts(delay, targets, known, queue, timeout_min)
-        arguments = [(task.stages, submission.folder, i, options.upload) for i, task in enumerate(array.tasks)]
-        _sbatch(submission, options, run_task, arguments, array.parallelism)
+        pool_jobs = {task.job for s in (*known, *outcome.submissions) for task in s.tasks if task.shares_job}
+        _sbatch(submission, options, *_calls(array, submission, options), array.parallelism, pool_jobs & {*waits_for})
         outcome.submissions.append(submission)
-        for array_task, job in zip(array.tasks, submission.jobs, strict=True):
-            jobs |= {stage.identity: job for stage in array_task.targets}
+        jobs |= {identity: task.job for task in submission.tasks for _, identity in task.stages if task.job}
 
     sweep_submissions = [s for s in known if s.sweep.path == folder.path]
     stages = {identity for stage_ids in plan.point_stages for identity in stage_ids}
@@ -84,14 +92,27 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
     return outcome
 
 
+def _calls(
+    array: JobArray, submission: Submission, options: SlurmOptions
+) -> tuple[Callable[..., None], list[tuple[Any, ...]]]:
+    """Return the function that the jobs of an array run, and the arguments of each."""
+    folder, resources = submission.folder, options.kinds[array.kind]
+    if isinstance(resources, PoolResources):
+        pool = resources.num_workers, resources.gpus_per_point
+        results = ([task.targets[-1] for task in job] for job in array.jobs)
+        return run_points, [(points, folder, n, options.upload, *pool) for n, points in enumerate(results)]
+    return run_task, [(task.stages, folder, n, options.upload) for n, (task,) in enumerate(array.jobs)]
+
+
 def _in_flight(plan: Plan, known: list[Submission], queue: dict[str, QueuedJob]) -> dict[str, str]:
     """Return the queued or running job of every stage that has one, and cancel jobs whose upstream has failed."""
     live: dict[str, str] = {}
     for submission in known:
         for task in submission.tasks:
             job = queue.get(task.job or "")
-            # A job that has failed can stay COMPLETING for long.
-            if job is not None and not (job.state == "COMPLETING" and task.status().get("state") == "failed"):
+            # A job that has failed can stay COMPLETING for long; one with several points goes on with the others.
+            has_ended = job is not None and (task.shares_job or job.state == "COMPLETING")
+            if job is not None and not (has_ended and task.status().get("state") == "failed"):
                 live |= {identity: job.id for _, identity in task.stages}
     # SLURM cancels the dependents of a failed job when it next evaluates dependencies, which may be later than now.
     cancelled: set[str] = set()
@@ -100,7 +121,7 @@ def _in_flight(plan: Plan, known: list[Submission], queue: dict[str, QueuedJob])
         if is_doomed and identity in live and queue[live[identity]].reason.startswith("Dependency"):
             cancelled.add(live.pop(identity))
     cluster.cancel(cancelled)
-    return live
+    return {identity: job for identity, job in live.items() if job not in cancelled}
 
 
 def cancel_unrecorded(known: list[Submission], queue: dict[str, QueuedJob]) -> None:
@@ -118,25 +139,32 @@ def _sbatch(
     function: Callable[..., None],
     arguments: Sequence[tuple[Any, ...]],
     parallelism: int | None = None,
+    may_fail: Collection[str | None] = (),
 ) -> None:
-    """Submit one task for each tuple of arguments and record the ids. Raises ConfigError when sbatch fails."""
+    """Submit one job for each tuple of arguments and record the ids. Raises ConfigError when sbatch fails.
+
+    may_fail: jobs that a failure of what is no upstream of this one makes fail. A task computes what is missing itself.
+    """
     submission.write()
     resources = options.kinds[submission.kind]
     flags = resources.sbatch()
     native = {"nodes": flags.pop("nodes"), "ntasks_per_node": flags.pop("ntasks-per-node"), "time": flags.pop("time")}
     if submission.waits_for:
-        condition = "afterany" if submission.kind == "aggregate" else "afterok"
+        conditions: dict[str, list[str]] = defaultdict(list)
+        for job in submission.waits_for:
+            conditions["afterany" if submission.kind == "aggregate" or job in may_fail else "afterok"].append(job)
+        dependency = ",".join(":".join([condition, *jobs]) for condition, jobs in conditions.items())
         # A job whose dependency failed is cancelled.
-        flags |= {"dependency": ":".join([condition, *submission.waits_for]), "kill-on-invalid-dep": "yes"}
+        flags |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     executor = submitit.SlurmExecutor(submission.folder)
     executor.update_parameters(
         **native,
         job_name=f"{submission.sweep.name}-{submission.kind}-{submission.folder.name}",
         signal_delay_s=submission.signal_delay_s,
-        array_parallelism=parallelism or len(submission.tasks),
+        array_parallelism=parallelism or len(arguments),
         wckey=None,  # a site may reject submitit's default
         # Since 22.05 srun does not inherit cpus-per-task from sbatch.
-        srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={resources.cpus_per_task}"],
+        srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={resources.cpus_per_slurm_task}"],
         additional_parameters={"requeue": True, **flags},
         setup=[
             *resources.shell(),
@@ -153,14 +181,15 @@ def _sbatch(
     )
     try:
         with cluster.clean_environment(flags):
-            jobs = executor.map_array(function, *zip(*arguments, strict=True))
+            submitted = executor.map_array(function, *zip(*arguments, strict=True))
     except (FailedSubmissionError, FailedJobError) as error:
         # SLURM may have accepted the job although sbatch failed: without a recorded id it must not run.
         cancel_unrecorded([submission], cluster.queue())
         shutil.rmtree(submission.folder, ignore_errors=True)
         message = " ".join(str(error.__cause__ or error).split())
         raise ConfigError(f"hydra/launcher=slurm: sbatch rejected the {submission.kind} job ({message})") from error
-    for task, job in zip(submission.tasks, jobs, strict=True):
-        task.job = job.job_id
+    for element, accepted in enumerate(submitted):
+        for task in submission.tasks_of(element):
+            task.job = accepted.job_id
     submission.state = "submitted"
     submission.write()

@@ -17,7 +17,8 @@ def signal_delay(kind: str, stages: Iterable[Stage], options: SlurmOptions, time
 
     Raises ConfigError when that leaves them no time to compute.
     """
-    longest = max((times.seconds(stage) for stage in stages), default=0.0)
+    # Points that one job computes at once save at once, to one disk.
+    longest = max((times.seconds(stage) for stage in stages), default=0.0) * options.kinds[kind].points_at_once
     delay = max(options.signal_delay_s, math.ceil(seconds_to_stop(longest)) if longest else 0)
     if options.kinds[kind].timeout_min * 60 <= delay + EARLY_S:
         raise ConfigError(

@@ -32,6 +32,11 @@ class Plan:
         return [stage_ids[-1] for stage_ids in self.point_stages]
 
     @property
+    def num_points_to_compute(self) -> int:
+        """Points without a result: so many can be computed at once."""
+        return sum(result in self.needed for result in self.results)
+
+    @property
     def start_order(self) -> list[int]:
         """The indices of the points in the order they start, seeds of one together.
 
@@ -106,8 +111,23 @@ def make_plan(points: Iterable[Point], store: Store) -> Plan:
     Raises ConfigError when a model or data file does not exist or cannot be read.
     """
     points = list(points)
+    return _plan(points, [stages_of(point) for point in points], store)
+
+
+def plan_of_results(results: Iterable[Stage], store: Store) -> Plan:
+    """Return the plan of the points with these `evaluate` stages, which were planned elsewhere."""
+    results = list(results)
+    return _plan([result.point for result in results], [_with_upstream(result) for result in results], store)
+
+
+def _with_upstream(stage: Stage) -> list[Stage]:
+    """Return everything that a stage needs, upstream first, and the stage at the end."""
+    upstream = chain.from_iterable(_with_upstream(up) for up in stage.upstream.values())
+    return list({needed.identity: needed for needed in (*upstream, stage)}.values())
+
+
+def _plan(points: list[Point], point_stages: list[list[Stage]], store: Store) -> Plan:
     stages: dict[str, Stage] = {}
-    point_stages = [stages_of(point) for point in points]
     for stage in chain.from_iterable(point_stages):
         stages.setdefault(stage.identity, stage)
     plan = Plan(points, stages, [[stage.identity for stage in stage_list] for stage_list in point_stages])
