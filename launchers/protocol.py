@@ -10,6 +10,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 
 from src.errors import ConfigError, PointFailure
+from src.estimates.forecast import Forecast
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.store.sweep_folder import SweepFolder
@@ -33,6 +34,14 @@ class PlanLauncher(Launcher):
     @abstractmethod
     def num_processes(self, stage: Stage) -> int:
         """Return how many processes compute the stage together, each on a card of its own."""
+
+    def starts_job(self, stage: Stage) -> bool:
+        """Return whether a process is started, and accelerators are held for it, with this stage."""
+        return False
+
+    def settle(self, plan: Plan, forecast: Forecast) -> str:
+        """Decide what is left to an estimate; return a line that says what and why, "" when nothing is."""
+        return ""
 
     def max_running(self, plan: Plan) -> int:
         """Return how many points of the plan are computed at once, at most."""

@@ -1,4 +1,8 @@
-"""Plan -> jobs: one job per shared stage, job arrays of points, and the dependencies between them. Calls no SLURM."""
+"""Plan -> jobs: one job per shared stage, job arrays of points, and the dependencies between them. Calls no SLURM.
+
+A point is one task of an array; with sampling in jobs of its own it is the same task of two, of which the second follows
+the first task by task.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,14 @@ from src.planning.stage import Stage
 SHARED = ("sft", "reference", "baseline")  # roles of the stages that points share
 
 
-def job_kind(stage: Stage) -> str:
-    """Return the kind of job that computes the stage: a key of hydra.launcher.kinds."""
-    return stage.role if stage.role in SHARED else "align"
+def job_kind(stage: Stage, own_sampling: bool = False) -> str:
+    """Return the kind of job that computes the stage: a key of hydra.launcher.kinds.
+
+    own_sampling: whether jobs of their own sample and evaluate what others have aligned.
+    """
+    if stage.role in SHARED:
+        return stage.role
+    return "sample" if own_sampling and stage.kind != "align" else "align"
 
 
 @dataclass
@@ -26,24 +35,34 @@ class JobTask:
     stages: list[Stage]  # the targets and everything upstream that is not done: a task can run alone
 
 
+_Parts = dict[str, JobTask]  # of a point: kind of job -> what a job of this kind is submitted for, in order
+
+
 @dataclass
 class JobArray:
     """One call of sbatch: a job array, or a single job."""
 
-    kind: str  # sft, reference, baseline, align
+    kind: str  # sft, reference, baseline, align, sample
     jobs: list[list[JobTask]]  # the tasks of each job: several where a job computes several points
     upstream: tuple[str, ...]  # identities of the stages that other jobs have to compute first
+    follows: JobArray | None = None  # each job waits for the one with its number in that array, and not for the others
     parallelism: int | None = None  # the number of jobs that may run at once; None: all
 
 
 def job_arrays(
-    plan: Plan, in_flight: Collection[str], skipped: Collection[str], max_array_size: int, points_per_job: int = 1
+    plan: Plan,
+    in_flight: Collection[str],
+    skipped: Collection[str],
+    max_array_size: int,
+    points_per_job: int = 1,
+    own_sampling: bool = False,
 ) -> Iterator[JobArray]:
     """Yield the sbatch calls that a plan needs, each after those it depends on.
 
     in_flight: identities of stages that queued or running jobs compute. skipped: results not to be computed.
     points_per_job: how many of the points that wait for the same stages one job computes. When it computes several,
     those that share a stage, such as an alignment that two judges see, are in one job, which may have more points then.
+    own_sampling: points are sampled and evaluated in jobs of their own; with one point a job.
     """
     todo = {identity for identity in plan.needed if identity not in in_flight}
     points = [
@@ -69,29 +88,42 @@ def job_arrays(
 
     for identity, stage in plan.stages.items():
         if identity in todo and is_shared(identity):
-            yield JobArray(job_kind(stage), [[task(stage.label, [stage])]], upstream_of([stage]))
+            kind = job_kind(stage, own_sampling)
+            yield JobArray(kind, [[task(stage.label, [stage])]], upstream_of([stage]))
     # Points that share a stage share the first one that is to do.
-    together: dict[str, list[JobTask]] = defaultdict(list)
+    together: dict[str, list[_Parts]] = defaultdict(list)
     for point, stage_ids in points:
         targets = [plan.stages[i] for i in stage_ids if i in todo and not is_shared(i)]
-        together[targets[0].identity].append(task(point.label, targets))
-    by_upstream: dict[tuple[str, ...], list[list[JobTask]]] = defaultdict(list)
-    for tasks in together.values():
-        by_upstream[upstream_of([stage for job_task in tasks for stage in job_task.targets])].append(tasks)
-    for upstream, groups in by_upstream.items():
+        kinds = [job_kind(stage, own_sampling) for stage in targets]
+        parts = {kind: task(point.label, [s for s, k in zip(targets, kinds, strict=True) if k == kind]) for kind in kinds}
+        together[targets[0].identity].append(parts)
+    by_upstream: dict[tuple[tuple[str, tuple[str, ...]], ...], list[list[_Parts]]] = defaultdict(list)
+    for group in together.values():
+        aligned = {stage.identity for parts in group if "sample" in parts for stage in _targets_of(parts, "align")}
+        needs = ((kind, upstream_of([s for parts in group for s in _targets_of(parts, kind)])) for kind in group[0])
+        key = tuple((kind, tuple(i for i in upstream if i not in aligned)) for kind, upstream in needs)
+        by_upstream[key].append(group)
+    for key, groups in by_upstream.items():
         jobs = _pack(groups, points_per_job)
         for start in range(0, len(jobs), max_array_size):
-            yield JobArray("align", jobs[start : start + max_array_size], upstream)
+            chunk, previous = jobs[start : start + max_array_size], None
+            for kind, upstream in key:
+                previous = JobArray(kind, [[parts[kind] for parts in job] for job in chunk], upstream, previous)
+                yield previous
 
 
-def _pack(groups: list[list[JobTask]], points_per_job: int) -> list[list[JobTask]]:
-    """Return the tasks of each job: at most so many, or a group that has more, in their order."""
-    jobs: list[list[JobTask]] = []
-    for tasks in groups:
-        if jobs and len(jobs[-1]) + len(tasks) <= points_per_job:
-            jobs[-1].extend(tasks)
+def _targets_of(parts: _Parts, kind: str) -> list[Stage]:
+    return parts[kind].targets if kind in parts else []
+
+
+def _pack(groups: list[list[_Parts]], points_per_job: int) -> list[list[_Parts]]:
+    """Return the points of each job: at most so many, or a group that has more, in their order."""
+    jobs: list[list[_Parts]] = []
+    for group in groups:
+        if jobs and len(jobs[-1]) + len(group) <= points_per_job:
+            jobs[-1].extend(group)
         else:
-            jobs.append(list(tasks))
+            jobs.append(list(group))
     return jobs
 
 

@@ -70,10 +70,10 @@ class Submission:
     """One call of sbatch."""
 
     folder: Path
-    kind: str  # sft, reference, baseline, align, aggregate
+    kind: str  # sft, reference, baseline, align, sample, aggregate
     tasks: list[Task]
     results: list[str] = field(default_factory=list)  # of an aggregation: identities of the results it aggregates
-    waits_for: list[str] = field(default_factory=list)  # the jobs it depends on
+    waits_for: list[str] = field(default_factory=list)  # the jobs it depends on, but for those it follows one by one
     finalize: str = ""  # of an aggregation: "MODULE:FUNCTION" it calls with the sweep's folder and the failures
     code: str = ""
     signal_delay_s: int = 0  # seconds before the time limit at which its jobs are told to stop

@@ -8,14 +8,16 @@ from typing import Any
 from launchers.processes import check_num_processes
 from launchers.protocol import PlanLauncher
 from launchers.slurm import cluster
-from launchers.slurm.graph import job_kind
+from launchers.slurm.graph import SHARED, job_kind
 from launchers.slurm.job_records import submissions
-from launchers.slurm.options import complete_options
+from launchers.slurm.options import AUTO, OWN_JOB, complete_options
+from launchers.slurm.sampling import choose_sampling
 from launchers.slurm.status import failed_points, read_status
 from launchers.slurm.status_table import announce, watch
 from launchers.slurm.submit import submit
 from launchers.slurm.time_limit import signal_delay
 from src.errors import ConfigError, PointFailure
+from src.estimates.forecast import Forecast
 from src.planning.plan import Plan
 from src.planning.save_time import SaveTimes
 from src.planning.stage import Stage
@@ -32,6 +34,7 @@ class SlurmLauncher(PlanLauncher):
     def __init__(self, **options: Any) -> None:
         """Check the options, those of SlurmOptions."""
         self.options = complete_options(options)
+        self._is_undecided = self.options.sampling == AUTO  # until `settle`
 
     def check(self, plan: Plan) -> None:
         """Raise ConfigError for a plan whose jobs cannot run, before anything is written."""
@@ -42,7 +45,7 @@ class SlurmLauncher(PlanLauncher):
             raise ConfigError(
                 f"output_dir={output_dir}: must have no % with hydra/launcher=slurm, which replaces it in names of logs"
             )
-        kinds = {job_kind(plan.stages[identity]) for identity in plan.needed} | {"align"}
+        kinds = {self._kind(plan.stages[identity]) for identity in plan.needed} | {"align"}
         for kind in sorted(kinds):
             num_processes = self.options.kinds[kind].num_processes
             where = self._decides_num_processes(kind)
@@ -50,7 +53,7 @@ class SlurmLauncher(PlanLauncher):
                 check_num_processes(point, kind, num_processes, where, f"{where}=1")
         times = SaveTimes(Store(output_dir))
         for kind in sorted(kinds):
-            stages = [plan.stages[identity] for identity in plan.needed if job_kind(plan.stages[identity]) == kind]
+            stages = [plan.stages[identity] for identity in plan.needed if self._kind(plan.stages[identity]) == kind]
             signal_delay(kind, stages, self.options, times)
         for kind in sorted(kinds | {"aggregate"}):
             cluster.check_request(kind, self.options.kinds[kind].sbatch())
@@ -63,12 +66,30 @@ class SlurmLauncher(PlanLauncher):
 
     def num_processes(self, stage: Stage) -> int:
         """Return the processes of the stage's job, or 1 for what one of them computes by itself."""
-        return self.options.kinds[job_kind(stage)].num_processes if stage.is_shared else 1
+        return self.options.kinds[self._kind(stage)].num_processes if stage.is_shared else 1
+
+    def _kind(self, stage: Stage) -> str:
+        return job_kind(stage, self.options.sampling == OWN_JOB)
+
+    def starts_job(self, stage: Stage) -> bool:
+        """Return whether a job begins with the stage."""
+        return stage.role in (*SHARED, "align") or (stage.kind == "generate" and self.options.sampling == OWN_JOB)
+
+    def settle(self, plan: Plan, forecast: Forecast) -> str:
+        """Decide where points are sampled when `sampling=auto`."""
+        if not self._is_undecided or not plan.needed:
+            return ""
+        self.options.sampling, reason = choose_sampling(self.options, plan, forecast)
+        return f"sampling: {self.options.sampling} (hydra.launcher.sampling=auto): {reason}"
 
     def max_running(self, plan: Plan) -> int:
-        """Return the points to compute, or array_parallelism, which bounds those of one submission."""
+        """Return the points to compute, or array_parallelism, which bounds those of one submission.
+
+        With sampling in jobs of their own all points may wait for it, each with its model.
+        """
         number = super().max_running(plan)
-        return min(self.options.array_parallelism or number, number)
+        limit = None if self.options.sampling == OWN_JOB else self.options.array_parallelism
+        return min(limit or number, number)
 
     def on_gpus(self, number: int) -> str:
         """Return the overrides for a number of GPUs for each point."""

@@ -12,7 +12,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from src.config.fields import check_value, number
 from src.errors import ConfigError
 
-KINDS = ("sft", "reference", "baseline", "align", "aggregate")
+KINDS = ("sft", "reference", "baseline", "align", "sample", "aggregate")
+SAME_JOB, OWN_JOB, AUTO = SAMPLING = ("same_job", "own_job", "auto")
 UPLOAD = ("during", "after")
 EARLY_S = 60  # seconds that SLURM may send a signal before it is due
 
@@ -132,6 +133,7 @@ class SlurmOptions(JobResources):
     kinds: dict[str, JobResources] = field(default_factory=lambda: {kind: JobResources() for kind in KINDS})
     points_per_job: int = number(minimum=1, maximum=10_000)
     gpus_per_point: int = number(minimum=1, maximum=1024)
+    sampling: str = MISSING
     array_parallelism: int | None = number(minimum=1, maximum=10**6)
     signal_delay_s: int = number(minimum=1, maximum=65535)
     retry_failed: bool = MISSING
@@ -156,7 +158,10 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
     node: Any = OmegaConf.merge(OmegaConf.structured(SlurmOptions), values)
     for_every_job = {key.name: node[key.name] for key in fields(JobResources)}
     for kind in KINDS:
-        node.kinds[kind] = OmegaConf.merge(OmegaConf.structured(JobResources), for_every_job, node.kinds[kind])
+        defaults = for_every_job
+        if kind == "sample":  # one GPU, of the type of those that align
+            defaults = {**defaults, "nodes": 1, "gpus_per_node": _one_of(node.kinds["align"]["gpus_per_node"])}
+        node.kinds[kind] = OmegaConf.merge(OmegaConf.structured(JobResources), defaults, node.kinds[kind])
     options = OmegaConf.to_object(node)
     assert isinstance(options, SlurmOptions)
     for key in fields(SlurmOptions):
@@ -169,8 +174,14 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
                 f"hydra.launcher: timeout_min={resources.timeout_min} is too short for {kind} jobs: the stop signal"
                 f" (signal_delay_s={options.signal_delay_s}) would arrive at job start"
             )
-    if options.upload not in UPLOAD:
-        raise ConfigError(f"hydra.launcher.upload={options.upload}: must be one of {', '.join(UPLOAD)}")
+    for name, value, choices in (("upload", options.upload, UPLOAD), ("sampling", options.sampling, SAMPLING)):
+        if value not in choices:
+            raise ConfigError(f"hydra.launcher.{name}={value}: must be one of {', '.join(choices)}")
+    if options.sampling == OWN_JOB and options.points_per_job > 1:
+        raise ConfigError(
+            f"hydra.launcher.sampling=own_job: is for jobs of one point, and points_per_job={options.points_per_job};"
+            " set points_per_job=1, or sampling=same_job"
+        )
     if options.points_per_job > 1:
         options.kinds["align"] = _pool_resources(options)
     elif options.gpus_per_point > 1:
@@ -179,6 +190,12 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
             " (points_per_job=N); a job of one point uses all its GPUs (gpus_per_node)"
         )
     return options
+
+
+def _one_of(gpus_per_node: object) -> object:
+    """Return at most one GPU of the same type: h100:1 of h100:8. What is no such number is returned as it is."""
+    kind, colon, count = str(gpus_per_node).rpartition(":")
+    return f"{kind}{colon}1" if count.isdecimal() and int(count) > 1 else gpus_per_node
 
 
 def _pool_resources(options: SlurmOptions) -> PoolResources:

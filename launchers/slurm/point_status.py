@@ -98,7 +98,7 @@ class StatusReader:
             except (ConfigError, FileNotFoundError) as error:
                 return PointStatus(label, identity, "failed", f"{error}; the same sweep again remakes it")
             return PointStatus(label, identity, "done", metrics)
-        task = self._tasks.get(identity)
+        task = self._current_task(stages)
         if task is None:
             return self._without_job(PointStatus(label, identity, "to do"), stages, recorded)
         status = PointStatus(label, identity, "failed", log=task.log, job=task.job)
@@ -118,6 +118,14 @@ class StatusReader:
             self._add_cause(status, task, stages)
         return status
 
+    def _current_task(self, stages: Stages) -> Task | None:
+        """Return the task that computes the last of the stages, or before that what it follows: its alignment."""
+        last = self._tasks.get(stages[-1][1])
+        if last is None or stages[-1][0] in SHARED:
+            return last
+        todo = (stage for stage in stages if stage[0] not in SHARED and not self._is_done(stage))
+        return self._tasks.get(next(todo, stages[-1])[1], last)  # all may be done by now
+
     def _without_job(self, status: PointStatus, stages: Stages, recorded: dict[str, Any]) -> PointStatus:
         """Complete the status of a point without a job: a local process may be computing it, or it failed earlier."""
         targets = [stage for stage in stages if stage[0] not in SHARED] or stages
@@ -130,7 +138,9 @@ class StatusReader:
 
     def _pending_reason(self, queued: QueuedJob, stages: Stages, task: Task) -> str:
         if queued.reason == "Dependency":
-            roles = [stage[0] for stage in stages[:-1] if stage[0] in SHARED and not self._is_done(stage)]
+            only_aligns = [kind for kind, _ in task.stages] == ["align"]
+            waits_for = [role for role in SHARED if not (only_aligns and role == "baseline")]
+            roles = [stage[0] for stage in stages[:-1] if stage[0] in waits_for and not self._is_done(stage)]
             return f"after {' and '.join(roles)}" if roles else "Dependency"
         reason = queued.reason if queued.reason != "None" else ""
         num_starts = task.status().get("starts", 0)

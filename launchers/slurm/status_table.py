@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launchers.slurm.job_records import Submission
+from launchers.slurm.job_records import Submission, Task
 from launchers.slurm.point_status import STATES, PointStatus
 from launchers.slurm.status import SweepStatus, read_status
 from launchers.slurm.submit import Submitted
@@ -30,7 +30,7 @@ _STYLES = {"running": "green", "failed": "red", "cancelled": "yellow", "queued":
 def announce(plan: Plan, folder: SweepFolder, submitted: Submitted) -> None:
     """Print what was submitted, and the commands to follow and to cancel it."""
     num_done, path = sum(result in plan.done for result in plan.results), shlex.quote(str(folder.path))
-    num_submitted = sum(len(s.tasks) for s in submitted.submissions if s.kind == "align")
+    num_submitted = sum(_evaluates(task) for submission in submitted.submissions for task in submission.tasks)
     print(
         f"{folder.name}: {len(plan.points)} points: {num_done} done, {submitted.in_flight} in progress,"
         f" {num_submitted} submitted"
@@ -43,10 +43,16 @@ def announce(plan: Plan, folder: SweepFolder, submitted: Submitted) -> None:
 
 def _content(submission: Submission) -> str:
     """Return what the jobs of a submission compute."""
-    if submission.kind != "align":
+    if submission.kind not in ("align", "sample"):
         return submission.kind
     num_jobs, num_points = len(submission.jobs), len(submission.tasks)
-    return f"{num_points} points" + (f" in {num_jobs} jobs" if submission.tasks[0].shares_job else "")
+    part = ": sampling" if submission.kind == "sample" else "" if _evaluates(submission.tasks[0]) else ": alignment"
+    return f"{num_points} points{part}" + (f" in {num_jobs} jobs" if submission.tasks[0].shares_job else "")
+
+
+def _evaluates(task: Task) -> bool:
+    """Return whether the task is submitted for the result of a point."""
+    return any(kind == "evaluate" for kind, _ in task.stages)
 
 
 def _first_three(labels: list[str]) -> str:

@@ -18,7 +18,7 @@ from launchers.slurm.cluster import QueuedJob
 from launchers.slurm.graph import JobArray, job_arrays, split_parallelism
 from launchers.slurm.job import run_aggregation, run_task
 from launchers.slurm.job_records import Submission, all_submissions, new_submission
-from launchers.slurm.options import PoolResources, SlurmOptions
+from launchers.slurm.options import OWN_JOB, PoolResources, SlurmOptions
 from launchers.slurm.point_pool import run_points
 from launchers.slurm.time_limit import after_timeouts, signal_delay
 from src.errors import ConfigError
@@ -49,15 +49,12 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
     in_flight = _in_flight(plan, known, queue)
     outcome = Submitted(in_flight=sum(result in in_flight and result not in plan.done for result in plan.results))
 
-    arrays = list(job_arrays(plan, in_flight, skipped, cluster.max_array_size(), options.points_per_job))
-    point_arrays = [array for array in arrays if array.kind == "align"]
-    limit = options.array_parallelism
-    num_jobs = None if limit is None else limit // options.kinds["align"].points_at_once
-    parallelism = split_parallelism(num_jobs, [len(array.jobs) for array in point_arrays])
-    for array, count in zip(point_arrays, parallelism, strict=True):
-        array.parallelism = count
+    max_array_size, own_sampling = cluster.max_array_size(), options.sampling == OWN_JOB
+    arrays = list(job_arrays(plan, in_flight, skipped, max_array_size, options.points_per_job, own_sampling))
+    _limit(arrays, options)
     code = str(snapshot(folder.code, result_folders(store.output_dir)))
     jobs, times = dict(in_flight), SaveTimes(store)  # stage -> the job that computes it
+    submitted: dict[int, Submission] = {}  # by id() of the array
     for array in arrays:
         is_pool = isinstance(options.kinds[array.kind], PoolResources)
         tasks = [
@@ -72,7 +69,11 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
         timeout_min = options.kinds[array.kind].timeout_min
         submission.signal_delay_s = after_timeouts(delay, targets, known, queue, timeout_min)
         pool_jobs = {task.job for s in (*known, *outcome.submissions) for task in s.tasks if task.shares_job}
-        _sbatch(submission, options, *_calls(array, submission, options), array.parallelism, pool_jobs & {*waits_for})
+        conditions = _conditions(waits_for, may_fail=pool_jobs)
+        if array.follows is not None:
+            _follow(submitted[id(array.follows)], conditions)
+        _sbatch(submission, options, *_calls(array, submission, options), conditions, array.parallelism)
+        submitted[id(array)] = submission
         outcome.submissions.append(submission)
         jobs |= {identity: task.job for task in submission.tasks for _, identity in task.stages if task.job}
 
@@ -86,10 +87,38 @@ def submit(plan: Plan, folder: SweepFolder, finalize: str, options: SlurmOptions
         aggregation = new_submission(
             folder, "aggregate", [("aggregation", [])], signal_delay_s=options.signal_delay_s, **fields
         )
-        _sbatch(aggregation, options, run_aggregation, [(aggregation.folder,)])
+        _sbatch(aggregation, options, run_aggregation, [(aggregation.folder,)], {"afterany": waits_for})
         outcome.submissions.append(aggregation)
     cluster.cancel(job for s in queued if s not in valid for job in s.jobs)  # replaced by the new aggregation
     return outcome
+
+
+def _limit(arrays: list[JobArray], options: SlurmOptions) -> None:
+    """Let array_parallelism points run at once, over all arrays: with jobs of their own for sampling, of each kind."""
+    limit = options.array_parallelism
+    num_jobs = None if limit is None else limit // options.kinds["align"].points_at_once
+    for kind in ("align", "sample"):
+        of_kind = [array for array in arrays if array.kind == kind]
+        counts = split_parallelism(num_jobs, [len(array.jobs) for array in of_kind])
+        for array, count in zip(of_kind, counts, strict=True):
+            array.parallelism = count
+
+
+def _conditions(waits_for: list[str], may_fail: Collection[str | None]) -> dict[str, list[str]]:
+    """Return the conditions of SLURM under which a job starts: condition -> jobs.
+
+    may_fail: jobs that a failure of what is no upstream of this one makes fail. A task computes what is missing itself.
+    """
+    conditions: dict[str, list[str]] = defaultdict(list)
+    for job in waits_for:
+        conditions["afterany" if job in may_fail else "afterok"].append(job)
+    return conditions
+
+
+def _follow(submission: Submission, conditions: dict[str, list[str]]) -> None:
+    """Add that each task waits for the one with its number in a submission."""
+    number, is_array, _ = submission.jobs[0].partition("_")
+    conditions["aftercorr" if is_array else "afterok"].append(number)  # a single job is no array
 
 
 def _calls(
@@ -138,21 +167,18 @@ def _sbatch(
     options: SlurmOptions,
     function: Callable[..., None],
     arguments: Sequence[tuple[Any, ...]],
+    conditions: dict[str, list[str]],
     parallelism: int | None = None,
-    may_fail: Collection[str | None] = (),
 ) -> None:
     """Submit one job for each tuple of arguments and record the ids. Raises ConfigError when sbatch fails.
 
-    may_fail: jobs that a failure of what is no upstream of this one makes fail. A task computes what is missing itself.
+    conditions: under which it starts, as sbatch's --dependency names them -> jobs.
     """
     submission.write()
     resources = options.kinds[submission.kind]
     flags = resources.sbatch()
     native = {"nodes": flags.pop("nodes"), "ntasks_per_node": flags.pop("ntasks-per-node"), "time": flags.pop("time")}
-    if submission.waits_for:
-        conditions: dict[str, list[str]] = defaultdict(list)
-        for job in submission.waits_for:
-            conditions["afterany" if submission.kind == "aggregate" or job in may_fail else "afterok"].append(job)
+    if conditions:
         dependency = ",".join(":".join([condition, *jobs]) for condition, jobs in conditions.items())
         # A job whose dependency failed is cancelled.
         flags |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -17,14 +17,20 @@ from src.estimates.card import card_of
 from src.estimates.disk import disk_of
 from src.estimates.forecast import ARITHMETIC, REHEARSED, Forecast
 from src.estimates.table_size import table_size
+from src.estimates.waiting import READ_RATE, START_SECONDS, WRITE_RATE, lasting_seconds, uneven_share
 from src.planning.identity import VERSIONS, AlignInputs, GenerateInputs, ReferenceInputs, SftInputs
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.store.store import Store
-from src.store.usage import usage_of
+from src.store.usage import Usage, usage_of
 
 _KINDS = ("sft", "reference", "align", "generate")  # of stages that a model computes
 MEASURED = "measured"
+_HEADER = "stage     to run     tokens  accelerator-hours  waiting  a point  source"
+_ASSUMED = (
+    f"a job starts in {START_SECONDS:g} s, weights are read at {READ_RATE / 1e9:g} GB/s and published at "
+    f"{WRITE_RATE / 1e9:g}"
+)
 RECENT_STAGES = 50  # newest finished stages of a kind that sizes and speeds are taken from
 
 
@@ -35,16 +41,27 @@ class Estimate:
     num_stages: int
     tokens: float
     hours: float  # of one accelerator (or CPU process), waiting included
-    waiting: float  # of these hours, as finished stages waited; 0 where none has finished
+    waiting: float  # of these hours, as finished stages waited, else by arithmetic
     source: str  # of the speed: measured (finished stages of this store), rehearsed, or arithmetic
 
 
 class Cost:
     """Estimates for the stages a plan needs: as fast as finished stages of the store were, else as rehearsed."""
 
-    def __init__(self, plan: Plan, store: Store, forecast: Forecast, num_running: int = 1) -> None:
-        """Read from the store what has finished. num_running: points that are computed at once."""
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        forecast: Forecast,
+        num_running: int = 1,
+        starts_job: Callable[[Stage], bool] = lambda _: False,
+    ) -> None:
+        """Read from the store what has finished.
+
+        num_running: points that are computed at once. starts_job: whether a job begins with a stage.
+        """
         self.plan, self.store, self.forecast, self.num_running = plan, store, forecast, num_running
+        self.starts_job = starts_job
         self.stages = [stage for identity, stage in plan.stages.items() if identity in plan.needed]
         self.finished = {
             kind: [(stored["inputs"], done) for stored, done in store.finished(kind, VERSIONS[kind], RECENT_STAGES)]
@@ -57,14 +74,18 @@ class Cost:
         estimates: dict[str, Estimate] = {}
         for kind in _KINDS:
             if stages := [stage for stage in self.stages if stage.kind == kind]:
-                tokens, speeds = [self._tokens(stage) for stage in stages], [self._speed(stage) for stage in stages]
-                in_use = sum(count * seconds for count, (seconds, _) in zip(tokens, speeds, strict=True)) / 3600
-                waiting = sum(map(self._waiting, stages)) / 3600
+                usages = [self.usage(stage, self.forecast.processes(stage), self.starts_job(stage)) for stage in stages]
+                in_use, waiting = (sum(getattr(u, name) for u in usages) / 3600 for name in ("in_use", "waiting"))
                 hours = in_use + waiting
-                sources = sorted({source for _, source in speeds})
+                sources = sorted({self._speed(stage)[1] for stage in stages})
                 source = "" if math.isnan(hours) else " and ".join(sources)
-                estimates[kind] = Estimate(len(stages), sum(tokens), hours, waiting, source)
+                estimates[kind] = Estimate(len(stages), sum(map(self._tokens, stages)), hours, waiting, source)
         return estimates
+
+    def usage(self, stage: Stage, processes: int, starts_job: bool) -> Usage:
+        """Return what a stage takes of the accelerators of so many processes. NaN where nothing tells."""
+        in_use = self._tokens(stage) * self._speed(stage)[0]
+        return Usage(in_use, self._waiting(stage, in_use, processes, starts_job))
 
     def _tokens(self, stage: Stage) -> float:
         """Return how many tokens the stage will process.
@@ -88,10 +109,23 @@ class Cost:
             return rehearsed, REHEARSED
         return self.forecast.computed_seconds_per_token(stage), ARITHMETIC
 
-    def _waiting(self, stage: Stage) -> float:
-        """Return the seconds that accelerators wait for a stage, whatever its size: 0 where none has finished."""
-        measured = [usage_of(done).waiting for done in self._of_same_model(stage)]
-        return median(measured) if measured else 0.0
+    def _waiting(self, stage: Stage, in_use: float, processes: int, starts_job: bool) -> float:
+        """Return the seconds that accelerators wait: for what does not depend on the stage's size, and for each other.
+
+        in_use: seconds of all of them.
+        """
+        measured = [self._lasting(done, processes) for done in self._of_same_model(stage)]
+        start = processes * START_SECONDS if starts_job else 0.0
+        if measured:
+            return start + median(measured)  # of a share that was uneven, what was waited counts as use
+        if card_of(stage.point.engine) is None:  # a CPU, whose hours are not known
+            return 0.0
+        return start + processes * lasting_seconds(stage) + in_use * uneven_share(stage, processes)
+
+    def _lasting(self, done: dict[str, Any], processes: int) -> float:
+        """Return the seconds that so many accelerators would have waited for what a finished stage read and wrote."""
+        held = max(done.get("processes") or 1, done.get("held_processes") or 1)
+        return usage_of(done).waiting * processes / held
 
     def _of_same_model(self, stage: Stage) -> Iterator[dict[str, Any]]:
         """Yield what DONE says of the finished stages of the same kind and model."""
@@ -104,16 +138,20 @@ class Cost:
         """Return the estimate as a table; empty when nothing is to run."""
         if not self.stages:
             return ""
-        lines = ["", "estimated cost of the stages to run", "stage     to run     tokens  accelerator-hours"]
+        lines = ["", "estimated cost of the stages to run", _HEADER]
+        num_points = max(1, self.plan.num_points_to_compute)
+
+        def row(kind: str, count: str, tokens: str, hours: float, waiting: float, source: str = "") -> str:
+            numbers = (_format_hours(value) for value in (hours, waiting, hours / num_points))
+            return "{:9} {:>6} {:>10} {:>18} {:>8} {:>8}  {}".format(kind, count, tokens, *numbers, source).rstrip()
+
         for kind, e in self.estimates.items():
-            tokens, hours = _format(e.tokens), _format_hours(e.hours)
-            lines.append(f"{kind:9} {e.num_stages:6} {tokens:>10} {hours:>18}  {e.source}".rstrip())
-        total = sum(e.hours for e in self.estimates.values())
+            lines.append(row(kind, str(e.num_stages), _format(e.tokens), e.hours, e.waiting, e.source))
+        total, waiting = (sum(getattr(e, name) for e in self.estimates.values()) for name in ("hours", "waiting"))
         if not math.isnan(total):
-            lines.append(f"{'all':9} {'':6} {'':>10} {_format_hours(total):>18}")
-        waiting = sum(e.waiting for e in self.estimates.values())
-        if waiting:
-            lines.append(f"{MEASURED}: {_format_hours(waiting)} of them waiting, as finished stages did")
+            lines.append(row("all", "", "", total, waiting))
+        if waiting > 0:
+            lines.append(f"waiting: as finished stages did, or {_ASSUMED}")
         if any(ARITHMETIC in e.source for e in self.estimates.values()):
             lines.append(
                 f"{ARITHMETIC}: products alone, and in sampling the reading of weights and keys, at the rates of "

@@ -34,11 +34,11 @@ class Disk:
 def disk_of(plan: Plan, num_running: int) -> Disk | None:
     """Return what the stages that a plan needs take; None without a model. num_running: points computed at once."""
     stages = [stage for identity, stage in plan.stages.items() if identity in plan.needed]
-    initial = [_published_bytes(stage) for stage in stages if stage.kind == "sft"]
+    initial = [published_bytes(stage) for stage in stages if stage.kind == "sft"]
     aligned = [stage for stage in stages if stage.kind == "align"]
     if not initial and not aligned:
         return None
-    sizes = sorted(map(_published_bytes, aligned), reverse=True)
+    sizes = sorted(map(published_bytes, aligned), reverse=True)
     at_once = min(len(aligned), _max_aligned(plan.points, num_running) or len(aligned))
     return Disk(
         num_models=len(initial) + at_once,
@@ -62,7 +62,7 @@ def _max_aligned(points: Sequence[Point], num_running: int) -> int | None:
     return (len(studies) + num_running) * max(seeds.values())
 
 
-def _published_bytes(stage: Stage) -> float:
+def published_bytes(stage: Stage) -> float:
     """Return the bytes of the model, or of the adapters, that a stage publishes."""
     shape, model = model_shape(stage.point.model.path, stage.point.model.revision), stage.point.model
     if shape is None:

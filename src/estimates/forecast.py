@@ -55,7 +55,7 @@ class Forecast:
         on_gpus: returns what gives a number of GPUs to training. Raises ConfigError for a card that conf/gpus.yaml does
         not have.
         """
-        self._on_gpus = on_gpus
+        self._on_gpus, self.processes = on_gpus, processes
         stages = [plan.stages[identity] for identity in plan.stages if identity in plan.needed]
         self.why_not_rehearsed: str | None = None
         self._keys: dict[str, str] = {}  # identity of a stage -> key of its load
@@ -67,11 +67,19 @@ class Forecast:
         self._rehearse(all_rehearsed)
 
     def _rehearse(self, everything: bool) -> None:
-        chosen = {
-            name: load
-            for name, load in self.loads.items()
-            if load.request is not None and (everything or not load.peak < _CERTAIN_FRACTION * load.usable)
-        }
+        self._rehearse_loads(lambda load: everything or not load.peak < _CERTAIN_FRACTION * load.usable)
+
+    def rehearse(self, kind: str) -> None:
+        """Rehearse all stages of a kind, for their speed."""
+        self._rehearse_loads(lambda load: load.stage.kind == kind and load.result is None)
+
+    def update_processes(self) -> None:
+        """Ask again how many processes compute a stage: what those without training hold does not depend on it."""
+        untrained = {name: load for name, load in self.loads.items() if not load.stage.is_training}
+        self.loads |= {name: replace(load, ranks=self.processes(load.stage)) for name, load in untrained.items()}
+
+    def _rehearse_loads(self, is_chosen: Callable[[Load], bool]) -> None:
+        chosen = {name: load for name, load in self.loads.items() if load.request is not None and is_chosen(load)}
         self.loads |= dict(zip(chosen, self._rehearsed(list(chosen.values())), strict=True))
 
     def _rehearsed(self, loads: list[Load]) -> list[Load]:

@@ -48,7 +48,10 @@ class Search:
         while not (plan := self._plan({})).needed and not self.state.is_last:
             self._promote()
         forecast = Forecast(plan, launcher.num_processes, launcher.on_gpus, all_rehearsed=True)
-        print(self._text(plan, [forecast.text(), Cost(plan, self.store, forecast, launcher.max_running(plan)).text()]))
+        settled = launcher.settle(plan, forecast)
+        forecast.update_processes()
+        cost = Cost(plan, self.store, forecast, launcher.max_running(plan), launcher.starts_job)
+        print(self._text(plan, [forecast.text(), cost.text(), settled]))
         forecast.check()
 
     def _text(self, plan: Plan, estimates: list[str]) -> str:
@@ -133,7 +136,10 @@ class Search:
         if plan.needed:
             check_packages(plan.points)
             check_key(plan.points)
-            Forecast(plan, launcher.num_processes, launcher.on_gpus, all_rehearsed=False).check()
+            forecast = Forecast(plan, launcher.num_processes, launcher.on_gpus, all_rehearsed=False)
+            forecast.check()
+            if settled := launcher.settle(plan, forecast):
+                print(settled, flush=True)
         if plan.needed and not self._warned:
             self._warned = True
             for warning in check_hub(plan.points):
