@@ -16,6 +16,7 @@ from src.config.command_line import check_command_line
 from src.config.composition_errors import explain, explain_assertion, is_of_composition
 from src.config.hydra_setup import register
 from src.config.overrides import encode_keywords
+from src.config.sampler import describe_choice
 from src.config.schema import Point
 from src.config.validation import build_point
 from src.environment import read_integer
@@ -75,6 +76,8 @@ def run(cfg: DictConfig) -> None:
         plan = make_plan([point], store)
         if rank == 0:
             warn_of_other_versions(plan, store)
+            if line := describe_choice([point]):
+                print(line, flush=True)
             foresee(plan, store, point.dry_run)
         if point.dry_run:
             return

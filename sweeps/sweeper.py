@@ -19,6 +19,7 @@ from launchers.protocol import PlanLauncher
 from src.config.composition_errors import explain, explain_assertion
 from src.config.fields import shortened
 from src.config.overrides import decode_keywords, parse_overrides
+from src.config.sampler import describe_choice
 from src.config.schema import Point
 from src.config.validation import build_point, check_grid
 from src.errors import CONFIG_ERRORS, ConfigError, one_line
@@ -80,6 +81,8 @@ class GridSweeper(Sweeper):
                 print(f"note: no result depends on {', '.join(keys)}: points that differ only there are run once")
             plan = make_plan([plan.points[plan.results.index(r)] for r in dict.fromkeys(plan.results)], store)
         warn_of_other_versions(plan, store)
+        if line := describe_choice(plan.points):
+            print(line, flush=True)
         points = plan.points
         name = points[0].sweep.name or f"{points[0].setup.name}-{_digest_of(overrides)}"
         name_variants(points)

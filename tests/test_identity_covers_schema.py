@@ -47,6 +47,7 @@ NOT_HASHED = {
     "evaluation.generation.batch_size": "a sample depends on its prompt and seed, not on its batch",
     "server.timeout": "how long to wait for a server to start",
     "server.concurrency": "how many samples are asked for at once",
+    "server.is_automatic": "how the server was chosen; what was chosen is hashed",
     "judge.api_key_env": "which variable holds the key",
     "judge.concurrency": "how many questions are asked at once",
     "judge.timeout": "how long to wait for an answer",

@@ -1,7 +1,7 @@
 """Plan -> jobs: one job per shared stage, job arrays of points, and the dependencies between them. Calls no SLURM.
 
-A point is one task of an array; with sampling in jobs of its own it is the same task of two, of which the second follows
-the first task by task.
+A point is one task of an array; with sampling in jobs of its own it is the same task of two, of which the second
+follows the first task by task.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def job_arrays(
     for point, stage_ids in points:
         targets = [plan.stages[i] for i in stage_ids if i in todo and not is_shared(i)]
         kinds = [job_kind(stage, own_sampling) for stage in targets]
-        parts = {kind: task(point.label, [s for s, k in zip(targets, kinds, strict=True) if k == kind]) for kind in kinds}
+        parts = {
+            kind: task(point.label, [s for s, k in zip(targets, kinds, strict=True) if k == kind]) for kind in kinds
+        }
         together[targets[0].identity].append(parts)
     by_upstream: dict[tuple[tuple[str, tuple[str, ...]], ...], list[list[_Parts]]] = defaultdict(list)
     for group in together.values():

@@ -164,10 +164,11 @@ class Generation:
 
 
 @dataclass
-class Server(Option):  # none | vllm | transformers
+class Server(Option):  # none | vllm | transformers; auto is replaced when a run is planned
     command: str | None = None  # with {checkpoint}, {port}, {dtype}
     timeout: float = number(600.0, above=0, maximum=MAX_SECONDS)
     concurrency: int = number(64, minimum=1, maximum=2**16)
+    is_automatic: bool = False  # whether it was chosen by server=auto
 
 
 @dataclass

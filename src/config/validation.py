@@ -13,6 +13,7 @@ from src.config.fields import check_value, shortened, typed_leaves
 from src.config.judge_rules import check_judge, check_server
 from src.config.overrides import MAX_VALUES
 from src.config.paths import is_dir, is_file
+from src.config.sampler import resolve_server
 from src.config.schema import Point
 from src.config.secrets import check_secret, conceal_secrets
 from src.errors import ConfigError, one_line
@@ -33,6 +34,7 @@ def build_point(cfg: DictConfig) -> Point:
     except OmegaConfBaseException as error:
         raise ConfigError(conceal_secrets(one_line(error))) from error
     assert isinstance(point, Point)
+    point.server = resolve_server(point.server)
     check(point)
     return point
 

@@ -12,6 +12,7 @@ from src.planning.stage import Stage
 START_SECONDS = 60.0  # of a job, until its first stage begins: SLURM's prologue, Python, torch and CUDA
 READ_RATE = 1e9  # bytes/s at which the processes of a job together read weights of a shared disk
 WRITE_RATE = 0.5e9  # bytes/s at which rank 0 publishes a model there, while the others wait
+SERVER_START_SECONDS = 60.0  # until a model server answers
 _FLOAT32 = 4  # bytes
 
 
@@ -27,7 +28,9 @@ def lasting_seconds(stage: Stage) -> float:
     # Samples of a policy are scored under the model it started from, too.
     num_read = 2 if isinstance(stage.inputs, GenerateInputs) and stage.inputs.role == "policy" else 1
     published = published_bytes(stage) if stage.is_training else 0.0
-    return num_read * _FLOAT32 * shape.num_parameters / READ_RATE + published / WRITE_RATE
+    has_server = isinstance(stage.inputs, GenerateInputs) and stage.inputs.generation.server is not None
+    start = SERVER_START_SECONDS if has_server else 0.0
+    return start + num_read * _FLOAT32 * shape.num_parameters / READ_RATE + published / WRITE_RATE
 
 
 def uneven_share(stage: Stage, processes: int) -> float:
