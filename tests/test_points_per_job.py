@@ -13,20 +13,14 @@ from launchers.slurm.job_records import read_submission
 from launchers.slurm.launcher import SlurmLauncher
 from launchers.slurm.options import PoolResources
 from launchers.slurm.point_pool import PointStatuses, run_points
-from launchers.slurm.point_status import StatusReader
 from src.errors import ConfigError
 from src.planning.plan import make_plan, plan_of_results
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 from tests.support.configs import TINY, point
 from tests.support.pool_job import write_submission
+from tests.support.recorded_sbatch import plan_of, record_sbatch, status_reader, submit_plan
 from tests.support.slurm_options import slurm_options
-
-
-def plan_of(tmp_path, *overrides, methods=("dpo",), num_betas=1):
-    first = [point(*TINY, f"method={method}", "beta=1", *overrides) for method in methods]
-    points = [replace(p, beta=i + 1.0) for p in first for i in range(num_betas)]
-    return make_plan(points, Store(tmp_path))
 
 
 def arrays_of(plan, points_per_job, done=(), in_flight=(), max_array_size=1000):
@@ -123,31 +117,7 @@ def test_an_engine_of_one_process_is_refused_where_points_get_several_gpus(monke
 
 @pytest.fixture
 def sbatch(monkeypatch, tmp_path):
-    """Record what submitit is asked for: (parameters, function, arguments); jobs are 1_0, 1_1, ... 2_0, ..."""
-    calls = []
-
-    class Executor:
-        def __init__(self, folder):
-            pass
-
-        def update_parameters(self, **parameters):
-            self.parameters = parameters
-
-        def map_array(self, function, *arguments):
-            calls.append((self.parameters, function, list(zip(*arguments, strict=True))))
-            return [SimpleNamespace(job_id=f"{len(calls)}_{i}") for i in range(len(arguments[0]))]
-
-    monkeypatch.setattr(submit.submitit, "SlurmExecutor", Executor)
-    monkeypatch.setattr(submit.cluster, "max_array_size", lambda: 1000)
-    monkeypatch.setattr(submit.cluster, "queue", dict)
-    monkeypatch.setattr(submit.cluster, "cancel", lambda jobs: None)
-    monkeypatch.setattr(submit, "snapshot", lambda *_: tmp_path)
-    return calls
-
-
-def submit_plan(plan, tmp_path, **values):
-    folder = SweepFolder(tmp_path / "sweeps" / "s")
-    return submit.submit(plan, folder, "m:f", slurm_options(**values), set()).submissions
+    return record_sbatch(monkeypatch, tmp_path)
 
 
 def test_each_job_is_submitted_with_its_points_and_their_records_name_it(sbatch, tmp_path):
@@ -201,12 +171,7 @@ def test_a_job_that_needs_another_points_stage_runs_whatever_becomes_of_the_othe
 
 
 def reader(submission, plan, state, jobs=("1_0",)):
-    points = [
-        {"label": p.label, "setup": p.setup.name, "stages": stages, "identity": stages["evaluate"]}
-        for p, stages in zip(plan.points, plan.stages_by_role, strict=True)
-    ]
-    queue = {job: QueuedJob(job, state, "None", "x") for job in jobs}
-    return StatusReader(submission.sweep.store, points, [submission], queue, None)
+    return status_reader([submission], plan, dict.fromkeys(jobs, state))
 
 
 def test_the_status_tells_the_points_of_one_job_apart(tmp_path):
