@@ -44,7 +44,7 @@ def choose_sampling(options: SlurmOptions, plan: Plan, forecast: Forecast) -> Ch
     if math.isnan(same + own):
         return Choice(SAME_JOB, "there is no estimate without engine.gpu=NAME or a finished run")
     reason = (
-        f"a point takes {own:.2g} accelerator-hours in a job of {_gpus(sample)} that follows its alignment, {same:.2g} "
+        f"a point takes {own:.3g} accelerator-hours in a job of {_gpus(sample)} that follows its alignment, {same:.3g} "
         f"in the job of {_gpus(align)} that aligns it"
     )
     return Choice(OWN_JOB if own < same else SAME_JOB, reason)

@@ -150,7 +150,7 @@ class Forecast:
             return ""
         lines = ["", f"memory of one process in GiB; {self._cards()}"]
         lines.append(_HEADER)
-        lines += [self._row(load) for load in self.loads.values()]
+        lines += dict.fromkeys(self._row(load) for load in self.loads.values())
         lines += [
             f"{load.stage.kind}: {load.result.error}"
             for load in self.loads.values()
