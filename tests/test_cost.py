@@ -27,6 +27,10 @@ def estimates(tmp_path, *overrides):
     return Cost(plan, store, Forecast(plan, lambda stage: 1, all_rehearsed=True)).estimates
 
 
+def in_use(estimate):
+    return estimate.hours - estimate.waiting
+
+
 @pytest.fixture
 def rehearsed(monkeypatch):
     """Every rehearsal takes 2 s for 50,000 tokens."""
@@ -45,10 +49,10 @@ def test_where_nothing_can_be_rehearsed_hours_are_those_of_the_products(tmp_path
     sums = estimates(tmp_path, *paper)
     sft_tokens, rate = 41_947 * 416, find_gpu("h100").bf16  # conf/dataset/tldr.yaml
     assert sums["sft"].tokens == sft_tokens and sums["sft"].source == "arithmetic"
-    assert sums["sft"].hours == pytest.approx(6 * SIZE_3B * sft_tokens / rate / 3600)
-    assert sums["reference"].hours == pytest.approx(2 * SIZE_3B * (73_396 + 2000) * 451 / rate / 3600)
+    assert in_use(sums["sft"]) == pytest.approx(6 * SIZE_3B * sft_tokens / rate / 3600)
+    assert in_use(sums["reference"]) == pytest.approx(2 * SIZE_3B * (73_396 + 2000) * 451 / rate / 3600)
     assert sums["align"].tokens == 73_396 * 451
-    slower = estimates(tmp_path, *paper, "engine.gpu=a100_80")["align"].hours / sums["align"].hours
+    slower = in_use(estimates(tmp_path, *paper, "engine.gpu=a100_80")["align"]) / in_use(sums["align"])
     assert slower == pytest.approx(rate / find_gpu("a100_80").bf16)
     fewer = estimates(
         tmp_path, *paper, "trainer.align.max_steps=10", "dataset.sft_fraction=0.1", "trainer.sft.epochs=2"
@@ -60,13 +64,28 @@ def test_where_nothing_can_be_rehearsed_hours_are_those_of_the_products(tmp_path
 def test_hours_are_those_of_the_rehearsed_step(tmp_path, rehearsed):
     sums = estimates(tmp_path, "setup=llama32_3b_tldr", "engine.gpu=h100")
     assert {e.source for e in sums.values()} == {"rehearsed"}
-    assert sums["align"].hours == pytest.approx(73_396 * 451 * 2.0 / 50_000 / 3600)
+    assert in_use(sums["align"]) == pytest.approx(73_396 * 451 * 2.0 / 50_000 / 3600)
     assert {request.stage for request in rehearsed} == {"sft", "reference", "align", "generate"}
     align = next(request for request in rehearsed if request.stage == "align")
     assert (align.gpu, align.precision, align.strategy, len(align.examples)) == ("h100", "bf16", "fsdp", 128)
     assert align.longest == (379, 1024 - 379, 1024 - 379)  # that the limits allow
     assert max(map(sum, align.examples)) < sum(align.longest)
     assert align.config["hidden_size"] == 3072 and align.layers == (2, 4)
+
+
+def test_where_nothing_is_measured_waiting_is_that_for_weights_and_for_the_start_of_jobs(tmp_path, rehearsed):
+    plan = make_plan([point("setup=llama32_3b_tldr", "beta=0.1", f"output_dir={tmp_path}")], Store(tmp_path))
+
+    def waiting(processes, starts_job=lambda _: False):
+        rehearsal = Forecast(plan, lambda _: processes, all_rehearsed=True)
+        return {k: 3600 * e.waiting for k, e in Cost(plan, Store(tmp_path), rehearsal, 1, starts_job).estimates.items()}
+
+    read = 4 * SIZE_3B / 1e9
+    lasting = {"sft": 3 * read, "reference": read, "align": 3 * read, "generate": 2 * read}
+    assert waiting(1) == pytest.approx(lasting), "published at half the rate"
+    started = waiting(1, lambda stage: stage.kind == "align")
+    assert started == pytest.approx(lasting | {"align": 3 * read + 60})
+    assert waiting(4) == pytest.approx({kind: 4 * seconds for kind, seconds in lasting.items()}), "eight batches, even"
 
 
 def test_without_a_card_hours_are_unknown_until_they_are_measured(tmp_path, rehearsed):
@@ -77,7 +96,7 @@ def test_without_a_card_hours_are_unknown_until_they_are_measured(tmp_path, rehe
 def test_a_sweeps_estimate_counts_shared_stages_once(tmp_path):
     sweep = ["+sweep=paper_tldr_3b", f"output_dir={tmp_path}", "engine.gpu=null"]
     _, output = dry_run(*sweep, "keep_checkpoints=all")
-    num_stages = dict(re.findall(r"^(sft|reference|align|generate) +(\d+) +\S+ [MG] +-$", output, re.M))
+    num_stages = dict(re.findall(r"^(sft|reference|align|generate) +(\d+) +\S+ [MG] +- +0 +-$", output, re.M))
     assert num_stages == {"sft": "1", "reference": "1", "align": "200", "generate": "200"}
     assert re.search(r"^disk: 2\.58 TB for the weights of 201 models, 38\.6 GB for each", output, re.M)
 
@@ -131,6 +150,6 @@ def test_estimates_are_measured_once_a_stage_of_the_same_data_and_model_has_fini
     assert usage.in_use + usage.waiting == pytest.approx(done["seconds"] + done["waited_seconds"])
     assert usage.waiting > 0
     assert estimate.hours == pytest.approx((2 * usage.in_use + usage.waiting) / 3600)
-    assert estimate.waiting == pytest.approx(usage.waiting / 3600) and "of them waiting" in output
+    assert estimate.waiting == pytest.approx(usage.waiting / 3600) and "waiting: as finished stages did" in output
     other = estimates(tmp_path, *SMALL, "method=ipo", "engine=fsdp")["align"]
     assert math.isnan(other.hours) and not other.source  # another computation has another speed

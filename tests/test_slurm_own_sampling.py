@@ -20,15 +20,8 @@ from tests.support.waiting import wait_until
 
 OWN = "hydra.launcher.sampling=own_job"
 # The last learning rate diverges in the first steps.
-POINTS = [
-    "-m",
-    "method=dpo",
-    "beta=0.1",
-    "lr=0.001,0.002,0.003,1e5",
-    *SMALL,
-    "keep_checkpoints=best",
-    "sweep.name=four",
-]
+FOUR = ["method=dpo", "beta=0.1", "lr=0.001,0.002,0.003,1e5", "keep_checkpoints=best", "sweep.name=four"]
+POINTS = ["-m", *FOUR, *SMALL]
 
 
 def test_samples_follow_their_alignment_task_by_task_and_equal_those_of_the_same_job(slurm, tmp_path):

@@ -128,4 +128,4 @@ def test_estimates_count_computing_by_tokens_and_waiting_by_stages(stages, monke
     assert (estimate.num_stages, estimate.tokens, estimate.source) == (2, 3000, "measured")
     assert estimate.waiting == pytest.approx(2 * usage.waiting / 3600)
     assert estimate.hours == pytest.approx((3 * usage.in_use + 2 * usage.waiting) / 3600)
-    assert "of them waiting, as finished stages did" in cost.text()
+    assert "waiting: as finished stages did" in cost.text()
