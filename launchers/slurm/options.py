@@ -194,8 +194,10 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
 
 def _one_of(gpus_per_node: object) -> object:
     """Return at most one GPU of the same type: h100:1 of h100:8. What is no such number is returned as it is."""
-    kind, colon, count = str(gpus_per_node).rpartition(":")
-    return f"{kind}{colon}1" if count.isdecimal() and int(count) > 1 else gpus_per_node
+    kind, _, count = str(gpus_per_node).rpartition(":")
+    if not count.isdecimal() or int(count) <= 1:
+        return gpus_per_node
+    return f"{kind}:1" if kind else 1
 
 
 def _pool_resources(options: SlurmOptions) -> PoolResources:
