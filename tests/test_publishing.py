@@ -116,7 +116,8 @@ def test_a_server_gets_a_whole_model_with_the_values_that_are_scored(tmp_path):
     upstream = {"checkpoint": tmp_path / "adapter", "reference": tmp_path / "initial"}
     validated = published(upstream["checkpoint"], lora=Lora(rank=4))
     save_checkpoint(start(), Template, upstream["reference"])
-    served = _whole_model(SimpleNamespace(model=None), None, upstream, Template, SimpleNamespace(checkpoints=tmp_path))
+    attempt = SimpleNamespace(checkpoints=tmp_path, is_main_process=True)
+    served = _whole_model(SimpleNamespace(model=None), None, upstream, Template, attempt)
     assert served == tmp_path / "merged" and not is_adapter(served)
     assert_equal(loaded(served), validated)
     upstream["checkpoint"] = upstream["reference"]  # the control: whole already

@@ -12,6 +12,7 @@ import pytest
 from src.data.tokenization import load_examples
 from src.distributed import get_distributed
 from src.errors import ConfigError
+from src.model.adapters import is_adapter
 from src.model.loading import load_for_inference, load_template
 from src.planning.stage import stages_of
 from src.stages import align, generate, reference
@@ -105,25 +106,32 @@ def test_a_judge_without_a_model_is_left_to_rank_0(alone, tmp_path):
 
 
 def validate(stage, folder):
-    """Return the lines of validation of the published model, by the one process that calls this."""
-    published, inputs, resources = Store(folder).dir(stage), stage.inputs, stage.resources
-    store = Store(folder)
-    attempt = store.join_attempt(stage, published)
+    """Return the lines of validation of what is published, by the one process that calls this."""
+    store, inputs, resources = Store(folder), stage.inputs, stage.resources
+    attempt = store.join_attempt(stage, store.dir(stage))
     template = load_template(inputs.model)
     data = load_examples(inputs.data, inputs.model, "validation", template, attempt, resources.expected_rows)
     references = reference.read(store.dir(stage.upstream["reference"]))["validation"]
-    model = load_for_inference(inputs.model, resources, published)
+    model = load_for_inference(inputs.model, resources, store.dir(stage), store.dir(stage.upstream["init"]))
     return align._validate(inputs, resources, model, data, references, attempt)
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_validation_by_all_ranks_is_that_of_the_published_model(engine, alone, tmp_path):
+@pytest.mark.parametrize(
+    ("engine", "lora"),
+    [pytest.param("ddp", [], marks=pytest.mark.slow), ("fsdp", []), ("fsdp", ["model.lora.rank=4"])],
+)
+def test_validation_by_all_ranks_is_that_of_what_is_published(engine, lora, alone, tmp_path):
+    """With FSDP2 ranks other than 0 load it: a model, or adapters that they merge into what training started from."""
     folder = trained_copy(alone, tmp_path, "align", "generate", "evaluate")
-    stages = stages_in(folder, f"engine={engine}", "engine.precision=fp32")
-    on_ranks(2, engine, compute, stages, folder, ("align",))
+    stages = stages_in(folder, f"engine={engine}", "engine.precision=fp32", *lora)
+    counts = on_ranks(2, engine, compute, stages, folder, ("align",))
+    assert all(count["align"] > 0 for count in counts), "every rank computes some lines"
     (aligned,) = (stage for stage in stages if stage.kind == "align")
+    published = Store(folder).dir(aligned)
+    assert is_adapter(published) == bool(lora)
     (expected,) = on_ranks(1, "none", validate, aligned, folder)
-    lines = (Store(folder).dir(aligned) / align.VALIDATION_FILE).read_text().splitlines()
+    assert all(line["margin"] for line in expected), "the control: that of what training started from is 0"
+    lines = (published / align.VALIDATION_FILE).read_text().splitlines()
     assert [json.loads(line) for line in lines] == expected and len(lines) == 8
     (ours,), (theirs,) = done(folder, "align"), done(alone, "align")
     assert ours["tokens"] == theirs["tokens"], "those of all ranks are counted"

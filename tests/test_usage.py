@@ -85,17 +85,21 @@ def test_a_process_that_waits_for_another_one_tells_so_in_the_next_stage_that_it
     assert compute(by_role["reference"], store)["waited_seconds"] < done["waited_seconds"], "the wait is counted once"
 
 
-def test_processes_of_a_run_that_compute_nothing_are_counted_as_waiting(stages, monkeypatch):
+@pytest.mark.parametrize(("role", "processes"), [("reference", 4), ("evaluate", 1)])
+def test_processes_of_a_run_count_as_waiting_in_stages_that_rank_0_computes(role, processes, stages, monkeypatch):
+    """All compute log-probs; verdicts of a judge without a model are those of rank 0."""
     by_role, store = stages
+    monkeypatch.setattr(runner, "_run", lambda stage, store, attempt: attempt.step(1, 1))
+    for stage in by_role[role].upstream.values():
+        compute(stage, store)
     monkeypatch.setattr(runner, "_run", load_work_and_save)
-    compute(by_role["sft"], store)
     monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, message=None: message)
     monkeypatch.setattr(runner, "get_distributed", lambda: DistributedContext(size=4))
-    done = compute(by_role["reference"], store)
-    assert (done["processes"], done["held_processes"]) == (1, 4)
+    done = compute(by_role[role], store)
+    assert (done["processes"], done["held_processes"]) == (processes, 4)
     usage = usage_of(done)
     assert usage.in_use + usage.waiting == pytest.approx(4 * (done["seconds"] + done["waited_seconds"]))
-    assert usage.waiting > 3 * usage.in_use
+    assert usage.in_use >= processes * 0.2 + 0.4, "what is computed together, and what rank 0 computes alone"
 
 
 def test_the_usage_of_a_sweep_counts_each_stage_once_and_leaves_out_what_is_not_finished(stages, monkeypatch):
