@@ -157,8 +157,7 @@ def test_a_tie_is_half_a_point_however_it_is_rounded(method, tmp_path):
         with torch.no_grad():
             logps = padded_logps(make_model(seed=reference_seed, patched=False), examples).view(-1, 2)
         resources = Resources(device="cpu", attention="sdpa", max_tokens_per_micro_batch=4000)
-        align._validate(inputs, resources, make_model(), data, logps if needs_reference else None, attempt)
-        return [json.loads(line) for line in (tmp_path / align.VALIDATION_FILE).open()]
+        return align._validate(inputs, resources, make_model(), data, logps if needs_reference else None, attempt)
 
     lines = validate(reference_seed=0)
     assert {line["correct"] for line in lines} == {0.5}
