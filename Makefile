@@ -38,6 +38,8 @@ bench: $(VENV)/.dev ## the measured promises, each row regenerable alone
 	$(PY) -m benchmarks.aggregation
 	$(PY) -m benchmarks.against_trl $(ROWS)
 	$(PY) -m benchmarks.performance
+	$(PY) -m benchmarks.ranks
+	$(PY) -m benchmarks.large_file
 
 gpu-check: $(VENV)/.dev ## check the CUDA path on this machine's card, or rehearse it without one (ARGS="--part correctness")
 	$(PY) -m benchmarks.gpu_check $(ARGS)
