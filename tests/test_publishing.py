@@ -23,6 +23,8 @@ from src.training.strategies import make_engine
 from tests.support.commands import SMALL, train
 from tests.support.training_runs import start, step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LR = 1e-3
 
 
@@ -121,7 +123,7 @@ def test_a_server_gets_a_whole_model_with_the_values_that_are_scored(tmp_path):
     assert served == tmp_path / "merged" and not is_adapter(served)
     assert_equal(loaded(served), validated)
     upstream["checkpoint"] = upstream["reference"]  # the control: whole already
-    assert _whole_model(SimpleNamespace(), None, upstream, Template, SimpleNamespace()) == upstream["reference"]
+    assert _whole_model(SimpleNamespace(), None, upstream, Template, attempt) == upstream["reference"]
 
 
 def test_in_a_bf16_computation_nothing_is_lost_by_publishing_bf16(tmp_path):
