@@ -50,10 +50,10 @@ class LocalLauncher(PlanLauncher):
                 f"hydra.launcher.gpus_per_point={self.gpus_per_point}: this machine has {len(gpus)} GPUs; set at most"
                 " so many"
             )
-        for stage in (plan.stages[identity] for identity in plan.needed):
-            if stage.is_training:
-                key = "hydra.launcher.gpus_per_point"
-                check_num_processes(stage.point, stage.kind, self.gpus_per_point, key, f"{key}=1")
+        key = "hydra.launcher.gpus_per_point"
+        for stage in (stage for identity, stage in plan.stages.items() if identity in plan.needed):
+            # Also where rank 0 computes it alone: the processes of a point have joined each other before.
+            check_num_processes(stage.point, stage.kind, self.gpus_per_point, key, f"{key}=1")
         check_programs(plan.points)
         check_cpu_threads(plan.points)
 

@@ -76,7 +76,7 @@ def test_a_point_of_several_processes_fails_alone_and_a_killed_process_is_replac
     log = (SweepFolder(tmp_path / "sweeps" / "group").logs / "worker-0.log").read_text()
     assert "resuming from step" in log
     records = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*/*/DONE")]
-    assert {r["processes"] for r in records if r["stage"] in ("sft", "align")} == {2}
+    assert {r["processes"] for r in records if r["stage"] in ("sft", "align", "generate")} == {2}
     assert {r["processes"] for r in records if r["stage"] == "evaluate"} == {1}
 
 
@@ -102,13 +102,22 @@ def test_points_that_cannot_have_so_many_processes_are_refused(
     assert "\n" not in str(refused.value)
 
 
+def test_an_engine_of_one_process_is_refused_also_where_only_samples_are_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr("launchers.local.visible_gpus", lambda: ["0", "1"])
+    plan = make_plan([point("method=orpo", "beta=1", "engine=single")], Store(tmp_path))
+    plan.needed = {identity for identity, stage in plan.stages.items() if not stage.is_training}
+    with pytest.raises(ConfigError, match="generate is computed by 2 processes, but engine=single uses one"):
+        LocalLauncher(gpus_per_point=2).check(plan)
+    LocalLauncher().check(plan)  # the control
+
+
 def test_a_machine_with_enough_gpus_needs_no_jobs_for_points_of_several(monkeypatch, tmp_path):
     monkeypatch.setattr("launchers.local.visible_gpus", lambda: ["0", "1"])
     launcher = LocalLauncher(gpus_per_point=2)
     plan = make_plan([point("method=orpo", "beta=1", "engine=ddp")], Store(tmp_path))
     launcher.check(plan)
     processes = {stage.kind: launcher.num_processes(stage) for stage in plan.stages.values()}
-    assert processes == {"sft": 2, "generate": 1, "align": 2, "evaluate": 1}
+    assert processes == {"sft": 2, "generate": 2, "align": 2, "evaluate": 1}
     assert launcher.on_gpus(2) == "hydra.launcher.gpus_per_point=2"
     assert launcher.on_gpus(4) == "hydra/launcher=slurm hydra.launcher.gpus_per_node=4"
 

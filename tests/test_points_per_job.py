@@ -108,8 +108,9 @@ def test_an_engine_of_one_process_is_refused_where_points_get_several_gpus(monke
         launcher.check(plan_of(tmp_path))
     plan = plan_of(tmp_path, "engine=ddp")
     launcher.check(plan)  # the control
-    trained = {stage.kind: launcher.num_processes(stage) for stage in plan.stages.values()}
-    assert trained == {"sft": 1, "reference": 1, "generate": 1, "align": 2, "evaluate": 1}
+    processes = {stage.role: launcher.num_processes(stage) for stage in plan.stages.values()}
+    shared = dict.fromkeys(("sft", "reference", "baseline"), 1)
+    assert processes == {**shared, "align": 2, "generate": 2, "evaluate": 1}
     assert launcher.on_gpus(4).split() == [
         *("hydra.launcher.points_per_job=1", "hydra.launcher.gpus_per_point=1", "hydra.launcher.gpus_per_node=4")
     ]

@@ -10,6 +10,7 @@ from tests.support.on_slurm import (
     LONG,
     SLURM,
     TIMEOUT_S,
+    is_finished,
     job_of,
     newest_step,
     run_tool,
@@ -22,7 +23,10 @@ from tests.support.on_slurm import (
 )
 from tests.support.waiting import wait_until
 
-SIXTEEN = ["-m", "method=orpo", "beta=0.1,0.2,0.5,1,2,3,5,10", "seed=0,1", *SMALL, "dataset.train_size=64"]
+SIXTEEN = [
+    *("-m", "method=orpo", "beta=0.1,0.2,0.3,0.4,0.5,0.6,0.8,1,1.5,2,2.5,3,4,5,7,10", *SMALL, "dataset.train_size=64"),
+    "keep_checkpoints=best",
+]
 # Two points at once on two GPUs of a node that no other job may use.
 TWO_AT_ONCE = [
     *("hydra.launcher.kinds.align.gpus_per_node=2", "hydra.launcher.kinds.align.additional_parameters.exclusive=true"),
@@ -35,7 +39,16 @@ def test_sixteen_points_in_two_jobs_have_the_numbers_of_the_local_launcher(slurm
     several = ["hydra.launcher.points_per_job=8", *TWO_AT_ONCE]
     output = train(*SIXTEEN, *SLURM, *several, "sweep.name=s", f"output_dir={folder.output_dir}").stdout
     assert "16 submitted" in output and "16 points in 2 jobs" in output
-    wait_finished(folder)
+    most_models = 0
+
+    def has_ended() -> bool:
+        nonlocal most_models
+        most_models = max(most_models, len(list(folder.store.root.glob("align/*/model.safetensors"))))
+        return is_finished(folder)
+
+    wait_until(has_ended, 2 * TIMEOUT_S, "the sweep to finish")
+    # One job runs at a time (array_parallelism=2), of two points: the best of all so far, and theirs.
+    assert 1 <= most_models <= 3, "models are removed while the jobs run"
     train(*SIXTEEN, "sweep.name=s", f"output_dir={local.output_dir}")
 
     assert results(folder.output_dir) == results(local.output_dir)

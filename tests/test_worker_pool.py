@@ -23,7 +23,7 @@ SLOW_PARTS = ["trainer.align.epochs=6"]  # 48 steps: long enough to be hit in th
 
 def plan_at(output_dir, *overrides):
     """Return a plan of three points, the second of which diverges."""
-    first = point(*TINY, "method=orpo", "beta=1", f"output_dir={output_dir}", *overrides)
+    first = point(*TINY, "method=orpo", "beta=1", "keep_checkpoints=best", f"output_dir={output_dir}", *overrides)
     changes = ({"beta": 1.0}, {"beta": 2.0, "lr": DIVERGES}, {"beta": 3.0})
     return make_plan([replace(first, **change) for change in changes], Store(output_dir))
 
@@ -69,6 +69,8 @@ def test_a_point_that_fails_ends_alone_and_fails_the_job_at_its_end(undisturbed)
     assert ["diverged" in log for log in logs] == [False, True, False]
     assert all(task.label in log for task, log in zip(submission.tasks, logs, strict=True))
     assert len(list((output_dir / "store").glob("evaluate/*/result.json"))) == 2
+    models = list((output_dir / "store").glob("align/*/model.safetensors"))
+    assert len(models) == 1, "the worse one of the two was removed while the job ran"
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_each_point_of_a_job_is_computed_by_a_group_of_processes(tmp_path):
     code, output = run(submission, workers=1, gpus_per_point=2)
     assert states(submission) == ["done", "failed", "done"] and code == 1, output
     records = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*/*/DONE")]
-    assert {r["processes"] for r in records if r["stage"] in ("sft", "align")} == {2}
+    assert {r["processes"] for r in records if r["stage"] in ("sft", "align", "generate")} == {2}
 
 
 def test_a_stage_that_was_stopped_waits_again_without_counting_as_a_retry(tmp_path):

@@ -16,13 +16,16 @@ from unittest.mock import patch
 from launchers.slurm.job_records import Submission, new_submission
 from src.planning.plan import Plan
 from src.store.sweep_folder import SweepFolder
+from sweeps.search.record import SweepRecord
+from sweeps.search.search import Search
 from tests.support.commands import ROOT, environment
 
 RESULTS_FILE = "results.pkl"
 
 
 def write_submission(folder: SweepFolder, plan: Plan) -> Submission:
-    """Write the record of one job that computes all points of a plan."""
+    """Write the records of a sweep and of one job that computes all its points."""
+    SweepRecord(folder, plan, "a test", Search(plan, folder.store).state, {}).write("submitted")
     tasks = []
     for point, stage_ids in zip(plan.points, plan.point_stages, strict=True):
         own = [plan.stages[i] for i in stage_ids if plan.stages[i].role in ("align", "generate", "evaluate")]
