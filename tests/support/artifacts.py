@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from src.store.integrity import WEIGHTS_REMOVED
 from src.store.store import RUN_CONFIG_FILE
 
 
@@ -40,6 +41,8 @@ def _parsed(name: str, data: bytes) -> Any:
         stages = result["stages"]
         result["stages"] = [{k: v for k, v in s.items() if k not in cost and not k.endswith("seconds")} for s in stages]
         return result
+    if name == WEIGHTS_REMOVED:
+        return None  # it says when
     if name == "DONE":
         return {k: v for k, v in json.loads(data).items() if k in ("stage", "identity", "tokens")}
     return data
