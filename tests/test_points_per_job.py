@@ -116,6 +116,23 @@ def test_an_engine_of_one_process_is_refused_where_points_get_several_gpus(monke
     ]
 
 
+@pytest.mark.parametrize(
+    ("values", "number"),
+    [
+        ({}, 32),  # as many jobs as points
+        ({"points_per_job": 8, "gpus_per_node": 2}, 4 * 2),
+        ({"points_per_job": 8, "gpus_per_node": 2, "array_parallelism": 5}, 5),
+        ({"points_per_job": 100, "gpus_per_node": 8, "gpus_per_point": 4}, 2 * 2),
+        ({"points_per_job": 8, "gpus_per_node": 8}, 32),
+    ],
+)
+def test_as_many_points_are_computed_at_once_as_all_jobs_have_workers(values, number, monkeypatch, tmp_path):
+    """The disk line of a dry run counts a model for each of them."""
+    monkeypatch.setattr("launchers.slurm.launcher.complete_options", lambda values: slurm_options(**values))
+    plan = plan_of(tmp_path, methods=("dpo", "orpo"), num_betas=16)  # which wait for different stages
+    assert SlurmLauncher(**values).max_running(plan) == number
+
+
 @pytest.fixture
 def sbatch(monkeypatch, tmp_path):
     return record_sbatch(monkeypatch, tmp_path)

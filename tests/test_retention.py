@@ -242,6 +242,18 @@ def test_a_damaged_record_of_another_sweep_keeps_every_model(tmp_path, capfd):
     assert str(other.folder.record) in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", '{"schema": 99}'], ids=["damaged", "of another version"])
+def test_a_point_does_not_fail_where_the_record_of_its_sweep_cannot_be_read(content, tmp_path, capfd):
+    sweep, _ = two_sweeps(tmp_path)
+    sweep.folder.record.write_text(content)
+    release_models(sweep.folder, {sweep.points[0]["identity"]})
+    assert len(sweep.models()) == len(sweep.points)
+    assert "models that are not needed any more stay for now" in capfd.readouterr().err
+    sweep.folder.write(sweep.record)
+    release_models(sweep.folder, {point["identity"] for point in sweep.points})
+    assert len(sweep.models()) == len(METHODS), "the control"
+
+
 def test_keep_none_removes_each_model_with_its_result(tmp_path):
     rng = random.Random(0)
     sweep = FakeSweep(tmp_path, rng, keep="none", betas=(0.1,))

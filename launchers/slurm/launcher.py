@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from launchers.processes import check_num_processes
 from launchers.protocol import PlanLauncher
 from launchers.slurm import cluster
-from launchers.slurm.graph import SHARED, job_kind
+from launchers.slurm.graph import SHARED, job_arrays, job_kind
 from launchers.slurm.job_records import submissions
 from launchers.slurm.options import AUTO, OWN_JOB, complete_options
 from launchers.slurm.sampling import choose_sampling
@@ -83,13 +84,17 @@ class SlurmLauncher(PlanLauncher):
         return f"sampling: {self.options.sampling} (hydra.launcher.sampling=auto): {reason}"
 
     def max_running(self, plan: Plan) -> int:
-        """Return the points to compute, or array_parallelism, which bounds those of one submission.
+        """Return how many points all jobs compute at once; array_parallelism bounds those of one submission.
 
         With sampling in jobs of their own all points may wait for it, each with its model.
         """
         number = super().max_running(plan)
-        limit = None if self.options.sampling == OWN_JOB else self.options.array_parallelism
-        return min(limit or number, number)
+        if self.options.sampling == OWN_JOB:
+            return number
+        arrays = job_arrays(plan, (), (), sys.maxsize, self.options.points_per_job)
+        num_jobs = sum(len(array.jobs) for array in arrays if array.kind == "align")
+        number = min(number, max(1, num_jobs * self.options.kinds["align"].points_at_once))
+        return min(self.options.array_parallelism or number, number)
 
     def on_gpus(self, number: int) -> str:
         """Return the overrides for a number of GPUs for each point."""
