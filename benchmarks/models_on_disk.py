@@ -37,6 +37,7 @@ from tests.support.commands import ROOT, command, environment
 MODEL = "model.safetensors"
 NUM_WORKERS = 2
 SAMPLE_SECONDS = 0.25
+NUM_METHODS = 3  # of the twelve points
 RULES = ("best", "lowest_kl_in_shortlist")
 DEMO = ["-m", "+sweep=demo", "tracking=none", "keep_checkpoints=best", f"hydra.launcher.workers={NUM_WORKERS}"]
 # The larger learning rate spoils its models, so that some points can soon be ruled out by either rule.
@@ -124,6 +125,8 @@ class KilledSweep:
         self.arguments = [*arguments_of(rule, output_dir), "keep_checkpoints=best"]
         self.kills: Counter[str] = Counter()
         self.removed: set[str] = set()  # models that were seen to be marked as removed, at any time
+        self.most = 0  # published models on disk
+        self.limit = NUM_METHODS + NUM_WORKERS if rule == "best" else len(undisturbed.read()["points"])
         output_dir.mkdir()
         copy_shared_stages(undisturbed, output_dir)
 
@@ -161,6 +164,8 @@ class KilledSweep:
         found += [f"removed at some time: the selected model {model}" for model in selected & self.removed]
         if best_of(self.sweep) != best_of(self.undisturbed):
             found.append("best.yaml differs")
+        if self.most > self.limit:
+            found.append(f"{self.most} models at once")
         return found
 
     def _count(self, pattern: str) -> int:
@@ -168,6 +173,7 @@ class KilledSweep:
 
     def _look(self) -> None:
         self.removed |= {path.parent.name for path in self.store.glob(f"align/*/{WEIGHTS_REMOVED}")}
+        self.most = max(self.most, self._count(f"align/*/{MODEL}"))
 
 
 def arguments_of(rule: str, output_dir: Path) -> list[str]:
@@ -180,18 +186,21 @@ def kill(folder: Path, num_kills: int, seed: int) -> bool:
     for rule in RULES:
         finish(folder / "log", *arguments_of(rule, folder / "undisturbed"), "keep_checkpoints=all")
         undisturbed = SweepFolder(folder / "undisturbed" / "sweeps" / rule)
-        rng, kills, sweeps, num_removed = random.Random(seed), Counter[str](), 0, Counter[str]()
+        rng, kills, sweeps, num_removed, most = random.Random(seed), Counter[str](), 0, 0, 0
         while kills.total() < num_kills:
             killed = KilledSweep(undisturbed, folder / f"{rule}-{sweeps}", rule, rng)
             while kills.total() + killed.kills.total() < num_kills and killed.run_and_kill():
                 pass
-            num_removed["before the last start"] += len(killed.removed)
+            num_removed, most = num_removed + len(killed.removed), max(most, killed.most)
             violations = killed.violations()
             is_equal &= not violations
             kills, sweeps = kills + killed.kills, sweeps + 1
             print(*violations, sep="\n", end="\n" if violations else "", flush=True)
         print(f"sweep.select={rule}: {kills.total()} kills of {sweeps} sweeps:", dict(kills))
-        print(f"  models removed before a sweep's last start: {num_removed.total()}; all as undisturbed: {is_equal}")
+        print(
+            f"  {num_removed} models removed before a sweep's last start, at most {most} of 12 on disk while they ran;"
+        )
+        print(f"  results, best.yaml and selected models as undisturbed: {'yes' if is_equal else 'NO'}", flush=True)
     return is_equal
 
 

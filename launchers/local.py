@@ -80,6 +80,7 @@ class LocalLauncher(PlanLauncher):
             return {}
         schedule, store = Schedule(plan), folder.store
         folder.logs.mkdir(parents=True, exist_ok=True)
+        release_models(folder, plan.done)  # a run that was killed may have left some
         pool = WorkerPool(schedule, self._slots(plan), lambda number, stage: folder.logs / f"worker-{number}.log")
         table = LiveTable(folder.name, schedule, store, pool.groups)
 

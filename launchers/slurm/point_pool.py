@@ -153,6 +153,7 @@ def _compute(
                     statuses.end(task, None)
         table.update(stages)
 
+    release_models(sweep, plan.done)
     for task in list(statuses.left):
         if _result_of(task) in plan.done:  # a kill came between its publication and its status
             statuses.end(task, None)
