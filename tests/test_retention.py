@@ -1,100 +1,27 @@
 """Models while a sweep runs: few on disk, and whatever is killed or shared, none that is needed later."""
 
+import os
 import random
+import shutil
 from contextlib import suppress
 from itertools import product
+from pathlib import Path
 
 import pytest
-import yaml
 
-from src.stages.evaluate import mean_and_error
 from src.store import retention
-from src.store.files import with_checksum, write_json
-from src.store.integrity import WEIGHTS_REMOVED, describe_files
+from src.store.files import write_json
+from src.store.integrity import WEIGHTS_REMOVED
 from src.store.lease import Lease
-from src.store.retention import release_models, remove_models
-from src.store.store import DONE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, STAGE_FILE, StageName, Store
-from src.store.sweep_folder import SweepFolder
-from sweeps.analysis.results import collect
-from sweeps.analysis.selection import average_seeds, select_points
+from src.store.retention import release_models
+from src.store.store import STAGE_FILE, StageName, Store
+from tests.support.fake_sweep import METHODS, FakeSweep
 
-NUM_PROMPTS = 40
-METHODS = ("dpo", "ipo")
 NUM_WORKERS = 3
 
 
 class Killed(BaseException):
     pass
-
-
-class FakeSweep:
-    """A sweep whose stages are written, not computed, in any order."""
-
-    def __init__(self, output_dir, rng, *, name="fake", rule="best", seeds=1, keep="best", betas=(0.1, 1.0, 3.0)):
-        self.store, self.rng, self.rule = Store(output_dir), rng, rule
-        self.folder = SweepFolder(self.store.sweeps / name)
-        self.points = [
-            self._point(method, beta, lr, seed)
-            for method, beta, lr, seed in product(METHODS, betas, (1e-6, 1e-5), range(seeds))
-        ]
-        self.difficulty = [rng.random() for _ in range(NUM_PROMPTS)]
-        self.record = {"name": name, "command": "fake", "store": str(self.store.root), "keep_checkpoints": keep}
-        self.record |= {"tracking": {}, "search": None, "finished": None, "state": "running", "select": rule}
-        self.record |= {"studies": [], "points": self.points}
-        self.folder.write(self.record)
-
-    def _point(self, method, beta, lr, seed):
-        name = f"{method}-{beta:g}-{lr:g}-{seed}"
-        point = {"setup": "s", "method": method, "init": "sft", "variant": "", "beta": beta, "lr": lr, "seed": seed}
-        point |= {"stop_fraction": 1.0, "label": name, "state": "to do", "error": None, "job": None, "identity": name}
-        return point | {"stages": {"align": f"a-{name}", "generate": f"g-{name}", "evaluate": name}}
-
-    def align(self, point):
-        stage = self.store.dir(StageName("align", point["stages"]["align"]))
-        if not self.store.has_weights(StageName("align", stage.name)):
-            stage.mkdir(parents=True, exist_ok=True)
-            (stage / "model.safetensors").write_text("weights")
-            (stage / WEIGHTS_REMOVED).unlink(missing_ok=True)
-            write_json(stage / DONE, {})
-
-    def evaluate(self, point):
-        stage = self.store.dir(StageName("evaluate", point["identity"]))
-        stage.mkdir(parents=True)
-        ability = self.rng.choice([0.5, 0.6, 0.6, 0.7])
-        values = [float(d < ability) for d in self.difficulty]
-        measurement = {"value": self.rng.random(), "se": 0.1, "n": NUM_PROMPTS}
-        result = {"schema": RESULT_SCHEMA, "quality": {"metric": "win_rate", **mean_and_error(values)}}
-        result |= {"splits": dict.fromkeys(("selection", "reporting"), mean_and_error(values))}
-        result |= {"kl": {"per_sequence": measurement, "per_token": measurement}, "stages": []}
-        result |= dict.fromkeys(("reward_accuracy", "reward_margin", "response_tokens"), measurement)
-        write_json(stage / RESULT_FILE, result)
-        quality = {"prompts": list(range(NUM_PROMPTS)), "values": values, "selection": [True] * NUM_PROMPTS}
-        write_json(stage / QUALITY_FILE, {"schema": RESULT_SCHEMA, **quality})
-        write_json(stage / STAGE_FILE, {"upstream": {"align": point["stages"]["align"]}})
-        write_json(stage / DONE, with_checksum({"identity": stage.name, "files": describe_files(stage)}))
-
-    def selected(self, entries=None):
-        """Return the selected results."""
-        return {identity for entry in (entries or self.best()).values() for identity in entry["identities"]}
-
-    def best(self):
-        results = collect([self.folder])
-        averages = average_seeds(results.points[results.points.candidate])
-        best = select_points(averages, self.rule, results.prompts)
-        return {row.method: {"identities": list(row.identities)} for row in best.itertuples()}
-
-    def finalize(self):
-        """Do what `sweeps.aggregate.finalize` does, without tables and figures; return the selected results."""
-        entries = self.best()
-        self.folder.best_yaml.write_text(yaml.safe_dump({"s": entries}))
-        remove_models(self.store, [point["stages"] for point in self.points], settled=self.folder)
-        return self.selected(entries)
-
-    def models(self):
-        """Return the points whose models are on disk, whole."""
-        names = {path.parent.name for path in self.store.root.glob("align/*/model.safetensors")}
-        whole = {name for name in names if self.store.has_weights(StageName("align", name))}
-        return {point["identity"] for point in self.points if point["stages"]["align"] in whole}
 
 
 def kill_removals(rng, patch):
@@ -222,6 +149,45 @@ def test_a_model_from_which_a_stage_samples_stays(tmp_path):
         assert loser["identity"] in sweep.models() and len(sweep.models()) == len(METHODS) + 1
     sweep.finalize()
     assert loser["identity"] not in sweep.models(), "the control: it has been sampled"
+
+
+@pytest.mark.parametrize("was_marked", [False, True], ids=["first", "after a removal that was killed"])
+def test_a_reader_is_asked_for_by_every_removal(was_marked, tmp_path):
+    sweep, _ = two_sweeps(tmp_path)
+    align = StageName("align", sweep.points[0]["stages"]["align"])
+    mark, model = (sweep.store.dir(align) / name for name in (WEIGHTS_REMOVED, "model.safetensors"))
+    if was_marked:
+        write_json(mark, {"removed": "now"})
+    sweep.store.remove_weights(align, unless=lambda: True)
+    assert model.exists() and mark.exists() == was_marked, "a reader that came after the mark computes it again"
+    sweep.store.remove_weights(align, unless=lambda: False)
+    assert not model.exists() and mark.exists()
+
+
+def test_stages_that_end_while_readers_are_looked_for_are_no_error(tmp_path, monkeypatch):
+    sweep, _ = two_sweeps(tmp_path, keep="none")
+    readers = [sweep.store.work(StageName("generate", f"reader-{number}")) for number in range(3)]
+    for reader in readers:
+        (reader / "attempt-x").mkdir(parents=True)
+        write_json(reader / "attempt-x" / STAGE_FILE, {"upstream": {"checkpoint": "another model"}})
+    list_folder, num_calls = os.scandir, 0
+
+    class Entries(list):
+        __enter__, __exit__ = list.__iter__, lambda *_: None
+
+    def scandir(path):
+        nonlocal num_calls
+        with list_folder(path) as listing:
+            entries = Entries(listing)
+        if Path(path) == readers[0].parent:
+            num_calls += 1
+            for reader in readers:  # once they have been listed
+                shutil.rmtree(reader, ignore_errors=True)
+        return entries
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    selected = sweep.finalize()
+    assert num_calls and sweep.models() == selected
 
 
 def test_a_model_that_is_being_computed_again_is_left_alone(tmp_path):

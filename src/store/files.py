@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -145,6 +146,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
+def find(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths below a folder that match; none below what is deleted meanwhile, where Path.glob raises."""
+    return [folder / name for name in glob.glob(pattern, root_dir=folder)]
+
+
 @dataclass(frozen=True)
 class NumberedNames:
     """Names that consist of a prefix and a number of at least `width` digits, such as `step-00000012`."""
@@ -158,7 +164,7 @@ class NumberedNames:
     def entries(self, folder: Path) -> dict[int, Path]:
         """Return the entries of the folder that have such names, ascending; any other, as `step-abc`, is not ours."""
         entries: dict[int, Path] = {}
-        for path in folder.glob(f"{self.prefix}*"):
+        for path in find(folder, f"{self.prefix}*"):
             with contextlib.suppress(ValueError):
                 number = int(path.name.removeprefix(self.prefix))
                 if path == self.path(folder, number):

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from src.errors import ConfigError, DamagedFile, warn
-from src.store.files import read_bytes, read_json
+from src.store.files import find, read_bytes, read_json
 from src.store.integrity import WEIGHTS, find_damage
 from src.store.lease import Lease, in_use
 from src.store.selectable import Measured, selectable
@@ -57,7 +57,7 @@ def remove_models(store: Store, points: Sequence[PointStages], settled: SweepFol
 
     settled: the sweep that has just written its best.yaml, if any.
     """
-    models = {stages["align"] for stages in points if any(store.dir(_align(stages["align"])).glob(WEIGHTS))}
+    models = {stages["align"] for stages in points if find(store.dir(_align(stages["align"])), WEIGHTS)}
     models -= {stages["align"] for stages in points if not store.is_done(_evaluate(stages["evaluate"]))}
     needed = _needed(store, models, settled) if models else models
     for align in map(_align, sorted(models - needed)):
@@ -190,7 +190,7 @@ def _selected(store: Store) -> set[str] | None:
 
 def _is_read(store: Store, model: str) -> bool:
     """Return whether a process samples from the model, for a sweep or not."""
-    for path in store.root.glob(f"generate/.work/*/attempt-*/{STAGE_FILE}"):
+    for path in find(store.root, f"generate/.work/*/attempt-*/{STAGE_FILE}"):
         try:
             checkpoint = read_json(path)["upstream"]["checkpoint"]
         except (FileNotFoundError, DamagedFile, KeyError, TypeError):  # given up, or not yet whole

@@ -18,6 +18,7 @@ from src.store.attempt import PROGRESS_FILE, Attempt, Report
 from src.store.code_snapshot import revision
 from src.store.files import (
     NumberedNames,
+    find,
     fsync_tree,
     publish_folder,
     read_checksummed_json,
@@ -135,16 +136,17 @@ class Store:
         """Delete the model of a finished stage, not its measurements; a stage that needs the model recomputes it.
 
         unless: asked once the model is marked as removed, so that a reader that looks at the mark after it has begun
-        is either seen here or computes the model again; True takes the mark back.
+        is either seen here or computes the model again. True leaves the model, and takes the mark back unless it is
+        that of a removal that was killed.
         """
         folder = self.dir(stage)
-        if self.has_weights(stage):
+        if is_whole := self.has_weights(stage):
             write_json(folder / WEIGHTS_REMOVED, {"removed": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-            if unless():
-                (folder / WEIGHTS_REMOVED).unlink()
-                return
-        for path in folder.glob(WEIGHTS):
-            path.unlink(missing_ok=True)
+        if not unless():
+            for path in find(folder, WEIGHTS):
+                path.unlink(missing_ok=True)
+        elif is_whole:
+            (folder / WEIGHTS_REMOVED).unlink()
 
     def finished(self, kind: str, version: int, newest: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield (content of stage.json, content of DONE) of the newest finished stages of a kind, newest first.
