@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from src.store.files import find
 from src.store.integrity import DONE, WEIGHTS_REMOVED
 from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
@@ -74,15 +75,15 @@ def most_on_disk(folder: Path, overrides: list[str]) -> bool:
     published, all_models, samples = 0, 0, 0
     while launcher.poll() is None:
         time.sleep(SAMPLE_SECONDS)
-        now = len(list(folder.glob(f"store/align/*/{MODEL}")))
-        unpublished = len(list(folder.glob(f"store/align/.work/*/attempt-*/{MODEL}")))
+        now = len(find(folder, f"store/align/*/{MODEL}"))
+        unpublished = len(find(folder, f"store/align/.work/*/attempt-*/{MODEL}"))
         published, all_models, samples = max(published, now), max(all_models, now + unpublished), samples + 1
     if launcher.returncode != 0:
         raise RuntimeError(log.read_text(encoding="utf-8"))
     sweep = SweepFolder(folder / "sweeps" / "demo")
     points = sweep.read()["points"]
     num_methods = len({point["method"] for point in points})
-    left = {path.parent.name for path in folder.glob(f"store/align/*/{MODEL}")}
+    left = {path.parent.name for path in find(folder, f"store/align/*/{MODEL}")}
     is_bounded = all_models <= num_methods + NUM_WORKERS and left == models_of_best(sweep)
     print(f"{len(points)} points, {num_methods} methods, {NUM_WORKERS} workers: {time.monotonic() - started:.0f} s")
     print(f"aligned models on disk, {samples} samples: at most {all_models}, {published} of them published")
@@ -169,10 +170,10 @@ class KilledSweep:
         return found
 
     def _count(self, pattern: str) -> int:
-        return len(list(self.store.glob(pattern)))
+        return len(find(self.store, pattern))
 
     def _look(self) -> None:
-        self.removed |= {path.parent.name for path in self.store.glob(f"align/*/{WEIGHTS_REMOVED}")}
+        self.removed |= {path.parent.name for path in find(self.store, f"align/*/{WEIGHTS_REMOVED}")}
         self.most = max(self.most, self._count(f"align/*/{MODEL}"))
 
 
