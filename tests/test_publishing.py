@@ -27,8 +27,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LR = 1e-3
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class NoTokenizer:
     def save_pretrained(self, folder):

@@ -179,7 +179,7 @@ def test_stages_that_end_while_readers_are_looked_for_are_no_error(tmp_path, mon
         nonlocal num_calls
         with list_folder(path) as listing:
             entries = Entries(listing)
-        if Path(path) == readers[0].parent:
+        if not isinstance(path, int) and Path(path) == readers[0].parent:  # a number: of an open folder
             num_calls += 1
             for reader in readers:  # once they have been listed
                 shutil.rmtree(reader, ignore_errors=True)
