@@ -66,8 +66,9 @@ def test_what_is_aligned_or_in_flight_is_only_sampled(tmp_path):
     done, running, new = (stages["align"] for stages in plan.stages_by_role)
     plan.needed -= {done}
     plan.done |= {done}
-    align, sample, *alone = arrays_of(plan, in_flight={running})
-    assert labels(align) == labels(sample) == [plan.points[2].label] and align.jobs[0][0].targets[0].identity == new
+    *alone, align, sample = arrays_of(plan, in_flight={running})
+    assert labels(align) == labels(sample) == [plan.points[2].label] and sample.follows is align
+    assert [stage.identity for stage in align.jobs[0][0].targets] == [new]
     assert {(labels(a)[0], a.kind, a.follows, running in a.upstream) for a in alone} == {
         (plan.points[0].label, "sample", None, False),
         (plan.points[1].label, "sample", None, True),

@@ -82,7 +82,7 @@ def test_where_nothing_is_to_be_gained_or_known_one_job_does_both(overrides, lau
 
 def estimate(output):
     """Return stage -> (accelerator-hours, of these waiting, a point) of the table that a dry run printed."""
-    rows = re.findall(r"^(sft|reference|align|generate|all) .*?([\d.]+) +([\d.]+) +([\d.]+)  ?\w*$", output, re.M)
+    rows = re.findall(r"^(sft|reference|align|generate|all) .*?([\d.]+) +([\d.]+) +([\d.]+)(?:  \w+)?$", output, re.M)
     return {stage: tuple(map(float, numbers)) for stage, *numbers in rows}
 
 

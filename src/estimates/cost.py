@@ -27,10 +27,7 @@ from src.store.usage import Usage, usage_of
 _KINDS = ("sft", "reference", "align", "generate")  # of stages that a model computes
 MEASURED = "measured"
 _HEADER = "stage     to run     tokens  accelerator-hours  waiting  a point  source"
-_ASSUMED = (
-    f"a job starts in {START_SECONDS:g} s, weights are read at {READ_RATE / 1e9:g} GB/s and published at "
-    f"{WRITE_RATE / 1e9:g}"
-)
+_ASSUMED = f"weights are read at {READ_RATE / 1e9:g} GB/s and published at {WRITE_RATE / 1e9:g}"
 RECENT_STAGES = 50  # newest finished stages of a kind that sizes and speeds are taken from
 
 
@@ -151,7 +148,8 @@ class Cost:
         if not math.isnan(total):
             lines.append(row("all", "", "", total, waiting))
         if waiting > 0:
-            lines.append(f"waiting: as finished stages did, or {_ASSUMED}")
+            start = f"; a job starts in {START_SECONDS:g} s" if any(map(self.starts_job, self.stages)) else ""
+            lines.append(f"waiting: as finished stages did, or {_ASSUMED}{start}")
         if any(ARITHMETIC in e.source for e in self.estimates.values()):
             lines.append(
                 f"{ARITHMETIC}: products alone, and in sampling the reading of weights and keys, at the rates of "
