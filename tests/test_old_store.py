@@ -42,4 +42,4 @@ def test_estimates_are_calibrated_by_stages_of_this_version_alone(is_old, tmp_pa
     description = description_of_align(tmp_path)
     finished_align(tmp_path, old(description) if is_old else description | {"upstream": {}})
     _, output = dry_run(*RUN, f"output_dir={tmp_path}")
-    assert bool(re.search(r"^align +1 +1 k +0.01  measured$", output, re.M)) == (not is_old), output
+    assert bool(re.search(r"^align +1 +1 k +0.01 +0 +0.01  measured$", output, re.M)) == (not is_old), output
