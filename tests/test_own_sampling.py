@@ -7,8 +7,11 @@ from launchers.slurm.cluster import QueuedJob
 from launchers.slurm.graph import job_arrays
 from launchers.slurm.job_records import all_submissions
 from launchers.slurm.launcher import SlurmLauncher
+from launchers.slurm.time_limit import signal_delay
 from src.errors import ConfigError
 from src.planning.plan import make_plan
+from src.planning.save_time import SaveTimes
+from src.planning.stage import stages_of
 from src.store.store import Store
 from tests.support.configs import TINY, point
 from tests.support.recorded_sbatch import dependency_of, plan_of, record_sbatch, status_reader, submit_plan
@@ -219,3 +222,10 @@ def test_a_request_for_sampling_jobs_that_slurm_rejects_is_refused(monkeypatch, 
     monkeypatch.setattr("launchers.slurm.cluster.check_request", lambda kind, options: asked.append(kind))
     launcher.check(plan_of(tmp_path))
     assert asked == ["aggregate", "align", "baseline", "reference", "sample", "sft"]
+
+
+def test_a_sampling_job_saves_no_training_state_so_its_signal_is_not_early(tmp_path):
+    options, times = slurm_options(), SaveTimes(Store(tmp_path))
+    stages = {stage.kind: stage for stage in stages_of(point("setup=llama31_8b_uf", "beta=0.1"))}
+    assert signal_delay("sample", [stages["generate"], stages["evaluate"]], options, times) == options.signal_delay_s
+    assert signal_delay("align", [stages["align"]], options, times) > options.signal_delay_s, "the control"

@@ -104,6 +104,21 @@ def test_on_disk_is_at_most_a_model_for_each_method_and_running_point(seed, tmp_
     assert sweep.models() == selected and len(selected) == len(METHODS)
 
 
+@pytest.mark.parametrize("keep", ["none", "best"])
+def test_models_that_wait_for_a_sampling_job_stay_whatever_other_points_give(keep, tmp_path):
+    rng = random.Random(2)
+    sweep = FakeSweep(tmp_path, rng, keep=keep, betas=(0.1, 0.5, 1.0, 3.0))
+    for point in sweep.points:  # all jobs that align have ended before the first one that samples
+        sweep.align(point)
+    waiting = {point["identity"] for point in sweep.points}
+    for point in rng.sample(sweep.points, len(sweep.points)):
+        sweep.evaluate(point)
+        waiting.remove(point["identity"])
+        release_models(sweep.folder, {point["identity"]})
+        assert waiting <= sweep.models()
+    assert len(sweep.models()) == (len(METHODS) if keep == "best" else 0), "the control: the others went"
+
+
 def two_sweeps(tmp_path, **other):
     """Return a sweep whose points are done and not released yet, and another one of the same points."""
     rng = random.Random(1)
