@@ -4,15 +4,17 @@
     python -m benchmarks.models_on_disk kills [--kills 20] [--seed 0]
 
 `most` counts the aligned models several times a second, with those that running alignments have not published yet.
-`kills` computes twelve points undisturbed, with all models kept, and then for each rule of sweep.select with
+`kills` computes twelve small points undisturbed, with all models kept, and then for each rule of sweep.select with
 keep_checkpoints=best, while launcher and workers are killed (-9) at random moments and the same command is started
 again: results, best.yaml and the selected models must be those of the undisturbed sweep, and no selected model may have
-been removed meanwhile. Exit code 1 when they are not, or when there were more models than methods and workers.
+been removed meanwhile. Commands are forks of a process that has imported everything. Exit code 1 when they are not, or
+when there were more models than methods and workers.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -32,6 +34,7 @@ from src.store.files import find
 from src.store.integrity import DONE, WEIGHTS_REMOVED
 from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
+from tests.fuzz.sandbox import Sandbox, preload
 from tests.support.artifacts import results
 from tests.support.commands import ROOT, command, environment
 
@@ -44,34 +47,19 @@ DEMO = ["-m", "+sweep=demo", "tracking=none", "keep_checkpoints=best", f"hydra.l
 # The larger learning rate spoils its models, so that some points can soon be ruled out by either rule.
 TWELVE = [
     *("-m", "method=dpo,ipo,simpo", "beta=0.1,1", "lr=3e-4,2e-2", "tracking=none"),
-    *("trainer.sft.max_steps=20", "trainer.align.max_steps=8", "evaluation.generation.max_new_tokens=24"),
+    *("dataset.sft_size=128", "dataset.train_size=128", "dataset.validation_size=16", "evaluation.num_prompts=32"),
+    *("evaluation.generation.max_new_tokens=16", "trainer.align.batch_size=16", "trainer.sft.batch_size=32"),
     *("trainer.checkpoint_minutes=0", f"hydra.launcher.workers={NUM_WORKERS}"),
 ]
-
-
-def start(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start `python -m src.train ARGUMENTS` in a process group of its own."""
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            command(*arguments),
-            cwd=ROOT,
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def finish(log: Path, *arguments: str) -> None:
-    """Run the command to its end. Raises RuntimeError with its output when it fails."""
-    if start(log, *arguments).wait() != 0:
-        raise RuntimeError(log.read_text(encoding="utf-8"))
+TIMEOUT_S = 900.0
 
 
 def most_on_disk(folder: Path, overrides: list[str]) -> bool:
     """Count the models of the demo while it runs, print the largest numbers, and return whether they are bounded."""
     started, log = time.monotonic(), folder / "log"
-    launcher = start(log, *DEMO, f"output_dir={folder}", *overrides)
+    with log.open("wb") as output:
+        arguments = command(*DEMO, f"output_dir={folder}", *overrides)
+        launcher = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
     published, all_models, samples = 0, 0, 0
     while launcher.poll() is None:
         time.sleep(SAMPLE_SECONDS)
@@ -118,18 +106,17 @@ def copy_shared_stages(sweep: SweepFolder, output_dir: Path) -> None:
 
 
 class KilledSweep:
-    """The twelve points in an output_dir of their own, killed until the sweep has ended."""
+    """The twelve points in a folder of their own, killed until the sweep has ended."""
 
-    def __init__(self, undisturbed: SweepFolder, output_dir: Path, rule: str, rng: random.Random) -> None:
-        self.undisturbed, self.store, self.random = undisturbed, output_dir / "store", rng
-        self.sweep, self.log = SweepFolder(output_dir / "sweeps" / rule), output_dir / "log"
-        self.arguments = [*arguments_of(rule, output_dir), "keep_checkpoints=best"]
+    def __init__(self, undisturbed: SweepFolder, folder: Path, rule: str, rng: random.Random) -> None:
+        self.undisturbed, self.sandbox, self.random = undisturbed, Sandbox(folder), rng
+        self.store, self.sweep = self.sandbox.out / "store", SweepFolder(self.sandbox.out / "sweeps" / rule)
+        self.arguments = [*arguments_of(rule), "keep_checkpoints=best"]
         self.kills: Counter[str] = Counter()
         self.removed: set[str] = set()  # models that were seen to be marked as removed, at any time
         self.most = 0  # published models on disk
         self.limit = NUM_METHODS + NUM_WORKERS if rule == "best" else len(undisturbed.read()["points"])
-        output_dir.mkdir()
-        copy_shared_stages(undisturbed, output_dir)
+        copy_shared_stages(undisturbed, self.sandbox.out)
 
     def run_and_kill(self) -> bool:
         """Start the command and kill it at a random moment; return False when it has ended before."""
@@ -139,24 +126,26 @@ class KilledSweep:
             "when a model is removed": lambda: self._count(f"align/*/{WEIGHTS_REMOVED}") > num_removed,
         }
         name = self.random.choice(list(moments))
-        deadline = time.monotonic() + self.random.uniform(3, 15)
+        deadline = time.monotonic() + self.random.uniform(1, 15)
         num_results, num_removed = self._count(f"evaluate/*/{DONE}"), self._count(f"align/*/{WEIGHTS_REMOVED}")
-        launcher = start(self.log, *self.arguments)
-        while launcher.poll() is None and not moments[name]():
+        pid = self.sandbox.start(*self.arguments, timeout=TIMEOUT_S)
+        has_ended = False
+        while not moments[name]() and not has_ended:
             time.sleep(0.005)
             self._look()
-        time.sleep(self.random.uniform(0, 0.03))
-        is_killed = launcher.poll() is None
-        if is_killed:
-            os.killpg(launcher.pid, signal.SIGKILL)
+            has_ended = os.waitpid(pid, os.WNOHANG) != (0, 0)
+        if not has_ended:
+            time.sleep(self.random.uniform(0, 0.03))
+            with contextlib.suppress(ProcessLookupError):  # the command has ended meanwhile
+                os.killpg(pid, signal.SIGKILL)
             self.kills[name] += 1
-        launcher.wait()
+            os.waitpid(pid, 0)
         self._look()
-        return is_killed
+        return not has_ended
 
     def violations(self) -> list[str]:
         """Run the sweep to its end and return what differs from the undisturbed one."""
-        finish(self.log, *self.arguments)
+        finish(self.sandbox, *self.arguments)
         expected, actual = results(self.undisturbed.output_dir), results(self.sweep.output_dir)
         selected = models_of_best(self.undisturbed)
         found = [f"differs: {key}" for key in actual if key in expected and actual[key] != expected[key]]
@@ -177,16 +166,24 @@ class KilledSweep:
         self.most = max(self.most, self._count(f"align/*/{MODEL}"))
 
 
-def arguments_of(rule: str, output_dir: Path) -> list[str]:
-    return [*TWELVE, f"sweep.select={rule}", f"sweep.name={rule}", f"output_dir={output_dir}"]
+def arguments_of(rule: str) -> list[str]:
+    return [*TWELVE, f"sweep.select={rule}", f"sweep.name={rule}", "output_dir=out"]
+
+
+def finish(sandbox: Sandbox, *arguments: str) -> None:
+    """Run the command to its end. Raises RuntimeError with its output when it fails."""
+    done = sandbox.run(*arguments, timeout=TIMEOUT_S)
+    if done.code != 0:
+        raise RuntimeError(done.stdout + done.stderr)
 
 
 def kill(folder: Path, num_kills: int, seed: int) -> bool:
     """Kill sweeps of either rule that often, print what happened, and return whether all is as undisturbed."""
-    is_equal = True
+    preload()
+    is_equal, sandbox = True, Sandbox(folder / "undisturbed")
     for rule in RULES:
-        finish(folder / "log", *arguments_of(rule, folder / "undisturbed"), "keep_checkpoints=all")
-        undisturbed = SweepFolder(folder / "undisturbed" / "sweeps" / rule)
+        finish(sandbox, *arguments_of(rule), "keep_checkpoints=all")
+        undisturbed = SweepFolder(sandbox.out / "sweeps" / rule)
         rng, kills, sweeps, num_removed, most = random.Random(seed), Counter[str](), 0, 0, 0
         while kills.total() < num_kills:
             killed = KilledSweep(undisturbed, folder / f"{rule}-{sweeps}", rule, rng)

@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,16 +86,24 @@ class Sandbox:
             **CANARIES,
         }
 
-    def run(self, *arguments: str, module: str = "src.train", timeout: float = 60) -> Finished:
-        """Run `python -m MODULE ARGUMENTS` in this sandbox."""
-        outputs = [self.root / "stdout", self.root / "stderr"]
-        started = time.monotonic()
+    @property
+    def outputs(self) -> list[Path]:
+        """What the last command wrote on stdout and stderr."""
+        return [self.root / "stdout", self.root / "stderr"]
+
+    def start(self, *arguments: str, module: str = "src.train", timeout: float = 60) -> int:
+        """Start the command; return the id of its process, which soon is that of its process group."""
         pid = os.fork()
         if pid == 0:
-            _become(module, arguments, self.work, self.environment(), outputs, timeout)
-        code = _wait(pid, timeout)
+            _become(module, arguments, self.work, self.environment(), self.outputs, timeout)
+        return pid
+
+    def run(self, *arguments: str, module: str = "src.train", timeout: float = 60) -> Finished:
+        """Run `python -m MODULE ARGUMENTS` in this sandbox."""
+        started = time.monotonic()
+        code = _wait(self.start(*arguments, module=module, timeout=timeout), timeout)
         seconds = time.monotonic() - started
-        stdout, stderr = (path.read_bytes().decode(errors="backslashreplace") for path in outputs)
+        stdout, stderr = (path.read_bytes().decode(errors="backslashreplace") for path in self.outputs)
         command = " ".join(["python -m", module, *map(_quoted, arguments)])
         self.commands.append(command)
         self.codes.append(code)
@@ -151,6 +160,7 @@ def _become(
         # Workers of a sweep are forked from the command, which has torch already, not from a server of their own.
         context = multiprocessing.get_context("fork")
         multiprocessing.get_context = lambda method=None: context  # type: ignore[assignment]
+        forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
         warnings.filterwarnings("ignore", message=".*found in sys.modules")  # it has been imported: see preload
         sys.argv = [module, *arguments]
         code = _exit_code(module)
