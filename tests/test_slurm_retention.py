@@ -25,7 +25,7 @@ def test_a_model_is_on_disk_for_each_method_and_running_job_and_at_the_end_the_b
         numbers.append(len(models()))
         return is_finished(folder)
 
-    wait_until(finished, TIMEOUT_S, "the sweep to finish")
+    wait_until(finished, 2 * TIMEOUT_S, "the sweep to finish")
     assert 2 < max(numbers) <= 2 + 2 < len(folder.read()["points"]), "two methods, two jobs at once"
     best = yaml.safe_load(folder.best_yaml.read_text())["mini_tldr"]
     assert models() == {Path(entry["checkpoint"]).name for entry in best.values()} and len(best) == 2
