@@ -46,7 +46,7 @@ def test_sixteen_points_in_two_jobs_have_the_numbers_of_the_local_launcher(slurm
         most_models = max(most_models, len(list(folder.store.root.glob("align/*/model.safetensors"))))
         return is_finished(folder)
 
-    wait_until(has_ended, 2 * TIMEOUT_S, "the sweep to finish")
+    wait_until(has_ended, 4 * TIMEOUT_S, "the sweep to finish")
     # One job runs at a time (array_parallelism=2), of two points: the best of all so far, and theirs.
     assert 1 <= most_models <= 3, "models are removed while the jobs run"
     train(*SIXTEEN, "sweep.name=s", f"output_dir={local.output_dir}")
