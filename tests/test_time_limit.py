@@ -103,7 +103,7 @@ def test_sbatch_is_asked_for_that_signal_and_for_twice_as_much_after_a_timeout(s
     folder, stage = SweepFolder(tmp_path / "sweeps" / "s"), stage_of("align", *POINT)
     tasks = [("a point", [["align", stage.identity]])]
     first = new_submission(folder, "align", tasks, signal_delay_s=300)
-    submit._sbatch(first, slurm_options(), print, [((stage,),)])
+    submit._sbatch(first, slurm_options(), print, [((stage,),)], conditions={})
     assert [request["signal_delay_s"] for request in submissions] == [300]
     (task,) = first.tasks
 
