@@ -46,7 +46,7 @@ def seconds(output_dir: Path, *overrides: str) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.points_per_job", description=__doc__.partition("\n")[0])
     parser.add_argument("points_per_job", type=int, nargs="*", default=[48])
-    parser.add_argument("--override", nargs="*", default=[], help="of the demo: trainer.align.max_steps=8")
+    parser.add_argument("--override", nargs="*", default=[], help="KEY=VALUE, such as trainer.align.max_steps=8")
     arguments = parser.parse_args()
     if reason := missing():
         print(f"error: {reason}", file=sys.stderr)
