@@ -1,7 +1,7 @@
 """Sampling and scoring by one process and by two ranks, a CPU thread each: `python -m benchmarks.ranks [SHAPE ...]`.
 
-Shapes: mini_tldr (two minutes on two idle cores) and smollm2 (ten; needs `make smollm2`). A point is trained once; then
-its reference log-probs, samples, scores and evaluation are computed by one process and by two ranks (gloo) in turn.
+Shapes: mini_tldr and smollm2 (needs `make smollm2`). A point is trained once; then
+its samples, scores and evaluation are computed by one process and by two ranks (gloo) in turn.
 Prints how long each took without loading, and whether the files are the same, byte by byte.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from benchmarks.large_file import write_pairs
 from src.store.store import DONE, RESULT_FILE, RUN_CONFIG_FILE
 
-KINDS = ("reference", "generate", "evaluate")
+KINDS = ("generate", "evaluate")
 POINT = ["method=dpo", "beta=0.1", "tracking=none", "engine.precision=fp32"]
 # Eight batches of samples or more, and tens of micro-batches.
 SHAPES = {
@@ -42,8 +42,7 @@ REPEATS = 2
 
 
 class Figures(NamedTuple):
-    reference: float  # seconds, all without loading
-    generate: float  # of sampling and scoring
+    seconds: float  # of sampling and scoring, without loading
     tokens_per_second: float  # of sampling
 
 
@@ -56,15 +55,14 @@ def compute(num_ranks: int, arguments: list[str], folder: Path) -> None:
 
 
 def figures(folder: Path) -> Figures:
-    """Return what the run in a folder took for the reference log-probs and the samples of the policy."""
+    """Return what the run in a folder took for the samples of the policy."""
     seconds = {}
-    for done in (folder / "store").glob(f"*/*/{DONE}"):
+    for done in (folder / "store" / "generate").glob(f"*/{DONE}"):
         record = json.loads(done.read_text())
-        stage = json.loads((done.parent / "stage.json").read_text())
-        role = stage["inputs"].get("role", record["stage"])
+        role = json.loads((done.parent / "stage.json").read_text())["inputs"]["role"]
         seconds[role] = record["seconds"] - record["loading_seconds"]
     (rate,) = re.findall(r" generate: (\d+) tokens/s", (folder / "run" / "train.log").read_text())
-    return Figures(seconds["reference"], seconds["policy"], float(rate))
+    return Figures(seconds["policy"], float(rate))
 
 
 def artifacts(folder: Path) -> dict[str, Any]:
