@@ -130,6 +130,27 @@ def test_a_part_that_one_rank_cannot_write_fails_all_ranks_with_that_error(tmp_p
     assert steps(tmp_path) == drafts(tmp_path) == []
 
 
+def plans_of_two_trainings(folder: Path) -> list[int]:
+    """Return how many plans were made by the end of each of two trainings with two saves."""
+    agree, plans = ShardedState._agree, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardedState, "_agree", lambda self, names: plans.append(names) or agree(self, names))
+        counts = []
+        for name in ("first", "second"):
+            with training(folder / name, "ddp") as run:
+                run.train()
+                for number in (1, 2):
+                    run.checkpointer.save(number)
+                    run.checkpointer.wait()
+            counts.append(len(plans))
+    return counts
+
+
+def test_ranks_agree_once_in_a_training_on_who_writes_what(tmp_path):
+    assert on_ranks(2, "ddp", plans_of_two_trainings, tmp_path) == [[1, 2], [1, 2]]
+    assert [step for step, _ in on_ranks(2, "ddp", resumed_state, tmp_path / "second", "ddp")] == [2, 2]
+
+
 def seconds_of_saves(folder: Path, strategy: str) -> list[float]:
     """Return the wall time of each of four saves of 500 MB."""
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 9, "vocab_size": 4096}

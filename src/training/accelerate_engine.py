@@ -24,7 +24,7 @@ from src.model.logprobs import NumericsConfig, SequenceLogps
 from src.planning.resources import Resources
 from src.training.deepspeed_state import DeepSpeedState, deepspeed_config, gather_master_weights, set_master_weights
 from src.training.engine import ModelLoader, TrainingEngine, empty_model
-from src.training.training_state import ShardedState, StagedState, load_sharded
+from src.training.training_state import StagedState, load_sharded
 
 # accelerate logs every file of every checkpoint, and warns about tied weights, which safetensors stores once.
 logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -137,7 +137,7 @@ class AccelerateEngine(TrainingEngine):
     def stage_state(self, folder: Path) -> StagedState:
         if self.zero:
             return DeepSpeedState(self.accelerator, folder)
-        return ShardedState(self.policy, self.optimizer.optimizer, folder)
+        return self.sharded_saves.stage(self.policy, self.optimizer.optimizer, folder)
 
     def load_state(self, folder: Path) -> None:
         if self.zero:

@@ -31,7 +31,7 @@ from src.model.loading import device_of
 from src.model.logprobs import patch_model_
 from src.model.numerics import NumericsConfig, round_
 from src.planning.resources import Resources
-from src.training.training_state import StagedState
+from src.training.training_state import ShardedSaves, StagedState
 
 # Returns the float32 model that training starts from, in CPU memory and not patched. An engine calls it on the ranks
 # that need the weights.
@@ -55,6 +55,7 @@ class TrainingEngine(ABC):
         """`seed` is for the initial adapters. Raises ConfigError for a device that is not there."""
         self.resources, self.trainer, self.lora, self.seed = resources, trainer, lora, seed
         self.device = device_of(resources.device)
+        self.sharded_saves = ShardedSaves()
 
     @property
     @abstractmethod

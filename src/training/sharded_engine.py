@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from src.training.engine import TrainingEngine
-from src.training.training_state import ShardedState, StagedState, load_sharded
+from src.training.training_state import StagedState, load_sharded
 
 
 class ShardedEngine(TrainingEngine):
@@ -33,7 +33,7 @@ class ShardedEngine(TrainingEngine):
         return True
 
     def stage_state(self, folder: Path) -> StagedState:
-        return ShardedState(self.policy, self.optimizer, folder)
+        return self.sharded_saves.stage(self.policy, self.optimizer, folder)
 
     def load_state(self, folder: Path) -> None:
         load_sharded(self.policy, self.optimizer, folder)

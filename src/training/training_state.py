@@ -64,34 +64,73 @@ class _StagingPlanner(DefaultSavePlanner):
         return self._staged.pop(write_item.index)
 
 
+@dataclass(frozen=True)
+class ShardedPlan:
+    """Who writes what: the same in all saves of a training."""
+
+    names: frozenset[str]  # of all tensors
+    own: SavePlan  # of this rank
+    metadata: Any  # of the whole checkpoint, on rank 0
+
+
 class ShardedState:
     """The state of one process, DDP or FSDP2. `write` uses no other rank and no live tensor: it may run in a thread."""
 
-    def __init__(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-        """Decide who writes what and copy this rank's part to CPU memory. Every rank calls this at the same step."""
-        ranks = get_distributed()
+    def __init__(
+        self,
+        policy: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        folder: Path,
+        plan: ShardedPlan | None = None,
+    ) -> None:
+        """Decide who writes what and copy this rank's part to CPU memory. Every rank calls this at the same step.
+
+        plan: `self.plan` of an earlier save of this training, which ranks need not agree on again.
+        """
         self._folder, self._planner = folder, _StagingPlanner()
         # What is written is in CPU memory already; to copy ahead would open a CUDA context on GPU 0 in the thread.
         self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-        self._planner.set_up_planner(_state(policy, optimizer), self._writer.storage_meta(), ranks.is_main_process)
-        self._writer.set_up_storage_writer(ranks.is_main_process)
+        is_main_process = get_distributed().is_main_process
+        self._planner.set_up_planner(_state(policy, optimizer), self._writer.storage_meta(), is_main_process)
+        self._writer.set_up_storage_writer(is_main_process)
+        # The same tensors on every rank: those that have state of the optimizer, of which a rank holds its part.
+        names = frozenset(self._planner.state_dict)
+        self.plan = plan if plan is not None and plan.names == names else self._agree(names)
+        self._planner.finish_plan(self.plan.own)
+
+    def _agree(self, names: frozenset[str]) -> ShardedPlan:
+        """Return the plan of this rank. Every rank calls this."""
+        ranks = get_distributed()
         local_plans = ranks.gather_objects(self._writer.prepare_local_plan(self._planner.create_local_plan()))
-        plans = None
+        plans, metadata = None, None
         if ranks.is_main_process:
-            plans, self._metadata = self._planner.create_global_plan(local_plans)
+            plans, metadata = self._planner.create_global_plan(local_plans)
             plans = self._writer.prepare_global_plan(plans)
-        self._plan = self._planner.finish_plan(ranks.broadcast_object(plans)[ranks.rank])
+        return ShardedPlan(names, ranks.broadcast_object(plans)[ranks.rank], metadata)
 
     def write(self) -> WrittenPart:
-        if not self._plan.items:  # more ranks than tensors
+        if not self.plan.own.items:  # more ranks than tensors
             return WrittenPart({})
-        index = self._writer.write_data(self._plan, self._planner).wait()
+        index = self._writer.write_data(self.plan.own, self._planner).wait()
         names = sorted({result.storage_data.relative_path for result in index})
         return WrittenPart({name: file_digest(self._folder / name) for name in names}, index)
 
     def finish(self, parts: Sequence[WrittenPart]) -> dict[str, str]:
-        self._writer.finish(self._metadata, [part.index for part in parts])
+        self._writer.finish(self.plan.metadata, [part.index for part in parts])
         return {".metadata": file_digest(self._folder / ".metadata")}
+
+
+class ShardedSaves:
+    """The saves of one training."""
+
+    def __init__(self) -> None:
+        self._plan: ShardedPlan | None = None
+
+    def stage(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> ShardedState:
+        """Return the state to be written; training waits meanwhile. Every rank calls this at the same step."""
+        state = ShardedState(policy, optimizer, folder, self._plan)
+        self._plan = state.plan
+        return state
 
 
 def load_sharded(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
