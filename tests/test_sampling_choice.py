@@ -33,9 +33,11 @@ def rehearsed(monkeypatch):
     return asked
 
 
-def choice(tmp_path, *overrides, launcher="slurm_8gpu", **options):
-    plan = make_plan([point(*overrides, f"output_dir={tmp_path}")], Store(tmp_path))
-    return choose_sampling(slurm_options(launcher, **options), plan, Forecast(plan, lambda _: 1, all_rehearsed=False))
+def choice(tmp_path, *overrides, launcher="slurm_8gpu", betas=(), num_aligning=1, **options):
+    settings = [[f"beta={beta}"] for beta in betas] or [[]]
+    plan = make_plan([point(*overrides, *own, f"output_dir={tmp_path}") for own in settings], Store(tmp_path))
+    forecast = Forecast(plan, lambda _: 1, all_rehearsed=False)
+    return choose_sampling(slurm_options(launcher, **options), plan, forecast, num_aligning)
 
 
 def hours_in(reason):
@@ -52,6 +54,19 @@ def test_eight_gpus_that_wait_for_weights_leave_sampling_to_a_job_of_one(tmp_pat
     own, same = hours_in(reason)
     assert own == pytest.approx((SECONDS + READ + START) / 3600, rel=0.03)
     assert same == pytest.approx((SECONDS + 8 * READ) / 3600, rel=0.03), "eight batches for eight GPUs"
+
+
+@pytest.mark.parametrize(
+    ("free", "num_aligning", "sampling"), [(100e9, 1, "same_job"), (1e15, 1, "own_job"), (100e9, 4, "own_job")]
+)
+def test_models_that_would_not_fit_on_disk_do_not_wait_for_a_job_of_their_own(
+    free, num_aligning, sampling, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("launchers.slurm.sampling.free_bytes", lambda store: free)
+    chosen = choice(tmp_path, *UF, "keep_checkpoints=best", betas=(0.01, 0.05, 0.1, 0.2), num_aligning=num_aligning)
+    assert chosen.sampling == sampling
+    told = "but 5 models that wait for one would take 161 GB of disk, of which 100 GB are free"
+    assert chosen.reason.endswith(told) == (sampling == "same_job")
 
 
 def test_fewer_batches_than_gpus_cost_what_the_others_wait(tmp_path):

@@ -80,7 +80,7 @@ class SlurmLauncher(PlanLauncher):
         """Decide where points are sampled when `sampling=auto`."""
         if not self._is_undecided or not plan.needed:
             return ""
-        self.options.sampling, reason = choose_sampling(self.options, plan, forecast)
+        self.options.sampling, reason = choose_sampling(self.options, plan, forecast, self._max_aligning(plan))
         return f"sampling: {self.options.sampling} (hydra.launcher.sampling=auto): {reason}"
 
     def max_running(self, plan: Plan) -> int:
@@ -88,9 +88,10 @@ class SlurmLauncher(PlanLauncher):
 
         With sampling in jobs of their own all points may wait for it, each with its model.
         """
+        return super().max_running(plan) if self.options.sampling == OWN_JOB else self._max_aligning(plan)
+
+    def _max_aligning(self, plan: Plan) -> int:
         number = super().max_running(plan)
-        if self.options.sampling == OWN_JOB:
-            return number
         arrays = job_arrays(plan, (), (), sys.maxsize, self.options.points_per_job)
         num_jobs = sum(len(array.jobs) for array in arrays if array.kind == "align")
         number = min(number, max(1, num_jobs * self.options.kinds["align"].points_at_once))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from launchers.slurm.options import OWN_JOB, SAME_JOB, SlurmOptions
 from src.estimates.cost import Cost
+from src.estimates.disk import bytes_text, disk_of, free_bytes
 from src.estimates.forecast import Forecast
 from src.planning.plan import Plan
 from src.store.store import Store
@@ -19,11 +20,12 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_sampling(options: SlurmOptions, plan: Plan, forecast: Forecast) -> Choice:
+def choose_sampling(options: SlurmOptions, plan: Plan, forecast: Forecast, num_aligning: int) -> Choice:
     """Return where the points of a plan are sampled: where that takes fewer accelerator-hours by the estimate.
 
     A job that aligns holds all its GPUs while weights are read, and while the last batches are sampled; a job of its
-    own holds one, and has to start first. Judging is not estimated.
+    own holds one, and has to start first. Until then the model waits on disk, where all of a plan may not fit. Judging
+    is not estimated. num_aligning: points that are aligned at once.
     """
     if options.points_per_job > 1:
         return Choice(SAME_JOB, "in jobs of several points each samples its own")
@@ -47,7 +49,21 @@ def choose_sampling(options: SlurmOptions, plan: Plan, forecast: Forecast) -> Ch
         f"a point takes {own:.3g} accelerator-hours in a job of {_gpus(sample)} that follows its alignment, {same:.3g} "
         f"in the job of {_gpus(align)} that aligns it"
     )
+    if own < same and (too_much := _why_not_on_disk(plan, num_aligning)):
+        return Choice(SAME_JOB, f"{reason}, but {too_much}")
     return Choice(OWN_JOB if own < same else SAME_JOB, reason)
+
+
+def _why_not_on_disk(plan: Plan, num_aligning: int) -> str | None:
+    """Return why models cannot wait for jobs that sample; None where they can, or where it changes nothing."""
+    waiting, otherwise = disk_of(plan, plan.num_points_to_compute), disk_of(plan, num_aligning)
+    free = free_bytes(Store(plan.points[0].output_dir))
+    if waiting is None or otherwise is None or waiting.num_models == otherwise.num_models or waiting.model_bytes < free:
+        return None
+    return (
+        f"{waiting.num_models} models that wait for one would take {bytes_text(waiting.model_bytes)} of disk, of which "
+        f"{bytes_text(free)} are free"
+    )
 
 
 def _gpus(number: int) -> str:

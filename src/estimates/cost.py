@@ -6,7 +6,6 @@ Numbers that are not known are NaN, as are their sums and products.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from src.estimates.card import card_of
-from src.estimates.disk import disk_of
+from src.estimates.disk import bytes_text, disk_of, free_bytes, number_text
 from src.estimates.forecast import ARITHMETIC, REHEARSED, Forecast
 from src.estimates.table_size import table_size
 from src.estimates.waiting import READ_RATE, START_SECONDS, WRITE_RATE, lasting_seconds, uneven_share
@@ -143,7 +142,7 @@ class Cost:
             return "{:9} {:>6} {:>10} {:>18} {:>8} {:>8}  {}".format(kind, count, tokens, *numbers, source).rstrip()
 
         for kind, e in self.estimates.items():
-            lines.append(row(kind, str(e.num_stages), _format(e.tokens), e.hours, e.waiting, e.source))
+            lines.append(row(kind, str(e.num_stages), number_text(e.tokens), e.hours, e.waiting, e.source))
         total, waiting = (sum(getattr(e, name) for e in self.estimates.values()) for name in ("hours", "waiting"))
         if not math.isnan(total):
             lines.append(row("all", "", "", total, waiting))
@@ -174,12 +173,11 @@ class Cost:
             running = f"{self.num_running} point{'s' if self.num_running > 1 else ''} at a time"
             models = f"at most {disk.num_models} of {models} at any moment (keep_checkpoints={keep}, {running})"
         if disk.partial_bytes:
-            models += f", {_format(disk.partial_bytes, 'B')} for the checkpoints that partial runs resume from"
-        root = next(path for path in (self.store.root, *self.store.root.parents) if path.exists())
+            models += f", {bytes_text(disk.partial_bytes)} for the checkpoints that partial runs resume from"
         yield (
-            f"disk: {_format(disk.model_bytes, 'B')} for the weights of {models}, "
-            f"{_format(disk.checkpoint_bytes, 'B')} for each that is being trained; "
-            f"{_format(shutil.disk_usage(root).free, 'B')} free"
+            f"disk: {bytes_text(disk.model_bytes)} for the weights of {models}, "
+            f"{bytes_text(disk.checkpoint_bytes)} for each that is being trained; "
+            f"{bytes_text(free_bytes(self.store))} free"
         )
 
 
@@ -219,14 +217,6 @@ def _expected_tokens(stage: Stage) -> float:
     if trainer.max_steps is not None:
         num_examples = min(num_examples, trainer.max_steps * trainer.batch_size)
     return stage.stop_fraction * size.tokens * num_examples
-
-
-def _format(value: float, unit: str = "") -> str:
-    """Format as `249 M`, with a unit as `2.24 MB`."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return "-" if math.isnan(value) else f"{value:.3g} {unit}".rstrip()
 
 
 def _format_hours(value: float) -> str:

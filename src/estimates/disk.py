@@ -6,6 +6,7 @@ Bytes are NaN for a model of unknown shape.
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from src.planning.fit import num_adapter_parameters
 from src.planning.model_shape import model_shape
 from src.planning.plan import Plan
 from src.planning.stage import Stage
+from src.store.store import Store
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _CHECKPOINT_BYTES = 12  # per trained parameter: weight and two moments of Adam in float32
@@ -79,3 +81,22 @@ def _checkpoint_bytes(stage: Stage) -> float:
     if shape is None:
         return math.nan
     return _CHECKPOINT_BYTES * (shape.num_parameters if lora.rank is None else num_adapter_parameters(shape, lora))
+
+
+def free_bytes(store: Store) -> int:
+    """Return the bytes that are free where the store is, or will be."""
+    return shutil.disk_usage(next(path for path in (store.root, *store.root.parents) if path.exists())).free
+
+
+def bytes_text(number: float) -> str:
+    """Return a number of bytes as `2.24 MB`, NaN as "-"."""
+    text = number_text(number)
+    return text if math.isnan(number) else f"{text}B" if text[-1].isalpha() else f"{text} B"
+
+
+def number_text(number: float) -> str:
+    """Return a number as `249 M`, NaN as "-"."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return "-" if math.isnan(number) else f"{number:.3g}"
