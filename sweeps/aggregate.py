@@ -109,7 +109,10 @@ def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
     write_states(folder, record, "aggregating", failures)
     results = collect([folder])
     failures |= {result: PointFailure("failed", reason) for result, reason in results.damaged.items()}
-    write_results(results, folder)
+    best = write_results(results, folder)
+    # Of every init and variant, of which best.yaml names one: these models are kept, here and by other sweeps.
+    record["selected"] = sorted({identity for seeds in best.identities for identity in seeds})
+    write_states(folder, record, "aggregating", failures)
     discard_finished_work(store)
     if record["keep_checkpoints"] != "all":
         remove_models(store, [point["stages"] for point in points], settled=folder)

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 
 from src.store import retention
 from src.store.files import write_json
@@ -102,6 +103,18 @@ def test_on_disk_is_at_most_a_model_for_each_method_and_running_point(seed, tmp_
     sizes, selected = play(sweep, rng, num_failed=seed % 2)
     assert max(sizes) <= len(METHODS) + NUM_WORKERS < len(sweep.points)
     assert sweep.models() == selected and len(selected) == len(METHODS)
+
+
+def test_the_selected_model_of_every_variant_stays_though_best_yaml_names_one(tmp_path):
+    rng = random.Random(0)
+    sweep = FakeSweep(tmp_path, rng, betas=(0.1, 1.0), variants=("", " n=2"))
+    _, selected = play(sweep, rng)
+    named = yaml.safe_load(sweep.folder.best_yaml.read_text())["s"]
+    assert sweep.models() == selected and len(selected) == 2 * len(named) == 2 * len(METHODS)
+    sweep.folder.write(sweep.record | {"state": "done"})
+    other = FakeSweep(tmp_path, rng, name="other", betas=(0.1, 1.0))  # whose points are among those of this one
+    release_models(other.folder, {point["identity"] for point in other.points})
+    assert selected == sweep.models(), "nor does another sweep of the store remove them"
 
 
 @pytest.mark.parametrize("keep", ["none", "best"])

@@ -2,8 +2,8 @@
 
 Whoever has published the result of a point calls `release_models`, so that models go while the sweep runs. A sweep
 needs the models of points without a result, with `all` those of all its points, and with `best` those that it has
-selected (best.yaml) or may still select. What is not needed now is not needed later, so nothing depends on who decides
-first or is killed when.
+selected (best.yaml, and `selected` in sweep.json) or may still select. What is not needed now is not needed later, so
+nothing depends on who decides first or is killed when.
 
 Points are given as sweep.json records their stages: role (sft, reference, align, ...) -> identity.
 """
@@ -116,11 +116,12 @@ def _needed(store: Store, models: set[str], settled: SweepFolder | None) -> set[
 
 
 def _needed_by_points(store: Store, record: Mapping[str, Any], models: set[str], is_settled: bool) -> set[str]:
-    """Return which of the models points of a sweep.json need. is_settled: best.yaml has what was selected of them."""
+    """Return which of the models points of a sweep.json need. is_settled: it says what was selected of them."""
     users = [point for point in record["points"] if point["stages"]["align"] in models]
     if record["keep_checkpoints"] != "all":
         results = {p["identity"] for p in users if not store.is_done(_evaluate(p["identity"]))}
         if record["keep_checkpoints"] == "best":
+            results |= set(record.get("selected") or ())
             results |= _may_be_selected(store, record, {_study(point) for point in users}, is_settled)
         users = [point for point in users if point["identity"] in results]
     return {point["stages"]["align"] for point in users}

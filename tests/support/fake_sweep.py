@@ -20,25 +20,33 @@ METHODS = ("dpo", "ipo")
 
 
 class FakeSweep:
-    """Two methods over betas, two learning rates and seeds, in an output_dir."""
+    """Two methods over betas, two learning rates, seeds and variants, in an output_dir."""
 
-    def __init__(self, output_dir, rng, *, name="fake", rule="best", seeds=1, keep="best", betas=(0.1, 1.0, 3.0)):
+    def __init__(
+        self, output_dir, rng, *, name="fake", rule="best", seeds=1, keep="best", betas=(0.1, 1.0, 3.0), variants=("",)
+    ):
         self.store, self.rng, self.rule = Store(output_dir), rng, rule
         self.folder = SweepFolder(self.store.sweeps / name)
-        self.points = [
-            self._point(method, beta, lr, seed)
-            for method, beta, lr, seed in product(METHODS, betas, (1e-6, 1e-5), range(seeds))
-        ]
+        self.points = [self._point(*values) for values in product(METHODS, betas, (1e-6, 1e-5), range(seeds), variants)]
         self.difficulty = [rng.random() for _ in range(NUM_PROMPTS)]
         self.record = {"name": name, "command": "fake", "store": str(self.store.root), "keep_checkpoints": keep}
         self.record |= {"tracking": {}, "search": None, "finished": None, "state": "running", "select": rule}
         self.record |= {"studies": [], "points": self.points}
         self.folder.write(self.record)
 
-    def _point(self, method, beta, lr, seed):
-        name = f"{method}-{beta:g}-{lr:g}-{seed}"
-        point = {"setup": "s", "method": method, "init": "sft", "variant": "", "beta": beta, "lr": lr, "seed": seed}
-        point |= {"stop_fraction": 1.0, "label": name, "state": "to do", "error": None, "job": None, "identity": name}
+    def _point(self, method, beta, lr, seed, variant):
+        name = f"{method}-{beta:g}-{lr:g}-{seed}{variant}"
+        point = {
+            "setup": "s",
+            "method": method,
+            "init": "sft",
+            "variant": variant,
+            "beta": beta,
+            "lr": lr,
+            "seed": seed,
+        }
+        point |= {"stop_fraction": 1.0, "label": name}
+        point |= {"state": "to do", "error": None, "job": None, "identity": name}
         return point | {"stages": {"align": f"a-{name}", "generate": f"g-{name}", "evaluate": name}}
 
     def align(self, point):
@@ -65,22 +73,24 @@ class FakeSweep:
         write_json(stage / STAGE_FILE, {"upstream": {"align": point["stages"]["align"]}})
         write_json(stage / DONE, with_checksum({"identity": stage.name, "files": describe_files(stage)}))
 
-    def selected(self, entries=None):
+    def selected(self):
         """Return the selected results."""
-        return {identity for entry in (entries or self.best()).values() for identity in entry["identities"]}
+        return {identity for row in self.best().itertuples() for identity in row.identities}
 
     def best(self):
         results = collect([self.folder])
         averages = average_seeds(results.points[results.points.candidate])
-        best = select_points(averages, self.rule, results.prompts)
-        return {row.method: {"identities": list(row.identities)} for row in best.itertuples()}
+        return select_points(averages, self.rule, results.prompts)
 
     def finalize(self):
         """Do what `sweeps.aggregate.finalize` does, without tables and figures; return the selected results."""
-        entries = self.best()
+        best, selected = self.best(), self.selected()
+        entries = {row.method: {"identities": list(row.identities)} for row in best.itertuples()}  # one a method
         self.folder.best_yaml.write_text(yaml.safe_dump({"s": entries}))
+        self.record["selected"] = sorted(selected)
+        self.folder.write(self.record)
         remove_models(self.store, [point["stages"] for point in self.points], settled=self.folder)
-        return self.selected(entries)
+        return selected
 
     def models(self):
         """Return the points whose models are on disk, whole."""
