@@ -165,12 +165,15 @@ def test_removed_weights_are_no_damage(store_of_one, capsys):
     assert "config.json: missing" in (store.damage(align) or "")  # the control
 
 
-def test_a_removed_model_is_computed_again_only_for_a_stage_that_reads_it(store_of_one, one_point):
+def test_a_removed_model_is_computed_again_only_for_what_reads_it(store_of_one, one_point):
     store = Store(store_of_one)
     (align,) = (stage for stage in compute(store_of_one).stages.values() if stage.kind == "align")
     store.remove_weights(align)
     compute_or_wait(align, store)  # as a requeued job does whose point is done
     assert not store.has_weights(align)
+    compute_or_wait(align, store, with_weights=True)  # as a job does that another one samples from
+    assert store.has_weights(align)
+    store.remove_weights(align)
     for kind in ("generate", "evaluate"):
         shutil.rmtree(store.root / kind)
     compute(store_of_one)

@@ -64,6 +64,16 @@ def test_arrays_that_are_divided_follow_part_by_part(tmp_path):
         assert sample.follows is align and labels(sample) == labels(align)
 
 
+def test_an_array_that_follows_another_has_no_more_tasks_than_slurm_tests_one_by_one(tmp_path):
+    arrays = arrays_of(plan_of(tmp_path, num_betas=12))
+    assert [(array.kind, len(array.jobs)) for array in arrays] == [
+        *[("align", 10), ("sample", 10)],
+        *[("align", 2), ("sample", 2)],
+    ]
+    (same,) = arrays_of(plan_of(tmp_path, num_betas=12), own_sampling=False)  # the control
+    assert len(same.jobs) == 12
+
+
 def test_what_is_aligned_or_in_flight_is_only_sampled(tmp_path):
     plan = plan_of(tmp_path, num_betas=3)
     done, running, new = (stages["align"] for stages in plan.stages_by_role)
@@ -192,6 +202,16 @@ def test_a_sampling_job_has_one_gpu_of_the_type_that_aligns_unless_it_is_given_o
     assert (sample.nodes, sample.gpus_per_node) == (nodes, gpus)
 
 
+def test_a_sampling_job_runs_where_alignments_run_and_with_their_software():
+    aligns = {"partition": "h100", "setup": ["module load cuda"], "mem_gb": 900, "timeout_min": 600}
+    kinds = slurm_options(partition="cpu", mem_gb=64, kinds={"align": aligns}).kinds
+    sample = kinds["sample"]
+    assert (sample.partition, sample.setup, sample.timeout_min) == ("h100", ["module load cuda"], 600)
+    assert sample.mem_gb == 64, "not the memory of all processes that align"
+    own = slurm_options(kinds={"align": aligns, "sample": {"partition": "small"}}).kinds["sample"]
+    assert own.partition == "small"
+
+
 def test_the_launcher_of_whole_machines_asks_for_one_gpu_and_not_all_memory_to_sample():
     sample = slurm_options("slurm_8gpu").kinds["sample"].sbatch()
     assert sample["gpus-per-node"] == 1 and "mem" not in sample
@@ -229,3 +249,14 @@ def test_a_sampling_job_saves_no_training_state_so_its_signal_is_not_early(tmp_p
     stages = {stage.kind: stage for stage in stages_of(point("setup=llama31_8b_uf", "beta=0.1"))}
     assert signal_delay("sample", [stages["generate"], stages["evaluate"]], options, times) == options.signal_delay_s
     assert signal_delay("align", [stages["align"]], options, times) > options.signal_delay_s, "the control"
+
+
+@pytest.mark.parametrize(("limit", "is_refused"), [(1, True), (2, False), (None, False)])
+def test_fewer_points_at_once_than_arrays_are_refused(limit, is_refused, monkeypatch, tmp_path):
+    launcher = launcher_of(monkeypatch, **OWN, array_parallelism=limit)
+    plan = plan_of(tmp_path, num_betas=12)
+    if not is_refused:
+        launcher.check(plan)
+        return
+    with pytest.raises(ConfigError, match="array_parallelism=1: below the 2 arrays of at most 10 points"):
+        launcher.check(plan)

@@ -88,6 +88,7 @@ def test_a_small_model_is_sampled_where_it_is_aligned_as_a_job_has_to_start(tmp_
         (UF, "slurm_whole_nodes", {}, "in jobs of several points each samples its own"),
         ([*UF, "engine.gpu=null"], "slurm_8gpu", {}, "there is no estimate without engine.gpu=NAME"),
         (UF, "slurm_8gpu", {"kinds": {"sample": {"gpus_per_node": 8}}}, "a job that aligns has 8 GPUs"),
+        (UF, "slurm_8gpu", {"array_parallelism": 8}, "array_parallelism bounds the points"),
     ],
 )
 def test_where_nothing_is_to_be_gained_or_known_one_job_does_both(overrides, launcher, options, reason, tmp_path):

@@ -35,6 +35,10 @@ class JobTask:
     stages: list[Stage]  # the targets and everything upstream that is not done: a task can run alone
 
 
+# An array that follows another one task by task has at most so many: SLURM tests the first ones against the task with
+# their number, and later ones against all tasks once theirs is forgotten (correspond_after_task_cnt, at least 10).
+MAX_FOLLOWING = 10
+
 _Parts = dict[str, JobTask]  # of a point: kind of job -> what a job of this kind is submitted for, in order
 
 
@@ -107,8 +111,9 @@ def job_arrays(
         by_upstream[key].append(group)
     for key, groups in by_upstream.items():
         jobs = _pack(groups, points_per_job)
-        for start in range(0, len(jobs), max_array_size):
-            chunk, previous = jobs[start : start + max_array_size], None
+        size = min(max_array_size, MAX_FOLLOWING) if len(key) > 1 else max_array_size
+        for start in range(0, len(jobs), size):
+            chunk, previous = jobs[start : start + size], None
             for kind, upstream in key:
                 previous = JobArray(kind, [[parts[kind] for parts in job] for job in chunk], upstream, previous)
                 yield previous

@@ -70,7 +70,8 @@ def run_task(stages: Sequence[Stage], folder: Path, index: int, upload: str) -> 
             if rank() == 0 and upload == "during":
                 sync.start()
             for stage in stages:
-                compute_or_wait(stage, store, report)
+                # A job that only aligns does so for one that samples, which has fewer GPUs and cannot train.
+                compute_or_wait(stage, store, report, with_weights=stage is stages[-1] and stage.kind == "align")
                 if rank() == 0 and stage.kind == "evaluate":
                     release_models(submission.sweep, {stage.identity})
         destroy_distributed()

@@ -9,7 +9,7 @@ from typing import Any
 from launchers.processes import check_num_processes
 from launchers.protocol import PlanLauncher
 from launchers.slurm import cluster
-from launchers.slurm.graph import SHARED, job_arrays, job_kind
+from launchers.slurm.graph import MAX_FOLLOWING, SHARED, job_arrays, job_kind
 from launchers.slurm.job_records import submissions
 from launchers.slurm.options import AUTO, OWN_JOB, complete_options
 from launchers.slurm.sampling import choose_sampling
@@ -52,12 +52,25 @@ class SlurmLauncher(PlanLauncher):
             where = self._decides_num_processes(kind)
             for point in plan.points:
                 check_num_processes(point, kind, num_processes, where, f"{where}=1")
+        self._check_parallelism(plan)
         times = SaveTimes(Store(output_dir))
         for kind in sorted(kinds):
             stages = [plan.stages[identity] for identity in plan.needed if self._kind(plan.stages[identity]) == kind]
             signal_delay(kind, stages, self.options, times)
         for kind in sorted(kinds | {"aggregate"}):
             cluster.check_request(kind, self.options.kinds[kind].sbatch())
+
+    def _check_parallelism(self, plan: Plan) -> None:
+        limit = self.options.array_parallelism
+        if limit is None or self.options.sampling != OWN_JOB:
+            return
+        arrays = list(job_arrays(plan, (), (), sys.maxsize, own_sampling=True))
+        if (number := sum(array.kind == "sample" for array in arrays)) > limit:
+            raise ConfigError(
+                f"hydra.launcher.array_parallelism={limit}: below the {number} arrays of at most {MAX_FOLLOWING} points"
+                f" that sampling=own_job makes, of which one point each runs; set at least {number}, or"
+                " sampling=same_job"
+            )
 
     def _decides_num_processes(self, kind: str) -> str:
         """Return the key that decides how many processes compute a stage of such a job together."""

@@ -159,8 +159,10 @@ def complete_options(values: dict[str, Any]) -> SlurmOptions:
     for_every_job = {key.name: node[key.name] for key in fields(JobResources)}
     for kind in KINDS:
         defaults = for_every_job
-        if kind == "sample":  # one GPU, of the type of those that align
-            defaults = {**defaults, "nodes": 1, "gpus_per_node": _one_of(node.kinds["align"]["gpus_per_node"])}
+        if kind == "sample":  # where jobs align, and with their software, on one GPU of the same type
+            aligns = node.kinds["align"]
+            own = {"nodes": 1, "gpus_per_node": _one_of(aligns["gpus_per_node"]), "mem_gb": node["mem_gb"]}
+            defaults = {**{name: aligns[name] for name in for_every_job}, **own}
         node.kinds[kind] = OmegaConf.merge(OmegaConf.structured(JobResources), defaults, node.kinds[kind])
     options = OmegaConf.to_object(node)
     assert isinstance(options, SlurmOptions)

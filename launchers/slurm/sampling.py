@@ -29,6 +29,8 @@ def choose_sampling(options: SlurmOptions, plan: Plan, forecast: Forecast, num_a
     """
     if options.points_per_job > 1:
         return Choice(SAME_JOB, "in jobs of several points each samples its own")
+    if options.array_parallelism is not None:
+        return Choice(SAME_JOB, "array_parallelism bounds the points that run at once only where one job computes each")
     align, sample = (options.kinds[kind].num_processes for kind in ("align", "sample"))
     if align <= sample:
         return Choice(SAME_JOB, f"a job that aligns has {_gpus(align)}")
@@ -58,7 +60,9 @@ def _why_not_on_disk(plan: Plan, num_aligning: int) -> str | None:
     """Return why models cannot wait for jobs that sample; None where they can, or where it changes nothing."""
     waiting, otherwise = disk_of(plan, plan.num_points_to_compute), disk_of(plan, num_aligning)
     free = free_bytes(Store(plan.points[0].output_dir))
-    if waiting is None or otherwise is None or waiting.num_models == otherwise.num_models or waiting.model_bytes < free:
+    if waiting is None or otherwise is None or waiting.num_models == otherwise.num_models:
+        return None
+    if math.isnan(waiting.model_bytes) or waiting.model_bytes < free:
         return None
     return (
         f"{waiting.num_models} models that wait for one would take {bytes_text(waiting.model_bytes)} of disk, of which "

@@ -35,19 +35,20 @@ class _Waited:
 _waited = _Waited()
 
 
-def compute_or_wait(stage: Stage, store: Store, report: Report = lambda *_: None) -> Path:
+def compute_or_wait(stage: Stage, store: Store, report: Report = lambda *_: None, with_weights: bool = False) -> Path:
     """Return the directory of the stage's artifacts: reused, computed by another process, or computed here.
 
     What it reads from upstream is checked against what was published, and computed again where it is damaged or
-    missing. Several processes may call this for one stage at once; one computes. All ranks of a run call it and compute
-    the stage together. Raises whatever the stage raises on any rank, on all of them; nothing is published then.
+    missing. with_weights: also where `keep_checkpoints` has removed the model. Several processes may call this for one
+    stage at once; one computes. All ranks of a run call it and compute the stage together. Raises whatever the stage
+    raises on any rank, on all of them; nothing is published then.
     """
     ranks = get_distributed()
     with ranks.failing_together():
         if ranks.is_main_process:
             # A model that was removed since is made again when a stage reads it, not because it was planned before:
             # its points may be done, by a former run of this job or another process of the sweep.
-            _complete(stage, store, report, with_weights=False)
+            _complete(stage, store, report, with_weights)
             ranks.broadcast_object(None)
         else:
             # Take part in every attempt that rank 0 starts, of this stage or a damaged one upstream, until it is done.
