@@ -10,6 +10,7 @@ import pytest
 from src import preemption
 from src.planning.plan import Plan, make_plan
 from src.stages.runner import compute_or_wait
+from src.stages.shared_rows import SharedRows
 from src.store.store import Store
 from src.training.checkpoints import _newest_undamaged
 from sweeps.search.successive_halving import with_stop
@@ -110,19 +111,24 @@ def test_a_run_that_goes_on_from_the_checkpoint_before_equals_an_undisturbed_one
     assert results(damaged) == results(undisturbed)
 
 
-def test_damaged_responses_are_sampled_again_and_never_published(tmp_path, caplog):
+def test_damaged_responses_are_sampled_again_and_never_published(tmp_path, caplog, monkeypatch):
     """An interrupted sampling leaves its responses; one of them is edited, and rows that are none are added."""
     everything = ("sft", "reference", "align", "generate", "evaluate")
     train_to(tmp_path, 1.0)
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(tmp_path / "store", undisturbed / "store")
     train_to(undisturbed, 1.0, *everything)
-    preemption.request("a test")
-    try:
+    save = SharedRows.save
+
+    def save_and_stop(self, rows):
+        preemption.request("a test")
+        save(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedRows, "save", save_and_stop)
         with pytest.raises(preemption.Interrupted):
             train_to(tmp_path, 1.0, *everything)
-    finally:
-        preemption.request(None)
+    preemption.request(None)
     (file,) = (tmp_path / "store").glob("generate/.work/*/checkpoints/responses.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows, "the interruption came before the first response"

@@ -39,7 +39,7 @@ def test_samples_follow_their_alignment_task_by_task_and_equal_those_of_the_same
         sampling = f"hydra.launcher.sampling={folder.output_dir.name}"
         output = train(*POINTS, *SLURM, ONE_AT_ONCE, sampling, f"output_dir={folder.output_dir}").stdout
         assert "3 submitted" in output and ("3 points: sampling" in output) == (folder is own)
-    for folder in (own, same):
+        # One after the other, so that the first sampling job need not wait for a core while the next point is aligned.
         wait_until(lambda folder=folder: is_finished(folder), 3 * TIMEOUT_S, "the sweep to finish")
     assert without_times(own) == without_times(same)
     expected, points = (pd.read_csv(f.points_csv).drop(columns=["seconds", "checkpoint"]) for f in (same, own))

@@ -133,3 +133,10 @@ def test_estimates_count_computing_by_tokens_and_waiting_by_stages(stages, monke
     assert estimate.waiting == pytest.approx(2 * usage.waiting / 3600)
     assert estimate.hours == pytest.approx((3 * usage.in_use + 2 * usage.waiting) / 3600)
     assert "waiting: as finished stages did" in cost.text()
+
+
+def test_a_file_in_the_place_of_stages_has_taken_nothing(tmp_path):
+    store = Store(tmp_path)
+    store.root.mkdir(parents=True)
+    (store.root / "sft").write_text("no folder")
+    assert usage_by_kind(store, [("sft", "a"), ("align", "b")]) == {}

@@ -59,7 +59,7 @@ def _usage_in(folder: Path) -> Usage | None:
     """Return the usage of the stage in a folder; None when it is not finished or its DONE is damaged."""
     try:
         return _read(folder / DONE, (folder / DONE).stat().st_mtime_ns)
-    except (FileNotFoundError, DamagedFile):
+    except (FileNotFoundError, NotADirectoryError, DamagedFile):
         return None
 
 
