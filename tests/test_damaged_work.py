@@ -11,6 +11,7 @@ from src import preemption
 from src.planning.plan import Plan, make_plan
 from src.stages.runner import compute_or_wait
 from src.stages.shared_rows import SharedRows
+from src.store.files import with_checksum
 from src.store.store import Store
 from src.training.checkpoints import _newest_undamaged
 from sweeps.search.successive_halving import with_stop
@@ -111,13 +112,16 @@ def test_a_run_that_goes_on_from_the_checkpoint_before_equals_an_undisturbed_one
     assert results(damaged) == results(undisturbed)
 
 
-def test_damaged_responses_are_sampled_again_and_never_published(tmp_path, caplog, monkeypatch):
-    """An interrupted sampling leaves its responses; one of them is edited, and rows that are none are added."""
-    everything = ("sft", "reference", "align", "generate", "evaluate")
+EVERYTHING = ("sft", "reference", "align", "generate", "evaluate")
+
+
+@pytest.fixture
+def interrupted_sampling(tmp_path, monkeypatch):
+    """A point whose sampling was interrupted after the first responses, and one that nothing has disturbed."""
     train_to(tmp_path, 1.0)
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(tmp_path / "store", undisturbed / "store")
-    train_to(undisturbed, 1.0, *everything)
+    train_to(undisturbed, 1.0, *EVERYTHING)
     save = SharedRows.save
 
     def save_and_stop(self, rows):
@@ -127,18 +131,38 @@ def test_damaged_responses_are_sampled_again_and_never_published(tmp_path, caplo
     with monkeypatch.context() as patch:
         patch.setattr(SharedRows, "save", save_and_stop)
         with pytest.raises(preemption.Interrupted):
-            train_to(tmp_path, 1.0, *everything)
+            train_to(tmp_path, 1.0, *EVERYTHING)
     preemption.request(None)
-    (file,) = (tmp_path / "store").glob("generate/.work/*/checkpoints/responses.jsonl")
+    return tmp_path, undisturbed
+
+
+def test_damaged_responses_are_sampled_again_and_never_published(interrupted_sampling, caplog):
+    """One of the responses is edited, and rows that are none are added."""
+    disturbed, undisturbed = interrupted_sampling
+    (file,) = (disturbed / "store").glob("generate/.work/*/checkpoints/responses.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert rows, "the interruption came before the first response"
     first = rows[0] | {"ids": [rows[0]["ids"][0] ^ 1, *rows[0]["ids"][1:]]}
     others = [{}, {"index": 999_999, "ids": [1], "finished": True, "seconds": 1.0}, {"index": "a", "ids": None}, [], 5]
     lines = [json.dumps(row) for row in (first, *rows[1:], *others)]
     file.write_text("\n".join([*lines, '{"index": 1, "ids": [3, ']))
-    train_to(tmp_path, 1.0, *everything)
+    train_to(disturbed, 1.0, *EVERYTHING)
     assert f"{file}: 7 damaged lines; those rows are computed again" in caplog.text
-    assert results(tmp_path) == results(undisturbed)
+    assert results(disturbed) == results(undisturbed)
+
+
+@pytest.mark.parametrize("has_changed", [True, False])
+def test_responses_of_a_model_with_other_bits_are_not_resumed_from(has_changed, interrupted_sampling, caplog, capfd):
+    disturbed, undisturbed = interrupted_sampling
+    if has_changed:  # as a GPU may compute it again
+        for file in (disturbed / "store").glob("generate/.work/*/upstream.json"):
+            upstream = json.loads(file.read_text())["upstream"]
+            upstream["checkpoint"]["model.safetensors"] = "another"
+            file.write_text(json.dumps(with_checksum({"upstream": upstream})))
+    caplog.set_level("INFO")
+    train_to(disturbed, 1.0, *EVERYTHING)
+    assert ("starts anew: what it reads has been computed again" in capfd.readouterr().err) == has_changed
+    assert ("prompts were sampled before" in caplog.text) != has_changed
+    assert results(disturbed) == results(undisturbed)
 
 
 def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):

@@ -108,6 +108,7 @@ def _compute(stage: Stage, store: Store, report: Report, with_weights: bool) -> 
                 store.set_aside(stage, damage)
             attempt = store.begin(stage, lease, report)  # from here on it is known that a model upstream is in use
             _complete_upstream(stage, store, report)
+            store.forget_other_upstream(stage)
             attempt.started = time.monotonic()
             with reading((stage.inputs, stage.resources.pairs)):
                 attempt.held_processes, attempt.waited_seconds = get_distributed().size, _waited.take()

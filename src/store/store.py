@@ -210,6 +210,29 @@ class Store:
         names = stage.label, stage.identity
         return Attempt(out, checkpoints, lease, report, *names, self.output_dir, packages=stage.packages)
 
+    def forget_other_upstream(self, stage: Stage) -> None:
+        """Delete what an earlier attempt has left to resume from when it came of other weights or log-probs.
+
+        Those of a stage upstream that is computed again, on a GPU, need not have the same bits. Call it before the
+        stage is computed, under its lease.
+        """
+        upstream = {role: self._tensor_digests(up) for role, up in stage.upstream.items()}
+        file, checkpoints = self.work(stage) / "upstream.json", self.work(stage) / "checkpoints"
+        try:
+            known = read_checksummed_json(file)["upstream"]
+        except (FileNotFoundError, DamagedFile):
+            known = None
+        if known != upstream:
+            if known is not None and any(checkpoints.iterdir()):
+                warn(f"{stage.label} starts anew: what it reads has been computed again, with other bits")
+                remove(checkpoints)
+                checkpoints.mkdir()
+            write_json(file, with_checksum({"upstream": upstream}))
+
+    def _tensor_digests(self, stage: Stage) -> dict[str, Any]:
+        files = read_checksummed_json(self.dir(stage) / DONE)["files"]
+        return {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+
     def join_attempt(self, stage: Stage, out: Path) -> Attempt:
         """Return rank 0's attempt as the other ranks see it."""
         checkpoints = self.work(stage) / "checkpoints"
