@@ -1,6 +1,7 @@
 """Ranks that compute shares of one piece of work: every batch once, no row twice, an error of one is that of all."""
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -11,11 +12,15 @@ import pytest
 
 from src.distributed import DistributedContext, JointWork, Share, get_distributed
 from src.errors import ConfigError, StageError
+from src.planning.plan import make_plan
 from src.preemption import Interrupted
 from src.serving import model_server
+from src.stages import runner
 from src.stages.shared_rows import SharedRows
 from src.store.attempt import Attempt
 from src.store.part_files import PartFiles
+from src.store.store import Store
+from tests.support.configs import point
 from tests.support.ranks import on_ranks
 
 BATCHES = [[9, 4], [1, 8], [3], [0, 7, 2], [5, 6]]
@@ -126,6 +131,29 @@ def test_an_error_of_one_rank_is_raised_by_all_within_seconds(function):
     errors = on_ranks(3, "ddp", error_of, function)
     assert [error[:2] for error in errors] == [(ConfigError, "dataset: row 7 is broken")] * 3
     assert max(seconds for *_, seconds in errors) < SECONDS
+
+
+def computed_with_an_unwritable_part(output_dir):
+    store = Store(output_dir)
+    plan = make_plan([point(f"output_dir={output_dir}")], store)
+    (sft,) = (stage for stage in plan.stages.values() if stage.role == "sft")
+
+    def run(stage, store, attempt):
+        if get_distributed().rank == 1:
+            raise PermissionError(errno.EACCES, "Permission denied", "part 1")
+        JointWork(get_distributed()).wait(lambda num_done: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_run", run)
+        try:
+            runner.compute_or_wait(sft, store)
+        except Exception as error:
+            return type(error), str(error)
+
+
+def test_an_error_of_the_file_system_on_any_rank_says_on_all_of_them_what_to_do(tmp_path):
+    told = StageError, "part 1: Permission denied; mend that and run the same command again"
+    assert on_ranks(2, "ddp", computed_with_an_unwritable_part, tmp_path) == [told, told]
 
 
 def test_an_error_that_cannot_be_sent_names_its_process_elsewhere():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from src import preemption
@@ -54,7 +56,8 @@ def compute_or_wait(stage: Stage, store: Store, report: Report = lambda *_: None
             # Take part in every attempt that rank 0 starts, of this stage or a damaged one upstream, until it is done.
             while (message := ranks.broadcast_object()) is not None:
                 started, out = message
-                _run(started, store, store.join_attempt(started, out))
+                with _explaining_errors(started, store):
+                    _run(started, store, store.join_attempt(started, out))
     return store.dir(stage)
 
 
@@ -63,7 +66,7 @@ def _complete(stage: Stage, store: Store, report: Report, with_weights: bool = T
 
     with_weights: also a model that `keep_checkpoints` has removed.
     """
-    try:
+    with _explaining_errors(stage, store):
         while not _is_complete(stage, store, with_weights):
             try:
                 _compute(stage, store, report, with_weights)
@@ -71,8 +74,15 @@ def _complete(stage: Stage, store: Store, report: Report, with_weights: bool = T
                 if get_distributed().size > 1:
                     raise  # the other ranks are in the middle of a stage that will not end
                 log.warning("%s: %s", stage.label, error)  # another process computes it: wait for that
+
+
+@contextlib.contextmanager
+def _explaining_errors(stage: Stage, store: Store) -> Iterator[None]:
+    """Raise what is no fault of the request, and what a file system cannot do, as a StageError that says what to do."""
+    try:
+        yield
     except DamagedFile as error:
-        raise StageError(str(error)) from None  # no fault of the request
+        raise StageError(str(error)) from None
     except USER_FACING_ERRORS:
         raise
     except Exception as error:
