@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -58,9 +59,10 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     sampled = model or _whole_model(inputs, resources, upstream, template, attempt)
     responses = _sample(inputs, resources, sampled, template, prompt_ids, seed, attempt)
     release_accelerator()  # of that cache: scoring needs the memory for a second model
-    model = model or load("checkpoint")  # after the server has released the accelerator
+    with attempt.loading():
+        model = model or load("checkpoint")  # after the server has released the accelerator
+        initial = load("reference") if inputs.role == "policy" else model  # a baseline is its own reference
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i]["ids"]),)) for i in range(count)]
-    initial = load("reference") if inputs.role == "policy" else model  # a baseline is its own reference
     scores = _scores(inputs, resources, model, initial, examples, attempt)
     if not attempt.is_main_process:
         return
@@ -171,7 +173,10 @@ def _sample_by_server(
         ids, finished = response
         rows.save({index: {"ids": ids, "finished": finished}})
 
-    with serving(command, timeout, folder, precision, own_folder, rows.report) as url:
+    with contextlib.ExitStack() as cleanup:
+        with attempt.loading():
+            server = serving(command, timeout, folder, precision, own_folder, rows.report)
+            url = cleanup.enter_context(server)
         model, generation = str(folder), inputs.generation
         sample_through(url, concurrency, model, template, prompts, seed, generation, save, rows.report)
 

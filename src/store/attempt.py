@@ -38,7 +38,7 @@ class Attempt:
     save_seconds: float | None = None  # of the last checkpoint: from the end of a step until its state was on disk
     processes: int = 1  # ranks that compute the stage together, with one accelerator each where there are any
     held_processes: int = 1  # ranks of the run, which hold their accelerators meanwhile
-    loading_seconds: float = 0.0  # of `seconds`: from the start of this attempt to its first step
+    loading_seconds: float = 0.0  # of `seconds`: from the start of this attempt to its first step, and `loading` later
     alone_seconds: float = 0.0  # of `seconds`: in which rank 0 computed and the other processes waited
     waited_seconds: float = 0.0  # before the attempt: for other processes that computed what this one needs
     packages: tuple[str, ...] = ()  # that the stage uses besides torch and the like
@@ -89,6 +89,14 @@ class Attempt:
     @property
     def seconds(self) -> float:
         return self.prior_seconds + time.monotonic() - self.started
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Load in the body what only later steps need, or start a server."""
+        started, counts_already = time.monotonic(), self._first_step is None
+        yield
+        if not counts_already:
+            self.loading_seconds += time.monotonic() - started
 
     @contextmanager
     def alone(self) -> Iterator[None]:
