@@ -89,7 +89,7 @@ def test_a_point_that_fails_ends_alone_and_a_requeue_recomputes_nothing(slurm, l
     assert results(tmp_path) == results(local_long_run)
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
     assert "stopped at" in good.own_log.read_text() and "resuming from step" in good.own_log.read_text()
-    assert bad.status()["starts"] == 1 and bad.own_log.read_text().count("diverged at step") == 1
+    assert bad.status()["starts"] == 1 and bad.own_log.read_text().count("StageError: diverged at step") == 1
     wait_queue_empty(slurm)
     assert sacct_rows(slurm, [job])[job]["State"] == "FAILED"
 

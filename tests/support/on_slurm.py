@@ -39,6 +39,7 @@ def sacct_rows(cluster: Cluster, jobs: list[str]) -> dict[str, dict[str, str]]:
 
     def complete() -> bool:
         lines = cluster.run("sacct", "-X", "-P", "-o", fields, "-j", ",".join(jobs)).splitlines()
+        rows.clear()  # an array that was one row has several once its tasks start or are cancelled
         rows.update({p[0]: dict(zip(fields.split(","), p, strict=True)) for p in (x.split("|") for x in lines[1:])})
         return set(jobs) <= {r.partition("_[")[0] for r in rows} and all(r["End"] != "Unknown" for r in rows.values())
 
