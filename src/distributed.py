@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import itertools
+import math
 import os
 import pickle
 import time
@@ -166,23 +167,32 @@ class JointWork:
         """num_done: items that were done before."""
         self._ranks, self._num_before, self._num_done = ranks, num_done, 0
         self._key = f"work-{next(ranks.work_numbers)}"
+        self._untold, self._asked_at = 0, -math.inf  # items that the others have not heard of, and when they last did
 
     def advance(self, count: int = 0) -> int:
-        """Add to the number of items that are done; return that of all ranks. Raises the error of a failed rank."""
+        """Add to the number of items that are done; return that of all ranks. Raises the error of a failed rank.
+
+        With a count it asks the other ranks a few times a second only: items may be thousands a second.
+        """
+        self._untold += count
         if self._ranks.size == 1:
-            self._num_done += count
-        else:
+            self._num_done = self._untold
+        elif not count or time.monotonic() - self._asked_at >= POLL_SECONDS:
             self._ranks.raise_failure()
-            self._num_done = self._ranks.store.add(f"{self._key}/done", count)
+            self._num_done = self._ranks.store.add(f"{self._key}/done", self._untold)
+            self._untold, self._asked_at = 0, time.monotonic()
         return self._num_before + self._num_done
 
     def wait(self, report: Callable[[int], None]) -> None:
         """Return when every rank has called this; meanwhile report the items that are done. Raises like `advance`."""
         if self._ranks.size > 1:
+            self.advance()
             self._ranks.store.add(f"{self._key}/finished", 1)
+            pause = POLL_SECONDS / 32  # short at first: shares of little work end within moments of each other
             while self._ranks.store.add(f"{self._key}/finished", 0) < self._ranks.size:
                 report(self.advance())
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(2 * pause, POLL_SECONDS)
         report(self.advance())
 
 

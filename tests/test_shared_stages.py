@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,7 +29,7 @@ from tests.support.small_models import smollm2_template, write_reward_model
 # Several batches of everything, so that every rank has some.
 BATCHES = ["trainer.max_tokens_per_micro_batch=512", "evaluation.generation.batch_size=2"]
 LARGE = [
-    *("dataset.validation_size=512", "evaluation.num_prompts=512", "evaluation.generation.batch_size=256"),
+    *("dataset.validation_size=512", "evaluation.num_prompts=512", "evaluation.generation.batch_size=64"),
     "evaluation.generation.max_new_tokens=48",
 ]
 INFERENCE = ("reference", "generate", "evaluate")
@@ -221,10 +222,13 @@ def seconds_of_sampling(stages, folder):
 
 @pytest.mark.timing
 def test_two_ranks_sample_in_six_tenths_of_the_time_of_one(alone, tmp_path):
-    """With a thread each, 512 prompts in batches of 256."""
-    took = {}
-    for num_ranks in (1, 2):
-        folder = trained_copy(alone, tmp_path / str(num_ranks), "generate", "evaluate")
-        stages = stages_of(point(*TINY, *LARGE, "method=dpo", "beta=0.1", f"output_dir={folder}"))
-        took[num_ranks] = max(on_ranks(num_ranks, "ddp", seconds_of_sampling, stages, folder))
-    assert took[2] <= 0.6 * took[1], took
+    """With a thread each, 512 prompts in batches of 64; both are measured in turn."""
+    took = {1: [], 2: []}
+    for repeat in range(5):
+        for num_ranks, seconds in took.items():
+            folder = trained_copy(alone, tmp_path / f"{num_ranks}-{repeat}", "generate", "evaluate")
+            stages = stages_of(point(*TINY, *LARGE, "method=dpo", "beta=0.1", f"output_dir={folder}"))
+            seconds.append(max(on_ranks(num_ranks, "ddp", seconds_of_sampling, stages, folder)))
+    one, two = (statistics.median(seconds) for seconds in took.values())
+    print(f"one process {one:.2f} s, two ranks {two:.2f} s: {two / one:.2f}")
+    assert two <= 0.6 * one, took
