@@ -49,6 +49,7 @@ class Checkpointer:
         self._engine, self._attempt, self._schedule = engine, attempt, CheckpointSchedule(minutes)
         self._folder = attempt.checkpoints / engine.checkpoint_format
         self._pending: _PendingSave | None = None
+        self._removal: threading.Thread | None = None  # of checkpoints that a newer one has replaced
 
     def votes(self) -> Votes:
         """Return this rank's part of the votes, to be summed in the all-reduce that every step does anyway."""
@@ -63,7 +64,7 @@ class Checkpointer:
         published, when a rank was asked to stop.
         """
         if step == end or votes.written == get_distributed().size:
-            self.wait()
+            self.publish()
         if step < end and (votes.due or votes.stop):
             self.save(step)
         if step < end and votes.stop:
@@ -100,7 +101,13 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Return once the pending checkpoint is written by all ranks and published. Raises OSError and LeaseLost."""
+        """Publish the pending checkpoint, and return once those that it has replaced are deleted. Raises like it."""
+        self.publish()
+        if self._removal is not None:
+            self._removal.join()
+
+    def publish(self) -> None:
+        """Publish the pending checkpoint once it is written by all ranks. Raises OSError and LeaseLost."""
         if (pending := self._pending) is None:
             return
         pending.join()
@@ -127,8 +134,10 @@ class Checkpointer:
         os.rename(draft, final)
         # Newer checkpoints belong to an interrupted longer run (a later rung); keep them.
         step = pending.state["step"]
-        for old in [path for n, path in CHECKPOINTS.entries(self._folder).items() if n <= step][: -pending.keep]:
-            remove(old)
+        replaced = [path for n, path in CHECKPOINTS.entries(self._folder).items() if n <= step][: -pending.keep]
+        # Training does not wait for it: files of this size take a file system a while.
+        self._removal = threading.Thread(target=_remove, args=(replaced,), daemon=True)
+        self._removal.start()
 
     def _note_save_seconds(self, seconds: float) -> None:
         self._schedule.save_seconds = self._attempt.save_seconds = seconds
@@ -139,6 +148,8 @@ class Checkpointer:
         preemption.reserve(0.0)
         if self._pending is not None and get_distributed().is_main_process:
             shutil.rmtree(self._pending.draft, ignore_errors=True)
+        if self._removal is not None:
+            self._removal.join()
 
     def resume(self, end: int) -> int:
         """Load the newest undamaged checkpoint of step `end` or before; return the step to start at."""
@@ -163,6 +174,14 @@ class Checkpointer:
                 others,
                 self._folder.name,
             )
+
+
+def _remove(checkpoints: list[Path]) -> None:
+    for checkpoint in checkpoints:
+        try:
+            remove(checkpoint)
+        except OSError as error:
+            log.warning("checkpoint %s stays: %s", checkpoint, describe_failure(error))
 
 
 class _Outcome(NamedTuple):
