@@ -63,7 +63,9 @@ class Checkpointer:
         votes: of all ranks. Raises LeaseLost, OSError when a part cannot be written, and Interrupted, with a checkpoint
         published, when a rank was asked to stop.
         """
-        if step == end or votes.written == get_distributed().size:
+        if step == end:
+            self.wait()
+        elif votes.written == get_distributed().size:
             self.publish()
         if step < end and (votes.due or votes.stop):
             self.save(step)
@@ -136,7 +138,7 @@ class Checkpointer:
         step = pending.state["step"]
         replaced = [path for n, path in CHECKPOINTS.entries(self._folder).items() if n <= step][: -pending.keep]
         # Training does not wait for it: files of this size take a file system a while.
-        self._removal = threading.Thread(target=_remove, args=(replaced,), daemon=True)
+        self._removal = threading.Thread(target=_remove_all, args=(replaced,), daemon=True)
         self._removal.start()
 
     def _note_save_seconds(self, seconds: float) -> None:
@@ -176,12 +178,9 @@ class Checkpointer:
             )
 
 
-def _remove(checkpoints: list[Path]) -> None:
+def _remove_all(checkpoints: list[Path]) -> None:
     for checkpoint in checkpoints:
-        try:
-            remove(checkpoint)
-        except OSError as error:
-            log.warning("checkpoint %s stays: %s", checkpoint, describe_failure(error))
+        remove(checkpoint)
 
 
 class _Outcome(NamedTuple):
