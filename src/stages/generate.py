@@ -29,6 +29,7 @@ from src.store.store import SAMPLES_FILE
 
 log = logging.getLogger(__name__)
 
+MERGED = "merged"  # folder, among the checkpoints, of a model that a server samples from
 RESPONSES = "responses"  # name of the files, among the checkpoints, of what is sampled so far
 SCORES = ("logp", "reference_logp", "kl")
 
@@ -58,6 +59,8 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     model = load("checkpoint") if inputs.generation.server is None else None
     sampled = model or _whole_model(inputs, resources, upstream, template, attempt)
     responses = _sample(inputs, resources, sampled, template, prompt_ids, seed, attempt)
+    if attempt.is_main_process:
+        remove(attempt.checkpoints / MERGED)  # a whole model that no process needs any more
     release_accelerator()  # of that cache: scoring needs the memory for a second model
     with attempt.loading():
         model = model or load("checkpoint")  # after the server has released the accelerator
@@ -103,7 +106,7 @@ def _whole_model(
 
     Servers differ in how they compute with adapters, if they can; merged ones are what is scored.
     """
-    checkpoint, folder = upstream["checkpoint"], attempt.checkpoints / "merged"
+    checkpoint, folder = upstream["checkpoint"], attempt.checkpoints / MERGED
     if not is_adapter(checkpoint):
         return checkpoint
     if attempt.is_main_process:
