@@ -49,7 +49,7 @@ class Checkpointer:
         self._engine, self._attempt, self._schedule = engine, attempt, CheckpointSchedule(minutes)
         self._folder = attempt.checkpoints / engine.checkpoint_format
         self._pending: _PendingSave | None = None
-        self._removal: threading.Thread | None = None  # of checkpoints that a newer one has replaced
+        self._removal = _Removal([])
 
     def votes(self) -> Votes:
         """Return this rank's part of the votes, to be summed in the all-reduce that every step does anyway."""
@@ -103,10 +103,9 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Publish the pending checkpoint, and return once those that it has replaced are deleted. Raises like it."""
+        """Publish the pending checkpoint, and return once older ones are deleted. Raises what `publish` raises."""
         self.publish()
-        if self._removal is not None:
-            self._removal.join()
+        self._removal.join()
 
     def publish(self) -> None:
         """Publish the pending checkpoint once it is written by all ranks. Raises OSError and LeaseLost."""
@@ -137,9 +136,7 @@ class Checkpointer:
         # Newer checkpoints belong to an interrupted longer run (a later rung); keep them.
         step = pending.state["step"]
         replaced = [path for n, path in CHECKPOINTS.entries(self._folder).items() if n <= step][: -pending.keep]
-        # Training does not wait for it: files of this size take a file system a while.
-        self._removal = threading.Thread(target=_remove_all, args=(replaced,), daemon=True)
-        self._removal.start()
+        self._removal = _Removal(replaced)
 
     def _note_save_seconds(self, seconds: float) -> None:
         self._schedule.save_seconds = self._attempt.save_seconds = seconds
@@ -150,8 +147,7 @@ class Checkpointer:
         preemption.reserve(0.0)
         if self._pending is not None and get_distributed().is_main_process:
             shutil.rmtree(self._pending.draft, ignore_errors=True)
-        if self._removal is not None:
-            self._removal.join()
+        self._removal.join()
 
     def resume(self, end: int) -> int:
         """Load the newest undamaged checkpoint of step `end` or before; return the step to start at."""
@@ -178,9 +174,17 @@ class Checkpointer:
             )
 
 
-def _remove_all(checkpoints: list[Path]) -> None:
-    for checkpoint in checkpoints:
-        remove(checkpoint)
+class _Removal(threading.Thread):
+    """Deletes old checkpoints while training goes on: large files can take a file system seconds. Starts at once."""
+
+    def __init__(self, checkpoints: list[Path]) -> None:
+        super().__init__(name="checkpoint removal", daemon=True)
+        self._checkpoints = checkpoints
+        self.start()
+
+    def run(self) -> None:
+        for checkpoint in self._checkpoints:
+            remove(checkpoint)
 
 
 class _Outcome(NamedTuple):

@@ -66,11 +66,11 @@ class _StagingPlanner(DefaultSavePlanner):
 
 @dataclass(frozen=True)
 class ShardedPlan:
-    """Who writes what: the same in all saves of a training."""
+    """Which rank writes which tensor. All saves of a training have the same, as only the values change."""
 
     names: frozenset[str]  # of all tensors
     own: SavePlan  # of this rank
-    metadata: Any  # of the whole checkpoint, on rank 0
+    metadata: Any  # torch's description of the whole checkpoint; only rank 0 has it
 
 
 class ShardedState:
@@ -93,7 +93,7 @@ class ShardedState:
         is_main_process = get_distributed().is_main_process
         self._planner.set_up_planner(_state(policy, optimizer), self._writer.storage_meta(), is_main_process)
         self._writer.set_up_storage_writer(is_main_process)
-        # The same tensors on every rank: those that have state of the optimizer, of which a rank holds its part.
+        # Every rank has the same names, so that all of them make a new plan or none does.
         names = frozenset(self._planner.state_dict)
         self.plan = plan if plan is not None and plan.names == names else self._agree(names)
         self._planner.finish_plan(self.plan.own)
@@ -121,7 +121,7 @@ class ShardedState:
 
 
 class ShardedSaves:
-    """The saves of one training."""
+    """Stages the state of one training for its checkpoints; ranks exchange their plans for the first one only."""
 
     def __init__(self) -> None:
         self._plan: ShardedPlan | None = None
