@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from src.methods import METHODS
+from src.methods import COMPARED
 from src.stages.evaluate import mean_and_error, selection_prompts
 from src.store.files import with_checksum, write_json
 from src.store.integrity import describe_files
@@ -27,7 +27,7 @@ def make_sweep(
     lrs: int = 25,
     betas: int = 10,
     setup: str = "synthetic",
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = tuple(COMPARED),
     metric: str = "win_rate",
 ) -> SweepFolder:
     """Write a synthetic sweep and its store, as runs leave them: methods over betas, learning rates and seeds."""

@@ -12,7 +12,7 @@ import yaml
 
 from src.config.schema import CONF_DIR
 from src.losses import LOSSES
-from src.methods import METHODS
+from src.methods import COMPARED, METHODS
 from sweeps.report.plot_style import KINDS, STYLES
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ SCORE_RANGE = 4.0  # of either score in the figure
 FIGURE = Path("docs/images/methods.png")
 
 
-def options_of(method: str) -> dict[str, float]:
-    """Return the options of a method and their defaults in conf/method/."""
+def loss_options(method: str) -> dict[str, float]:
+    """Return the options of a method's loss and their defaults in conf/method/."""
     configured = yaml.safe_load((CONF_DIR / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
     return {name: configured[name] for name in METHODS[method].options}
 
@@ -36,7 +36,7 @@ def loss_and_gradients(method: str, chosen: Any, rejected: Any, beta: float) -> 
     import torch
 
     scores = [torch.as_tensor(s, dtype=torch.float64).clone().requires_grad_() for s in (chosen, rejected)]
-    loss = LOSSES[method](*scores, beta, **options_of(method))
+    loss = LOSSES[method](*scores, beta, **loss_options(method))
     by_chosen, by_rejected = torch.autograd.grad(loss.sum(), scores)
     return loss.detach(), by_chosen, by_rejected
 
@@ -54,10 +54,13 @@ def table() -> str:
 
 
 def draw(path: Path) -> None:
-    """Draw every method over its two scores at beta = 1: level lines of the loss, and where a gradient step moves."""
+    """Draw the methods that `method=all` compares over their two scores at beta = 1.
+
+    Level lines of the loss, and where a gradient step moves.
+    """
     from matplotlib.figure import Figure
 
-    rows = [[m for m in METHODS if METHODS[m].kind == kind] for kind in KINDS]
+    rows = [[m for m in COMPARED if METHODS[m].kind == kind] for kind in KINDS]
     columns = max(map(len, rows))
     fig = Figure(figsize=(2.75 * columns, 6.4), layout="constrained")
     grid = fig.subplots(len(rows), columns, squeeze=False)

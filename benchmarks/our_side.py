@@ -13,6 +13,7 @@ import torch
 from benchmarks.pairs import make_pairs
 from src.config.schema import Training
 from src.data.examples import Example
+from src.methods import METHODS
 from src.model import attention, lm_head, logprobs
 from src.model.cpu import linear
 from src.model.loading import load_for_inference, load_template, numerics_of, save_checkpoint, set_cpu_threads
@@ -86,6 +87,7 @@ def align_inputs(job: dict[str, Any]) -> AlignInputs:
         lora=None,
         data=DataInputs("jsonl", seed=0, max_tokens=4096, max_prompt_tokens=1024),
         method=method,
+        score=METHODS[method].score,
         options={"gamma_beta_ratio": 0.5} if method == "simpo" else {},
         beta=BETA,
         sft_weight=0.0,

@@ -1,11 +1,9 @@
 """The alignment losses, each a pure function of the scores of two responses.
 
-Notation (arXiv 2502.01237): `r(y) = log pi(y|x) - log pi_ref(y|x)` summed over response tokens, `p(y)` the
-exponential of the mean log-prob per response token, `o(y) = log p(y) - log(1 - p(y))` its log odds,
-`s` the logistic function, `b` = beta, `w` chosen, `l` rejected. Scores and losses are (pairs,) float32; docstrings give
-the loss.
+Notation: `s` the score of a response (a function of `src.scores`), `b` = beta, `w` chosen, `l` rejected, `sigma` the
+logistic function. Scores and losses are (pairs,) float32; docstrings give the loss, and whose it is.
 
-A method's loss is the function with its name; `src.methods.METHODS` has the score it takes.
+`src.methods.METHODS` pairs losses with scores: DPO, for one, is `logistic` of log-ratios.
 """
 
 from __future__ import annotations
@@ -18,70 +16,101 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from src.methods import METHODS
-
-# A float32 log-softmax resolves log p only to about half an ulp of 1; closer to 0 it returns 0.
-_LOG_P_CEILING = -(2.0**-24)
+from src.methods import METHODS, SCORES
+from src.scores import at_least_float32, sequence_score
 
 
-def log1mexp(x: Tensor) -> Tensor:
-    """Return `log(1 - exp(x))` for x < 0, float32, of x's shape, in two branches (Maechler 2012).
-
-    Computed in bfloat16 the result is -inf for all x > -0.00195, where p rounds to 1.
-    """
-    x = x.float().clamp(max=_LOG_P_CEILING)
-    is_near_zero = x > -math.log(2)
-    # Each branch gets only arguments in its domain, since its gradient would be NaN elsewhere even where it is unused.
-    near_zero = torch.log(-torch.expm1(torch.where(is_near_zero, x, -0.5)))
-    far_from_zero = torch.log1p(-torch.exp(torch.where(is_near_zero, -1.0, x)))
-    return torch.where(is_near_zero, near_zero, far_from_zero)
-
-
-def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b (r_w - r_l))` (Rafailov et al. 2023). Scores: log-ratios."""
+def logistic(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`-log sigma(b (s_w - s_l))` (Rafailov et al. 2023, DPO; Hong et al. 2024, ORPO, with b inside)."""
     return -logsigmoid(beta * (chosen - rejected))
 
 
+def cross_entropy(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`-log sigma(b s_w) - log sigma(-b s_l)` (Wang et al. 2024, ASFT, with b inside; Jung et al. 2024, BCO)."""
+    return -logsigmoid(beta * chosen) - logsigmoid(-beta * rejected)
+
+
 def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`(r_w - r_l - 1/(2b))^2` (Azar et al. 2023). Scores: log-ratios, summed over tokens as in the paper."""
+    """`(s_w - s_l - 1/(2b))^2` (Azar et al. 2023, whose scores are summed; TRL averages them)."""
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
 def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta_ratio: float) -> Tensor:
-    """`-log s(b log p_w - b log p_l - gamma)`, gamma = ratio * b (Meng et al. 2024). Scores: mean log-probs."""
+    """`-log sigma(b s_w - b s_l - gamma)`, gamma = ratio * b (Meng et al. 2024)."""
     return -logsigmoid(beta * (chosen - rejected - gamma_beta_ratio))
 
 
-def orpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b (o_w - o_l))` (Hong et al. 2024, with b inside). Scores: log odds."""
-    return -logsigmoid(beta * (chosen - rejected))
-
-
-def asft(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b o_w) - log s(-b o_l)` (Wang et al. 2024, with b inside). Scores: log odds."""
-    return -logsigmoid(beta * chosen) - logsigmoid(-beta * rejected)
-
-
 def apo_zero(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-s(b r_w) + s(b r_l)` (D'Oosterlinck et al. 2024; others add a constant 1). Scores: log-ratios."""
+    """`-sigma(b s_w) + sigma(b s_l)` (D'Oosterlinck et al. 2024; others add a constant 1)."""
     return -torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
 
 
 def nca(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-log s(b r_w) - 0.5 log s(-b r_w) - 0.5 log s(-b r_l)` (Chen et al. 2024). Scores: log-ratios."""
+    """`-log sigma(b s_w) - 0.5 log sigma(-b s_w) - 0.5 log sigma(-b s_l)` (Chen et al. 2024)."""
     return -logsigmoid(beta * chosen) - 0.5 * logsigmoid(-beta * chosen) - 0.5 * logsigmoid(-beta * rejected)
 
 
 def cal_dpo(chosen: Tensor, rejected: Tensor, beta: float, calibration_weight: float) -> Tensor:
-    """`-log s(r_w - r_l) + c [(r_w - 1/(2b))^2 + (r_l + 1/(2b))^2]` (Xiao et al. 2024), no b in the sigmoid.
+    """`-log sigma(s_w - s_l) + c [(s_w - 1/(2b))^2 + (s_l + 1/(2b))^2]` (Xiao et al. 2024), no b in the sigmoid.
 
-    The paper weights the squares with c = 1, the original repository with 0.5. Scores: log-ratios.
+    The paper weights the squares with c = 1, the original repository with 0.5.
     """
     target = 1 / (2 * beta)
     return -logsigmoid(chosen - rejected) + calibration_weight * ((chosen - target) ** 2 + (rejected + target) ** 2)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {name: globals()[name] for name in METHODS}
+def hinge(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`max(0, 1 - b (s_w - s_l))` (Zhao et al. 2023, SLiC-HF; normalized as in Liu et al. 2023 and TRL)."""
+    return torch.relu(1 - beta * (chosen - rejected))
+
+
+def robust_dpo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """`[e log sigma(-b (s_w - s_l)) - (1 - e) log sigma(b (s_w - s_l))] / (1 - 2e)` (Chowdhury et al. 2024).
+
+    Averaged over labels of which the fraction e is flipped it is the logistic loss on the true ones.
+    """
+    margin = beta * (chosen - rejected)
+    flipped, true = label_smoothing * logsigmoid(-margin), (1 - label_smoothing) * logsigmoid(margin)
+    return (flipped - true) / (1 - 2 * label_smoothing)
+
+
+def cdpo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """`-(1 - e) log sigma(b (s_w - s_l)) - e log sigma(-b (s_w - s_l))` (Mitchell 2023)."""
+    margin = beta * (chosen - rejected)
+    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+
+
+def exo_pair(chosen: Tensor, rejected: Tensor, beta: float, rejected_probability: float) -> Tensor:
+    """`KL((q, 1 - q) || (1 - e, e))`, `q = sigma(b (s_w - s_l))` (Ji et al. 2024, equation 16)."""
+    margin = beta * (chosen - rejected)
+    chosen_term = torch.sigmoid(margin) * (logsigmoid(margin) - math.log1p(-rejected_probability))
+    return chosen_term + torch.sigmoid(-margin) * (logsigmoid(-margin) - math.log(rejected_probability))
+
+
+def discopop(chosen: Tensor, rejected: Tensor, beta: float, discopop_tau: float) -> Tensor:
+    """`-(1 - q) log sigma(m) + q exp(-m)`, `m = b (s_w - s_l)`, `q = sigma(m / tau)` (Lu et al. 2024, equation 5)."""
+    margin = beta * (chosen - rejected)
+    # In one exponential: exp(-m) alone overflows where q, which is smaller still, makes the product vanish.
+    exponential = torch.exp(logsigmoid(margin / discopop_tau) - margin)
+    return exponential - torch.sigmoid(-margin / discopop_tau) * logsigmoid(margin)
+
+
+def sppo_hard(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`(s_w - 1/(2b))^2 + (s_l + 1/(2b))^2` (Wu et al. 2024, equation 4.7 with win probabilities of 1 and 0)."""
+    return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
+
+
+def apo_down(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """`sigma(b s_w) - sigma(b (s_w - s_l))` (D'Oosterlinck et al. 2024; others add a constant 1)."""
+    return torch.sigmoid(beta * chosen) - torch.sigmoid(beta * (chosen - rejected))
+
+
+def dpop(chosen: Tensor, rejected: Tensor, beta: float, penalty_weight: float) -> Tensor:
+    """`-log sigma(b (s_w - s_l - c max(0, -s_w)))` (Pal et al. 2024, DPO-Positive)."""
+    return -logsigmoid(beta * (chosen - rejected - penalty_weight * torch.relu(-chosen)))
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {method: globals()[spec.loss] for method, spec in METHODS.items()}
 
 
 class PairLoss(NamedTuple):
@@ -92,21 +121,6 @@ class PairLoss(NamedTuple):
     rejected_score: Tensor
 
 
-def sequence_score(kind: str, logps: Tensor, tokens: Tensor, reference_logps: Tensor | None) -> Tensor:
-    """Return the score that a loss takes (`Method.score`), (sequences,) float32.
-
-    logps, reference_logps: (sequences,) summed over response tokens, in nats; tokens: (sequences,) response tokens, at
-    least 1.
-    """
-    logps = logps.float()
-    if kind == "log_ratio":
-        assert reference_logps is not None, "a log-ratio needs reference log-probs"
-        return logps - reference_logps.float()
-    mean = logps / tokens
-    # Average first: the log odds of a whole sequence's probability hardly differ from its log-prob.
-    return mean if kind == "mean_log_prob" else mean - log1mexp(mean)
-
-
 def preference_loss(
     method: str,
     beta: float,
@@ -114,6 +128,7 @@ def preference_loss(
     tokens: Tensor,
     reference_logps: Tensor | None = None,
     *,
+    score: str | None = None,
     sft_weight: float = 0.0,
     align_weight: float = 1.0,
     options: dict[str, float] | None = None,
@@ -122,14 +137,15 @@ def preference_loss(
 
     sft_weight 0, align_weight 1 is the two-stage form that sweeps compare; sft_weight 1 is the one-stage form, in
     which align_weight is the papers' lambda. Tensors are (pairs, 2), chosen and rejected: log-probs in nats, summed
-    over response tokens, and numbers of response tokens.
+    over response tokens, and numbers of response tokens. score: a key of SCORES, None for the method's own; options:
+    the fields of the loss and of the score.
     """
-    kind = METHODS[method].score
-    (chosen_logps, rejected_logps), (chosen_tokens, rejected_tokens) = logps.unbind(1), tokens.unbind(1)
-    references = (None, None) if reference_logps is None else reference_logps.unbind(1)
-    chosen = sequence_score(kind, chosen_logps, chosen_tokens, references[0])
-    rejected = sequence_score(kind, rejected_logps, rejected_tokens, references[1])
-    loss = align_weight * LOSSES[method](chosen, rejected, beta, **(options or {}))
+    score, options = score or METHODS[method].score, options or {}
+    of_loss, of_score = (
+        {name: options[name] for name in names} for names in (METHODS[method].options, SCORES[score].options)
+    )
+    chosen, rejected = sequence_score(score, logps, tokens, reference_logps, **of_score).unbind(1)
+    loss = align_weight * LOSSES[method](chosen, rejected, beta, **of_loss)
     if sft_weight:
-        loss = loss - sft_weight * chosen_logps.float() / chosen_tokens
+        loss = loss - sft_weight * at_least_float32(logps)[:, 0] / tokens[:, 0]
     return PairLoss(loss, chosen, rejected)

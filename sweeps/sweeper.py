@@ -21,9 +21,9 @@ from src.config.fields import shortened
 from src.config.overrides import decode_keywords, parse_overrides
 from src.config.sampler import describe_choice
 from src.config.schema import Point
-from src.config.validation import build_point, check_grid
+from src.config.validation import ANY_METHOD, build_point, check_grid
 from src.errors import CONFIG_ERRORS, ConfigError, one_line
-from src.methods import METHODS
+from src.methods import COMPARED
 from src.planning.content import digest
 from src.planning.plan import make_plan, warn_of_other_versions
 from src.preflight import check_input_files
@@ -32,7 +32,7 @@ from sweeps.search.search import Search
 from sweeps.search.variants import check_sweep_wide_settings, keys_without_effect, name_variants
 
 GRIDS = {"beta": "beta_grid", "lr": "lr_grid"}
-ALL_METHODS = "method=all"  # every method that the chosen beta_grid lists
+ALL_METHODS = "method=all"  # the methods of src.methods.COMPARED that the chosen beta_grid lists
 MAX_POINTS = 10_000  # each takes some milliseconds to check; the paper's largest sweep has 200
 MAX_COMPOSITIONS = 2_000  # choices of groups, each of which takes tenths of a second to compose
 
@@ -127,7 +127,7 @@ def expand(arguments: list[str], master: DictConfig, loader: Any) -> list[Point]
     for override in parse_overrides(arguments, loader):
         strings = _strings(override)
         if ALL_METHODS in strings:
-            every = [f"method={m}" for m in METHODS]
+            every = [f"method={m}" for m in COMPARED]
             implied = set(every) - set(strings)
             strings = list(dict.fromkeys(m for s in strings for m in (every if s == ALL_METHODS else [s])))
         axes.append(strings)
@@ -216,7 +216,7 @@ def _grid_values(string: str, cfg: DictConfig) -> list[str]:
     if key not in GRIDS or value != "grid":
         return [string]
     name, method = GRIDS[key], cfg.method.name
-    grid = cfg[name].get(method)
+    grid = cfg[name].get(method, cfg[name].get(ANY_METHOD))
     if grid is None:
         raise ConfigError(
             f"{key}=grid: {name} has no list for method={method}; set {name}.{method}=[...] or {key}=VALUE"

@@ -9,11 +9,11 @@ import yaml
 from src.config.fields import choices_of
 from src.config.judge_rules import JUDGES
 from src.config.schema import CONF_DIR, Dataset, HubTable, Judge, method_options
-from src.config.validation import build_point
+from src.config.validation import ANY_METHOD, build_point
 from src.data.adapters import ADAPTERS
 from src.data.sources import SOURCES
 from src.errors import ConfigError
-from src.methods import METHODS
+from src.methods import COMPARED, METHODS, options_of
 from src.preflight import check_packages
 from tests.support.commands import run_in_process
 from tests.support.configs import composed
@@ -38,7 +38,8 @@ def test_every_setup_runs_its_methods_at_its_own_best_values(setup, method, tmp_
     point = build_point(composed(f"setup={setup}", f"method={method}", *data))
     best = point.setup.best[method]
     assert (point.beta, point.lr) == (best.beta, best.lr)
-    assert set(point.setup.best) == set(point.beta_grid) == set(point.lr_grid)
+    assert set(point.setup.best) <= set(point.beta_grid) == set(METHODS)
+    assert ANY_METHOD in point.lr_grid and set(point.lr_grid) >= set(COMPARED)
 
 
 @pytest.mark.parametrize("setup", [s for s in TUNED if s != "smollm2_jsonl"])
@@ -46,10 +47,10 @@ def test_best_values_lie_on_the_setups_own_grids(setup):
     point = build_point(composed(f"setup={setup}"))
     for method, best in point.setup.best.items():
         assert best.beta in point.beta_grid[method], method
-        assert best.lr in point.lr_grid[method], method
+        assert best.lr in point.lr_grid.get(method, point.lr_grid[ANY_METHOD]), method
 
 
-GROUPS = ["init", "method", "engine", "evaluation", "judge", "server", "tracking", "trainer", "beta_grid", "lr_grid"]
+GROUPS = ["init", "engine", "evaluation", "judge", "server", "tracking", "trainer", "beta_grid", "lr_grid"]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -67,7 +68,7 @@ def test_every_option_of_every_group_composes(group):
 def test_the_papers_grids_have_the_papers_number_of_points():
     def count(beta_grid, lr_grid):
         point = build_point(composed(f"beta_grid={beta_grid}", f"lr_grid={lr_grid}"))
-        return sum(len(betas) * len(point.lr_grid[method]) for method, betas in point.beta_grid.items())
+        return sum(len(point.beta_grid[method]) * len(point.lr_grid[method]) for method in COMPARED)
 
     assert count("paper", "paper_llama") == 200
     assert count("paper", "paper_llama_8b") == 179
@@ -77,7 +78,7 @@ def test_the_papers_grids_have_the_papers_number_of_points():
 
 def test_every_key_of_every_config_has_a_comment():
     """Lists by method, names of groups and the columns of tables are explained at the top of their file."""
-    explained_above = ("beta_grid", "lr_grid", "setup", "sweep")
+    explained_above = ("beta_grid", "lr_grid", "methods", "setup", "sweep")
     tables = ("train.yaml", "gpus.yaml", "hub_configs.yaml")
     for path in CONF_DIR.rglob("*.yaml"):
         text = path.read_text()
@@ -93,7 +94,7 @@ def test_every_method_has_a_config_and_the_schema_has_its_options():
     for method, spec in METHODS.items():
         point = build_point(composed(f"method={method}", "beta=1", "lr=1e-3"))
         assert all(isinstance(value, float) for value in method_options(point).values())
-        assert set(method_options(point)) == set(spec.options)
+        assert set(method_options(point)) == set(options_of(method, spec.score))
 
 
 def test_choices_of_the_schema_are_the_entries_of_the_registries():

@@ -2,11 +2,11 @@
 
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import sympy
 import torch
+import yaml
 from sympy.parsing.sympy_parser import (
     convert_xor,
     implicit_multiplication_application,
@@ -14,14 +14,18 @@ from sympy.parsing.sympy_parser import (
     standard_transformations,
 )
 
-from benchmarks.methods import draw, loss_and_gradients, options_of, table
-from src.losses import LOSSES, log1mexp, preference_loss
-from src.methods import METHODS
+from benchmarks.methods import draw, loss_and_gradients, loss_options, table
+from src.config.schema import CONF_DIR
+from src.losses import LOSSES
+from src.methods import METHODS, SCORES, options_of
+from src.scores import log1mexp, sequence_score
 from tests.support.commands import ROOT
 
 PAGE = (ROOT / "docs/methods.md").read_text()
 BY_NAME = {spec.name: method for method, spec in METHODS.items()}
-SYMBOLS = {"log_ratio": "r", "mean_log_prob": "p", "log_odds": "o"}  # of a score on the page
+# Of a score on the page; p is the exponential of its score.
+SYMBOLS = {"log_ratio": "r", "mean_log_ratio": "m", "length_log_ratio": "d", "mean_log_prob": "p", "log_odds": "o"}
+SYMBOLS |= {"alpha": "h", "forward_kl": "k"}
 
 
 def tables(page):
@@ -42,6 +46,7 @@ def table_of(*header):
 
 
 EQUATIONS, NEEDS = table_of("method", "loss of a pair"), table_of("method", "`method=`")
+OF_SCORES = table_of("`method.score=`")
 
 
 def formula(cell):
@@ -51,7 +56,7 @@ def formula(cell):
     text = re.sub(r"\\log\\sigma", " log_sigma ", text)
     text = re.sub(r"\\([a-z]+)", r" \1 ", text)
     names = {name: sympy.Symbol(name) for name in re.findall(r"[a-z]\w*", text)}
-    names |= {"log": sympy.log, "sigma": lambda x: 1 / (1 + sympy.exp(-x))}
+    names |= {"log": sympy.log, "exp": sympy.exp, "max": sympy.Max, "sigma": lambda x: 1 / (1 + sympy.exp(-x))}
     names["log_sigma"] = lambda x: -sympy.log(1 + sympy.exp(-x))
     steps = (*standard_transformations, convert_xor, implicit_multiplication_application)
     parsed = parse_expr(text, local_dict=names, transformations=steps)
@@ -61,15 +66,20 @@ def formula(cell):
 def documented_options(method):
     """Return letter -> (name, default) of each option in the table."""
     cell = NEEDS[METHODS[method].name][-1]
+    options = re.findall(r"`(\w+)` \(\$\\?(\w+)\$\): ([\d.]+)", cell)
+    return {letter: (name, float(value)) for name, letter, value in options}
+
+
+def documented_loss_options(method):
     return {
-        letter: (name, float(value)) for name, letter, value in re.findall(r"`(\w+)` \(\$\\?(\w+)\$\): ([\d.]+)", cell)
+        letter: option for letter, option in documented_options(method).items() if option[0] in METHODS[method].options
     }
 
 
 def equals_loss(cell, method):
     """Return whether an equation of the page equals the loss in code, at many scores, betas and options."""
     equation, symbol = formula(cell), SYMBOLS[METHODS[method].score]
-    options = {sign: (name, 1.3 * default) for sign, (name, default) in documented_options(method).items()}
+    options = {sign: (name, 1.3 * default) for sign, (name, default) in documented_loss_options(method).items()}
     generator = torch.Generator().manual_seed(0)
     for beta in (0.03, 0.5, 1.0, 4.0):
         for chosen, rejected in (4 * torch.randn(8, 2, generator=generator, dtype=torch.float64)).tolist():
@@ -105,6 +115,15 @@ def test_every_equation_is_the_loss_that_trains(method):
         ("NCA", r"\frac{1}{2}", r"\frac{1}{3}"),
         ("Cal-DPO", r"\sigma(r_w - r_l)", r"\sigma(\beta(r_w - r_l))"),
         ("Cal-DPO", "c[", "["),
+        ("SLiC-HF", "0, 1", "0, 2"),
+        ("Robust DPO", r"1 - 2\epsilon", r"1 - \epsilon"),
+        ("cDPO", r"\epsilon\log\sigma(-\beta", r"\epsilon\log\sigma(\beta"),
+        ("EXO-pair", r"\log(\epsilon)", r"\log(1 - \epsilon)"),
+        ("DiscoPOP", r"\frac{\beta}{\tau}", r"\beta"),
+        ("LN-DPO", "m_w", "r_w"),
+        ("SPPO-hard", r"r_l + ", r"r_l - "),
+        ("APO-Down", r"\beta(r_w - r_l)", r"\beta r_l"),
+        ("DPOP", "-r_w", "r_w"),
     ],
 )
 def test_a_wrong_equation_is_noticed(name, right, wrong):
@@ -116,8 +135,13 @@ def test_a_wrong_equation_is_noticed(name, right, wrong):
 def test_every_table_has_every_method():
     names = [spec.name for spec in METHODS.values()]
     assert list(EQUATIONS) == list(NEEDS) == list(table_of("method", "loss, β = 1")) == names
-    with_reference = [spec.name for spec in METHODS.values() if spec.needs_reference]
-    assert list(table_of("method", "factor at $r = 0$")) == with_reference
+    # Both named in the text: their gradients at the reference are not opposite.
+    others = ("apo_down", "forward_kl_point")
+    with_factor = [spec.name for m, spec in METHODS.items() if spec.needs_reference and m not in others]
+    assert list(table_of("method", "factor at $r = 0$")) == with_factor
+    for method in others:
+        _, by_chosen, by_rejected = loss_and_gradients(method, *[score_at_reference(method)] * 2, 0.5)
+        assert abs(by_chosen + by_rejected) > 0.05
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -125,20 +149,50 @@ def test_what_a_method_needs_is_what_the_table_says(method):
     spec = METHODS[method]
     name, kind, reference, normalized, *_ = NEEDS[spec.name]
     assert name == f"`{method}`" and kind == spec.kind
-    assert (reference == "yes", normalized == "yes") == (spec.needs_reference, spec.score != "log_ratio")
-    assert {reference, normalized} <= {"yes", "no"}
-    assert dict(documented_options(method).values()) == options_of(method)
+    assert [reference, normalized] == OF_SCORES[f"`{spec.score}`"][1:3] and {reference, normalized} <= {"yes", "no"}
+    assert set(dict(documented_options(method).values())) == set(options_of(method, spec.score))
+    assert dict(documented_loss_options(method).values()) == loss_options(method)
+    config = yaml.safe_load((CONF_DIR / "method" / f"{method}.yaml").read_text())
+    assert dict(documented_options(method).values()) == {key: v for key, v in config.items() if key != "name"}
+
+
+def documented_score(cell):
+    """Return a function that evaluates the right side of a score's equation; log p is the mean log-prob."""
+    return formula(f"${cell.strip('$').rpartition('=')[2]}$")
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_is_the_one_that_is_computed(name):
+    assert list(OF_SCORES) == [f"`{score}`" for score in SCORES]
+    spec, (cell, reference, normalized, signed, options) = SCORES[name], OF_SCORES[f"`{name}`"]
+    assert (reference == "yes", signed == "yes") == (spec.needs_reference, spec.is_signed)
+    letters = {letter: option for option, letter in re.findall(r"`(\w+)` \(\$\\?(\w+)\$\)", options)}
+    assert set(letters.values()) == set(spec.options)
+    u, v, tokens, value = -7.3, -5.1, 9.0, 0.3
+    inputs = (torch.tensor([x], dtype=torch.float64) for x in (u, tokens, v))
+    computed = sequence_score(name, *inputs, **dict.fromkeys(spec.options, value)).item()
+    values = {"u": u, "v": v, "T": tokens} | dict.fromkeys(letters, value)
+    assert documented_score(cell)(**values) == pytest.approx(computed, rel=1e-9)
+    assert documented_score(cell)(**values | {"u": -7.4}) != pytest.approx(computed, rel=1e-9)
+    doubled = (torch.tensor([x], dtype=torch.float64) for x in (2 * u, 2 * tokens, 2 * v))
+    same = sequence_score(name, *doubled, **dict.fromkeys(spec.options, value)).item() == pytest.approx(computed)
+    assert (normalized == "yes") == same
 
 
 def test_the_numbers_are_what_the_command_prints():
     assert table() in PAGE
 
 
+def score_at_reference(method):
+    """Return the score of a response where the policy is its reference; its derivative by the log ratio is 1 there."""
+    return -1.0 if METHODS[method].score == "forward_kl" else 0.0
+
+
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 def test_the_factors_at_the_reference_are_those_of_the_table(beta):
     for name, (cell,) in table_of("method", "factor at $r = 0$").items():
         options = {symbol: default for symbol, (_, default) in documented_options(BY_NAME[name]).items()}
-        _, by_chosen, by_rejected = loss_and_gradients(BY_NAME[name], 0.0, 0.0, beta)
+        _, by_chosen, by_rejected = loss_and_gradients(BY_NAME[name], *[score_at_reference(BY_NAME[name])] * 2, beta)
         factor = formula(cell)(beta=beta, **options)
         assert (-by_chosen.item(), by_rejected.item()) == pytest.approx((factor, factor))
 
@@ -179,86 +233,13 @@ def test_ipo_nca_and_cal_dpo_are_least_where_the_page_says(beta):
         assert by_chosen.item() == pytest.approx(-by_rejected.item())
         return by_chosen.item()
 
-    target, margin = 1 / (2 * beta), 1 / (4 * options_of("cal_dpo")["calibration_weight"])
+    target, margin = 1 / (2 * beta), 1 / (4 * loss_options("cal_dpo")["calibration_weight"])
     assert slope(target) < 0 < slope(target + margin)
 
 
 def test_the_figure_is_drawn(tmp_path):
     draw(tmp_path / "methods.png")
     assert (tmp_path / "methods.png").stat().st_size > 50_000
-
-
-def mini():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = ROOT / "src/data/mini_tldr_base"
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def token_logps(model, prompt, response):
-    """(prompt + response - 1,) of every token but the first."""
-    ids = torch.tensor([prompt + response])
-    with torch.no_grad():
-        logits = model(ids).logits[0, :-1].log_softmax(-1)
-    return logits.gather(1, ids[0, 1:, None])[:, 0]
-
-
-@pytest.mark.slow
-def test_trls_losses_differ_as_the_page_says():
-    """One step of TRL's own trainers on two pairs of different lengths, and what this project computes of them."""
-    from benchmarks.trl_side import trl_trainer
-
-    beta, references = 0.3, [(-40.0, -31.0), (-37.0, -52.0)]
-    pairs = [
-        SimpleNamespace(prompt=[5, 6, 7], responses=[[8, 9, 10, 11, 12], [13, 14, 15]]),
-        SimpleNamespace(prompt=[20, 21], responses=[[22, 23, 24], [25, 26, 27, 28, 29, 30]]),
-    ]
-    model, _ = mini()
-    per_token = [[token_logps(model, p.prompt, r) for r in p.responses] for p in pairs]
-    w, lo = (
-        torch.stack([logps[i][len(p.prompt) - 1 :].sum() for logps, p in zip(per_token, pairs, strict=True)])
-        for i in (0, 1)
-    )
-    n_w, n_l = (torch.tensor([float(len(p.responses[i])) for p in pairs]) for i in (0, 1))
-    reference_w, reference_l = torch.tensor(references).T
-
-    def ours(method, beta=beta, **options):
-        logps, tokens = torch.stack([w, lo], 1), torch.stack([n_w, n_l], 1)
-        references_of = torch.tensor(references) if METHODS[method].needs_reference else None
-        return preference_loss(method, beta, logps, tokens, references_of, options=options).loss.mean().item()
-
-    def theirs(method, then=lambda trainer: None, **changes):
-        job = {"method": method, "micro_batch": 2, "pairs": 2, "references": references}
-        trainer, losses = trl_trainer(job, *mini(), pairs, 1, beta=beta, **changes), []
-        then(trainer)
-        compute = trainer.compute_loss
-        trainer.compute_loss = lambda *a, **k: losses.append(loss := compute(*a, **k)) or loss
-        trainer.train()
-        return losses[0].item()
-
-    assert theirs("dpo", loss_type="nca_pair") == pytest.approx(ours("nca"), rel=1e-4)
-    assert theirs("dpo", loss_type="apo_zero") == pytest.approx(ours("apo_zero") + 1, rel=1e-4)
-    means = ((w - reference_w) / n_w - (lo - reference_l) / n_l - 1 / (2 * beta)) ** 2
-    assert theirs("dpo", loss_type="ipo") == pytest.approx(means.mean().item(), rel=1e-4)
-    assert abs(means.mean().item() - ours("ipo")) > 1
-
-    def gamma(trainer):
-        trainer.simpo_gamma = 0.06
-
-    def gamma_and_sft(trainer):
-        trainer.simpo_gamma, trainer.cpo_alpha = 0.06, 0.7
-
-    chosen = [logps[0][len(p.prompt) - 1 :] for logps, p in zip(per_token, pairs, strict=True)]
-    simpo = ours("simpo", gamma_beta_ratio=0.06 / beta)
-    assert theirs("simpo", gamma) == pytest.approx(simpo, rel=1e-4)
-    assert theirs("simpo", gamma_and_sft) == pytest.approx(simpo - 0.7 * torch.cat(chosen).mean().item(), rel=1e-4)
-    all_tokens = -torch.cat([logps[0] for logps in per_token]).mean().item()  # the prompt, too
-    assert theirs("orpo") == pytest.approx(all_tokens + beta * ours("orpo", beta=1.0), rel=1e-4)
-
-    # Where both responses have T tokens: T^-2 times the loss of sums with beta / T.
-    even, tokens = torch.tensor([-3.0, -9.0]), 4.0
-    loss_of_means = LOSSES["ipo"](even[:1] / tokens, even[1:] / tokens, beta)
-    torch.testing.assert_close(loss_of_means, LOSSES["ipo"](even[:1], even[1:], beta / tokens) / tokens**2)
 
 
 def test_odds_of_a_whole_sequences_probability_are_hardly_more_than_its_log_prob():

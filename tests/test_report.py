@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.aggregation import make_sweep
-from src.methods import METHODS
+from src.methods import COMPARED, METHODS
 from sweeps.aggregate import aggregate
 from sweeps.report.plot_style import COLORS, KINDS, MARKERS, STYLES
 from sweeps.report.tables import benchmark_table
@@ -47,7 +47,7 @@ def test_methods_without_a_significant_difference_are_marked(aggregated):
     with_top = differences[(differences.method == top) | (differences.other == top)]
     num_significant = gaps.str.startswith("-").sum()
     assert (gaps == "best").sum() == 1
-    assert (gaps == "n.s.").sum() == (with_top.p_holm >= 0.05).sum() == len(METHODS) - 1 - num_significant
+    assert (gaps == "n.s.").sum() == (with_top.p_holm >= 0.05).sum() == len(COMPARED) - 1 - num_significant
 
 
 def test_the_mean_of_the_three_best_points_is_reported(aggregated):
@@ -64,7 +64,7 @@ def test_the_mean_of_the_three_best_points_is_reported(aggregated):
 def test_every_cost_is_counted_once(aggregated):
     _, _, report = aggregated
     (row,) = re.findall(r">align</td>(.*?)</tr>", section(report, "cost"), re.S)
-    points = 6 * len(METHODS)  # of a second each
+    points = 6 * len(COMPARED)  # of a second each
     assert re.findall(r"<td>(.*?)</td>", row)[:3] == [f"{points}", f"{points / 3600:.3g}", "0"]
 
 

@@ -7,8 +7,15 @@ import sys
 import pytest
 import yaml
 
-from src.methods import METHODS
+from src.config.validation import ANY_METHOD
+from src.methods import COMPARED, METHODS
 from tests.support.commands import ROOT, dry_run, environment, train
+
+ENDING_IN_PO = ["alphapo", "cal_dpo", "cdpo", "dpo", "ipo", "ln_dpo", "orpo", "r_dpo", "robust_dpo", "simpo"]
+
+
+def listed(name):
+    return yaml.safe_load((ROOT / f"conf/{name}.yaml").read_text())
 
 
 def test_sweep_syntax_is_hydras_own_plus_grids():
@@ -16,14 +23,14 @@ def test_sweep_syntax_is_hydras_own_plus_grids():
     assert labels == ["dpo beta=0.1 lr=0.001", "dpo beta=0.3 lr=0.001"]
     assert dry_run("method=dpo", "beta=range(1,4)")[0] == [f"dpo beta={b} lr=0.001" for b in (1, 2, 3)]
     assert dry_run("method=dpo", "beta=choice(0.1,0.3)")[0] == labels
-    assert [x.split()[0] for x in dry_run("method=glob(*po)")[0]] == ["cal_dpo", "dpo", "ipo", "orpo", "simpo"]
+    assert [x.split()[0] for x in dry_run("method=glob(*po)")[0]] == ENDING_IN_PO
     assert dry_run("method=dpo", "beta=1,1.0")[0] == ["dpo beta=1 lr=0.001"]
     grids, _ = dry_run("method=dpo,nca", "beta=grid")
-    listed = yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text())
-    assert grids == [f"{m} beta={b:g} lr=0.001" for m in ("dpo", "nca") for b in listed[m]]
+    betas = listed("beta_grid/mini_tldr")
+    assert grids == [f"{m} beta={b:g} lr=0.001" for m in ("dpo", "nca") for b in betas[m]]
     choices = dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[11,12],[13,14]")[0]
     assert choices == [f"dpo beta={b} lr=0.001" for b in (11, 12, 13, 14)]
-    assert len(dry_run("method=dpo", "beta=grid,7,0.1")[0]) == len(listed["dpo"]) + 1
+    assert len(dry_run("method=dpo", "beta=grid,7,0.1")[0]) == len(betas["dpo"]) + 1
     assert dry_run("method=dpo", "beta=grid", "beta_grid.dpo=[5,6]")[0] == [
         "dpo beta=5 lr=0.001",
         "dpo beta=6 lr=0.001",
@@ -57,17 +64,28 @@ def test_all_methods_on_both_grids_of_the_paper():
 
 def test_all_methods_are_those_of_the_chosen_beta_grid():
     labels, _ = dry_run("method=all", "beta=1", "~beta_grid.dpo")
-    assert {label.split()[0] for label in labels} == set(METHODS) - {"dpo"}
+    assert {label.split()[0] for label in labels} == set(COMPARED) - {"dpo"}
     # A method that is named too is included, and an error names the grid it lacks.
     assert "dpo beta=1 lr=0.001" in dry_run("method=all,dpo", "beta=1", "~beta_grid.dpo")[0]
     refused = train("-m", "method=dpo", "beta=grid", "~beta_grid.dpo", check=False)
     assert refused.returncode == 2 and "no list for method=dpo; set beta_grid.dpo=[...]" in refused.stderr
 
 
+@pytest.mark.parametrize(("setup", "lr"), [("mini_tldr", "mini_tldr"), ("llama32_3b_uf", "paper_llama")])
+def test_the_family_is_every_method_on_the_setups_grids(setup, lr):
+    labels, output = dry_run("+methods=family", f"setup={setup}", "beta=grid", "lr=grid")
+    lrs = listed(f"lr_grid/{lr}")
+    lrs |= {} if ANY_METHOD in lrs else {key: v for key, v in listed("lr_grid/paper").items() if key not in lrs}
+    betas = listed(f"beta_grid/{'mini_tldr' if setup == 'mini_tldr' else 'paper_3b_uf'}")
+    betas = listed("beta_grid/family") | listed("beta_grid/paper") | betas
+    expected = {m: len(betas[m]) * len(lrs.get(m, lrs[ANY_METHOD])) for m in METHODS}
+    assert {m: sum(label.split()[0] == m for label in labels) for m in METHODS} == expected
+    # One set of reference log-probs for all methods that need one.
+    assert re.search(r"^reference +1 ", output, re.M) and f"{sum(expected.values())} points" in output
+
+
 def test_the_command_line_overrides_a_named_sweep():
-    assert len(dry_run("+sweep=demo")[0]) == sum(
-        len(v) for v in yaml.safe_load((ROOT / "conf/beta_grid/mini_tldr.yaml").read_text()).values()
-    )
+    assert len(dry_run("+sweep=demo")[0]) == sum(len(listed("beta_grid/mini_tldr")[method]) for method in COMPARED)
     assert len(dry_run("+sweep=demo", "method=dpo", "beta=0.1,1")[0]) == 2
 
 
@@ -144,4 +162,4 @@ def probe(*arguments):
 def test_help_and_planning_a_thousand_points_never_import_torch():
     assert probe("--help")[0].endswith("[]")
     line, output = probe("-m", "dry_run=true", "method=all", "beta=range(1,126)")
-    assert line.endswith("[]") and f"{125 * len(METHODS)} points" in output
+    assert line.endswith("[]") and f"{125 * len(COMPARED)} points" in output

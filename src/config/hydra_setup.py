@@ -1,4 +1,4 @@
-"""Hydra's set-up beside conf/: the schema, the resolver `${best:...}`, and a check before Hydra writes. No torch."""
+"""Hydra's set-up beside conf/: the schema, resolvers of default values, and a check before Hydra writes. No torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.best_values import BestValues, read_best_values
+from src.config.fields import shortened
 from src.config.schema import Point
 from src.config.secrets import check_secret
 from src.config.validation import build_point, check_folder
 from src.errors import ConfigError, report_errors
+from src.methods import METHODS
 
 _HYDRA_KEYS = ("launcher", "sweeper", "job", "run", "sweep")  # of hydra.*, those whose values users set
 
 
 def register() -> None:
-    """Register the schema with Hydra and `${best:...}` with OmegaConf; call it once before composition."""
+    """Register the schema with Hydra, and `${best:...}` and `${score_of:...}` with OmegaConf, before composition."""
     ConfigStore.instance().store(name="schema", node=Point)
     OmegaConf.register_new_resolver("best", _best_value, replace=True)
+    OmegaConf.register_new_resolver("score_of", _default_score, replace=True)
 
 
 class CheckBeforeWriting(Callback):
@@ -67,6 +70,13 @@ def _check_node(parent: DictConfig | ListConfig, name: Any, place: str) -> None:
         return
     for inner in range(len(value)) if OmegaConf.is_list(value) else list(value):
         _check_node(value, inner, f"{place}.{inner}")
+
+
+def _default_score(method: str) -> str:
+    """Return the value of `${score_of:${method.name}}`: the method's score in the table of methods."""
+    if method not in METHODS:
+        raise ConfigError(f"method.name={shortened(str(method))}: must be one of {', '.join(METHODS)}")
+    return METHODS[method].score
 
 
 def _best_value(key: str, *, _root_: DictConfig) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from src.config.fields import choice, folder_name, number, random_seed
-from src.methods import METHODS
+from src.methods import METHODS, SCORES, options_of
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -51,8 +51,15 @@ class Init:
 @dataclass
 class MethodFields:
     name: str = choice(*METHODS)
+    score: str = choice(*SCORES)
     gamma_beta_ratio: float | None = number(None, maximum=1e6)
     calibration_weight: float | None = number(None, maximum=1e6)
+    label_smoothing: float | None = number(None, maximum=0.499)
+    rejected_probability: float | None = number(None, above=0, maximum=0.499)
+    discopop_tau: float | None = number(None, minimum=0.001, maximum=1)
+    penalty_weight: float | None = number(None, maximum=1e6)
+    length_beta_ratio: float | None = number(None, maximum=1e6)
+    alpha: float | None = number(None, minimum=-10, maximum=10)
 
 
 @dataclass
@@ -269,6 +276,8 @@ class Point:
     def label(self) -> str:
         """The display name of this point: `dpo beta=0.05 lr=7e-07`, with whatever differs from the defaults."""
         extra = "" if self.init.name == "sft" else f" init={self.init.name}"
+        if self.method.score != METHODS[self.method.name].score and "method.score=" not in self.sweep.variant:
+            extra += f" method.score={self.method.score}"
         extra += f" seed={self.seed}" if self.seed else ""
         extra += f" {self.sweep.variant}" if self.sweep.variant else ""
         extra += f" to {100 * self.trainer.align.stop_fraction:g} %" if self.trainer.align.stop_fraction < 1 else ""
@@ -276,5 +285,5 @@ class Point:
 
 
 def method_options(point: Point) -> dict[str, float]:
-    """Return the loss fields of the point's method besides beta, by name."""
-    return {name: getattr(point.method, name) for name in METHODS[point.method.name].options}
+    """Return the fields of the point's loss and score besides beta, by name."""
+    return {name: getattr(point.method, name) for name in options_of(point.method.name, point.method.score)}

@@ -17,8 +17,9 @@ from src.config.sampler import resolve_server
 from src.config.schema import Point
 from src.config.secrets import check_secret, conceal_secrets
 from src.errors import ConfigError, one_line
-from src.methods import METHODS
+from src.methods import METHODS, SCORES, options_of, scores_of
 
+ANY_METHOD = "default"  # the entry of lr_grid for methods without a list of their own
 BENCHMARKS = ("alpaca_eval", "arena_hard")  # evaluations that need a file of prompts
 
 
@@ -119,7 +120,7 @@ def _check_search(point: Point) -> None:
 def check_grid(name: str, grid: dict[str, list[float]]) -> None:
     """Raise ConfigError for a grid of an unknown method, or without values or with too many."""
     for method, values in grid.items():
-        if method not in METHODS:
+        if method not in METHODS and (name, method) != ("lr_grid", ANY_METHOD):
             raise ConfigError(f"{name}.{method}: no such method; methods are {', '.join(METHODS)}")
         if not values:
             raise ConfigError(f"{name}.{method}=[]: an empty grid has no points; add at least one value")
@@ -128,12 +129,20 @@ def check_grid(name: str, grid: dict[str, list[float]]) -> None:
 
 
 def _check_method(point: Point) -> None:
-    spec = METHODS[point.method.name]
+    name, score = point.method.name, point.method.score
+    if score not in scores_of(name):
+        raise ConfigError(
+            f"method.score={score}: is never positive, and method={name} compares the score of each response with 0; "
+            f"choose {', '.join(scores_of(name))}, or a pairwise method"
+        )
+    needed = options_of(name, score)
+    known = (*needed, *SCORES[METHODS[name].score].options)  # a default for the score that was replaced is no mistake
     for option, value in vars(point.method).items():
-        if value is not None and option not in (*spec.options, "name"):
-            raise ConfigError(f"method.{option}: method={point.method.name} has no such field; remove the override")
-        if value is None and option in spec.options:
-            raise ConfigError(f"method.{option}: method={point.method.name} needs a value")
+        if value is not None and option not in (*known, "name", "score"):
+            raise ConfigError(f"method.{option}: method={name} has no such field; remove the override")
+        if value is None and option in needed:
+            of_score = f" with method.score={score}" if option in SCORES[score].options else ""
+            raise ConfigError(f"method.{option}: method={name}{of_score} needs a value: add method.{option}=VALUE")
 
 
 def _check_dataset(point: Point) -> None:

@@ -85,7 +85,7 @@ class ReferenceInputs:
 
 @dataclass(frozen=True)
 class AlignInputs:
-    """options: the loss fields of the method besides beta. stop_fraction: of the steps, after which to stop."""
+    """options: the fields of loss and score besides beta. stop_fraction: of the steps, after which to stop."""
 
     kind: ClassVar[str] = "align"
     model: ModelInputs
@@ -93,6 +93,7 @@ class AlignInputs:
     lora: Lora | None
     data: DataInputs
     method: str
+    score: str
     options: dict[str, float]
     beta: float
     sft_weight: float

@@ -10,7 +10,7 @@ from typing import Any
 from src.config.endpoints import normalize_url
 from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES, MODEL_JUDGES
 from src.config.schema import MAX_ROWS, Dataset, HubTable, Judge, Optimization, Point, Table, Training, method_options
-from src.methods import METHODS
+from src.methods import SCORES
 from src.planning.content import ContentPath, Kind, digest
 from src.planning.identity import (
     VERSIONS,
@@ -145,7 +145,7 @@ def stages_of(point: Point) -> list[Stage]:
     init = "base" if initial is None else "sft"
 
     reference = None
-    if METHODS[point.method.name].needs_reference:
+    if SCORES[point.method.score].needs_reference:
         reference = add(ReferenceInputs(model, init, pairs), init=initial)
     align = add(
         AlignInputs(
@@ -154,6 +154,7 @@ def stages_of(point: Point) -> list[Stage]:
             lora=lora,
             data=pairs,
             method=point.method.name,
+            score=point.method.score,
             options=method_options(point),
             beta=point.beta,
             sft_weight=point.init.sft_weight,

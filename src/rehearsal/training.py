@@ -15,7 +15,7 @@ from torch import Tensor
 
 from src.config.schema import Lora, Training
 from src.data.examples import Example
-from src.methods import METHODS
+from src.methods import METHODS, options_of
 from src.model.logprobs import SequenceLogps
 from src.planning.content import ContentPath
 from src.planning.identity import AlignInputs, DataInputs, ModelInputs, SftInputs
@@ -116,8 +116,9 @@ def _inputs(request: Request) -> SftInputs | AlignInputs:
     trainer = Training(lr=1e-6, batch_size=request.batch_size, max_steps=_steps(request), epochs=1000)
     if request.stage == "sft":
         return SftInputs(model, lora, data, trainer, 0)
-    options = dict.fromkeys(METHODS[request.method].options, 1.0)
-    return AlignInputs(model, "sft", lora, data, request.method, options, 0.1, 1.0, 1.0, trainer, 0)
+    score = METHODS[request.method].score
+    options = dict.fromkeys(options_of(request.method, score), 0.4)  # in the range of every option
+    return AlignInputs(model, "sft", lora, data, request.method, score, options, 0.1, 1.0, 1.0, trainer, 0)
 
 
 def _attempt(folder: Path) -> Attempt:

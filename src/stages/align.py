@@ -15,7 +15,7 @@ from src.data.templates import Template
 from src.data.tokenization import TokenizedDataset, load_examples
 from src.distributed import get_distributed
 from src.losses import PairLoss, preference_loss
-from src.methods import METHODS
+from src.methods import SCORES
 from src.model.adapters import save_adapter
 from src.model.loading import device_of, load_for_inference, load_template, load_weights, numerics_of, save_checkpoint
 from src.model.logprobs import iter_logps
@@ -24,6 +24,7 @@ from src.model.packing import PackedBatch
 from src.planning.content import locate
 from src.planning.identity import AlignInputs
 from src.planning.resources import Resources
+from src.scores import sequence_score
 from src.stages import reference
 from src.stages.shared_rows import Row, SharedRows
 from src.store.attempt import Attempt
@@ -39,13 +40,13 @@ def pair_losses(
 ) -> PairLoss:
     """Return the losses of the pairs `indices`, whose sequences are chosen, rejected, chosen, rejected, ...
 
-    references: (all pairs, 2) log-probs of chosen and rejected; None for a method without reference. All tensors are on
+    references: (all pairs, 2) log-probs of chosen and rejected; None for a score without reference. All tensors are on
     one device.
     """
     reference_logps = None if references is None else references[indices]
     pairs = logps.view(-1, 2), tokens.view(-1, 2), reference_logps
     weights: dict[str, Any] = {"sft_weight": inputs.sft_weight, "align_weight": inputs.align_weight}
-    return preference_loss(inputs.method, inputs.beta, *pairs, options=inputs.options, **weights)
+    return preference_loss(inputs.method, inputs.beta, *pairs, score=inputs.score, options=inputs.options, **weights)
 
 
 def score_rounding(
@@ -54,22 +55,24 @@ def score_rounding(
     """Return the difference of scores below which rounding decides, (pairs,) float32, in nats, without beta.
 
     A log-prob is a sum of float32 numbers, and off by a few units in its last place; which batch its sequence was in
-    is enough for that. A policy that has not moved has differences of up to ROUNDING_ULPS / 8 of them.
+    is enough for that. A policy that has not moved has differences of up to ROUNDING_ULPS / 8 of them. A score is off
+    by as much times its derivative by the log-prob.
     """
-    size = logps.view(-1, 2).abs()
-    if METHODS[inputs.method].score == "log_ratio":
-        assert references is not None
-        size = size + references[indices].abs()
-    else:
-        size = size / tokens.view(-1, 2)
-    return ROUNDING_ULPS * torch.finfo(torch.float32).eps * size.sum(1)
+    logps, tokens = logps.detach().view(-1, 2).requires_grad_(), tokens.view(-1, 2)
+    reference_logps = None if references is None else references[indices]
+    options = {name: inputs.options[name] for name in SCORES[inputs.score].options}
+    with torch.enable_grad():
+        scores = sequence_score(inputs.score, logps, tokens, reference_logps, **options)
+    (slopes,) = torch.autograd.grad(scores.sum(), logps)
+    size = logps.detach().abs() if reference_logps is None else logps.detach().abs() + reference_logps.abs()
+    return ROUNDING_ULPS * torch.finfo(torch.float32).eps * (size * slopes).sum(1)
 
 
 def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:
     """Return the mean of the method's loss over the pairs of a step, with TRL's metrics.
 
-    A reward is beta times the score that the method compares, in nats: for methods with a reference TRL's
-    beta * log-ratio. references: as in `pair_losses`, on the device of the log-probs.
+    A reward is beta times the score that the method compares, in nats: for log-ratios TRL's beta * log-ratio.
+    references: as in `pair_losses`, on the device of the log-probs.
     """
 
     def loss_fn(
@@ -100,7 +103,7 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     leaks = check_held_out(
         inputs.data, data.examples, validation.examples, resources.min_validation_prompts, "training pairs"
     )
-    references = reference.read(upstream["reference"]) if METHODS[inputs.method].needs_reference else {}
+    references = reference.read(upstream["reference"]) if SCORES[inputs.score].needs_reference else {}
     # On the device from the start: a copy for every micro-batch would wait for the kernels before it.
     train_references = references["train"].to(device_of(resources.device)) if references else None
     loss_fn = make_loss_fn(inputs, train_references)

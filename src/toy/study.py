@@ -61,7 +61,8 @@ def check(toy: Toy) -> None:
             raise ConfigError(f"{spec.name}={value}: has a value twice")
     for name in toy.objectives:
         if name not in OBJECTIVES:
-            same = " (on a scalar score it is dpo)" if name in METHODS else ""
+            is_dpo = name in METHODS and METHODS[name].loss in ("logistic", "simpo")
+            same = " (on a scalar score it is dpo)" if is_dpo else ""
             raise ConfigError(f"objectives: {name}{same} is not one of {', '.join(OBJECTIVES)}")
 
 
