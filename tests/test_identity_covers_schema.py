@@ -67,7 +67,7 @@ NOT_HASHED = {
 CONFIGS = [
     (),
     ("setup=llama32_3b_tldr", "judge=tldr", "evaluation.metric=win_rate", "model.lora.rank=8"),
-    ("method=simpo",),
+    *((f"method={name}",) for name in ("simpo", "robust_dpo", "exo_pair", "discopop", "dpop", "r_dpo", "alphapo")),
     ("method=cal_dpo", "init=base", "beta=0.1", "lr=1e-3"),
     ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt_file={prompt_file}"),
 ]
