@@ -11,8 +11,6 @@ from src.config.validation import ANY_METHOD
 from src.methods import COMPARED, METHODS
 from tests.support.commands import ROOT, dry_run, environment, train
 
-ENDING_IN_PO = ["alphapo", "cal_dpo", "cdpo", "dpo", "ipo", "ln_dpo", "orpo", "r_dpo", "robust_dpo", "simpo"]
-
 
 def listed(name):
     return yaml.safe_load((ROOT / f"conf/{name}.yaml").read_text())
@@ -23,7 +21,7 @@ def test_sweep_syntax_is_hydras_own_plus_grids():
     assert labels == ["dpo beta=0.1 lr=0.001", "dpo beta=0.3 lr=0.001"]
     assert dry_run("method=dpo", "beta=range(1,4)")[0] == [f"dpo beta={b} lr=0.001" for b in (1, 2, 3)]
     assert dry_run("method=dpo", "beta=choice(0.1,0.3)")[0] == labels
-    assert [x.split()[0] for x in dry_run("method=glob(*po)")[0]] == ENDING_IN_PO
+    assert [x.split()[0] for x in dry_run("method=glob(?po)")[0]] == ["dpo", "ipo"]
     assert dry_run("method=dpo", "beta=1,1.0")[0] == ["dpo beta=1 lr=0.001"]
     grids, _ = dry_run("method=dpo,nca", "beta=grid")
     betas = listed("beta_grid/mini_tldr")
