@@ -41,7 +41,7 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta_ratio: float
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`-sigma(b s_w) + sigma(b s_l)` (D'Oosterlinck et al. 2024; others add a constant 1)."""
+    """`-sigma(b s_w) + sigma(b s_l)` (D'Oosterlinck et al. 2024, equation 7; others add a constant 1)."""
     return -torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
 
 
@@ -60,7 +60,7 @@ def cal_dpo(chosen: Tensor, rejected: Tensor, beta: float, calibration_weight: f
 
 
 def hinge(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`max(0, 1 - b (s_w - s_l))` (Zhao et al. 2023, SLiC-HF; normalized as in Liu et al. 2023 and TRL)."""
+    """`max(0, 1 - b (s_w - s_l))` (Zhao et al. 2023, SLiC-HF, of log-ratios as Liu et al. 2023, equation 12)."""
     return torch.relu(1 - beta * (chosen - rejected))
 
 
@@ -101,12 +101,12 @@ def sppo_hard(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def apo_down(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """`sigma(b s_w) - sigma(b (s_w - s_l))` (D'Oosterlinck et al. 2024; others add a constant 1)."""
+    """`sigma(b s_w) - sigma(b (s_w - s_l))` (D'Oosterlinck et al. 2024, equation 8; others add a constant 1)."""
     return torch.sigmoid(beta * chosen) - torch.sigmoid(beta * (chosen - rejected))
 
 
 def dpop(chosen: Tensor, rejected: Tensor, beta: float, penalty_weight: float) -> Tensor:
-    """`-log sigma(b (s_w - s_l - c max(0, -s_w)))` (Pal et al. 2024, DPO-Positive)."""
+    """`-log sigma(b (s_w - s_l - c max(0, -s_w)))` (Pal et al. 2024, DPO-Positive, equation 3 as corrected in July)."""
     return -logsigmoid(beta * (chosen - rejected - penalty_weight * torch.relu(-chosen)))
 
 

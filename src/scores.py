@@ -59,7 +59,7 @@ def mean_log_ratio(logps: Tensor, tokens: Tensor, references: Tensor) -> Tensor:
 
 
 def length_log_ratio(logps: Tensor, tokens: Tensor, references: Tensor, length_beta_ratio: float) -> Tensor:
-    """`r + a T`, a = alpha / beta, in which a pair is easier the longer its chosen response (Park et al. 2024)."""
+    """`r + a T`, a = alpha / beta: a pair is easier the longer its chosen response (Park et al. 2024, equation 9)."""
     return logps - references + length_beta_ratio * tokens
 
 

@@ -1,5 +1,7 @@
 """Losses and gradients against TRL's: its loss functions on log-probs, in float64, and one step of its trainers."""
 
+import inspect
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -116,22 +118,23 @@ def trl_cpo(per_token, mask, **settings):
     return losses.mean()
 
 
+CPO_TRAINER = [
+    ("alphapo", {"loss_type": "simpo", "alpha": 0.25}, {"alpha": 0.25}),
+    (
+        "simpo",
+        {"loss_type": "simpo", "alpha": 0.25, "simpo_gamma": 0.1},
+        {"score": "alpha", "alpha": 0.25, "gamma_beta_ratio": 0.1 / BETA},
+    ),
+    ("simpo", {"loss_type": "simpo", "simpo_gamma": 0.1}, {"gamma_beta_ratio": 0.1 / BETA}),
+    ("cdpo", {"loss_type": "sigmoid", "label_smoothing": 0.2}, {"score": "log_prob", "label_smoothing": 0.2}),
+    ("hinge", {"loss_type": "hinge"}, {"score": "log_prob"}),
+    ("ipo", {"loss_type": "ipo"}, {"score": "mean_log_prob"}),
+    ("dpo", {"loss_type": "sigmoid"}, {"score": "log_prob"}),
+]
+
+
 @pytest.mark.parametrize(
-    ("method", "settings", "options"),
-    [
-        ("alphapo", {"loss_type": "simpo", "alpha": 0.25}, {"alpha": 0.25}),
-        (
-            "simpo",
-            {"loss_type": "simpo", "alpha": 0.25, "simpo_gamma": 0.1},
-            {"score": "alpha", "alpha": 0.25, "gamma_beta_ratio": 0.1 / BETA},
-        ),
-        ("simpo", {"loss_type": "simpo", "simpo_gamma": 0.1}, {"gamma_beta_ratio": 0.1 / BETA}),
-        ("cdpo", {"loss_type": "sigmoid", "label_smoothing": 0.2}, {"score": "log_prob", "label_smoothing": 0.2}),
-        ("hinge", {"loss_type": "hinge"}, {"score": "log_prob"}),
-        ("ipo", {"loss_type": "ipo"}, {"score": "mean_log_prob"}),
-        ("dpo", {"loss_type": "sigmoid"}, {"score": "log_prob"}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ("method", "settings", "options"), CPO_TRAINER, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_losses_and_gradients_are_those_of_trls_cpo_trainer(method, settings, options):
     value, gradient = value_and_gradient(lambda per_token, mask, _: trl_cpo(per_token, mask, **settings))
@@ -142,19 +145,25 @@ def test_losses_and_gradients_are_those_of_trls_cpo_trainer(method, settings, op
     assert abs(changed[0] - value) > 1e-4
 
 
+def loss_types(function):
+    """Return the loss types that the error of TRL's function for an unknown one lists."""
+    listed = inspect.getsource(function).rpartition("Should be one of [")[2].partition("]")[0]
+    return set(re.findall(r"'(\w+)'", listed))
+
+
 def test_every_loss_type_of_trl_is_one_of_the_table_or_named_here():
     """A release of TRL with another loss is noticed."""
-    import inspect
-    import re
-
     from trl import DPOTrainer
+    from trl.experimental.cpo import CPOTrainer
 
-    listed = inspect.getsource(DPOTrainer._compute_loss).rpartition("Should be one of [")[2].partition("]")[0]
-    types = set(re.findall(r"'(\w+)'", listed))
-    assert len(types) > 10
-    covered = {name for settings, _ in DPO_TRAINER.values() for name in settings["loss_types"]}
+    settings = [settings for settings, _ in DPO_TRAINER.values()]
     # `aot` compares sorted scores of a batch, which a function of one pair cannot; `sft` is init.sft_weight.
-    assert types == covered | {"aot", "aot_unpaired", "sft"}
+    other = {"aot", "aot_unpaired", "sft"}
+    assert loss_types(DPOTrainer._compute_loss) == {name for s in settings for name in s["loss_types"]} | other
+    divergences = set(re.findall(r'f_divergence_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss)))
+    compared = {s.get("f_divergence_type", "reverse_kl") for s in settings}
+    assert divergences == compared | {"js_divergence", "alpha_divergence"}  # no score of the table
+    assert loss_types(CPOTrainer.cpo_loss) == {settings["loss_type"] for _, settings, _ in CPO_TRAINER}
     assert set(DPO_TRAINER) <= set(METHODS)
 
 
