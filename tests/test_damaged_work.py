@@ -161,7 +161,7 @@ def test_responses_of_a_model_with_other_bits_are_not_resumed_from(has_changed, 
     caplog.set_level("INFO")
     train_to(disturbed, 1.0, *EVERYTHING)
     assert ("starts anew: what it reads has been computed again" in capfd.readouterr().err) == has_changed
-    assert ("prompts were sampled before" in caplog.text) != has_changed
+    assert ("responses were sampled before" in caplog.text) != has_changed
     assert results(disturbed) == results(undisturbed)
 
 

@@ -78,8 +78,8 @@ def test_a_divergence_of_hundreds_of_nats_is_finite():
 
 def test_estimates_per_sequence_and_per_token_of_samples():
     rows = [
-        {"logp": -5.0, "reference_logp": -4.0, "kl": 0.5, "tokens": 2},
-        {"logp": -3.0, "reference_logp": -6.0, "kl": 1.5, "tokens": 6},
+        {"index": 0, "logp": -5.0, "reference_logp": -4.0, "kl": 0.5, "tokens": 2},
+        {"index": 1, "logp": -3.0, "reference_logp": -6.0, "kl": 1.5, "tokens": 6},
     ]
     kl = kl_estimates(rows)
     assert {name: kl[name]["value"] for name in kl} == {
@@ -89,3 +89,7 @@ def test_estimates_per_sequence_and_per_token_of_samples():
         "per_token_rb": 0.25,
     }
     assert kl["per_sequence"]["se"] == pytest.approx(2.0) and kl["per_sequence_rb"]["se"] == pytest.approx(0.5)
+    # Samples of one prompt are one observation: equal ones tell nothing new. Of other prompts they would.
+    assert kl_estimates([row for row in rows for _ in range(4)]) == kl
+    others = [row | {"index": 4 * row["index"] + n} for row in rows for n in range(4)]
+    assert kl_estimates(others)["per_sequence"]["se"] < kl["per_sequence"]["se"] / 1.5

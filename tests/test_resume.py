@@ -73,7 +73,7 @@ def test_a_run_killed_while_sampling_resumes_with_the_remaining_prompts(tmp_path
         handle.write('{"index": 1, "ids": [3, ')  # as a kill in the middle of a line leaves it
     train(*arguments, f"hydra.run.dir={tmp_path}/runs/again")
     log = (tmp_path / "runs" / "again" / "train.log").read_text()
-    assert f"{known} of 16 prompts were sampled before" in log and 4 <= known < 16
+    assert f"{known} of 16 responses were sampled before" in log and 4 <= known < 16
     assert results(tmp_path) == undisturbed
 
 

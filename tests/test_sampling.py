@@ -1,5 +1,7 @@
 """A sample depends on its prompt and seed, not on its batch or the checkpoint's generation_config."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig
@@ -46,6 +48,17 @@ def test_samples_do_not_depend_on_the_batch(options):
 def test_another_seed_draws_other_samples():
     generation = generation_of()
     assert draw(generation) == draw(generation) != draw(generation, seed="t")
+
+
+def test_samples_of_one_prompt_differ_and_the_first_is_that_of_a_single_one():
+    one, several = generation_of(), replace(generation_of(), samples_per_prompt=3)
+    model = make_model(initializer_range=0.02)
+    repeated = [prompt for prompt in PROMPTS for _ in range(3)]
+    drawn = {i: ids for i, ids, _ in sample(model, Template(), repeated, "s", several, batch_size=4)}
+    assert [drawn[3 * i] for i in range(len(PROMPTS))] == [draw(one, model)[i] for i in range(len(PROMPTS))]
+    assert all(drawn[3 * i] != drawn[3 * i + 1] != drawn[3 * i + 2] for i in range(len(PROMPTS)))
+    # Two prompts that are equal draw apart as well: numbers 4 and 5.
+    assert len({tuple(drawn[i]) for i in (*range(12, 15), *range(15, 18))}) == 6
 
 
 def test_a_checkpoints_generation_config_changes_nothing():

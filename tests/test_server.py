@@ -89,7 +89,7 @@ def test_a_killed_job_leaves_no_server_and_resumes_with_the_missing_prompts(in_p
     done = train(*POINT, *SERVED, f"output_dir={tmp_path}")
     assert known and "result:" in done.stdout
     logs = "".join(path.read_text() for path in (tmp_path / "runs").rglob("*.log"))
-    assert f"{known} of 16 prompts were sampled before" in logs
+    assert f"{known} of 16 responses were sampled before" in logs
     for role, rows in samples(tmp_path).items():
         assert [row["response"] for row in rows] == [row["response"] for row in samples(in_process)[role]]
 

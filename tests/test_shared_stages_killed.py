@@ -45,12 +45,12 @@ def test_a_killed_rank_costs_a_batch_whatever_number_of_ranks_goes_on(alone, tmp
     sampled = sum(part.read_bytes().count(b"\n") for part in parts)
     again = tmp_path / "runs" / "again"
     kill_when_there("generate/.work/*/checkpoints/scores-*-1.jsonl", tmp_path, *POINT, f"hydra.run.dir={again}")
-    assert f"{sampled} of 16 prompts were sampled before" in (again / "train.log").read_text() and 0 < sampled < 16
+    assert f"{sampled} of 16 responses were sampled before" in (again / "train.log").read_text() and 0 < sampled < 16
     assert not list((tmp_path / "store").glob("evaluate/*/DONE"))
     third = tmp_path / "runs" / "third"
     arguments = [*POINT, "engine=ddp", f"output_dir={tmp_path}", f"hydra.run.dir={third}"]
     finish(start_ranks(*arguments, num_ranks=3))
-    assert "16 of 16 prompts were sampled before" in (third / "train.log").read_text()
+    assert "16 of 16 responses were sampled before" in (third / "train.log").read_text()
     assert results(tmp_path) == results(alone)
 
 

@@ -74,6 +74,16 @@ def folder_name(default: Any = MISSING) -> Any:
     return field(default=default, metadata={"name": True})
 
 
+def added_field(default: Any) -> Any:
+    """Return a dataclass field that is younger than stores are: where it has its default, identities are as before."""
+    return field(default=default, metadata={"hashed_unless": default})
+
+
+def is_hashed(spec: Field[Any], value: Any) -> bool:
+    """Return whether this value of a field is part of an identity."""
+    return "hashed_unless" not in spec.metadata or value != spec.metadata["hashed_unless"]
+
+
 def choices_of(schema: Any, name: str) -> tuple[str | bool | None, ...]:
     """Return the values that a `choice` field of a schema class may have."""
     return schema.__dataclass_fields__[name].metadata["choices"]

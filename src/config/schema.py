@@ -166,6 +166,7 @@ class Generation:
     top_k: int = number(0, maximum=10**7)
     top_p: float = number(1.0, above=0, maximum=1)
     max_new_tokens: int = number(256, minimum=1, maximum=MAX_TOKENS)
+    samples_per_prompt: int = number(1, minimum=1, maximum=10_000)
     batch_size: int = number(64, minimum=1, maximum=10**6)
     seed: int = random_seed()
 

@@ -72,6 +72,7 @@ def check(point: Point) -> None:
         )
     if prompts_file is not None and not is_file("evaluation.prompts_file", prompts_file):
         raise ConfigError(f"evaluation.prompts_file={prompts_file}: no such file")
+    _check_samples(point)
     check_judge(point)
     check_server(point)
 
@@ -101,6 +102,17 @@ def _check_engine(point: Point) -> None:
             f"engine.precision=bf16: engine.strategy={engine.strategy} holds one copy of the weights, and steps of "
             "3e-7 vanish in bf16 ones: choose engine=fsdp, which also holds float32 ones, on one GPU or several"
         )
+
+
+def _check_samples(point: Point) -> None:
+    generation = point.evaluation.generation
+    if (count := generation.samples_per_prompt) == 1:
+        return
+    key = f"evaluation.generation.samples_per_prompt={count}"
+    if generation.temperature == 0:
+        raise ConfigError(f"{key}: at evaluation.generation.temperature=0 they are all the same; use one, or sample")
+    if point.judge.name in BENCHMARKS:
+        raise ConfigError(f"{key}: judge={point.judge.name} scores one answer to each question; use one")
 
 
 def _check_search(point: Point) -> None:

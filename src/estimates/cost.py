@@ -193,7 +193,9 @@ def _num_passes(inputs: dict[str, Any], kind: str) -> float:
         return trainer["epochs"] * data["sft_fraction"] * fraction if trainer["max_steps"] is None else math.nan
     if kind == "reference":
         return 1.0
-    return float(inputs["prompts"]["num_prompts"] * inputs["generation"]["max_new_tokens"])
+    generation = inputs["generation"]
+    num_samples = inputs["prompts"]["num_prompts"] * generation.get("samples_per_prompt", 1)
+    return float(num_samples * generation["max_new_tokens"])
 
 
 def _data_key(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +208,7 @@ def _expected_tokens(stage: Stage) -> float:
     """Return the tokens a stage processes by the size of the tables it reads."""
     inputs, point = stage.inputs, stage.point
     if isinstance(inputs, GenerateInputs):
-        return float(inputs.prompts.num_prompts * inputs.generation.max_new_tokens)
+        return float(inputs.num_samples * inputs.generation.max_new_tokens)
     size = table_size(point, "sft" if isinstance(inputs, SftInputs) else "train")
     if isinstance(inputs, ReferenceInputs):
         rows = size.rows if inputs.data.max_examples is None else min(size.rows, inputs.data.max_examples)

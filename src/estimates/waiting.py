@@ -42,5 +42,5 @@ def uneven_share(stage: Stage, processes: int) -> float:
         return 0.0
     inputs, point = stage.inputs, stage.point
     in_a_batch = point.evaluation.generation.batch_size if inputs.generation.server is None else 1
-    num_batches = math.ceil(inputs.prompts.num_prompts / in_a_batch)
+    num_batches = math.ceil(inputs.num_samples / in_a_batch)
     return processes * math.ceil(num_batches / processes) / num_batches - 1

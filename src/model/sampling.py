@@ -51,6 +51,16 @@ def seed_from_str(seed: str) -> int:
     return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
 
 
+def seed_of(seed: str, index: int, generation: GenerationInputs) -> str:
+    """Return the seed of a response, from that of all of them.
+
+    index: of its prompt, where each prompt stands samples_per_prompt times in succession. The first sample of a prompt
+    does not depend on how many more there are.
+    """
+    prompt, number = divmod(index, generation.samples_per_prompt)
+    return f"{seed}/{prompt}/{number}" if number else f"{seed}/{prompt}"
+
+
 def _uniforms(seeds: Sequence[str], steps: int, device: torch.device) -> Tensor:
     """Return (prompts, steps) float64 in [0, 1), each row from its own seed."""
     generators = (torch.Generator().manual_seed(seed_from_str(seed)) for seed in seeds)
@@ -85,6 +95,7 @@ def sample(
 ) -> Iterator[tuple[int, list[int], bool]]:
     """Yield (index, response ids, finished) for every prompt of the share's batches.
 
+    prompts: each generation.samples_per_prompt times in succession.
     A finished response includes its end token. On a GPU a batch that might not fit into memory is sampled in parts.
     """
     model.eval()
@@ -108,7 +119,7 @@ def sample(
             mask[row, prompt_length - len(prompts[i]) :] = 1
         processors = LogitsProcessorList()
         if generation.temperature > 0.0:
-            uniforms = _uniforms([f"{seed}/{i}" for i in indices], generation.max_new_tokens, device)
+            uniforms = _uniforms([seed_of(seed, i, generation) for i in indices], generation.max_new_tokens, device)
             processors.append(_InverseCDFSampler(generation, uniforms, prompt_length))
         cache = {"past_key_values": bf16_cache()} if numerics.precision == "bf16" else {}
         with numerics.autocast(device):

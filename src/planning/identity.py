@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+from src.config.fields import added_field, is_hashed
 from src.config.schema import Lora, Table, Training
 from src.planning.content import ContentPath
 
@@ -114,6 +115,7 @@ class GenerationInputs:
     max_new_tokens: int
     seed: int
     server: tuple[str, str] | None
+    samples_per_prompt: int = added_field(1)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,10 @@ class GenerateInputs:
     prompts: PromptInputs
     generation: GenerationInputs
     seed: int
+
+    @property
+    def num_samples(self) -> int:
+        return self.prompts.num_prompts * self.generation.samples_per_prompt
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,8 @@ def hashable(value: Any) -> Any:
     """Return inputs as JSON values, every file by its content alone."""
 
     def content(inputs: Any) -> Any:
-        return inputs.fingerprint if isinstance(inputs, ContentPath) else vars(inputs)
+        if isinstance(inputs, ContentPath):
+            return inputs.fingerprint
+        return {f.name: getattr(inputs, f.name) for f in fields(inputs) if is_hashed(f, getattr(inputs, f.name))}
 
     return json.loads(json.dumps(value, default=content))

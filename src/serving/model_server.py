@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from src.distributed import get_distributed
 from src.errors import StageError
 from src.hardware import visible_gpus
-from src.model.sampling import seed_from_str
+from src.model.sampling import seed_from_str, seed_of
 from src.planning.identity import GenerationInputs
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def sample_through(
 ) -> None:
     """Call on_result(index, (response ids, finished)) for every prompt (index -> ids), in order of completion.
 
+    index: as of `src.model.sampling.seed_of`.
     A server gets and returns text, so the ids are those of its text; a prompt that no text stands for is sent as ids,
     which not every server takes. Raises what ConcurrentClient.map_concurrent does.
     """
@@ -187,7 +188,7 @@ def sample_through(
             max_tokens=generation.max_new_tokens,
             temperature=generation.temperature,
             top_p=generation.top_p,
-            seed=seed_from_str(f"{seed}/{index}") >> 32,  # not every server takes more than 32 bits
+            seed=seed_from_str(seed_of(seed, index, generation)) >> 32,  # not every server takes more than 32 bits
         )
 
     def parse(completion: Any) -> tuple[list[int], bool]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from src.data.evaluation_prompts import read_answers, read_prompts
 from src.data.sources import open_source
@@ -19,19 +20,17 @@ from src.stages import align, generate
 from src.store.attempt import Attempt
 from src.store.files import read_json, read_jsonl, write_json, write_jsonl
 from src.store.provenance import provenance
-from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, STAGE_FILE
+from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, STAGE_FILE, sample_key
+
+T = TypeVar("T")
 
 
 def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     attempt.step(0, 1)
     samples = generate.read(upstream["samples"])
     validation = list(read_jsonl(upstream["align"] / align.VALIDATION_FILE))
-    # Averaged by prompt, so that the pairs of one prompt are in one split and count as one observation.
-    by_prompt: dict[int, list[float]] = {}
-    for line in validation:
-        by_prompt.setdefault(line["prompt"], []).append(line["correct"])
-    quality = {prompt: math.fsum(values) / len(values) for prompt, values in by_prompt.items()}
-    usage = None
+    measured = by_prompt((line["prompt"], line["correct"]) for line in validation)
+    usage, several = None, {}
     if inputs.judge is not None:
         comparisons = _comparisons(inputs, resources, samples, upstream)
         judged = judge_function(inputs.judge.name)(inputs, resources, comparisons, attempt)
@@ -39,12 +38,16 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
             return
         usage = {"name": inputs.judge.name, **judged.usage, "scores": judged.scores}
         rows = (
-            {"index": s["index"], "verdict": v.value, "reason": v.reason, "baseline": c.baseline["response"]}
+            {name: s[name] for name in ("index", "sample") if name in s}
+            | {"verdict": v.value, "reason": v.reason, "baseline": c.baseline["response"]}
             for s, c, v in zip(samples, comparisons, judged.verdicts, strict=True)
         )
         write_jsonl(attempt.out / JUDGEMENTS_FILE, rows)
-        if inputs.metric == "win_rate":
-            quality = {s["index"]: v.value for s, v in zip(samples, judged.verdicts, strict=True)}
+        if inputs.metric != "reward_accuracy":
+            measured = by_prompt((s["index"], v.value) for s, v in zip(samples, judged.verdicts, strict=True))
+            several = sampling_error(list(measured.values()))
+    # Averaged by prompt, so that its pairs or samples are in one split and count as one observation.
+    quality = {prompt: math.fsum(values) / len(values) for prompt, values in measured.items()}
 
     if len(quality) < 2:
         raise StageError(
@@ -66,7 +69,7 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
             "lr": aligned["trainer"]["lr"],
             "seed": aligned["seed"],
         },
-        "quality": {"metric": inputs.metric, **mean_and_error(list(quality.values()))},
+        "quality": {"metric": inputs.metric, **mean_and_error(list(quality.values())), **several},
         "splits": {
             "selection": mean_and_error([v for i, v in quality.items() if i in selection]),
             "reporting": mean_and_error([v for i, v in quality.items() if i not in selection]),
@@ -75,7 +78,7 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         "kl": kl_estimates(samples),
         "reward_accuracy": mean_and_error([line["correct"] for line in validation]),
         "reward_margin": mean_and_error([line["margin"] for line in validation]),
-        "response_tokens": mean_and_error([s["tokens"] for s in samples]),
+        "response_tokens": response_tokens(samples),
         "finished": sum(s["finished"] for s in samples) / len(samples),
         "dropped": read_json(upstream["align"] / "data.json")["dropped"],
         "stages": _stages(upstream, attempt),
@@ -93,18 +96,20 @@ def _comparisons(
     """
     assert inputs.judge is not None
     baseline, prompts = inputs.judge.baseline, read_prompts(inputs.prompts, resources.expected_rows)
-    baselines: dict[int, dict[str, Any]]
+    baselines: dict[tuple[int, int], dict[str, Any]]
     if "baseline" in upstream:
-        baselines = {row["index"]: row for row in generate.read(upstream["baseline"])}
+        baselines = {sample_key(row): row for row in generate.read(upstream["baseline"])}
     elif isinstance(baseline, ContentPath):
         with reading(baseline):
-            baselines = dict(enumerate(read_answers(baseline.location, prompts, "judge.baseline")))
+            answers = read_answers(baseline.location, prompts, "judge.baseline")
+        baselines = {sample_key(s): answers[s["index"]] for s in samples}
     else:
         chosen_responses: dict[tuple[str, ...], str] = {}
         for pair in open_source(inputs.prompts.data, resources.expected_rows).pairs("validation"):
             chosen_responses.setdefault(pair.prompt.key, pair.chosen)
-        baselines = {i: {"response": chosen_responses[entry.prompt.key]} for i, entry in enumerate(prompts)}
-    return [Comparison(prompts[s["index"]].prompt, s, {"finished": True} | baselines[s["index"]]) for s in samples]
+        keys = {sample_key(s): prompts[s["index"]].prompt.key for s in samples}
+        baselines = {place: {"response": chosen_responses[key]} for place, key in keys.items()}
+    return [Comparison(prompts[s["index"]].prompt, s, {"finished": True} | baselines[sample_key(s)]) for s in samples]
 
 
 def kl_estimates(samples: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -117,16 +122,46 @@ def kl_estimates(samples: list[dict[str, Any]]) -> dict[str, dict[str, float | N
     never negative and mostly varies less (Amini, Vieira and Cotterell, arXiv 2504.10637). Schulman's "k3" is not
     negative either, but at several nats per sequence it varies far more than the log-ratio (docs/mini_tldr.md).
 
-    Per token: the sum of the estimates of all samples over the sum of response lengths.
+    Per token: the sum of the estimates of all samples over the sum of response lengths. Errors are those over prompts,
+    whose samples are one observation.
     """
-    log_ratios = [sample["logp"] - sample["reference_logp"] for sample in samples]
-    divergences, lengths = [sample["kl"] for sample in samples], [sample["tokens"] for sample in samples]
+    prompts = list(by_prompt((sample["index"], sample) for sample in samples).values())
+    log_ratios = [math.fsum(s["logp"] - s["reference_logp"] for s in prompt) for prompt in prompts]
+    divergences = [math.fsum(s["kl"] for s in prompt) for prompt in prompts]
+    counts, lengths = [len(prompt) for prompt in prompts], [sum(s["tokens"] for s in prompt) for prompt in prompts]
     return {
-        "per_sequence": mean_and_error(log_ratios),
+        "per_sequence": ratio_and_error(log_ratios, counts),
         "per_token": ratio_and_error(log_ratios, lengths),
-        "per_sequence_rb": mean_and_error(divergences),
+        "per_sequence_rb": ratio_and_error(divergences, counts),
         "per_token_rb": ratio_and_error(divergences, lengths),
     }
+
+
+def sampling_error(prompts: list[list[float]]) -> dict[str, float]:
+    """Return `samples_per_prompt` and `se_samples`; nothing where prompts have one value each.
+
+    se_samples: the standard error of the mean from the samples alone, of these very prompts. The error over prompts
+    contains it.
+    """
+    count = min(map(len, prompts))
+    if count < 2:
+        return {}
+    errors = [mean_and_error(values)["se"] or 0.0 for values in prompts]
+    return {"samples_per_prompt": count, "se_samples": math.hypot(*errors) / len(prompts)}
+
+
+def response_tokens(samples: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the mean length of a response, with its error over prompts."""
+    lengths = list(by_prompt((sample["index"], sample["tokens"]) for sample in samples).values())
+    return ratio_and_error([sum(prompt) for prompt in lengths], [len(prompt) for prompt in lengths])
+
+
+def by_prompt(rows: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
+    """Return prompt -> what its rows have, in their order. rows: (prompt, what it has)."""
+    grouped: dict[int, list[T]] = {}
+    for prompt, value in rows:
+        grouped.setdefault(prompt, []).append(value)
+    return grouped
 
 
 def selection_prompts(items: list[int], fraction: float, seed: int) -> set[int]:
@@ -142,9 +177,9 @@ def mean_and_error(values: list[float]) -> dict[str, float | None]:
 
 
 def ratio_and_error(totals: list[float], counts: list[int]) -> dict[str, float | None]:
-    """Return the sum of totals over the sum of counts, with its standard error by the delta method over sequences.
+    """Return the sum of totals over the sum of counts, with its standard error by the delta method over their entries.
 
-    Without a count the ratio is None, and for fewer than two sequences its error is.
+    Without a count the ratio is None, and for fewer than two entries its error is.
     """
     n, tokens = len(totals), sum(counts)
     if tokens == 0:

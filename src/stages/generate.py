@@ -35,9 +35,10 @@ SCORES = ("logp", "reference_logp", "kl")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return one row per prompt: index, prompt, response, finished, tokens, logp, reference_logp, kl.
+    """Return a row per sample: index (of its prompt), prompt, response, finished, tokens, logp, reference_logp, kl.
 
-    All three of `src.model.logprobs.sequence_kl`: summed over the response, in nats, at temperature 1.
+    The samples of a prompt are next to each other; where it has several, `sample` counts them from 0. The last three
+    are those of `src.model.logprobs.sequence_kl`: summed over the response, in nats, at temperature 1.
     """
     return list(read_jsonl(folder / SAMPLES_FILE))
 
@@ -45,7 +46,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     template = load_template(inputs.model)
     prompts = [entry.prompt for entry in read_prompts(inputs.prompts, resources.expected_rows)]
-    rows = _prompt_ids(inputs, template, prompts, attempt)
+    several = inputs.generation.samples_per_prompt
+    rows = [row for row in _prompt_ids(inputs, template, prompts, attempt) for _ in range(several)]
     prompt_ids = [ids for _, ids in rows]
     # Policy and baseline have different seeds, so that their samples are independent; all policies of a grid have the
     # same, so that points are compared on common random numbers.
@@ -72,6 +74,7 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     samples = (
         {
             "index": number,
+            **({"sample": i % several} if several > 1 else {}),
             "prompt": prompts[number].text,
             "response": template.text(responses[i]["ids"]),
             "finished": responses[i]["finished"],
@@ -126,14 +129,14 @@ def _sample(
     seed: str,
     attempt: Attempt,
 ) -> dict[int, Row]:
-    """Return a row for every prompt: the `ids` of its response, and whether it `finished`.
+    """Return a row for each of `prompt_ids`: the `ids` of its response, and whether it `finished`.
 
     model: a checkpoint's folder with a server.
     """
     started, count = time.perf_counter(), len(prompt_ids)
     rows = SharedRows(attempt, RESPONSES, lambda done: attempt.step(done, 2 * count))
     if rows.known and attempt.is_main_process:
-        log.info("%s: %d of %d prompts were sampled before", attempt.label, len(rows.known), count)
+        log.info("%s: %d of %d responses were sampled before", attempt.label, len(rows.known), count)
     generation, numerics = inputs.generation, numerics_of(inputs.model, resources)
     if generation.server is not None:
         todo = {i: prompt_ids[i] for (i,) in rows.share.of([i] for i in range(count))}

@@ -57,6 +57,11 @@ SMALL_FILES = (
 )
 
 
+def sample_key(row: dict[str, Any]) -> tuple[int, int]:
+    """Return the prompt of a row of samples.jsonl or judgements.jsonl, and which of its samples it is."""
+    return row["index"], row.get("sample", 0)
+
+
 def read_result(folder: Path) -> dict[str, Any]:
     """Read result.json of an evaluate stage.
 

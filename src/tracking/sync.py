@@ -16,7 +16,17 @@ import yaml
 from src.errors import DamagedFile
 from src.planning.content import digest
 from src.store.files import read_bytes, read_json, read_jsonl, write_json
-from src.store.store import DONE, JUDGEMENTS_FILE, RESULT_FILE, SAMPLES_FILE, SMALL_FILES, StageName, Store, full_run_id
+from src.store.store import (
+    DONE,
+    JUDGEMENTS_FILE,
+    RESULT_FILE,
+    SAMPLES_FILE,
+    SMALL_FILES,
+    StageName,
+    Store,
+    full_run_id,
+    sample_key,
+)
 from src.store.sweep_folder import SweepFolder
 from src.tracking.runs import TrackedRun
 from src.tracking.sink import RunLocked, RunMetadata, RunWriter, Sink
@@ -225,7 +235,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _samples(samples: Path, judgements: Path) -> list[list[Any]]:
-    """Return a row for every prompt: its response, and the judge's verdict on it if there is a judge."""
-    verdicts = {row["index"]: row for row in read_jsonl(judgements, ("index",))} if judgements.exists() else {}
-    rows = (verdicts.get(row["index"], {}) | row for row in read_jsonl(samples, ("index",)))
+    """Return a row for every sample: the response, and the judge's verdict on it if there is a judge."""
+    verdicts = {sample_key(row): row for row in read_jsonl(judgements, ("index",))} if judgements.exists() else {}
+    rows = (verdicts.get(sample_key(row), {}) | row for row in read_jsonl(samples, ("index",)))
     return [[row.get(name) for name in SAMPLE_COLUMNS] for row in rows]

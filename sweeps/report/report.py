@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from src.errors import DamagedFile, warn
 from src.store.files import atomic_write, read_jsonl
-from src.store.store import JUDGEMENTS_FILE, SAMPLES_FILE
+from src.store.store import JUDGEMENTS_FILE, SAMPLES_FILE, sample_key
 from src.store.usage import KINDS, usage_of
 from sweeps.analysis.results import Results, read_quality
 from sweeps.analysis.selection import GROUP
@@ -132,7 +132,7 @@ def examples(results: Results, best: pd.DataFrame) -> dict[str, list[dict[str, A
     """Return setup, init and variant -> the first prompts for which all its selected points with samples have one.
 
     `responses` of a prompt: (method, text, verdict or None, reason), the baseline's first if there is one. Where points
-    were selected by win rate, these are reporting prompts.
+    were selected by what prompts have, these are reporting prompts.
     """
     table = {}
     for key, group in best.groupby(GROUP, sort=False, dropna=False):
@@ -155,16 +155,17 @@ def _example(methods: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _samples(results: Results, result: str, metric: str) -> dict[int, dict[str, Any]]:
-    """Return index of the prompt -> the point's sample with its verdict and reason, for the first prompts in order."""
+    """Return index of the prompt -> the point's first sample with its verdict and reason, for the first prompts."""
     folder, samples = results.artifacts(result, "evaluate"), results.artifacts(result, "generate")
     assert folder is not None and samples is not None
-    judged = {row["index"]: row for row in _rows(folder / JUDGEMENTS_FILE, ("index", "verdict"))}
+    judged = {sample_key(row): row for row in _rows(folder / JUDGEMENTS_FILE, ("index", "verdict"))}
     selection: set[int] = set()
-    if metric == "win_rate":
+    if metric != "reward_accuracy":
         quality = read_quality(folder)
         selection = {i for i, selects in zip(quality["prompts"], quality["selection"], strict=True) if selects}
-    rows = _rows(samples / SAMPLES_FILE, ("index", "prompt", "response"))[: 6 * NUM_PROMPTS]
-    return {row["index"]: row | judged.get(row["index"], {}) for row in rows if row["index"] not in selection}
+    rows = [row for row in _rows(samples / SAMPLES_FILE, ("index", "prompt", "response")) if not sample_key(row)[1]]
+    shown = [row for row in rows[: 6 * NUM_PROMPTS] if row["index"] not in selection]
+    return {row["index"]: row | judged.get(sample_key(row), {}) for row in shown}
 
 
 def _rows(file: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
