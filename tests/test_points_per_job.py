@@ -15,7 +15,8 @@ from launchers.slurm.options import PoolResources
 from launchers.slurm.point_pool import PointStatuses, run_points
 from src.errors import ConfigError
 from src.planning.plan import make_plan, plan_of_results
-from src.store.store import Store
+from src.store.integrity import DONE
+from src.store.store import CHECKPOINTS, StageName, Store
 from src.store.sweep_folder import SweepFolder
 from tests.support.configs import TINY, point
 from tests.support.pool_job import write_submission
@@ -263,3 +264,17 @@ def test_a_plan_of_results_is_that_of_the_points(tmp_path):
     again = plan_of_results([plan.stages[result] for result in plan.results], Store(tmp_path))
     assert again.needed == plan.needed and again.results == plan.results
     assert again.stages_by_role == plan.stages_by_role and again.points == plan.points
+
+
+def test_training_a_removed_model_again_is_progress_of_the_stage_that_needs_it(tmp_path):
+    """Otherwise a job that is requeued meanwhile fails after a few runs, as one that does not get further."""
+    plan = plan_of(tmp_path, num_betas=1)
+    store, stages = Store(tmp_path), [[stage.kind, stage.identity] for stage in plan.stages.values()]
+    kinds = [kind for kind, _ in stages]
+    num_done = kinds.index("align") + 1
+    for kind, identity in stages[:num_done]:
+        store.dir(StageName(kind, identity)).mkdir(parents=True)
+        (store.dir(StageName(kind, identity)) / DONE).touch()
+    assert requeue.progress_marker(store, stages) == [num_done, 0]  # the control
+    CHECKPOINTS.path(store.work(StageName(*stages[num_done - 1])) / "checkpoints" / "whole", 5).mkdir(parents=True)
+    assert requeue.progress_marker(store, stages) == [num_done, 5]

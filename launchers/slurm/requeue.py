@@ -88,13 +88,15 @@ def _job_marker(store: Store, tasks: list[Task]) -> list[int]:
 
 
 def progress_marker(store: Store, stages: list[list[str]]) -> list[int]:
-    """Return [number of finished stages, step of the newest checkpoint of the next stage]; it grows with progress."""
-    todo = list(itertools.dropwhile(store.is_done, (StageName(*stage) for stage in stages)))
-    if not todo:
-        return [len(stages), 0]
-    formats = (store.work(todo[0]) / "checkpoints").glob("*")
+    """Return [number of finished stages, step of the newest checkpoint]; it grows with progress."""
+    names = [StageName(*stage) for stage in stages]
+    num_done = sum(1 for _ in itertools.takewhile(store.is_done, names))
+    if num_done == len(names):
+        return [num_done, 0]
+    # Also of finished stages: a model whose weights were removed is trained again for the stage that needs it.
+    formats = (folder for name in names[: num_done + 1] for folder in (store.work(name) / "checkpoints").glob("*"))
     steps = (step for folder in formats for step in CHECKPOINTS.entries(folder))
-    return [len(stages) - len(todo), max(steps, default=0)]
+    return [num_done, max(steps, default=0)]
 
 
 if __name__ == "__main__":

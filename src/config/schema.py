@@ -274,6 +274,11 @@ class Point:
     dry_run: bool = False
 
     @property
+    def study(self) -> tuple[str, str, str, str]:
+        """What points have in common of which one beta and lr are selected."""
+        return self.setup.name, self.method.name, self.init.name, self.sweep.variant
+
+    @property
     def label(self) -> str:
         """The display name of this point: `dpo beta=0.05 lr=7e-07`, with whatever differs from the defaults."""
         extra = "" if self.init.name == "sft" else f" init={self.init.name}"

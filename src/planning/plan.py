@@ -93,8 +93,7 @@ class Plan:
 
 
 def _without_seed(point: Point) -> tuple[object, ...]:
-    study = point.setup.name, point.method.name, point.init.name, point.sweep.variant
-    return *study, point.beta, point.lr
+    return *point.study, point.beta, point.lr
 
 
 def warn_of_other_versions(plan: Plan, store: Store) -> None:

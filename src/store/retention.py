@@ -20,7 +20,7 @@ from src.errors import ConfigError, DamagedFile, warn
 from src.store.files import find, read_bytes, read_json
 from src.store.integrity import WEIGHTS, find_damage
 from src.store.lease import Lease, in_use
-from src.store.selectable import Measured, selectable
+from src.store.selectable import STUDY, Measured, selectable
 from src.store.store import (
     JUDGEMENTS_FILE,
     QUALITY_FILE,
@@ -34,7 +34,6 @@ from src.store.store import (
 from src.store.sweep_folder import SweepFolder
 
 PointStages = Mapping[str, str]
-_STUDY = ("setup", "method", "init", "variant")  # the columns of sweeps.analysis.selection.STUDY
 
 
 def release_models(folder: SweepFolder, published: Collection[str]) -> None:
@@ -94,7 +93,7 @@ def _evaluate(identity: str) -> StageName:
 
 
 def _study(point: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(point[name] for name in _STUDY)
+    return tuple(point[name] for name in STUDY)
 
 
 def _needed(store: Store, models: set[str], settled: SweepFolder | None) -> set[str]:

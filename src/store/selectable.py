@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
+STUDY = ("setup", "method", "init", "variant")  # columns: one beta and lr are selected of points equal in all of them
 _ROUNDING = 1e-9  # means of several seeds that differ by less may be equal, or ordered otherwise, when selected from
 
 
@@ -21,7 +22,7 @@ class Measured(NamedTuple):
     """A point as the selection sees it."""
 
     result: str  # identity
-    study: tuple[str, ...]  # points of one are compared: setup, method, init, variant
+    study: tuple[str, ...]  # its values of STUDY
     beta: float
     lr: float
     quality: float | None  # mean over the selection prompts; None while there is no result

@@ -17,6 +17,7 @@ from src.errors import ConfigError, DamagedFile, warn
 from src.methods import METHODS
 from src.store.files import read_bytes
 from src.store.integrity import find_damage
+from src.store.selectable import STUDY
 from src.store.store import JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, read_result
 from src.store.sweep_folder import SweepFolder
 from sweeps.search import successive_halving
@@ -219,7 +220,7 @@ def collect(folders: Sequence[SweepFolder]) -> Results:
 
 def _check_conflicts(points: pd.DataFrame) -> None:
     """Raise ConfigError for different points with equal settings, which would be averaged like seeds."""
-    conflicts = points[points.duplicated(["setup", "method", "init", "variant", "beta", "lr", "seed"])]
+    conflicts = points[points.duplicated([*STUDY, "beta", "lr", "seed"])]
     for row in conflicts.head(1).to_dict("records"):
         point = f"{row['method']} beta={row['beta']:g} lr={row['lr']:g} seed={row['seed']} of setup={row['setup']}"
         raise ConfigError(

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from src.store import selectable
+
 if TYPE_CHECKING:
     from sweeps.analysis.results import PromptQuality
 
-# One beta and lr are selected per study: points that differ in these columns are not compared when selecting.
-STUDY = ["setup", "method", "init", "variant"]
+STUDY = list(selectable.STUDY)  # columns
 GROUP = ["setup", "init", "variant"]  # methods are compared with each other within a group
 MEANS = [
     *("quality", "quality_selection", "quality_reporting"),

@@ -50,7 +50,7 @@ def promote(
     promoted = list(rung_of)
     studies: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
     for group in _seed_groups(points, [i for i, reached in enumerate(rung_of) if reached == rung]):
-        studies[_study(points[group[0]])].append(group)
+        studies[points[group[0]].study].append(group)
     for groups in studies.values():
         num_promoted = max(1, floor(keep_fraction * len(groups) + 1e-9))  # 0.29 * 100 is 28.999999999999996
         ranked: list[tuple[float, float, float, list[int]]] = []
@@ -69,13 +69,8 @@ def _seed_groups(points: Sequence[Point], indices: Sequence[int]) -> Iterator[li
     """Yield lists of those `indices` whose points differ only in their seed."""
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i in indices:
-        groups[*_study(points[i]), points[i].beta, points[i].lr].append(i)
+        groups[*points[i].study, points[i].beta, points[i].lr].append(i)
     yield from groups.values()
-
-
-def _study(point: Point) -> tuple[str, ...]:
-    """Return the study of a point: the columns of sweeps.analysis.selection.STUDY."""
-    return point.setup.name, point.method.name, point.init.name, point.sweep.variant
 
 
 @dataclass(frozen=True)
