@@ -7,11 +7,12 @@ from collections import Counter, defaultdict
 
 from src.planning.plan import Plan
 from src.planning.stage import Stage
+from src.store.usage import KINDS
 
 MAX_RETRIES = 1  # of a stage whose process was killed
-_KINDS = ("evaluate", "generate", "align", "reference", "sft")  # nearest to a point's result first
+_KINDS = tuple(reversed(KINDS))  # nearest to a point's result first
 # Seconds of a stage, by role, before one of its role has finished; generate takes half of what align took.
-_DEFAULT_SECONDS = {"evaluate": 0.5, "reference": 5.0, "baseline": 5.0, "sft": 30.0}
+_DEFAULT_SECONDS = {"evaluate": 0.5, "reference": 5.0, "baseline": 5.0, "sft": 30.0, "candidates": 60.0, "pairs": 5.0}
 _MIN_FRACTION = 0.2  # of a running stage, from which its speed is extrapolated
 
 

@@ -15,7 +15,7 @@ from launchers.job_order import Schedule
 from launchers.worker_group import WorkerGroup
 from src.planning.stage import Stage
 from src.progress import seconds_text
-from src.store.store import Store, read_result
+from src.store.store import SHARED_ROLES, Store, read_result
 
 LINE_SECONDS = 15.0  # between plain lines while nothing finishes
 
@@ -66,7 +66,7 @@ class LiveTable:
         for stage, error in finished:
             if error is not None:
                 self._print(f"FAILED {stage.label}: {error}")
-            elif stage.role in ("sft", "reference", "baseline"):
+            elif stage.role in SHARED_ROLES:
                 self._print(f"done   {stage.label} in {seconds_text(self.schedule.completed[stage.identity])}")
             elif stage.kind == "evaluate":
                 self._print(f"done   {stage.point.label}: {metrics_text(self.store.dir(stage))}")

@@ -17,6 +17,7 @@ from src.config.schema import Point
 from src.data.evaluation_prompts import read_answers, read_prompts
 from src.data.rows import name_of
 from src.data.sources import open_source
+from src.data.training_prompts import training_prompts
 from src.errors import ConfigError
 from src.hardware import check_num_threads, visible_gpus
 from src.judges.prompt_file import load_judge_prompt
@@ -26,7 +27,7 @@ from src.planning.gpus import find_gpu
 from src.planning.identity import DataInputs
 from src.planning.model_shape import model_shape
 from src.planning.resources import max_sequence_tokens, splits_validation_prompts
-from src.planning.stage import pair_data, prompt_inputs, sft_data
+from src.planning.stage import pair_data, prompt_inputs, sft_data, training_prompt_inputs
 
 HUB_TIMEOUT = 5.0  # seconds
 
@@ -47,6 +48,9 @@ def check_input_files(points: Sequence[Point]) -> None:
     for name in dict.fromkeys(p.judge.model for p in points if p.judge.name == "reward_model"):
         if name is not None:
             check_model_files(name, "judge.model", causal=False)
+    for name in dict.fromkeys(p.pairs.model for p in points if p.pairs.judge == "reward_model"):
+        if name is not None:
+            check_model_files(name, "pairs.model", causal=False)
     for point in {repr(p.dataset): p for p in points}.values():
         for data in (sft_data(point), pair_data(point)):
             open_source(data).check()
@@ -62,6 +66,9 @@ def check_input_files(points: Sequence[Point]) -> None:
             prompts = read_prompts(prompt_inputs(point))
             if baseline is not None:
                 read_answers(baseline, prompts, "judge.baseline")
+    for point in {repr((p.dataset, p.pairs.num_prompts)): p for p in points if p.pairs.num_prompts}.values():
+        if point.dataset.source != "hub":
+            training_prompts(training_prompt_inputs(point))
     for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
         _check_sequence_length(point)
 
@@ -178,6 +185,8 @@ def _hub_names(point: Point) -> Iterable[HubName]:
         yield "model.path", point.model.path, "model", point.model.revision
     if point.judge.name == "reward_model" and point.judge.model is not None and locate(point.judge.model) is None:
         yield "judge.model", point.judge.model, "model", None
+    if point.pairs.judge == "reward_model" and point.pairs.model is not None and locate(point.pairs.model) is None:
+        yield "pairs.model", point.pairs.model, "model", None
     data = point.dataset
     if data.source == "hub" and data.path is None:
         for key, table in (("dataset.sft.path", data.sft), ("dataset.preference.path", data.preference)):

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from src.planning.plan import Plan
 from src.planning.stage import Stage
-
-SHARED = ("sft", "reference", "baseline")  # roles of the stages that points share
+from src.store.store import SHARED_ROLES
 
 
 def job_kind(stage: Stage, own_sampling: bool = False) -> str:
@@ -21,7 +20,7 @@ def job_kind(stage: Stage, own_sampling: bool = False) -> str:
 
     own_sampling: whether jobs of their own sample and evaluate what others have aligned.
     """
-    if stage.role in SHARED:
+    if stage.role in SHARED_ROLES:
         return stage.role
     return "sample" if own_sampling and stage.kind != "align" else "align"
 
@@ -46,7 +45,7 @@ _Parts = dict[str, JobTask]  # of a point: kind of job -> what a job of this kin
 class JobArray:
     """One call of sbatch: a job array, or a single job."""
 
-    kind: str  # sft, reference, baseline, align, sample
+    kind: str  # one of SHARED_ROLES, align or sample
     jobs: list[list[JobTask]]  # the tasks of each job: several where a job computes several points
     upstream: tuple[str, ...]  # identities of the stages that other jobs have to compute first
     follows: JobArray | None = None  # each job waits for the one with its number in that array, and not for the others
@@ -78,7 +77,7 @@ def job_arrays(
     todo &= num_points.keys()
 
     def is_shared(identity: str) -> bool:
-        return plan.stages[identity].role in SHARED or (points_per_job == 1 and num_points[identity] > 1)
+        return plan.stages[identity].role in SHARED_ROLES or (points_per_job == 1 and num_points[identity] > 1)
 
     def task(label: str, targets: list[Stage]) -> JobTask:
         upstream = {identity for stage in targets for identity in _all_upstream(stage)}

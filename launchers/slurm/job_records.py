@@ -70,7 +70,7 @@ class Submission:
     """One call of sbatch."""
 
     folder: Path
-    kind: str  # sft, reference, baseline, align, sample, aggregate
+    kind: str  # a key of hydra.launcher.kinds
     tasks: list[Task]
     results: list[str] = field(default_factory=list)  # of an aggregation: identities of the results it aggregates
     waits_for: list[str] = field(default_factory=list)  # the jobs it depends on, but for those it follows one by one

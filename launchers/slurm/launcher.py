@@ -9,7 +9,7 @@ from typing import Any
 from launchers.processes import check_num_processes
 from launchers.protocol import PlanLauncher
 from launchers.slurm import cluster
-from launchers.slurm.graph import MAX_FOLLOWING, SHARED, job_arrays, job_kind
+from launchers.slurm.graph import MAX_FOLLOWING, job_arrays, job_kind
 from launchers.slurm.job_records import submissions
 from launchers.slurm.options import AUTO, OWN_JOB, complete_options
 from launchers.slurm.sampling import choose_sampling
@@ -23,7 +23,7 @@ from src.planning.plan import Plan
 from src.planning.save_time import SaveTimes
 from src.planning.stage import Stage
 from src.store.lease import Lease
-from src.store.store import Store
+from src.store.store import SHARED_ROLES, Store
 from src.store.sweep_folder import SweepFolder
 
 
@@ -87,7 +87,7 @@ class SlurmLauncher(PlanLauncher):
 
     def starts_job(self, stage: Stage) -> bool:
         """Return whether a job begins with the stage."""
-        return stage.role in (*SHARED, "align") or (stage.kind == "generate" and self.options.sampling == OWN_JOB)
+        return stage.role in (*SHARED_ROLES, "align") or (stage.kind == "generate" and self.options.sampling == OWN_JOB)
 
     def settle(self, plan: Plan, forecast: Forecast) -> str:
         """Decide where points are sampled when `sampling=auto`."""

@@ -11,8 +11,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from src.config.fields import check_value, number
 from src.errors import ConfigError
+from src.store.store import SHARED_ROLES
 
-KINDS = ("sft", "reference", "baseline", "align", "sample", "aggregate")
+KINDS = (*SHARED_ROLES, "align", "sample", "aggregate")
 SAME_JOB, OWN_JOB, AUTO = SAMPLING = ("same_job", "own_job", "auto")
 UPLOAD = ("during", "after")
 EARLY_S = 60  # seconds that SLURM may send a signal before it is due

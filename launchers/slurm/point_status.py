@@ -8,11 +8,10 @@ from typing import Any
 
 from launchers.progress_table import metrics_text
 from launchers.slurm.cluster import QueuedJob
-from launchers.slurm.graph import SHARED
 from launchers.slurm.job_records import Submission, Task
 from src.errors import ConfigError
 from src.store.lease import in_use
-from src.store.store import StageName, Store
+from src.store.store import SHARED_ROLES, StageName, Store
 
 STATES = ("failed", "cancelled", "running", "queued", "to do", "done")  # in the order of the table
 
@@ -67,8 +66,10 @@ class StatusReader:
         for point in sweep_points:
             stages = list(point["stages"].items())
             for role, identity in stages:
-                if role in SHARED:
-                    upstream = [] if role == "sft" else [stage for stage in stages if stage[0] == "sft"]
+                if role in SHARED_ROLES:
+                    # Each may need those before it, but the samples of the baseline need the SFT model alone.
+                    before = ("sft",) if role == "baseline" else SHARED_ROLES[: SHARED_ROLES.index(role)]
+                    upstream = [stage for stage in stages if stage[0] in before]
                     self._shared.setdefault(identity, (f"{point['setup']} {role}", [*upstream, (role, identity)]))
 
     def points(self) -> list[PointStatus]:
@@ -121,14 +122,14 @@ class StatusReader:
     def _current_task(self, stages: Stages) -> Task | None:
         """Return the task that computes the last of the stages, or before that what it follows: its alignment."""
         last = self._tasks.get(stages[-1][1])
-        if last is None or stages[-1][0] in SHARED:
+        if last is None or stages[-1][0] in SHARED_ROLES:
             return last
-        todo = (stage for stage in stages if stage[0] not in SHARED and not self._is_done(stage))
+        todo = (stage for stage in stages if stage[0] not in SHARED_ROLES and not self._is_done(stage))
         return self._tasks.get(next(todo, stages[-1])[1], last)  # all may be done by now
 
     def _without_job(self, status: PointStatus, stages: Stages, recorded: dict[str, Any]) -> PointStatus:
         """Complete the status of a point without a job: a local process may be computing it, or it failed earlier."""
-        targets = [stage for stage in stages if stage[0] not in SHARED] or stages
+        targets = [stage for stage in stages if stage[0] not in SHARED_ROLES] or stages
         if any(not self._is_done(stage) and in_use(self.store.work(_stage_name(stage))) for stage in targets):
             status.state = "running"
             self._add_progress(status, stages)
@@ -139,7 +140,7 @@ class StatusReader:
     def _pending_reason(self, queued: QueuedJob, stages: Stages, task: Task) -> str:
         if queued.reason == "Dependency":
             only_aligns = [kind for kind, _ in task.stages] == ["align"]
-            waits_for = [role for role in SHARED if not (only_aligns and role == "baseline")]
+            waits_for = [role for role in SHARED_ROLES if not (only_aligns and role == "baseline")]
             roles = [stage[0] for stage in stages[:-1] if stage[0] in waits_for and not self._is_done(stage)]
             return f"after {' and '.join(roles)}" if roles else "Dependency"
         reason = queued.reason if queued.reason != "None" else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from src.config.fields import choice, folder_name, number, random_seed
+from src.config.fields import choice, choices_of, folder_name, number, random_seed
 from src.methods import METHODS, SCORES, options_of
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -216,6 +216,19 @@ class Judge(JudgeEndpoint):
 
 
 @dataclass
+class Pairs:
+    """Where the training pairs come from: the dataset, or samples of the SFT model that a judge has scored."""
+
+    name: str = choice("dataset", "onpolicy")
+    num_prompts: int | None = number(None, minimum=1, maximum=MAX_ROWS)
+    judge: str | None = choice(None, *choices_of(Judge, "name"), default=None)
+    model: str | None = None  # of judge=reward_model
+    selection: str | None = choice(None, "best_worst", "all", default=None)
+    margin: float | None = number(None, maximum=1e6)
+    generation: Generation | None = None
+
+
+@dataclass
 class WandbTracking:
     enabled: bool = False
     project: str = "alignment-sweep"
@@ -256,6 +269,7 @@ class Point:
     method: MethodFields = field(default_factory=MethodFields)
     model: Model = field(default_factory=Model)
     dataset: Dataset = field(default_factory=Dataset)
+    pairs: Pairs = field(default_factory=Pairs)
     trainer: Trainer = field(default_factory=Trainer)
     engine: Engine = field(default_factory=Engine)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -12,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from src.config.fields import check_value, shortened, typed_leaves
 from src.config.judge_rules import check_judge, check_server
 from src.config.overrides import MAX_VALUES
+from src.config.pair_rules import check_pairs
 from src.config.paths import is_dir, is_file
 from src.config.sampler import resolve_server
 from src.config.schema import Point
@@ -74,6 +75,7 @@ def check(point: Point) -> None:
         raise ConfigError(f"evaluation.prompts_file={prompts_file}: no such file")
     _check_samples(point)
     check_judge(point)
+    check_pairs(point)
     check_server(point)
 
 

@@ -57,7 +57,7 @@ class MiniTldr(Source):
 
     def _pairs(self, split: str, count: int) -> list[Pair]:
         rows = mini_tldr.preferences(count, self._seed(2 if split == "train" else 3))
-        return [Pair(text_prompt(post.text), chosen, rejected) for post, chosen, rejected in rows]
+        return [Pair(text_prompt(post.text, post.facts), chosen, rejected) for post, chosen, rejected in rows]
 
     def prompts(self, num_prompts: int) -> list[Prompt]:
         return [text_prompt(post.text, post.facts) for post in mini_tldr.posts(num_prompts, self._seed(4))]

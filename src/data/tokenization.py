@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
+import pyarrow
 
 from src.data.examples import Example
 from src.data.rows import Demonstration, ExpectedRows, Pair, name_of
@@ -141,6 +142,17 @@ class TokenizedDataset:
             write_json(draft / COUNTS_FILE, with_checksum(saved))
             fsync_tree(draft)
             publish_folder(draft, folder)
+
+    def write(self, file: Path) -> None:
+        """Write the examples to an Arrow file, without the counts."""
+        table = self.dataset.data.table
+        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    @classmethod
+    def read(cls, file: Path, counts: RowCounts) -> TokenizedDataset:
+        """Return what `write` wrote, memory-mapped."""
+        return cls(datasets.Dataset.from_file(str(file)), counts)
 
 
 def _why_useless(example: Example) -> str | None:

@@ -15,15 +15,15 @@ from typing import Any
 from src.estimates.card import card_of
 from src.estimates.disk import bytes_text, disk_of, free_bytes, number_text
 from src.estimates.forecast import ARITHMETIC, REHEARSED, Forecast
-from src.estimates.table_size import table_size
+from src.estimates.table_size import num_candidates, table_size
 from src.estimates.waiting import READ_RATE, START_SECONDS, WRITE_RATE, lasting_seconds, uneven_share
-from src.planning.identity import VERSIONS, AlignInputs, GenerateInputs, ReferenceInputs, SftInputs
+from src.planning.identity import VERSIONS, AlignInputs, CandidatesInputs, GenerateInputs, ReferenceInputs, SftInputs
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.store.store import Store
 from src.store.usage import Usage, usage_of
 
-_KINDS = ("sft", "reference", "align", "generate")  # of stages that a model computes
+_KINDS = ("sft", "candidates", "reference", "align", "generate")  # of stages that a model computes
 MEASURED = "measured"
 _HEADER = "stage     to run     tokens  accelerator-hours  waiting  a point  source"
 _ASSUMED = f"weights are read at {READ_RATE / 1e9:g} GB/s and published at {WRITE_RATE / 1e9:g}"
@@ -60,7 +60,7 @@ class Cost:
         self.starts_job = starts_job
         self.stages = [stage for identity, stage in plan.stages.items() if identity in plan.needed]
         self.finished = {
-            kind: [(stored["inputs"], done) for stored, done in store.finished(kind, VERSIONS[kind], RECENT_STAGES)]
+            kind: [(stored, done) for stored, done in store.finished(kind, VERSIONS[kind], RECENT_STAGES)]
             for kind in _KINDS
         }
 
@@ -88,10 +88,9 @@ class Cost:
 
         They are scaled from finished stages of the same data, or computed from the size of the tables.
         """
-        inputs = stage.description["inputs"]
-        num_passes, data_key = _num_passes(inputs, stage.kind), _data_key(inputs)
+        num_passes, data_key = _num_passes(stage.description["inputs"], stage.kind), _data_key(stage.description)
         same_data = [(other, done) for other, done in self.finished[stage.kind] if _data_key(other) == data_key]
-        scaled = [done["tokens"] / _num_passes(other, stage.kind) * num_passes for other, done in same_data]
+        scaled = [done["tokens"] / _num_passes(other["inputs"], stage.kind) * num_passes for other, done in same_data]
         known = [tokens for tokens in scaled if not math.isnan(tokens)]
         return median(known) if known else _expected_tokens(stage)
 
@@ -127,7 +126,7 @@ class Cost:
         """Yield what DONE says of the finished stages of the same kind and model."""
         inputs = stage.description["inputs"]
         for other, done in self.finished[stage.kind]:
-            if all(other.get(name) == inputs.get(name) for name in ("model", "lora")):
+            if all(other["inputs"].get(name) == inputs.get(name) for name in ("model", "lora")):
                 yield done
 
     def text(self) -> str:
@@ -194,14 +193,18 @@ def _num_passes(inputs: dict[str, Any], kind: str) -> float:
     if kind == "reference":
         return 1.0
     generation = inputs["generation"]
+    if kind == "candidates":
+        return float(generation["samples_per_prompt"] * generation["max_new_tokens"])
     num_samples = inputs["prompts"]["num_prompts"] * generation.get("samples_per_prompt", 1)
     return float(num_samples * generation["max_new_tokens"])
 
 
-def _data_key(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs that are equal when two stages read the same rows with the same tokenizer."""
+def _data_key(description: dict[str, Any]) -> dict[str, Any]:
+    """Return what is equal when two stages read the same rows with the same tokenizer. description: a stage.json."""
+    inputs, pairs = description["inputs"], description["upstream"].get("pairs")
     data = inputs["data"] if "data" in inputs else inputs["prompts"]
-    return {"model": inputs["model"], **{name: value for name, value in data.items() if name != "sft_fraction"}}
+    kept = {name: value for name, value in data.items() if name != "sft_fraction"}
+    return {"model": inputs["model"], "pairs": pairs, **kept}
 
 
 def _expected_tokens(stage: Stage) -> float:
@@ -209,6 +212,8 @@ def _expected_tokens(stage: Stage) -> float:
     inputs, point = stage.inputs, stage.point
     if isinstance(inputs, GenerateInputs):
         return float(inputs.num_samples * inputs.generation.max_new_tokens)
+    if isinstance(inputs, CandidatesInputs):
+        return num_candidates(point) * inputs.generation.max_new_tokens
     size = table_size(point, "sft" if isinstance(inputs, SftInputs) else "train")
     if isinstance(inputs, ReferenceInputs):
         rows = size.rows if inputs.data.max_examples is None else min(size.rows, inputs.data.max_examples)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from src.config.schema import Point
+from src.config.schema import Generation, Point
 from src.estimates.card import card_of
 from src.estimates.table_size import TableSize, table_size
 from src.planning.fit import BUDGET_MULTIPLE, MAX_BUDGET, TARGET_FRACTION, Held, held_by_process
@@ -19,6 +19,7 @@ from src.rehearsal.request import Request, Result, draw_lengths, longest_lengths
 _REHEARSED_LAYERS = (2, 4)  # a line through two depths gives the whole one
 _SCORED_EXAMPLES = 64  # rehearsed of a pass over all pairs
 _FLOPS = {"sft": 6, "reference": 2, "align": 6}  # per parameter and token: 2 forward, 4 backward
+_SAMPLING = ("candidates", "generate")  # kinds of stages
 _MORE_GPUS = (2, 4, 8, 16, 32)
 _LORA_RANK = 16
 # Their steps are rehearsed as those of FSDP2 (src/rehearsal/run.py:STAND_INS), which holds more on a card than they
@@ -61,11 +62,20 @@ class Load:
         )
 
     @property
+    def is_sampling(self) -> bool:
+        return self.stage.kind in _SAMPLING
+
+    @property
+    def generation(self) -> Generation:
+        """How the stage samples, if it does."""
+        return _generation(self.point, self.stage.kind)
+
+    @property
     def _cached_tokens(self) -> int:
         """Tokens whose keys and values are held when the longest prompts have the longest responses."""
-        if self.stage.kind != "generate" or self.point.server.name != "none":  # a server plans its own memory
+        if not self.is_sampling or self.point.server.name != "none":  # a server plans its own memory
             return 0
-        generation = self.point.evaluation.generation
+        generation = self.generation
         return generation.batch_size * (self.point.dataset.max_prompt_tokens + generation.max_new_tokens)
 
     @property
@@ -76,9 +86,9 @@ class Load:
         """
         if self.card is None:
             return math.nan
-        if self.stage.kind == "generate":
+        if self.is_sampling:
             read = self.held.weights + self.held.kv_cache / 2
-            return read / self.card.bandwidth / self.point.evaluation.generation.batch_size
+            return read / self.card.bandwidth / self.generation.batch_size
         rate = self.card.bf16 if self.point.engine.precision == "bf16" else self.card.fp32
         return _FLOPS[self.stage.kind] * self.shape.num_parameters / rate
 
@@ -144,7 +154,7 @@ class Load:
     @property
     def why_not_rehearsed(self) -> str | None:
         """Why the stage is not rehearsed but computed by arithmetic; None when it can be rehearsed."""
-        if self.stage.kind == "generate" and self.point.server.name != "none":
+        if self.is_sampling and self.point.server.name != "none":
             return f"samples of server={self.point.server.name}"
         if math.isnan(self.size.tokens):
             return "the length of the rows is not known"
@@ -167,8 +177,8 @@ class Load:
             stage=self.stage.kind,
             config=self.shape.config,
             gpu=self.card.name,
-            examples=() if self.stage.kind == "generate" else examples,
-            longest=() if self.stage.kind == "generate" else self._longest,
+            examples=() if self.is_sampling else examples,
+            longest=() if self.is_sampling else self._longest,
             precision=engine.precision,
             strategy=engine.strategy,
             ranks=self.ranks if self.stage.is_training else 1,  # others hold the whole model in every process
@@ -178,9 +188,9 @@ class Load:
             lora=None if point.model.lora.rank is None else asdict(point.model.lora),
             max_tokens_per_micro_batch=point.trainer.max_tokens_per_micro_batch,
             batch_size=trainer.batch_size,
-            rows=point.evaluation.generation.batch_size,
+            rows=self.generation.batch_size,
             prompt_tokens=data.max_prompt_tokens,
-            new_tokens=point.evaluation.generation.max_new_tokens,
+            new_tokens=self.generation.max_new_tokens,
             layers=_REHEARSED_LAYERS if self.shape.num_layers > 2 * max(_REHEARSED_LAYERS) else (),
         )
 
@@ -191,12 +201,12 @@ class Load:
         """
         point, plain = self.point, replace(self, result=None)
         if not self.stage.is_training:
-            rows = point.evaluation.generation.batch_size
-            while self.stage.kind == "generate" and rows > 1:
+            rows, group = self.generation.batch_size, "pairs" if self.stage.kind == "candidates" else "evaluation"
+            while self.is_sampling and rows > 1:
                 rows //= 2
-                generation = replace(point.evaluation.generation, batch_size=rows)
-                changed = replace(point, evaluation=replace(point.evaluation, generation=generation))
-                yield f"evaluation.generation.batch_size={rows}", replace(plain, point=changed)
+                generation = replace(self.generation, batch_size=rows)
+                changed: dict[str, Any] = {group: replace(getattr(point, group), generation=generation)}
+                yield f"{group}.generation.batch_size={rows}", replace(plain, point=replace(point, **changed))
             return
         if point.engine.activation_checkpointing is False:
             engine = replace(point.engine, activation_checkpointing="auto")
@@ -224,17 +234,25 @@ def load_of(stage: Stage, ranks: int) -> Load | None:
     """Return the load of a stage in each of `ranks` processes; None for a stage without a model of known shape."""
     point = stage.point
     shape = model_shape(point.model.path, point.model.revision)
-    if shape is None or stage.kind not in ("sft", "reference", "align", "generate"):
+    if shape is None or stage.kind not in ("sft", "reference", "align", *_SAMPLING):
         return None
     size = table_size(point, "sft" if stage.kind == "sft" else "train")
     return Load(stage, point, shape, ranks, card_of(point.engine), size)
 
 
+def _generation(point: Point, kind: str) -> Generation:
+    """Return how stages of a kind sample; that of the evaluation for those that do not."""
+    if kind != "candidates":
+        return point.evaluation.generation
+    assert point.pairs.generation is not None
+    return point.pairs.generation
+
+
 def key(load: Load) -> str:
     """Return a text that is equal for loads that hold the same."""
-    point, generation = load.point, load.point.evaluation.generation
+    point, generation = load.point, load.generation
     trainer = point.trainer.sft if load.stage.kind == "sft" else point.trainer.align
-    sampling = (generation.batch_size, generation.max_new_tokens) if load.stage.kind == "generate" else ()
+    sampling = (generation.batch_size, generation.max_new_tokens) if load.is_sampling else ()
     limits = point.dataset.max_tokens, point.dataset.max_prompt_tokens, point.trainer.max_tokens_per_micro_batch
     model = point.model.path, point.model.revision, point.model.lora, point.model.attention
     return repr((load.stage.kind, model, point.engine, load.ranks, load.size, limits, trainer.batch_size, sampling))

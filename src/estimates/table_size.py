@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -50,10 +50,36 @@ def table_size(point: Point, split: str) -> TableSize:
     Raises ConfigError when a local row cannot be read.
     """
     model = point.model
-    key = repr((point.dataset, split, model.path, model.revision, model.template))
+    key = repr((point.dataset, point.pairs, split, model.path, model.revision, model.template))
     if key not in _sizes:
-        _sizes[key] = _table_size(point, split)
+        size = _table_size(point, split)
+        _sizes[key] = _on_policy_size(point, size) if split == "train" and point.pairs.name == "onpolicy" else size
     return _sizes[key]
+
+
+def num_candidates(point: Point) -> float:
+    """Return the responses that are sampled for on-policy pairs, at most; NaN where nothing tells."""
+    assert point.pairs.generation is not None
+    return _num_candidate_prompts(point) * point.pairs.generation.samples_per_prompt
+
+
+def _num_candidate_prompts(point: Point) -> float:
+    """Return the prompts that on-policy responses are sampled for, at most: pairs of one prompt count each."""
+    known = [_table_size(point, "train").rows, point.pairs.num_prompts]
+    return min((n for n in known if n is not None and not math.isnan(n)), default=math.nan)
+
+
+def _on_policy_size(point: Point, table: TableSize) -> TableSize:
+    """Return the size of the pairs that are made of samples, at most, for prompts of a table.
+
+    Responses are taken to be as long as the table's, as far as they may.
+    """
+    pairs = point.pairs
+    assert pairs.generation is not None
+    several = pairs.generation.samples_per_prompt
+    of_a_prompt = 1 if pairs.selection == "best_worst" else math.comb(several, 2)
+    response_tokens = min(table.response_tokens, pairs.generation.max_new_tokens)
+    return replace(table, rows=_num_candidate_prompts(point) * of_a_prompt, response_tokens=response_tokens)
 
 
 def _table_size(point: Point, split: str) -> TableSize:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from src.estimates.disk import published_bytes
-from src.planning.identity import GenerateInputs
+from src.estimates.table_size import num_candidates
+from src.planning.identity import CandidatesInputs, GenerateInputs
 from src.planning.model_shape import model_shape
 from src.planning.stage import Stage
 
@@ -28,7 +29,9 @@ def lasting_seconds(stage: Stage) -> float:
     # Samples of a policy are scored under the model it started from, too.
     num_read = 2 if isinstance(stage.inputs, GenerateInputs) and stage.inputs.role == "policy" else 1
     published = published_bytes(stage) if stage.is_training else 0.0
-    has_server = isinstance(stage.inputs, GenerateInputs) and stage.inputs.generation.server is not None
+    has_server = (
+        isinstance(stage.inputs, CandidatesInputs | GenerateInputs) and stage.inputs.generation.server is not None
+    )
     start = SERVER_START_SECONDS if has_server else 0.0
     return start + num_read * _FLOAT32 * shape.num_parameters / READ_RATE + published / WRITE_RATE
 
@@ -38,9 +41,12 @@ def uneven_share(stage: Stage, processes: int) -> float:
 
     Samples are dealt in batches, or one by one to servers; the micro-batches of other stages are many.
     """
-    if not isinstance(stage.inputs, GenerateInputs):
+    if not isinstance(stage.inputs, CandidatesInputs | GenerateInputs):
         return 0.0
-    inputs, point = stage.inputs, stage.point
-    in_a_batch = point.evaluation.generation.batch_size if inputs.generation.server is None else 1
-    num_batches = math.ceil(inputs.num_samples / in_a_batch)
+    inputs = stage.inputs
+    in_a_batch = stage.resources.sampling_batch_size if inputs.generation.server is None else 1
+    num_samples = inputs.num_samples if isinstance(inputs, GenerateInputs) else num_candidates(stage.point)
+    if math.isnan(num_samples):
+        return math.nan
+    num_batches = math.ceil(num_samples / in_a_batch)
     return processes * math.ceil(num_batches / processes) / num_batches - 1

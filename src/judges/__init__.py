@@ -1,5 +1,7 @@
 """The interface of judges: comparisons of a response with a baseline -> verdicts in [0, 1], each with a reason.
 
+Some also give a response a number, by which on-policy pairs are made.
+
 docs/add-a-judge.md adds one.
 """
 
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from src.data.rows import Prompt
-from src.planning.identity import EvaluateInputs
+from src.planning.identity import EvaluateInputs, JudgeInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
 
@@ -30,6 +32,14 @@ class Comparison(NamedTuple):
     def texts(self) -> tuple[str, str, str]:
         """Prompt, response and baseline."""
         return self.prompt.text, self.response["response"], self.baseline["response"]
+
+
+class Response(NamedTuple):
+    """A response that is scored by itself; finished: whether its end token was sampled."""
+
+    prompt: Prompt
+    text: str
+    finished: bool
 
 
 class Verdict(NamedTuple):
@@ -61,6 +71,22 @@ class JudgeFunction(Protocol):
         A slow judge reports progress with attempt.step and keeps its answers (`src.judges.answers`), so that a rerun
         resumes. Raises StageError when it cannot continue.
         """
+
+
+class ScoringFunction(Protocol):
+    def __call__(
+        self, judge: JudgeInputs, resources: Resources, responses: Sequence[Response], attempt: Attempt
+    ) -> list[float]:
+        """Return the score of every response, in their order: the higher the better, equal where neither is.
+
+        A slow judge reports progress and keeps its answers as `JudgeFunction` says; those of a judge in MODEL_JUDGES
+        are computed by all ranks.
+        """
+
+
+def scoring_function(name: str) -> ScoringFunction:
+    """Return the function `scores` of src/judges/NAME.py, which the judges in SCORING_JUDGES have."""
+    return importlib.import_module(f"src.judges.{name}").scores
 
 
 def judge_function(name: str) -> JudgeFunction:

@@ -75,13 +75,21 @@ class Answers:
 
     def add(self, key: str, answer: dict[str, Any]) -> None:
         """Append an answer; it is on disk when this returns."""
+        self.add_all({key: answer})
+
+    def add_all(self, answers: Mapping[str, dict[str, Any]]) -> None:
+        """Append answers by key; they are on disk when this returns."""
         # A half of a surrogate pair, from a judge that stopped inside an emoji, has no UTF-8: it becomes a `?`.
-        line = json.dumps({"key": key, "answer": answer}, ensure_ascii=False, allow_nan=False).encode(errors="replace")
-        if not self._read(line):
-            raise ValueError(f"not an answer with {', '.join(self._shape)}: {line[:200]!r}")
+        lines = [
+            json.dumps({"key": key, "answer": answer}, ensure_ascii=False, allow_nan=False).encode(errors="replace")
+            for key, answer in answers.items()
+        ]
+        for line in lines:
+            if not self._read(line):
+                raise ValueError(f"not an answer with {', '.join(self._shape)}: {line[:200]!r}")
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._file.open("ab") as handle:
-            handle.write(line + b"\n")
+            handle.write(b"".join(line + b"\n" for line in lines))
             handle.flush()
             os.fsync(handle.fileno())
 

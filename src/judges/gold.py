@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from src.data.mini_tldr import gold_score
-from src.judges import Comparison, Judged, Verdict
-from src.planning.identity import EvaluateInputs
+from src.judges import Comparison, Judged, Response, Verdict
+from src.planning.identity import EvaluateInputs, JudgeInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
 
@@ -14,6 +14,11 @@ from src.store.attempt import Attempt
 def gold(inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Comparison], attempt: Attempt) -> Judged:
     """Compare gold scores of two summaries of the same post; equal scores are a tie."""
     return Judged([_compare(comparison) for comparison in comparisons])
+
+
+def scores(judge: JudgeInputs, resources: Resources, responses: Sequence[Response], attempt: Attempt) -> list[float]:
+    """Return gold scores. They are sums of tenths, so that rounding cannot tell equal ones apart."""
+    return [round(gold_score(r.prompt.facts, r.text, r.finished), 6) for r in responses]
 
 
 def _compare(comparison: Comparison) -> Verdict:

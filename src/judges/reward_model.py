@@ -15,15 +15,17 @@ from src.data.control_tokens import ControlTokens
 from src.data.rows import Prompt
 from src.distributed import JointWork, Share, get_distributed
 from src.errors import ConfigError, StageError
-from src.judges import Comparison, Judged, Verdict
+from src.judges import Comparison, Judged, Response, Verdict
 from src.judges.answers import Answers, is_number, is_text
 from src.model.loading import copy_weights_, device_of, load_pretrained, load_tokenizer
 from src.planning.content import ContentPath, digest, locate, reading
-from src.planning.identity import EvaluateInputs
+from src.planning.identity import EvaluateInputs, JudgeInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
 
 BATCH_SIZE = 16  # texts
+
+Text = tuple[Prompt, str]  # of a response to the prompt
 
 
 def reward_model(
@@ -34,48 +36,75 @@ def reward_model(
     Rewards are kept by content: those of the baseline are computed once for a whole sweep.
     """
     judge = inputs.judge
-    assert judge is not None and isinstance(judge.model, ContentPath)
-    answers = Answers.of_judge(judge, attempt.output_dir, {"reward": is_number, "by": is_text})
-    texts: dict[str, tuple[Prompt, str]] = {}
+    assert judge is not None
+    texts: dict[str, Text] = {}
     keys: list[list[str]] = []  # of response and baseline
     for c in comparisons:
-        keys.append([digest([judge.model.fingerprint, c.prompt.messages, text]) for text in c.texts[1:]])
+        keys.append([_key(judge, c.prompt, text) for text in c.texts[1:]])
         texts |= dict(zip(keys[-1], [(c.prompt, text) for text in c.texts[1:]], strict=True))
-    answers.refresh()
-    known = get_distributed().broadcast_object({key: answers.known[key] for key in texts if key in answers.known})
-    if len(known) < len(texts):
-        # In batches of their own, which are the same whether those of the baseline are known or not.
-        of_baseline = {baseline for _, baseline in keys}
-        groups = [[k for k in texts if k not in of_baseline], [k for k in texts if k in of_baseline]]
-        known |= _missing(judge.model, resources.device, texts, groups, known, answers, attempt)
+    # In batches of their own, which are the same whether those of the baseline are known or not.
+    of_baseline = {baseline for _, baseline in keys}
+    groups = [[k for k in texts if k not in of_baseline], [k for k in texts if k in of_baseline]]
+    known = _answers_to(judge, resources.device, texts, groups, attempt)
     verdicts = [_compare(*(known[key]["reward"] for key in pair)) for pair in keys]
     calls = sum(known[key]["by"] == attempt.identity for key in texts)
     return Judged(verdicts, {"answers": 2 * len(keys), "calls": calls})
 
 
+def scores(judge: JudgeInputs, resources: Resources, responses: Sequence[Response], attempt: Attempt) -> list[float]:
+    """Return rewards, kept by content like those of `reward_model`."""
+    keys = [_key(judge, response.prompt, response.text) for response in responses]
+    texts = {key: (response.prompt, response.text) for key, response in zip(keys, responses, strict=True)}
+    known = _answers_to(judge, resources.device, texts, [list(texts)], attempt)
+    return [known[key]["reward"] for key in keys]
+
+
+def _key(judge: JudgeInputs, prompt: Prompt, text: str) -> str:
+    assert isinstance(judge.model, ContentPath)
+    return digest([judge.model.fingerprint, prompt.messages, text])
+
+
+def _answers_to(
+    judge: JudgeInputs, device: str, texts: dict[str, Text], groups: list[list[str]], attempt: Attempt
+) -> dict[str, dict[str, Any]]:
+    """Return the answers to texts, by key, on every rank: those kept on disk, and others computed and kept there.
+
+    groups: keys of the texts that have batches of their own.
+    """
+    answers = Answers.of_judge(judge, attempt.output_dir, {"reward": is_number, "by": is_text})
+    answers.refresh()
+    known = get_distributed().broadcast_object({key: answers.known[key] for key in texts if key in answers.known})
+    if len(known) < len(texts):
+        assert isinstance(judge.model, ContentPath)
+        known |= _missing(judge.model, device, texts, groups, known, answers, attempt)
+    return known
+
+
 def _missing(
     path: ContentPath,
     device: str,
-    texts: dict[str, tuple[Prompt, str]],
+    texts: dict[str, Text],
     groups: list[list[str]],
     known: dict[str, dict[str, Any]],
     answers: Answers,
     attempt: Attempt,
 ) -> dict[str, dict[str, Any]]:
     """Return the answers that are not known, by key, on every rank; each computes its share, and keeps them on disk."""
-    ranks, new = get_distributed(), {}
+    ranks, new = get_distributed(), dict[str, dict[str, Any]]()
     work = JointWork(ranks, len(known))
 
     def report(num_done: int) -> None:
         attempt.step(num_done, len(texts))
 
-    for key, reward in _rewards(path, texts, groups, device, ranks.share(known)):
-        if not math.isfinite(reward):
-            raise StageError(f"judge.model={path.location}: the reward of a response is {reward}; use another model")
-        if key not in known:  # others of a batch may be
-            new[key] = {"reward": reward, "by": attempt.identity}
-            answers.add(key, new[key])
-            report(work.advance(1))
+    for rewards in _rewards(path, texts, groups, device, ranks.share(known)):
+        for reward in rewards.values():
+            if not math.isfinite(reward):
+                raise StageError(f"{path}: the reward of a response is {reward}; use another model")
+        rows = {key: {"reward": r, "by": attempt.identity} for key, r in rewards.items() if key not in known}
+        if rows:
+            answers.add_all(rows)
+        new |= rows
+        report(work.advance(len(rows)))
     work.wait(report)
     return {key: answer for part in ranks.gather_objects(new) for key, answer in part.items()}
 
@@ -86,30 +115,29 @@ def _compare(response: float, baseline: float) -> Verdict:
 
 
 def _rewards(
-    path: ContentPath, texts: dict[str, tuple[Prompt, str]], groups: list[list[str]], device: str, share: Share
-) -> Iterator[tuple[str, float]]:
-    """Yield (key, reward) of the texts of a share, in batches of one group and of similar length."""
-    name = path.location
-    source = str(locate(name, "judge.model") or name)
+    path: ContentPath, texts: dict[str, Text], groups: list[list[str]], device: str, share: Share
+) -> Iterator[dict[str, float]]:
+    """Yield key -> reward of the texts of a share, in batches of one group and of similar length."""
+    source = str(locate(path.location, path.key) or path.location)
     with reading(path):
-        tokenizer = load_tokenizer(source, f"judge.model={name}")
-        model = load_pretrained(AutoModelForSequenceClassification, source, f"judge.model={name}")
+        tokenizer = load_tokenizer(source, str(path))
+        model = load_pretrained(AutoModelForSequenceClassification, source, str(path))
         copy_weights_(model)
     if model.config.num_labels != 1:
-        raise ConfigError(f"judge.model={name} has {model.config.num_labels} labels; a reward model has one")
+        raise ConfigError(f"{path} has {model.config.num_labels} labels; a reward model has one")
     model.to(device_of(device)).eval()
     apply = partial(tokenizer.apply_chat_template, tokenize=False) if tokenizer.chat_template else None
     control = ControlTokens(tokenizer, apply)
     ids = {key: _tokenize(tokenizer, control, *text) for key, text in texts.items()}
     longest, limit = max(map(len, ids.values())), getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise StageError(f"judge.model={name} reads {limit} tokens; the longest prompt with its response has {longest}")
+        raise StageError(f"{path} reads {limit} tokens; the longest prompt with its response has {longest}")
     batches: list[list[str]] = []
     for group in groups:
         order = sorted(group, key=lambda key: len(ids[key]))
         batches += [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
     for keys in share.of(batches):
-        yield from zip(keys, _batch_rewards(model, tokenizer, [ids[key] for key in keys]), strict=True)
+        yield dict(zip(keys, _batch_rewards(model, tokenizer, [ids[key] for key in keys]), strict=True))
 
 
 def _tokenize(tokenizer: Any, control: ControlTokens, prompt: Prompt, response: str) -> list[int]:

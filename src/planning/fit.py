@@ -60,7 +60,7 @@ def held_by_process(
     cached_tokens: int = 0,
     device_bytes: int = 0,
 ) -> Held:
-    """Return what each of `ranks` processes holds of a stage of this kind (sft, align, reference or generate).
+    """Return what each of `ranks` processes holds of a stage of this kind: sft or align, or one that trains nothing.
 
     cached_tokens: of all prompts and responses that are sampled together. device_bytes: the memory of a card, by which
     FSDP2 decides whether gathered weights stay, and the head how many logits it computes at once; 0: not known.

@@ -17,7 +17,7 @@ from src.planning.content import ContentPath
 T = TypeVar("T")
 
 # Raise a stage's number when what it computes changes: artifacts of the old version are then not reused.
-VERSIONS = {"sft": 11, "reference": 10, "align": 10, "generate": 10, "evaluate": 6}
+VERSIONS = {"sft": 11, "candidates": 1, "pairs": 1, "reference": 10, "align": 10, "generate": 10, "evaluate": 6}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,14 @@ class PromptInputs:
 
 
 @dataclass(frozen=True)
+class TrainingPromptInputs:
+    """The prompts of a dataset's training pairs, each once; num_prompts: of these, drawn by its seed, None: all."""
+
+    data: DataInputs
+    num_prompts: int | None
+
+
+@dataclass(frozen=True)
 class SftInputs:
     kind: ClassVar[str] = "sft"
     model: ModelInputs
@@ -75,8 +83,69 @@ class SftInputs:
 
 
 @dataclass(frozen=True)
+class GenerationInputs:
+    """How responses are sampled; server: name and command of the program that samples, None for transformers."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    server: tuple[str, str] | None
+    samples_per_prompt: int = added_field(1)
+
+
+@dataclass(frozen=True)
+class CandidatesInputs:
+    """Responses of the SFT model to training prompts, several for each, of which pairs are made."""
+
+    kind: ClassVar[str] = "candidates"
+    model: ModelInputs
+    prompts: TrainingPromptInputs
+    generation: GenerationInputs
+    seed: int
+
+
+@dataclass(frozen=True)
+class JudgeInputs:
+    """What verdicts and scores depend on; a field the judge does not have is None.
+
+    baseline: `sft`, `chosen`, or a file; None where responses are scored by themselves.
+    """
+
+    name: str
+    baseline: str | ContentPath | None
+    model: str | ContentPath | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    prompt_file: ContentPath | None = None
+    base_url: str | None = None  # of its endpoint, None for OpenAI's: two servers may call two models by one name
+
+    @property
+    def model_name(self) -> str:
+        """The model as its endpoint, or its location, calls it."""
+        assert self.model is not None
+        return self.model.location if isinstance(self.model, ContentPath) else self.model
+
+
+@dataclass(frozen=True)
+class PairsInputs:
+    """Which candidates become pairs: those whose scores differ by more than `margin`, of a prompt one pair or all."""
+
+    kind: ClassVar[str] = "pairs"
+    model: ModelInputs
+    prompts: TrainingPromptInputs
+    judge: JudgeInputs
+    selection: str
+    margin: float
+
+
+@dataclass(frozen=True)
 class ReferenceInputs:
-    """init: `sft` when the checkpoint comes from upstream, `base` when it is the base model."""
+    """init: `sft` when the checkpoint comes from upstream, `base` when it is the base model.
+
+    data: of all pairs; where the training pairs come from upstream, of the held-out ones.
+    """
 
     kind: ClassVar[str] = "reference"
     model: ModelInputs
@@ -86,7 +155,10 @@ class ReferenceInputs:
 
 @dataclass(frozen=True)
 class AlignInputs:
-    """options: the fields of loss and score besides beta. stop_fraction: of the steps, after which to stop."""
+    """options: the fields of loss and score besides beta. stop_fraction: of the steps, after which to stop.
+
+    data: as of ReferenceInputs.
+    """
 
     kind: ClassVar[str] = "align"
     model: ModelInputs
@@ -103,19 +175,6 @@ class AlignInputs:
     seed: int
     stop_fraction: float = 1.0
     save_dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class GenerationInputs:
-    """How responses are sampled; server: name and command of the program that samples, None for transformers."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    max_new_tokens: int
-    seed: int
-    server: tuple[str, str] | None
-    samples_per_prompt: int = added_field(1)
 
 
 @dataclass(frozen=True)
@@ -136,25 +195,6 @@ class GenerateInputs:
 
 
 @dataclass(frozen=True)
-class JudgeInputs:
-    """What verdicts depend on; a field the judge does not have is None. baseline: `sft`, `chosen`, or a file."""
-
-    name: str
-    baseline: str | ContentPath
-    model: str | ContentPath | None = None
-    temperature: float | None = None
-    max_tokens: int | None = None
-    prompt_file: ContentPath | None = None
-    base_url: str | None = None  # of its endpoint, None for OpenAI's: two servers may call two models by one name
-
-    @property
-    def model_name(self) -> str:
-        """The model as its endpoint, or its location, calls it."""
-        assert self.model is not None
-        return self.model.location if isinstance(self.model, ContentPath) else self.model
-
-
-@dataclass(frozen=True)
 class EvaluateInputs:
     """metric: what points are compared by, `win_rate` or `reward_accuracy`. judge: None without one."""
 
@@ -168,7 +208,9 @@ class EvaluateInputs:
     split_seed: int
 
 
-StageInputs = SftInputs | ReferenceInputs | AlignInputs | GenerateInputs | EvaluateInputs
+StageInputs = (
+    SftInputs | CandidatesInputs | PairsInputs | ReferenceInputs | AlignInputs | GenerateInputs | EvaluateInputs
+)
 
 
 def select_fields(cls: type[T], source: Any, **values: Any) -> T:

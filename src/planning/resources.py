@@ -83,7 +83,8 @@ def resources_of(point: Point, pairs: DataInputs) -> Resources:
 
 def max_sequence_tokens(point: Point) -> int:
     """Return the tokens of the longest sequence that training and sampling may have."""
-    data, new_tokens = point.dataset, point.evaluation.generation.max_new_tokens
+    data, generations = point.dataset, (point.evaluation.generation, point.pairs.generation)
+    new_tokens = max(generation.max_new_tokens for generation in generations if generation is not None)
     return max(data.max_tokens, data.max_prompt_tokens + new_tokens)
 
 

@@ -15,21 +15,24 @@ from src.planning.content import ContentPath, Kind, digest
 from src.planning.identity import (
     VERSIONS,
     AlignInputs,
+    CandidatesInputs,
     DataInputs,
     EvaluateInputs,
     GenerateInputs,
     GenerationInputs,
     JudgeInputs,
     ModelInputs,
+    PairsInputs,
     PromptInputs,
     ReferenceInputs,
     SftInputs,
     StageInputs,
+    TrainingPromptInputs,
     hashable,
     select_fields,
 )
 from src.planning.resources import Resources, resources_of
-from src.store.store import partial_run_id
+from src.store.store import SHARED_ROLES, partial_run_id
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class Stage:
         match self.inputs:
             case SftInputs() | AlignInputs() if self.resources.zero_stage:
                 return ("deepspeed",)
-            case GenerateInputs(generation=GenerationInputs(server=(name, _))):
-                return name, "openai"
+            case (CandidatesInputs() | GenerateInputs()) as inputs if inputs.generation.server is not None:
+                return inputs.generation.server[0], "openai"
             case EvaluateInputs(judge=JudgeInputs(name=name)) if name in ENDPOINT_JUDGES:
                 return ("alpaca-eval", "openai") if name == "alpaca_eval" else ("openai",)
         return ()
@@ -93,7 +96,7 @@ class Stage:
     def is_shared(self) -> bool:
         """Whether all processes of a job compute it together; rank 0 judges without a model by itself."""
         match self.inputs:
-            case EvaluateInputs(judge=judge):
+            case EvaluateInputs(judge=judge) | PairsInputs(judge=judge):
                 return judge is not None and judge.name in MODEL_JUDGES
         return True
 
@@ -106,7 +109,7 @@ class Stage:
     @property
     def label(self) -> str:
         """The name of the stage in progress lines."""
-        if self.role in ("sft", "reference", "baseline"):
+        if self.role in SHARED_ROLES:
             fraction = self.point.dataset.sft_fraction
             suffix = "" if fraction == 1 or self.role == "baseline" else f" on {100 * fraction:g} %"
             return f"{self.point.setup.name} {self.role}{suffix}"
@@ -124,7 +127,7 @@ def stages_of(point: Point) -> list[Stage]:
 
     def add(inputs: StageInputs, stage_point: Point = point, **upstream: Stage | None) -> Stage:
         present = {role: stage for role, stage in upstream.items() if stage is not None}
-        stage = Stage(inputs, present, resources, stage_point)
+        stage = Stage(inputs, present, replace(resources, **_own_resources(inputs, point)), stage_point)
         if stage not in stages:
             stages.append(stage)
         return stage
@@ -144,9 +147,17 @@ def stages_of(point: Point) -> list[Stage]:
     initial = sft(fraction) if point.init.name == "sft" and fraction > 0 else None
     init = "base" if initial is None else "sft"
 
+    judge = judge_inputs(point.judge)
+    server = None if point.server.name == "none" else (point.server.name, point.server.command or "")
+    made_pairs = None  # by a stage; None: those of the dataset
+    if point.pairs.name == "onpolicy":
+        inputs = candidates_inputs(point, model, server)
+        candidates = add(inputs, checkpoint=initial)
+        made_pairs = add(pairs_inputs(point, inputs), candidates=candidates)
+        pairs = pairs.held_out
     reference = None
     if SCORES[point.method.score].needs_reference:
-        reference = add(ReferenceInputs(model, init, pairs), init=initial)
+        reference = add(ReferenceInputs(model, init, pairs), init=initial, pairs=made_pairs)
     align = add(
         AlignInputs(
             model=model,
@@ -166,24 +177,31 @@ def stages_of(point: Point) -> list[Stage]:
         ),
         init=initial,
         reference=reference,
+        pairs=made_pairs,
     )
 
-    judge = judge_inputs(point.judge)
     prompts = prompt_inputs(point)
-    server = None if point.server.name == "none" else (point.server.name, point.server.command or "")
     generation = select_fields(GenerationInputs, point.evaluation.generation, server=server)
     baseline = None
     if judge is not None and judge.baseline == "sft":
         # The baseline is the SFT model's whatever the point starts from: all points are compared with the same one.
-        inputs = GenerateInputs("baseline", model, "sft", prompts, generation, point.seed)
-        baseline = add(inputs, checkpoint=sft(1.0))
-    inputs = GenerateInputs("policy", model, init, prompts, generation, point.seed)
-    samples = add(inputs, checkpoint=align, reference=initial)
+        of_baseline = GenerateInputs("baseline", model, "sft", prompts, generation, point.seed)
+        baseline = add(of_baseline, checkpoint=sft(1.0))
+    of_policy = GenerateInputs("policy", model, init, prompts, generation, point.seed)
+    samples = add(of_policy, checkpoint=align, reference=initial)
     evaluate = select_fields(
         EvaluateInputs, point.evaluation, setup=point.setup.name, init=point.init.name, prompts=prompts, judge=judge
     )
     add(evaluate, align=align, samples=samples, baseline=baseline)
     return stages
+
+
+def _own_resources(inputs: StageInputs, point: Point) -> dict[str, Any]:
+    """Return the resources of a stage that differ from those of the point's other stages."""
+    if not isinstance(inputs, CandidatesInputs):
+        return {}
+    assert point.pairs.generation is not None
+    return {"sampling_batch_size": point.pairs.generation.batch_size}
 
 
 def sft_data(point: Point) -> DataInputs:
@@ -236,6 +254,26 @@ def prompt_inputs(point: Point) -> PromptInputs:
     file = point.evaluation.prompts_file
     path = None if file is None else ContentPath.of(file, "evaluation.prompts_file")
     return PromptInputs(pair_data(point).held_out, point.evaluation.num_prompts, path)
+
+
+def candidates_inputs(point: Point, model: ModelInputs, server: tuple[str, str] | None) -> CandidatesInputs:
+    """Return what samples of the SFT model for training prompts depend on: not how many pairs training reads."""
+    generation = select_fields(GenerationInputs, point.pairs.generation, server=server)
+    return CandidatesInputs(model, training_prompt_inputs(point), generation, point.seed)
+
+
+def training_prompt_inputs(point: Point) -> TrainingPromptInputs:
+    """Return what the prompts of on-policy pairs depend on."""
+    return TrainingPromptInputs(replace(pair_data(point), max_examples=None), point.pairs.num_prompts)
+
+
+def pairs_inputs(point: Point, candidates: CandidatesInputs) -> PairsInputs:
+    """Return what pairs of these candidates depend on. Raises ConfigError when the judge's model does not exist."""
+    pairs = point.pairs
+    assert pairs.judge is not None and pairs.selection is not None and pairs.margin is not None
+    model = ContentPath.of(pairs.model, "pairs.model") if "model" in JUDGES[pairs.judge] and pairs.model else None
+    judge = JudgeInputs(pairs.judge, None, model)
+    return PairsInputs(candidates.model, candidates.prompts, judge, pairs.selection, pairs.margin)
 
 
 def judge_inputs(judge: Judge) -> JudgeInputs | None:

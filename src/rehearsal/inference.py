@@ -53,8 +53,26 @@ def rehearse_reference(request: Request, mode: FakeCudaMode, layers: int | None,
             notes.supervised_tokens += sum(examples[i].num_supervised_tokens for i in indices)
 
 
+def rehearse_candidates(request: Request, mode: FakeCudaMode, layers: int | None, notes: Notes) -> None:
+    """Sample one batch, whose longest prompt and response are the request's."""
+    _rehearse_sampling(request, mode, layers, notes)
+
+
 def rehearse_generate(request: Request, mode: FakeCudaMode, layers: int | None, notes: Notes) -> None:
-    """Sample one batch, whose longest prompt and response are the request's; then score it under two models."""
+    """Sample one batch like `rehearse_candidates`; then score it under two models."""
+    model = _rehearse_sampling(request, mode, layers, notes)
+    numerics = numerics_of(model_inputs(request), resources_of(request))
+    initial = load_for_inference(request, mode, layers)
+    _note_model(notes, "reference_weights", initial)
+    examples = [Example((TOKEN,) * request.prompt_tokens, ((TOKEN,) * request.new_tokens,))] * request.rows
+    notes.supervised_tokens = sum(example.num_supervised_tokens for example in examples)
+    with mode.in_phase("score"):
+        for _ in iter_kl(model, initial, examples, request.max_tokens_per_micro_batch, numerics):
+            pass
+
+
+def _rehearse_sampling(request: Request, mode: FakeCudaMode, layers: int | None, notes: Notes) -> Any:
+    """Sample one batch and return the model."""
     model = load_for_inference(request, mode, layers)
     _note_model(notes, "weights", model)
     numerics = numerics_of(model_inputs(request), resources_of(request))
@@ -64,13 +82,7 @@ def rehearse_generate(request: Request, mode: FakeCudaMode, layers: int | None, 
         for _ in sample(model, template(), prompts, "0", generation, numerics, batch_size=request.rows):
             notes.tokens += request.new_tokens
     torch.cuda.empty_cache()
-    initial = load_for_inference(request, mode, layers)
-    _note_model(notes, "reference_weights", initial)
-    examples = [Example((TOKEN,) * request.prompt_tokens, ((TOKEN,) * request.new_tokens,))] * request.rows
-    notes.supervised_tokens = sum(example.num_supervised_tokens for example in examples)
-    with mode.in_phase("score"):
-        for _ in iter_kl(model, initial, examples, request.max_tokens_per_micro_batch, numerics):
-            pass
+    return model
 
 
 def _note_model(notes: Notes, name: str, model: Any) -> None:

@@ -21,7 +21,7 @@ from src.store.files import atomic_write
 from src.store.provenance import installed_version
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("sft", "reference", "align", "generate")
+STAGES = ("sft", "candidates", "reference", "align", "generate")
 TIMEOUT = 1800.0  # seconds; 128 pairs of a 3B model at whole depth take one minute
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "liger-kernel", "flash-attn")
 
@@ -31,14 +31,15 @@ class Request:
     """One stage on one rank. Lengths are in tokens; `stage` is one of STAGES.
 
     Of training an optimizer step of the first `batch_size` examples is reported, with the optimizer's state there; of
-    `reference` a pass over all examples; and of `generate` one batch: its samples, then their log-probs and KL under
-    two models. Before them comes a step, or a pass, of micro-batches of `longest`, of which only the peak counts.
+    `reference` a pass over all examples; of `candidates` one batch of samples; and of `generate` one batch, then its
+    log-probs and KL under two models. Before them comes a step, or a pass, of micro-batches of `longest`, of which only
+    the peak counts.
     """
 
     stage: str
     config: dict[str, Any]  # the model's config.json
     gpu: str  # a name of conf/gpus.yaml
-    # (prompt, response, ...) lengths of every example: two responses for pairs, one for SFT. Not for `generate`.
+    # (prompt, response, ...) lengths of every example: two responses for pairs, one for SFT. Not for sampling.
     examples: tuple[tuple[int, ...], ...] = ()
     longest: tuple[int, ...] = ()  # the same of the longest example that the limits allow; empty: that of `examples`
     # As engine, model and trainer have them.
@@ -52,7 +53,7 @@ class Request:
     max_tokens_per_micro_batch: int | None = None
     batch_size: int = 128
     method: str = "dpo"
-    # Of `generate`: prompts sampled together, the longest prompt, and the longest response.
+    # Of sampling: prompts sampled together, the longest prompt, and the longest response.
     rows: int = 64
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -100,7 +101,7 @@ class Result:
     # One line that names the operation and file:line; what was reached before it is in the other fields.
     error: str | None = None
     parameters: int = 0  # of the whole model
-    # What lasts: weights, gradients, optimizer_state; kv_cache of `generate`, reference_weights of its second model.
+    # What lasts: weights, gradients, optimizer_state; of sampling kv_cache, of `generate` reference_weights.
     held: dict[str, int] = field(default_factory=dict)
     peak_by_phase: dict[str, int] = field(default_factory=dict)  # load, budget, forward, backward, optimizer, ...
     peak: int = 0  # of steps with the optimizer's state; of scoring and sampling the highest of all
@@ -109,7 +110,7 @@ class Result:
     token_budget: int | None = None  # configured or found
     micro_batches: int = 0
     checkpointed_micro_batches: int = 0  # of these, computed with activation checkpointing
-    tokens: int = 0  # that the model reads; of `generate` those that it samples
+    tokens: int = 0  # that the model reads; of sampling those that it samples
     supervised_tokens: int = 0
     work: dict[str, Work] = field(default_factory=dict)  # products, attention, casts, elementwise, ... -> work
     seconds: float = 0.0  # of the device: the sum over `work`, with exchange only where nothing is computed meanwhile

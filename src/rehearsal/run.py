@@ -19,7 +19,7 @@ from src.rehearsal.depth import BudgetProbe, Probed, at_depth, peak_of
 from src.rehearsal.device import FakeCudaMode
 from src.rehearsal.fake_cuda import fake_cuda
 from src.rehearsal.fake_ranks import fake_ranks
-from src.rehearsal.inference import rehearse_generate, rehearse_reference
+from src.rehearsal.inference import rehearse_candidates, rehearse_generate, rehearse_reference
 from src.rehearsal.models import config_of, num_parameters
 from src.rehearsal.request import ROOT, Request, Result
 from src.rehearsal.substitutes import flash_attn_installed
@@ -28,6 +28,7 @@ from src.training import fsdp_engine, token_budget
 
 _REHEARSALS = {
     "sft": rehearse_training,
+    "candidates": rehearse_candidates,
     "align": rehearse_training,
     "reference": rehearse_reference,
     "generate": rehearse_generate,

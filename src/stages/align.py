@@ -26,6 +26,7 @@ from src.planning.identity import AlignInputs
 from src.planning.resources import Resources
 from src.scores import sequence_score
 from src.stages import reference
+from src.stages.pairs import training_examples
 from src.stages.shared_rows import Row, SharedRows
 from src.store.attempt import Attempt
 from src.store.files import write_json, write_jsonl
@@ -96,14 +97,14 @@ def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:
 
 def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     template = load_template(inputs.model)
-    data, validation = (
-        load_examples(inputs.data, inputs.model, split, template, attempt, resources.expected_rows)
-        for split in ("train", "validation")
-    )
+    data = training_examples(inputs, template, resources, upstream, attempt)
+    validation = load_examples(inputs.data, inputs.model, "validation", template, attempt, resources.expected_rows)
     leaks = check_held_out(
         inputs.data, data.examples, validation.examples, resources.min_validation_prompts, "training pairs"
     )
     references = reference.read(upstream["reference"]) if SCORES[inputs.score].needs_reference else {}
+    if references:
+        reference.check_pairs(upstream)
     # On the device from the start: a copy for every micro-batch would wait for the kernels before it.
     train_references = references["train"].to(device_of(resources.device)) if references else None
     loss_fn = make_loss_fn(inputs, train_references)

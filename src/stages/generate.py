@@ -19,7 +19,7 @@ from src.model.loading import load_for_inference, load_template, load_weights, n
 from src.model.logprobs import iter_kl
 from src.model.sampling import sample
 from src.planning.content import digest
-from src.planning.identity import GenerateInputs
+from src.planning.identity import CandidatesInputs, GenerateInputs
 from src.planning.resources import Resources
 from src.serving.model_server import sample_through, served_folder, serving
 from src.stages.shared_rows import Row, SharedRows
@@ -47,26 +47,17 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     template = load_template(inputs.model)
     prompts = [entry.prompt for entry in read_prompts(inputs.prompts, resources.expected_rows)]
     several = inputs.generation.samples_per_prompt
-    rows = [row for row in _prompt_ids(inputs, template, prompts, attempt) for _ in range(several)]
+    rows = prompts_to_answer(inputs, template, prompts, attempt)
     prompt_ids = [ids for _, ids in rows]
     # Policy and baseline have different seeds, so that their samples are independent; all policies of a grid have the
     # same, so that points are compared on common random numbers.
     seed = f"{inputs.seed}/{inputs.generation.seed}/{inputs.role}"
-
-    def load(checkpoint: str) -> Any:
-        return load_for_inference(inputs.model, resources, upstream.get(checkpoint), upstream.get("reference"))
-
     count = len(rows)
-    release_accelerator()  # of what earlier stages of this process held: the cache of keys and values needs it
-    model = load("checkpoint") if inputs.generation.server is None else None
-    sampled = model or _whole_model(inputs, resources, upstream, template, attempt)
-    responses = _sample(inputs, resources, sampled, template, prompt_ids, seed, attempt)
-    if attempt.is_main_process:
-        remove(attempt.checkpoints / MERGED)  # a whole model that no process needs any more
-    release_accelerator()  # of that cache: scoring needs the memory for a second model
+    responses, model = sample_responses(inputs, resources, upstream, template, prompt_ids, seed, 2 * count, attempt)
     with attempt.loading():
-        model = model or load("checkpoint")  # after the server has released the accelerator
-        initial = load("reference") if inputs.role == "policy" else model  # a baseline is its own reference
+        # After the server has released the accelerator. A baseline is its own reference.
+        model = model or _load(inputs, resources, upstream, "checkpoint")
+        initial = _load(inputs, resources, upstream, "reference") if inputs.role == "policy" else model
     examples = [Example(tuple(prompt_ids[i]), (tuple(responses[i]["ids"]),)) for i in range(count)]
     scores = _scores(inputs, resources, model, initial, examples, attempt)
     if not attempt.is_main_process:
@@ -86,10 +77,43 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
     write_jsonl(attempt.out / SAMPLES_FILE, samples)
 
 
-def _prompt_ids(
-    inputs: GenerateInputs, template: Template, prompts: list[Prompt], attempt: Attempt
+def sample_responses(
+    inputs: GenerateInputs | CandidatesInputs,
+    resources: Resources,
+    upstream: dict[str, Path],
+    template: Template,
+    prompt_ids: list[list[int]],
+    seed: str,
+    total: int,
+    attempt: Attempt,
+) -> tuple[dict[int, Row], Any]:
+    """Return a row for each of `prompt_ids`, the `ids` of its response and whether it `finished`.
+
+    And the model, if it was loaded. total: of the stage's steps, of which each response is one.
+    """
+    release_accelerator()  # of what earlier stages of this process held: the cache of keys and values needs it
+    model = _load(inputs, resources, upstream, "checkpoint") if inputs.generation.server is None else None
+    sampled = model or _whole_model(inputs, resources, upstream, template, attempt)
+    responses = _sample(inputs, resources, sampled, template, prompt_ids, seed, total, attempt)
+    if attempt.is_main_process:
+        remove(attempt.checkpoints / MERGED)  # a whole model that no process needs any more
+    release_accelerator()  # of that cache: scoring needs the memory for a second model
+    return responses, model
+
+
+def _load(
+    inputs: GenerateInputs | CandidatesInputs, resources: Resources, upstream: dict[str, Path], checkpoint: str
+) -> Any:
+    return load_for_inference(inputs.model, resources, upstream.get(checkpoint), upstream.get("reference"))
+
+
+def prompts_to_answer(
+    inputs: GenerateInputs | CandidatesInputs, template: Template, prompts: list[Prompt], attempt: Attempt
 ) -> list[tuple[int, list[int]]]:
-    """Return (number of the prompt, its ids) for every prompt that can be answered; warn of those that are changed."""
+    """Return (number of the prompt, its ids) of every prompt that can be answered; warn of those that are changed.
+
+    Each stands there samples_per_prompt times in succession.
+    """
     numbered = [(i, template.prompt_ids(p)) for i, p in enumerate(prompts)]
     limit = inputs.prompts.data.max_prompt_tokens
     # Without any token, not even a begin token, there is no position that predicts the first response token.
@@ -99,11 +123,15 @@ def _prompt_ids(
     longer = sum(len(ids) > limit for _, ids in numbered)
     if attempt.is_main_process and longer:
         log.warning("%s: %d of %d prompts are cut to their last %d tokens", attempt.label, longer, len(prompts), limit)
-    return rows
+    return [row for row in rows for _ in range(inputs.generation.samples_per_prompt)]
 
 
 def _whole_model(
-    inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path], template: Template, attempt: Attempt
+    inputs: GenerateInputs | CandidatesInputs,
+    resources: Resources,
+    upstream: dict[str, Path],
+    template: Template,
+    attempt: Attempt,
 ) -> Path:
     """Return the folder of the checkpoint for a server: that of adapters as a model they are merged into.
 
@@ -121,20 +149,18 @@ def _whole_model(
 
 
 def _sample(
-    inputs: GenerateInputs,
+    inputs: GenerateInputs | CandidatesInputs,
     resources: Resources,
     model: Any,
     template: Template,
     prompt_ids: list[list[int]],
     seed: str,
+    total: int,
     attempt: Attempt,
 ) -> dict[int, Row]:
-    """Return a row for each of `prompt_ids`: the `ids` of its response, and whether it `finished`.
-
-    model: a checkpoint's folder with a server.
-    """
+    """Return the responses as `sample_responses` does. model: a checkpoint's folder with a server."""
     started, count = time.perf_counter(), len(prompt_ids)
-    rows = SharedRows(attempt, RESPONSES, lambda done: attempt.step(done, 2 * count))
+    rows = SharedRows(attempt, RESPONSES, lambda done: attempt.step(done, total))
     if rows.known and attempt.is_main_process:
         log.info("%s: %d of %d responses were sampled before", attempt.label, len(rows.known), count)
     generation, numerics = inputs.generation, numerics_of(inputs.model, resources)
@@ -155,7 +181,7 @@ def _sample(
 
 
 def _sample_by_server(
-    inputs: GenerateInputs,
+    inputs: GenerateInputs | CandidatesInputs,
     resources: Resources,
     checkpoint: Path,
     template: Template,

@@ -43,6 +43,7 @@ SAMPLES_FILE = "samples.jsonl"  # of a generate stage
 METRICS_FILE = "metrics.jsonl"  # of a stage that trains: one object per optimizer step; trackers are fed from it
 CHECKPOINT_FILE = "trainer.json"  # of a checkpoint: step, digests of its files, what the save took
 CHECKPOINTS = NumberedNames("step-", 8)  # of a stage that trains, by the step they were saved before
+SHARED_ROLES = ("sft", "candidates", "pairs", "reference", "baseline")  # of stages that points share, upstream first
 RESULT_SCHEMA = 2  # of result.json and quality.json
 # The small files of a stage, which suffice to aggregate without the store.
 SMALL_FILES = (
@@ -216,12 +217,12 @@ class Store:
         return Attempt(out, checkpoints, lease, report, *names, self.output_dir, packages=stage.packages)
 
     def forget_other_upstream(self, stage: Stage) -> None:
-        """Delete what an earlier attempt has left to resume from when it came of other weights or log-probs.
+        """Delete what an earlier attempt has left to resume from when it came of other weights, log-probs or pairs.
 
         Those of a stage upstream that is computed again, on a GPU, need not have the same bits. Call it before the
         stage is computed, under its lease.
         """
-        upstream = {role: self._tensor_digests(up) for role, up in stage.upstream.items()}
+        upstream = {role: self._array_digests(up) for role, up in stage.upstream.items()}
         file, checkpoints = self.work(stage) / "upstream.json", self.work(stage) / "checkpoints"
         try:
             known = read_checksummed_json(file)["upstream"]
@@ -234,9 +235,9 @@ class Store:
                 checkpoints.mkdir()
             write_json(file, with_checksum({"upstream": upstream}))
 
-    def _tensor_digests(self, stage: Stage) -> dict[str, Any]:
+    def _array_digests(self, stage: Stage) -> dict[str, Any]:
         files = read_checksummed_json(self.dir(stage) / DONE)["files"]
-        return {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+        return {name: digest for name, digest in files.items() if name.endswith((".safetensors", ".arrow"))}
 
     def join_attempt(self, stage: Stage, out: Path) -> Attempt:
         """Return rank 0's attempt as the other ranks see it."""

@@ -13,7 +13,15 @@ from src.store.files import read_checksummed_json
 from src.store.integrity import DONE
 from src.store.store import StageName, Store
 
-KINDS = ("sft", "reference", "align", "generate", "evaluate")  # of stages, in the order of tables
+KINDS = (
+    "sft",
+    "candidates",
+    "pairs",
+    "reference",
+    "align",
+    "generate",
+    "evaluate",
+)  # of stages, in the order of tables
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which runs trackers show: one per point, and one per stage that points share (sft, reference, baseline).
+"""Which runs trackers show: one per point, and one per stage that points share.
 
 They are listed by sweep.json or, for a single run, by a file of the same form below OUTPUT_DIR/tracking.
 """
@@ -18,11 +18,10 @@ from src.config.schema import Tracking
 from src.errors import ConfigError, DamagedFile, one_line, warn
 from src.planning.plan import Plan
 from src.store.files import read_json, write_json
-from src.store.store import METRICS_FILE, RUN_CONFIG_FILE, STAGE_FILE, StageName, Store
+from src.store.store import METRICS_FILE, RUN_CONFIG_FILE, SHARED_ROLES, STAGE_FILE, StageName, Store
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sink import RunMetadata
 
-SHARED_ROLES = ("sft", "reference", "baseline")
 _LISTED = ("setup", "label", "identity", "stages")  # of each point of a list
 SINGLE_RUNS = Path("tracking", "runs")  # in an output_dir: RESULT.json of each run that no sweep started
 

@@ -11,11 +11,11 @@ from src.errors import ConfigError, StageError
 from src.progress import RunProgress
 from src.store.store import DONE, Store
 from src.store.sweep_folder import SweepFolder
+from src.store.usage import KINDS
 from src.tracking.sync import SWEEP_JOB_TYPE
 from src.tracking.wandb_login import logged_in
 
 SCHEME = "wandb://"
-STAGE_KINDS = ("sft", "reference", "align", "generate", "evaluate")  # other files of a run are W&B's own
 
 
 def fetch(address: str, output_dir: Path | None = None) -> Path:
@@ -67,5 +67,5 @@ def _download_stages(run: Any, store: Store) -> None:
     done = {folder for folder in parents if (store.root / folder / DONE).exists()}
     for file in files:
         kind = file.name.partition("/")[0]
-        if kind in STAGE_KINDS and ".." not in file.name and Path(file.name).parent not in done:
+        if kind in KINDS and ".." not in file.name and Path(file.name).parent not in done:
             file.download(root=str(store.root), replace=True)

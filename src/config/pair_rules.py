@@ -1,0 +1,62 @@
+"""The rules of `pairs`: what on-policy pairs need, and which other settings they exclude. No torch."""
+
+from __future__ import annotations
+
+from src.config.judge_rules import JUDGES, SCORING_JUDGES
+from src.config.schema import Point
+from src.errors import ConfigError
+
+
+def check_pairs(point: Point) -> None:
+    """Raise ConfigError when `pairs` does not fit its own fields, the dataset or what alignment starts from."""
+    pairs = point.pairs
+    is_on_policy = pairs.name == "onpolicy"
+    for name, value in vars(pairs).items():
+        if value is not None and name != "name" and not is_on_policy:
+            raise ConfigError(f"pairs.{name}: pairs=dataset has no such field; choose pairs=onpolicy")
+        if value is None and is_on_policy and name not in ("num_prompts", "model"):
+            raise ConfigError(f"pairs.{name} has no value: add pairs.{name}=VALUE")
+    if not is_on_policy:
+        return
+    if point.init.name == "base" or point.dataset.sft_fraction == 0:
+        key = "init=base" if point.init.name == "base" else "dataset.sft_fraction=0"
+        remedy = "init=sft" if point.init.name == "base" else "a larger fraction"
+        raise ConfigError(
+            f"pairs=onpolicy: the responses are samples of the SFT model, and with {key} there is none; use {remedy}, "
+            "or pairs=dataset"
+        )
+    _check_scoring(point)
+    generation = pairs.generation
+    assert generation is not None
+    if generation.samples_per_prompt < 2:
+        raise ConfigError(
+            f"pairs.generation.samples_per_prompt={generation.samples_per_prompt}: a pair needs two responses to a "
+            "prompt; use at least 2"
+        )
+    if generation.temperature == 0 or generation.top_k == 1:
+        key = "temperature=0" if generation.temperature == 0 else "top_k=1"
+        raise ConfigError(
+            f"pairs.generation.{key}: makes all samples of a prompt the same, of which there is no pair; use a "
+            f"{'temperature above 0' if generation.temperature == 0 else 'top_k above 1, or 0 for all tokens'}"
+        )
+
+
+def _check_scoring(point: Point) -> None:
+    """Refuse a judge that gives no numbers, or lacks what it needs for them."""
+    pairs = point.pairs
+    if pairs.judge not in SCORING_JUDGES:
+        raise ConfigError(
+            f"pairs.judge={pairs.judge}: gives a response no number, by which pairs are made; add pairs.judge=gold "
+            "(dataset=mini_tldr), or pairs.judge=reward_model pairs.model=NAME"
+        )
+    if pairs.judge == "gold" and point.dataset.source != "mini_tldr":
+        raise ConfigError(
+            "pairs.judge=gold works only with dataset=mini_tldr (it needs the generated ground truth); use "
+            "pairs.judge=reward_model pairs.model=NAME"
+        )
+    is_other_judges = pairs.judge != point.judge.name and pairs.model == point.judge.model  # its default value
+    model = None if is_other_judges else pairs.model
+    if "model" in JUDGES[pairs.judge] and model is None:
+        raise ConfigError(f"pairs.model is not set: pairs.judge={pairs.judge} needs pairs.model=NAME")
+    if "model" not in JUDGES[pairs.judge] and model is not None:
+        raise ConfigError(f"pairs.model: pairs.judge={pairs.judge} has no such field; remove the override")
