@@ -24,6 +24,8 @@ NOT_HASHED = {
     "model.name": "a display name; the weights behind model.path are hashed",
     "model.revision": "hashed for a model of the hub; a local folder is hashed by content",
     "model.attention": "kernels that compute the same attention, to rounding",
+    "pairs.name": "hashed as the stage that pairs come from; tested by name below",
+    "pairs.generation.batch_size": "a sample depends on its prompt and seed, not on its batch",
     "dataset.name": "a display name; source, files and tables are hashed",
     "dataset.sft.rows": "expected table sizes, compared with the real ones",
     "dataset.sft.tokens": "for cost estimates",
@@ -68,6 +70,7 @@ CONFIGS = [
     (),
     ("setup=llama32_3b_tldr", "judge=tldr", "evaluation.metric=win_rate", "model.lora.rank=8"),
     *((f"method={name}",) for name in ("simpo", "robust_dpo", "exo_pair", "discopop", "dpop", "r_dpo", "alphapo")),
+    ("pairs=onpolicy", "pairs.judge=reward_model", "pairs.model=org/rewards"),
     ("method=cal_dpo", "init=base", "beta=0.1", "lr=1e-3"),
     ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt_file={prompt_file}"),
 ]
@@ -159,7 +162,7 @@ def test_every_listed_key_exists_and_changes_no_identity(points, other_file):
     for listed in NOT_HASHED:
         keys_listed = [k for k in schema if k == listed or (listed.endswith(".") and k.startswith(listed))]
         assert keys_listed, f"NOT_HASHED has {listed}, which is no key of the schema"
-        by_content = {"init.name", "method.name", "model.revision"}
+        by_content = {"init.name", "method.name", "model.revision", "pairs.name"}
         for key in keys_listed:
             if listed not in by_content and key != "sweep.variant":
                 assert not hashed(key, points, other_file), f"{key} changes an identity: remove it from NOT_HASHED"
@@ -167,7 +170,11 @@ def test_every_listed_key_exists_and_changes_no_identity(points, other_file):
 
 def test_choices_that_are_hashed_under_another_name_change_identities(points):
     default = identities(points[0])
-    for overrides in (["init=base", "beta=0.1", "lr=1e-3"], ["method=ipo", "beta=0.1", "lr=1e-3"]):
+    for overrides in (
+        ["init=base", "beta=0.1", "lr=1e-3"],
+        ["method=ipo", "beta=0.1", "lr=1e-3"],
+        ["pairs=onpolicy"],
+    ):
         assert identities(build_point(composed(*overrides))) != default
     hub = points[1]
     pinned = with_value(hub, "model.revision", "abc")
@@ -177,4 +184,9 @@ def test_choices_that_are_hashed_under_another_name_change_identities(points):
 def test_every_key_of_a_composed_point_is_one_of_the_schema(points):
     schema = set(keys())
     for point in points:
-        assert {key for key, *_ in typed_leaves(point)} <= schema | {"setup.best", "dataset.sft", "dataset.preference"}
+        assert {key for key, *_ in typed_leaves(point)} <= schema | {
+            "setup.best",
+            "dataset.sft",
+            "dataset.preference",
+            "pairs.generation",
+        }

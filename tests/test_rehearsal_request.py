@@ -65,7 +65,7 @@ def test_the_identity_changes_with_the_request_and_with_nothing_else():
 
 
 def test_a_stage_that_is_not_rehearsed_and_a_single_depth_are_refused():
-    with pytest.raises(ConfigError, match="stage=evaluate: must be one of sft, reference, align, generate"):
+    with pytest.raises(ConfigError, match="stage=evaluate: must be one of sft, candidates, reference, align, generate"):
         Request("evaluate", TINY, "h100")
     with pytest.raises(ConfigError, match="two depths"):
         Request("align", TINY, "h100", layers=(2,))

@@ -25,7 +25,7 @@ from src.store.usage import Usage, usage_of
 
 _KINDS = ("sft", "candidates", "reference", "align", "generate")  # of stages that a model computes
 MEASURED = "measured"
-_HEADER = "stage     to run     tokens  accelerator-hours  waiting  a point  source"
+_HEADER = "stage      to run     tokens  accelerator-hours  waiting  a point  source"
 _ASSUMED = f"weights are read at {READ_RATE / 1e9:g} GB/s and published at {WRITE_RATE / 1e9:g}"
 RECENT_STAGES = 50  # newest finished stages of a kind that sizes and speeds are taken from
 
@@ -138,7 +138,7 @@ class Cost:
 
         def row(kind: str, count: str, tokens: str, hours: float, waiting: float, source: str = "") -> str:
             numbers = (_format_hours(value) for value in (hours, waiting, hours / num_points))
-            return "{:9} {:>6} {:>10} {:>18} {:>8} {:>8}  {}".format(kind, count, tokens, *numbers, source).rstrip()
+            return "{:10} {:>6} {:>10} {:>18} {:>8} {:>8}  {}".format(kind, count, tokens, *numbers, source).rstrip()
 
         for kind, e in self.estimates.items():
             lines.append(row(kind, str(e.num_stages), number_text(e.tokens), e.hours, e.waiting, e.source))

@@ -24,8 +24,8 @@ _CERTAIN_FRACTION = 0.5  # of a card; what arithmetic puts below it fits, and a 
 _SECONDS = 15  # of one core that a rehearsal takes, about
 
 _HEADER = (
-    "stage     processes  weights  gradients  optimizer  KV cache  MB a token  micro-batch  recomputed   peak  s a step"
-    "  source"
+    "stage      processes  weights  gradients  optimizer  KV cache  MB a token  micro-batch  recomputed   peak  "
+    "s a step  source"
 )
 _LASTING = "weights", "gradients", "optimizer_state", "kv_cache"
 REHEARSED, ARITHMETIC = "rehearsed", "arithmetic"  # where numbers come from
@@ -179,7 +179,7 @@ class Forecast:
         step = f"{max(result.seconds, result.host_seconds):.3g}" if result is not None and result.seconds else "-"
         activations = f"{per_token / 1e6:.3g}" if load.stage.is_training else "-"
         return (
-            f"{load.stage.kind:9} {load.ranks:9}  {weights:>7}  {gradients:>9}  {state:>9}  "
+            f"{load.stage.kind:10} {load.ranks:9}  {weights:>7}  {gradients:>9}  {state:>9}  "
             f"{cache:>8}  {activations:>10}  {micro_batch:>11}  {recomputed:>10}  {peak:>5}  {step:>8}  "
             f"{ARITHMETIC if result is None else REHEARSED}"
         )

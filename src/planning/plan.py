@@ -87,8 +87,8 @@ class Plan:
         lines.append("")
         lines += [f"{damage}; to be computed again" for damage in self.damaged.values()]
         lines.append(f"{len(self.points)} points: {finished} done, {len(self.points) - finished} to do")
-        lines.append("stage      to do  done or not needed")
-        lines += [f"{role:9} {todo[role]:6} {total - todo[role]:6}" for role, total in roles.items()]
+        lines.append("stage       to do  done or not needed")
+        lines += [f"{role:10} {todo[role]:6} {total - todo[role]:6}" for role, total in roles.items()]
         return "\n".join(lines)
 
 

@@ -1,0 +1,303 @@
+"""On-policy pairs: one sampling and one scoring stage for a grid, and what they make of scores."""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import save_file
+
+from launchers.slurm.graph import job_arrays
+from src.config.schema import Pairs
+from src.data.mini_tldr import gold_score
+from src.data.sources import open_source
+from src.data.training_prompts import training_prompts
+from src.errors import ConfigError, StageError
+from src.judges.answers import Answers
+from src.planning.plan import make_plan
+from src.planning.stage import stages_of
+from src.stages import candidates, pairs, reference
+from src.stages.runner import compute_or_wait
+from src.stages.shared_rows import SharedRows
+from src.store.files import read_json, read_jsonl
+from src.store.store import Store
+from tests.support.artifacts import results
+from tests.support.configs import TINY, identities, point
+from tests.support.ranks import on_ranks
+from tests.support.small_models import write_reward_model
+
+ON_POLICY = [
+    *(*TINY, "pairs=onpolicy", "pairs.num_samples=3", "dataset.train_size=24", "engine.cpu_threads=1"),
+    *("evaluation.generation.max_new_tokens=16", "pairs.generation.batch_size=8", "beta=0.1"),
+]
+MADE = ("candidates", "pairs", "reference")
+METHODS = ("dpo", "ipo", "simpo", "orpo", "asft", "apo_zero", "nca", "cal_dpo")
+
+
+@pytest.fixture(scope="module")
+def points():
+    """Return 8 methods x 3 betas with on-policy pairs."""
+    of_methods = [point(f"method={method}", "beta=1", "pairs=onpolicy") for method in METHODS]
+    return [replace(p, beta=beta) for p in of_methods for beta in (0.01, 0.1, 1.0)]
+
+
+def test_a_grid_has_one_sampling_and_one_scoring_stage(points, tmp_path):
+    plan = make_plan(points, Store(tmp_path))
+    roles = Counter(stage.role for stage in plan.stages.values())
+    assert roles == Counter(sft=1, candidates=1, pairs=1, reference=1, baseline=1, align=24, generate=24, evaluate=24)
+    of_dataset = make_plan([replace(p, pairs=Pairs(name="dataset")) for p in points], Store(tmp_path))
+    assert roles - Counter(stage.role for stage in of_dataset.stages.values()) == Counter(candidates=1, pairs=1)
+    assert re.search(r"^candidates +1 +0$", plan.text(), re.M) and re.search(r"^pairs +1 +0$", plan.text(), re.M)
+
+
+def test_jobs_sample_after_sft_and_before_the_reference(points, tmp_path):
+    plan = make_plan(points[:2], Store(tmp_path))
+    waits_for = {
+        array.kind: {plan.stages[identity].role for identity in array.upstream}
+        for array in job_arrays(plan, (), (), max_array_size=1000)
+    }
+    assert list(waits_for) == ["sft", "candidates", "pairs", "reference", "baseline", "align"]
+    assert waits_for["candidates"] == {"sft"} == waits_for["baseline"] and waits_for["pairs"] == {"candidates"}
+    assert waits_for["reference"] == {"sft", "pairs"} and waits_for["align"] >= {"reference", "pairs"}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("pairs.generation.temperature=1", {"candidates", "pairs"}),
+        ("pairs.num_samples=4", {"candidates", "pairs"}),
+        ("pairs.margin=0.5", {"pairs"}),
+        ("pairs.selection=all", {"pairs"}),
+        ("trainer.sft.lr=2e-3", {"sft", "baseline", "candidates", "pairs"}),
+        ("trainer.align.max_steps=10", set()),
+        ("pairs.generation.batch_size=1", None),
+        ("engine=single", None),
+    ],
+)
+def test_a_change_reaches_the_stages_that_depend_on_it(override, changed):
+    before, after = identities("pairs=onpolicy"), identities("pairs=onpolicy", override)
+    differ = {role for role in before if before[role] != after[role]}
+    if changed is None:
+        assert not differ
+    else:
+        downstream = {"reference"} if changed else set()
+        assert differ == changed | downstream | {"align", "generate", "evaluate"}
+
+
+def test_points_that_train_on_the_dataset_do_not_depend_on_these_settings():
+    for role in ("sft", "baseline"):
+        assert identities()[role] == identities("pairs=onpolicy")[role]
+    assert "pairs" not in identities() and "candidates" not in identities()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pairs.num_samples=1"], r"pairs.num_samples=1: must be >= 2"),
+        (["pairs.num_samples=null"], r"pairs.num_samples has no value: add pairs.num_samples=VALUE"),
+        (["init=base", "lr=1e-3"], r"with init=base there is none; use init=sft"),
+        (["dataset.sft_fraction=0"], r"with dataset.sft_fraction=0 there is none; use a larger fraction"),
+        (["pairs.generation.temperature=0"], r"pairs.generation.temperature=0: makes all samples of a prompt the same"),
+        (["pairs.generation.top_k=1"], r"pairs.generation.top_k=1: makes all samples of a prompt the same"),
+        (["judge=tldr"], r"pairs.judge=tldr: gives a response no number, .* add pairs.judge=gold"),
+        (["judge=none", "evaluation=preference"], r"pairs.judge=none: gives a response no number"),
+        (["judge=tldr", "pairs.judge=reward_model"], r"pairs.model is not set: pairs.judge=reward_model needs"),
+        (["pairs.model=org/rewards"], r"pairs.model: pairs.judge=gold has no such field"),
+        (["setup=smollm2_jsonl", "pairs.judge=gold", "dataset.path=README.md"], r"works only with dataset=mini_tldr"),
+        (["pairs=dataset", "pairs.margin=1"], r"pairs.margin: pairs=dataset has no such field; choose pairs=onpolicy"),
+    ],
+)
+def test_what_makes_no_pairs_is_refused_before_anything_runs(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        point("pairs=onpolicy", "beta=0.1", *overrides)
+
+
+def test_a_judge_that_compares_may_evaluate_what_another_has_scored():
+    scored = point("pairs=onpolicy", "judge=tldr", "pairs.judge=gold")
+    assert (scored.judge.name, scored.pairs.judge) == ("tldr", "gold")
+
+
+@pytest.mark.parametrize("selection", ["best_worst", "all"])
+def test_pairs_are_those_whose_scores_differ_by_more_than_the_margin(selection):
+    scores = [1.0, 3.0, 3.0, 2.5, 0.5, 0.5]
+    for margin in (0.0, 0.5, 2.0, 2.5):
+        selected = pairs.select_pairs(scores, selection, margin)
+        expected = [(a, b) for a in range(6) for b in range(6) if scores[a] - scores[b] > margin]
+        assert set(selected) == ({(1, 4)} & set(expected) if selection == "best_worst" else set(expected))
+        assert len(selected) == len(set(selected))
+    assert pairs.select_pairs([2.0, 2.0], selection, 0.0) == [] and pairs.why_no_pair([2.0, 2.0]) == "all scores equal"
+    assert pairs.why_no_pair([2.0, 1.0]) != "all scores equal"
+
+
+def test_prompts_are_those_of_the_training_pairs_each_once_and_fewer_are_a_subset():
+    stage = next(s for s in stages_of(point(*ON_POLICY)) if s.kind == "candidates")
+    prompts = training_prompts(stage.inputs.prompts)
+    assert [p.key for p in prompts] == [
+        pair.prompt.key for pair in open_source(stage.inputs.prompts.data).pairs("train")
+    ]
+    fewer, more, too_many = (
+        next(s for s in stages_of(point(*ON_POLICY, f"pairs.num_prompts={n}")) if s.kind == "candidates").inputs.prompts
+        for n in (5, 12, 25)
+    )
+    keys = [{p.key for p in training_prompts(inputs)} for inputs in (fewer, more)]
+    assert list(map(len, keys)) == [5, 12] and keys[0] < keys[1]
+    with pytest.raises(
+        ConfigError, match=r"pairs.num_prompts=25: .* have 24 prompts; give at most pairs.num_prompts=24"
+    ):
+        training_prompts(too_many)
+
+
+def stages_in(folder, *overrides):
+    return stages_of(point(*ON_POLICY, "method=dpo", f"output_dir={folder}", *overrides))
+
+
+def compute(stages, folder, kinds):
+    """Compute stages of these kinds, on every rank; return how many rows and rewards this rank has computed."""
+    counts, save, add_all = Counter(), SharedRows.save, Answers.add_all
+
+    def counted_save(self, rows):
+        counts["rows"] += len(rows)
+        save(self, rows)
+
+    def counted_add(self, answers):
+        counts["rewards"] += len(answers)
+        add_all(self, answers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedRows, "save", counted_save)
+        patch.setattr(Answers, "add_all", counted_add)
+        for stage in stages:
+            if stage.kind in kinds:
+                compute_or_wait(stage, Store(folder))
+    return counts
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory):
+    return ["pairs.judge=reward_model", f"pairs.model={write_reward_model(tmp_path_factory.mktemp('reward'))}"]
+
+
+@pytest.fixture(scope="module")
+def alone(rewards, tmp_path_factory):
+    """Return an output_dir where one process has made pairs by gold scores and trained on them, and some by rewards."""
+    folder = tmp_path_factory.mktemp("alone")
+    on_ranks(1, "none", compute, stages_in(folder), folder, ("sft", *MADE, "align"))
+    on_ranks(1, "none", compute, stages_in(folder, *rewards), folder, MADE)
+    return folder
+
+
+def copied(alone, folder):
+    """Return a store with the SFT model alone."""
+    shutil.copytree(alone / "store" / "sft", folder / "store" / "sft")
+    return folder
+
+
+def folder_of(stages, kind, folder):
+    return Store(folder).dir(next(stage for stage in stages if stage.kind == kind))
+
+
+def test_pairs_are_the_sampled_tokens_of_the_best_and_the_worst_response(alone):
+    stages = stages_in(alone)
+    stage = next(stage for stage in stages if stage.kind == "pairs")
+    prompts, folder = training_prompts(stage.inputs.prompts), folder_of(stages, "pairs", alone)
+    expected, dropped = [], 0
+    for row in candidates.read(folder_of(stages, "candidates", alone)):
+        facts, responses = prompts[row["index"]].facts, row["responses"]
+        scores = [round(gold_score(facts, r["text"], r["finished"]), 6) for r in responses]
+        best, worst = scores.index(max(scores)), scores.index(min(scores))
+        if max(scores) == min(scores):
+            dropped += 1
+        else:
+            expected.append((tuple(row["prompt"]), (tuple(responses[best]["ids"]), tuple(responses[worst]["ids"]))))
+    examples = pairs.training_examples(stage.inputs, None, None, {"pairs": folder}, None).examples
+    assert [(e.prompt, e.responses) for e in examples] == expected and 0 < dropped < 24
+    counts = read_json(folder / "data.json")
+    assert counts == {"prompts": 24, "pairs": 24 - dropped, "dropped": {"all scores equal": dropped}}
+    for line in read_jsonl(folder / "pairs.jsonl"):
+        assert line["chosen_score"] > line["rejected_score"] and line["chosen"] != line["rejected"]
+    trained = read_json(folder_of(stages, "align", alone) / "data.json")
+    assert trained["pairs"] == 24 - dropped and trained["dropped"]["train"] == {"all scores equal": dropped}
+
+
+def test_the_texts_are_a_file_that_a_dataset_of_json_lines_reads(alone):
+    file = folder_of(stages_in(alone), "pairs", alone) / "pairs.jsonl"
+    data = stages_of(point("setup=smollm2_jsonl", "model=mini", f"dataset.path={file}", "beta=0.1"))[0].resources.pairs
+    lines = list(read_jsonl(file))
+    read = [*open_source(data).pairs("train"), *open_source(data).pairs("validation")]
+    assert {(p.chosen, p.rejected) for p in read} == {(line["chosen"], line["rejected"]) for line in lines}
+
+
+@pytest.mark.parametrize("scored_by", ["gold", "rewards"])
+def test_samples_pairs_and_log_probs_of_two_ranks_are_those_of_one_process(scored_by, alone, rewards, tmp_path):
+    overrides = rewards if scored_by == "rewards" else []
+    folder, stages = copied(alone, tmp_path), stages_in(tmp_path, *overrides)
+    counts = on_ranks(2, "ddp", compute, stages, folder, MADE)
+    assert all(count["rows"] > 0 for count in counts), "every rank has a share"
+    assert sum(count["rewards"] for count in counts) == (
+        0 if scored_by == "gold" else len(distinct_texts(stages, folder))
+    )
+    made = {name: content for name, content in results(folder).items() if not name.startswith("sft/")}
+    assert made.items() <= results(alone).items() and {name.partition("/")[0] for name in made} == set(MADE)
+
+
+def distinct_texts(stages, folder):
+    rows = candidates.read(folder_of(stages, "candidates", folder))
+    return {(row["index"], response["text"]) for row in rows for response in row["responses"]}
+
+
+def killed_in(method, folder, stages, kinds):
+    """Compute in a process that is killed when it has called a method, such as SharedRows.save, for the second time."""
+    owner, name = method
+    whole = getattr(owner, name)
+    calls = []
+
+    def dies(self, rows):
+        whole(self, rows)
+        calls.append(rows)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run():
+        setattr(owner, name, dies)
+        compute_all(stages, folder, kinds)
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def compute_all(stages, folder, kinds):
+    for stage in stages:
+        if stage.kind in kinds:
+            compute_or_wait(stage, Store(folder))
+
+
+def test_a_kill_while_sampling_or_scoring_costs_no_row_that_was_written(alone, rewards, tmp_path):
+    folder, stages = copied(alone, tmp_path), stages_in(tmp_path, *rewards)
+    (calm,) = on_ranks(1, "none", compute, stages, copied(alone, tmp_path / "calm"), MADE)
+    killed_in((SharedRows, "save"), folder, stages, ["candidates"])
+    (sampled,) = on_ranks(1, "none", compute, stages, folder, ["candidates"])
+    assert 0 < sampled["rows"] < 24 * 3
+    killed_in((Answers, "add_all"), folder, stages, ["pairs"])
+    assert not (folder / "store" / "pairs").exists() or not list((folder / "store" / "pairs").glob("*/DONE"))
+    (scored,) = on_ranks(1, "none", compute, stages, folder, ["pairs", "reference"])
+    assert 0 < scored["rewards"] == calm["rewards"] - 2 * 16
+    assert results(folder).items() <= results(alone).items()
+
+
+def test_log_probs_of_other_pairs_are_refused(alone, tmp_path):
+    stages = stages_in(alone)
+    upstream = {role: folder_of(stages, role, alone) for role in ("reference", "pairs")}
+    reference.check_pairs(upstream)
+    other = tmp_path / "reference"
+    shutil.copytree(upstream["reference"], other)
+    save_file(reference.read(other), other / reference.FILE, {"pairs": "those of another attempt"})
+    with pytest.raises(StageError, match=r"log-probs of other pairs than those in .* delete the former"):
+        reference.check_pairs(upstream | {"reference": other})
+    with pytest.raises(StageError, match="log-probs of other pairs"):
+        reference.check_pairs({"reference": other})
