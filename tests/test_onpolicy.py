@@ -31,7 +31,13 @@ from tests.support.ranks import on_ranks
 from tests.support.small_models import write_reward_model
 
 ON_POLICY = [
-    *(*TINY, "pairs=onpolicy", "pairs.num_samples=3", "dataset.train_size=24", "engine.cpu_threads=1"),
+    *(
+        *TINY,
+        "pairs=onpolicy",
+        "pairs.generation.samples_per_prompt=3",
+        "dataset.train_size=24",
+        "engine.cpu_threads=1",
+    ),
     *("evaluation.generation.max_new_tokens=16", "pairs.generation.batch_size=8", "beta=0.1"),
 ]
 MADE = ("candidates", "pairs", "reference")
@@ -69,7 +75,7 @@ def test_jobs_sample_after_sft_and_before_the_reference(points, tmp_path):
     ("override", "changed"),
     [
         ("pairs.generation.temperature=1", {"candidates", "pairs"}),
-        ("pairs.num_samples=4", {"candidates", "pairs"}),
+        ("pairs.generation.samples_per_prompt=4", {"candidates", "pairs"}),
         ("pairs.margin=0.5", {"pairs"}),
         ("pairs.selection=all", {"pairs"}),
         ("trainer.sft.lr=2e-3", {"sft", "baseline", "candidates", "pairs"}),
@@ -97,8 +103,8 @@ def test_points_that_train_on_the_dataset_do_not_depend_on_these_settings():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["pairs.num_samples=1"], r"pairs.num_samples=1: must be >= 2"),
-        (["pairs.num_samples=null"], r"pairs.num_samples has no value: add pairs.num_samples=VALUE"),
+        (["pairs.generation.samples_per_prompt=1"], r"samples_per_prompt=1: a pair needs two responses .* at least 2"),
+        (["pairs.margin=null"], r"pairs.margin has no value: add pairs.margin=VALUE"),
         (["init=base", "lr=1e-3"], r"with init=base there is none; use init=sft"),
         (["dataset.sft_fraction=0"], r"with dataset.sft_fraction=0 there is none; use a larger fraction"),
         (["pairs.generation.temperature=0"], r"pairs.generation.temperature=0: makes all samples of a prompt the same"),
