@@ -1,4 +1,4 @@
-"""On-policy pairs: one sampling and one scoring stage for a grid, and what they make of scores."""
+"""On-policy pairs: one sampling and one grading stage for a grid, and what they make of grades."""
 
 import multiprocessing
 import os
@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from launchers.slurm.graph import job_arrays
@@ -51,7 +52,7 @@ def points():
     return [replace(p, beta=beta) for p in of_methods for beta in (0.01, 0.1, 1.0)]
 
 
-def test_a_grid_has_one_sampling_and_one_scoring_stage(points, tmp_path):
+def test_a_grid_has_one_sampling_and_one_grading_stage(points, tmp_path):
     plan = make_plan(points, Store(tmp_path))
     roles = Counter(stage.role for stage in plan.stages.values())
     assert roles == Counter(sft=1, candidates=1, pairs=1, reference=1, baseline=1, align=24, generate=24, evaluate=24)
@@ -122,21 +123,21 @@ def test_what_makes_no_pairs_is_refused_before_anything_runs(overrides, message)
         point("pairs=onpolicy", "beta=0.1", *overrides)
 
 
-def test_a_judge_that_compares_may_evaluate_what_another_has_scored():
+def test_a_judge_that_compares_may_evaluate_what_another_has_graded():
     scored = point("pairs=onpolicy", "judge=tldr", "pairs.judge=gold")
     assert (scored.judge.name, scored.pairs.judge) == ("tldr", "gold")
 
 
 @pytest.mark.parametrize("selection", ["best_worst", "all"])
-def test_pairs_are_those_whose_scores_differ_by_more_than_the_margin(selection):
+def test_pairs_are_those_whose_grades_differ_by_more_than_the_margin(selection):
     scores = [1.0, 3.0, 3.0, 2.5, 0.5, 0.5]
     for margin in (0.0, 0.5, 2.0, 2.5):
         selected = pairs.select_pairs(scores, selection, margin)
         expected = [(a, b) for a in range(6) for b in range(6) if scores[a] - scores[b] > margin]
         assert set(selected) == ({(1, 4)} & set(expected) if selection == "best_worst" else set(expected))
         assert len(selected) == len(set(selected))
-    assert pairs.select_pairs([2.0, 2.0], selection, 0.0) == [] and pairs.why_no_pair([2.0, 2.0]) == "all scores equal"
-    assert pairs.why_no_pair([2.0, 1.0]) != "all scores equal"
+    assert pairs.select_pairs([2.0, 2.0], selection, 0.0) == [] and pairs.why_no_pair([2.0, 2.0]) == "all grades equal"
+    assert pairs.why_no_pair([2.0, 1.0]) != "all grades equal"
 
 
 def test_prompts_are_those_of_the_training_pairs_each_once_and_fewer_are_a_subset():
@@ -222,11 +223,11 @@ def test_pairs_are_the_sampled_tokens_of_the_best_and_the_worst_response(alone):
     examples = pairs.training_examples(stage.inputs, None, None, {"pairs": folder}, None).examples
     assert [(e.prompt, e.responses) for e in examples] == expected and 0 < dropped < 24
     counts = read_json(folder / "data.json")
-    assert counts == {"prompts": 24, "pairs": 24 - dropped, "dropped": {"all scores equal": dropped}}
+    assert counts == {"prompts": 24, "pairs": 24 - dropped, "dropped": {"all grades equal": dropped}}
     for line in read_jsonl(folder / "pairs.jsonl"):
-        assert line["chosen_score"] > line["rejected_score"] and line["chosen"] != line["rejected"]
+        assert line["chosen_grade"] > line["rejected_grade"] and line["chosen"] != line["rejected"]
     trained = read_json(folder_of(stages, "align", alone) / "data.json")
-    assert trained["pairs"] == 24 - dropped and trained["dropped"]["train"] == {"all scores equal": dropped}
+    assert trained["pairs"] == 24 - dropped and trained["dropped"]["train"] == {"all grades equal": dropped}
 
 
 def test_the_texts_are_a_file_that_a_dataset_of_json_lines_reads(alone):
@@ -237,14 +238,14 @@ def test_the_texts_are_a_file_that_a_dataset_of_json_lines_reads(alone):
     assert {(p.chosen, p.rejected) for p in read} == {(line["chosen"], line["rejected"]) for line in lines}
 
 
-@pytest.mark.parametrize("scored_by", ["gold", "rewards"])
-def test_samples_pairs_and_log_probs_of_two_ranks_are_those_of_one_process(scored_by, alone, rewards, tmp_path):
-    overrides = rewards if scored_by == "rewards" else []
+@pytest.mark.parametrize("graded_by", ["gold", "rewards"])
+def test_samples_pairs_and_log_probs_of_two_ranks_are_those_of_one_process(graded_by, alone, rewards, tmp_path):
+    overrides = rewards if graded_by == "rewards" else []
     folder, stages = copied(alone, tmp_path), stages_in(tmp_path, *overrides)
     counts = on_ranks(2, "ddp", compute, stages, folder, MADE)
     assert all(count["rows"] > 0 for count in counts), "every rank has a share"
     assert sum(count["rewards"] for count in counts) == (
-        0 if scored_by == "gold" else len(distinct_texts(stages, folder))
+        0 if graded_by == "gold" else len(distinct_texts(stages, folder))
     )
     made = {name: content for name, content in results(folder).items() if not name.startswith("sft/")}
     assert made.items() <= results(alone).items() and {name.partition("/")[0] for name in made} == set(MADE)
@@ -268,6 +269,7 @@ def killed_in(method, folder, stages, kinds):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def run():
+        torch.set_num_threads(1)  # a second thread waits for ever in a forked process
         setattr(owner, name, dies)
         compute_all(stages, folder, kinds)
 
@@ -283,7 +285,7 @@ def compute_all(stages, folder, kinds):
             compute_or_wait(stage, Store(folder))
 
 
-def test_a_kill_while_sampling_or_scoring_costs_no_row_that_was_written(alone, rewards, tmp_path):
+def test_a_kill_while_sampling_or_grading_costs_no_row_that_was_written(alone, rewards, tmp_path):
     folder, stages = copied(alone, tmp_path), stages_in(tmp_path, *rewards)
     (calm,) = on_ranks(1, "none", compute, stages, copied(alone, tmp_path / "calm"), MADE)
     killed_in((SharedRows, "save"), folder, stages, ["candidates"])

@@ -31,8 +31,8 @@ MODEL_JUDGES = ("reward_model",)
 # Judges whose model may be a local folder, which is identified by its content.
 CONTENT_HASHED_MODELS = ("alpaca_eval", "reward_model")
 
-# Judges that give a response a number, by which on-policy pairs are made: src/judges/NAME.py has the function `scores`.
-SCORING_JUDGES = ("gold", "reward_model")
+# Judges that give a response a number, by which on-policy pairs are made: src/judges/NAME.py has the function `grades`.
+GRADING_JUDGES = ("gold", "reward_model")
 
 SERVER_PLACEHOLDERS = ("checkpoint", "port", "dtype")  # of server.command
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from src.config.judge_rules import JUDGES, SCORING_JUDGES
+from src.config.judge_rules import GRADING_JUDGES, JUDGES
 from src.config.schema import Point
 from src.errors import ConfigError
 
@@ -25,7 +25,7 @@ def check_pairs(point: Point) -> None:
             f"pairs=onpolicy: the responses are samples of the SFT model, and with {key} there is none; use {remedy}, "
             "or pairs=dataset"
         )
-    _check_scoring(point)
+    _check_grading(point)
     generation = pairs.generation
     assert generation is not None
     if generation.samples_per_prompt < 2:
@@ -41,10 +41,10 @@ def check_pairs(point: Point) -> None:
         )
 
 
-def _check_scoring(point: Point) -> None:
+def _check_grading(point: Point) -> None:
     """Refuse a judge that gives no numbers, or lacks what it needs for them."""
     pairs = point.pairs
-    if pairs.judge not in SCORING_JUDGES:
+    if pairs.judge not in GRADING_JUDGES:
         raise ConfigError(
             f"pairs.judge={pairs.judge}: gives a response no number, by which pairs are made; add pairs.judge=gold "
             "(dataset=mini_tldr), or pairs.judge=reward_model pairs.model=NAME"

@@ -217,7 +217,7 @@ class Judge(JudgeEndpoint):
 
 @dataclass
 class Pairs:
-    """Where the training pairs come from: the dataset, or samples of the SFT model that a judge has scored."""
+    """Where the training pairs come from: the dataset, or samples of the SFT model that a judge has graded."""
 
     name: str = choice("dataset", "onpolicy")
     num_prompts: int | None = number(None, minimum=1, maximum=MAX_ROWS)

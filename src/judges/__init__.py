@@ -1,6 +1,6 @@
 """The interface of judges: comparisons of a response with a baseline -> verdicts in [0, 1], each with a reason.
 
-Some also give a response a number, by which on-policy pairs are made.
+Some also grade a response by itself: a number, by which on-policy pairs are made.
 
 docs/add-a-judge.md adds one.
 """
@@ -35,7 +35,7 @@ class Comparison(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A response that is scored by itself; finished: whether its end token was sampled."""
+    """A response that is graded by itself; finished: whether its end token was sampled."""
 
     prompt: Prompt
     text: str
@@ -73,20 +73,20 @@ class JudgeFunction(Protocol):
         """
 
 
-class ScoringFunction(Protocol):
+class GradingFunction(Protocol):
     def __call__(
         self, judge: JudgeInputs, resources: Resources, responses: Sequence[Response], attempt: Attempt
     ) -> list[float]:
-        """Return the score of every response, in their order: the higher the better, equal where neither is.
+        """Return the grade of every response, in their order: the higher the better, equal where neither is.
 
         A slow judge reports progress and keeps its answers as `JudgeFunction` says; those of a judge in MODEL_JUDGES
         are computed by all ranks.
         """
 
 
-def scoring_function(name: str) -> ScoringFunction:
-    """Return the function `scores` of src/judges/NAME.py, which the judges in SCORING_JUDGES have."""
-    return importlib.import_module(f"src.judges.{name}").scores
+def grading_function(name: str) -> GradingFunction:
+    """Return the function `grades` of src/judges/NAME.py, which the judges in SCORING_JUDGES have."""
+    return importlib.import_module(f"src.judges.{name}").grades
 
 
 def judge_function(name: str) -> JudgeFunction:

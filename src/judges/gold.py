@@ -16,7 +16,7 @@ def gold(inputs: EvaluateInputs, resources: Resources, comparisons: Sequence[Com
     return Judged([_compare(comparison) for comparison in comparisons])
 
 
-def scores(judge: JudgeInputs, resources: Resources, responses: Sequence[Response], attempt: Attempt) -> list[float]:
+def grades(judge: JudgeInputs, resources: Resources, responses: Sequence[Response], attempt: Attempt) -> list[float]:
     """Return gold scores. They are sums of tenths, so that rounding cannot tell equal ones apart."""
     return [round(gold_score(r.prompt.facts, r.text, r.finished), 6) for r in responses]
 

@@ -51,7 +51,7 @@ def reward_model(
     return Judged(verdicts, {"answers": 2 * len(keys), "calls": calls})
 
 
-def scores(judge: JudgeInputs, resources: Resources, responses: Sequence[Response], attempt: Attempt) -> list[float]:
+def grades(judge: JudgeInputs, resources: Resources, responses: Sequence[Response], attempt: Attempt) -> list[float]:
     """Return rewards, kept by content like those of `reward_model`."""
     keys = [_key(judge, response.prompt, response.text) for response in responses]
     texts = {key: (response.prompt, response.text) for key, response in zip(keys, responses, strict=True)}

@@ -108,9 +108,9 @@ class CandidatesInputs:
 
 @dataclass(frozen=True)
 class JudgeInputs:
-    """What verdicts and scores depend on; a field the judge does not have is None.
+    """What verdicts and grades depend on; a field the judge does not have is None.
 
-    baseline: `sft`, `chosen`, or a file; None where responses are scored by themselves.
+    baseline: `sft`, `chosen`, or a file; None where responses are graded by themselves.
     """
 
     name: str
@@ -130,7 +130,7 @@ class JudgeInputs:
 
 @dataclass(frozen=True)
 class PairsInputs:
-    """Which candidates become pairs: those whose scores differ by more than `margin`, of a prompt one pair or all."""
+    """Which candidates become pairs: those whose grades differ by more than `margin`, of a prompt one pair or all."""
 
     kind: ClassVar[str] = "pairs"
     model: ModelInputs

@@ -1,4 +1,4 @@
-"""Candidates, scored by a judge that gives numbers -> preference pairs, which every method, beta and lr trains on."""
+"""Candidates, graded by a judge -> preference pairs, which every method, beta and lr trains on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from src.data.templates import Template
 from src.data.tokenization import RowCounts, TokenizedDataset, load_examples
 from src.data.training_prompts import training_prompts
 from src.errors import StageError
-from src.judges import Response, scoring_function
+from src.judges import Response, grading_function
 from src.planning.content import digest
 from src.planning.identity import AlignInputs, PairsInputs, ReferenceInputs
 from src.planning.resources import Resources
@@ -26,7 +26,7 @@ from src.store.files import read_checksummed_json, read_json, status_of, write_j
 from src.store.store import DONE
 
 TOKENS_FILE = "pairs.arrow"  # Examples, as training reads them
-TEXTS_FILE = "pairs.jsonl"  # the same pairs as rows that dataset=jsonl reads, with their scores
+TEXTS_FILE = "pairs.jsonl"  # the same pairs as rows that dataset=jsonl reads, with their grades
 COUNTS_FILE = "data.json"
 
 log = logging.getLogger(__name__)
@@ -67,12 +67,12 @@ def run(inputs: PairsInputs, resources: Resources, upstream: dict[str, Path], at
         for row in candidates.read(folder)
         for response in row["responses"]
     ]
-    scores = scoring_function(inputs.judge.name)(inputs.judge, resources, responses, attempt)
+    grades = grading_function(inputs.judge.name)(inputs.judge, resources, responses, attempt)
     if not attempt.is_main_process:
         return
     dropped: Counter[str] = Counter()
     texts: list[dict[str, Any]] = []
-    remaining, num_prompts = iter(scores), count()
+    remaining, num_prompts = iter(grades), count()
 
     def examples() -> Iterator[Example]:
         for row in candidates.read(folder):
@@ -106,22 +106,22 @@ def run(inputs: PairsInputs, resources: Resources, upstream: dict[str, Path], at
     log.info("%s: %d pairs of %d prompts", attempt.label, num_pairs, total)
 
 
-def select_pairs(scores: list[float], selection: str, margin: float) -> list[tuple[int, int]]:
-    """Return (chosen, rejected), the indices of responses to one prompt whose scores differ by more than `margin`.
+def select_pairs(grades: list[float], selection: str, margin: float) -> list[tuple[int, int]]:
+    """Return (chosen, rejected), the indices of responses to one prompt whose grades differ by more than `margin`.
 
-    `best_worst`: the first of the highest and the first of the lowest scores; `all`: every pair.
+    `best_worst`: the first of the highest and the first of the lowest grades; `all`: every pair.
     """
-    numbers = range(len(scores))
+    numbers = range(len(grades))
     if selection == "best_worst":
-        candidate_pairs = [(max(numbers, key=scores.__getitem__), min(numbers, key=scores.__getitem__))]
+        candidate_pairs = [(max(numbers, key=grades.__getitem__), min(numbers, key=grades.__getitem__))]
     else:
-        candidate_pairs = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in combinations(numbers, 2)]
-    return [(a, b) for a, b in candidate_pairs if scores[a] - scores[b] > margin]
+        candidate_pairs = [(a, b) if grades[a] > grades[b] else (b, a) for a, b in combinations(numbers, 2)]
+    return [(a, b) for a, b in candidate_pairs if grades[a] - grades[b] > margin]
 
 
-def why_no_pair(scores: list[float]) -> str:
+def why_no_pair(grades: list[float]) -> str:
     """Return why a prompt has no pair, for counts of what was dropped."""
-    return "all scores equal" if max(scores) == min(scores) else "no difference of scores above pairs.margin"
+    return "all grades equal" if max(grades) == min(grades) else "no difference of grades above pairs.margin"
 
 
 def _example(inputs: PairsInputs, prompt: list[int], chosen: list[int], rejected: list[int]) -> Example:
@@ -131,7 +131,7 @@ def _example(inputs: PairsInputs, prompt: list[int], chosen: list[int], rejected
 
 
 def _text(
-    prompt: Prompt, chosen: dict[str, Any], rejected: dict[str, Any], chosen_score: float, rejected_score: float
+    prompt: Prompt, chosen: dict[str, Any], rejected: dict[str, Any], chosen_grade: float, rejected_grade: float
 ) -> dict[str, Any]:
     texts = {"prompt": list(prompt.messages), "chosen": chosen["text"], "rejected": rejected["text"]}
-    return {**texts, "chosen_score": chosen_score, "rejected_score": rejected_score}
+    return {**texts, "chosen_grade": chosen_grade, "rejected_grade": rejected_grade}
