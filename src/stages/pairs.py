@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import combinations, count
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -61,49 +61,40 @@ def digest_of_pairs(upstream: dict[str, Path]) -> str | None:
 
 def run(inputs: PairsInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     prompts = training_prompts(inputs.prompts, resources.expected_rows, attempt.track)
-    folder = upstream["candidates"]
     responses = [
-        Response(prompts[row["index"]], response["text"], response["finished"])
-        for row in candidates.read(folder)
-        for response in row["responses"]
+        [Response(prompts[row["index"]], response["text"], response["finished"]) for response in row["responses"]]
+        for row in candidates.read(upstream["candidates"])
     ]
-    grades = grading_function(inputs.judge.name)(inputs.judge, resources, responses, attempt)
+    judge = grading_function(inputs.judge.name)
+    grades = judge(inputs.judge, resources, list(chain.from_iterable(responses)), attempt)
     if not attempt.is_main_process:
         return
-    dropped: Counter[str] = Counter()
-    texts: list[dict[str, Any]] = []
-    remaining, num_prompts = iter(grades), count()
+    remaining = iter(grades)
+    by_prompt = [list(islice(remaining, len(of_prompt))) for of_prompt in responses]
+    selected = [select_pairs(of_prompt, inputs.selection, inputs.margin) for of_prompt in by_prompt]
 
-    def examples() -> Iterator[Example]:
-        for row in candidates.read(folder):
-            next(num_prompts)
-            answers = row["responses"]
-            of_prompt = [next(remaining) for _ in answers]
-            selected = select_pairs(of_prompt, inputs.selection, inputs.margin)
-            if not selected:
-                dropped[why_no_pair(of_prompt)] += 1
-            for best, worst in selected:
-                texts.append(
-                    _text(prompts[row["index"]], answers[best], answers[worst], of_prompt[best], of_prompt[worst])
-                )
-                yield _example(inputs, row["prompt"], answers[best]["ids"], answers[worst]["ids"])
+    def made() -> Iterator[tuple[dict[str, Any], list[float], int, int]]:
+        # Read a second time rather than kept: the tokens of all candidates take gigabytes.
+        rows = zip(candidates.read(upstream["candidates"]), by_prompt, selected, strict=True)
+        return ((row, of_prompt, *pair) for row, of_prompt, pairs in rows for pair in pairs)
 
     counts = RowCounts()
-    dataset = TokenizedDataset.collect(examples(), counts)
-    total, num_pairs = next(num_prompts), len(dataset.examples)
-    counts.dropped |= dropped
-    for reason, number in dropped.items():
-        log.warning("%s: no pair of %d of %d prompts: %s", attempt.label, number, total, reason)
-    if not num_pairs:
+    examples = (_example(inputs, row, chosen, rejected) for row, _, chosen, rejected in made())
+    dataset = TokenizedDataset.collect(examples, counts)
+    counts.dropped |= Counter(why_no_pair(g) for g, pairs in zip(by_prompt, selected, strict=True) if not pairs)
+    for reason, number in counts.dropped.items():
+        log.warning("%s: dropped %d of %d prompts: %s", attempt.label, number, len(by_prompt), reason)
+    if not dataset.examples:
         reasons = ", ".join(f"{number}: {reason}" for reason, number in counts.dropped.items())
         raise StageError(
-            f"pairs=onpolicy: no pair of {total} prompts ({reasons}); raise pairs.generation."
+            f"pairs=onpolicy: no pair of {len(by_prompt)} prompts ({reasons}); raise pairs.generation."
             "samples_per_prompt or pairs.generation.temperature, or lower pairs.margin"
         )
     dataset.write(attempt.out / TOKENS_FILE)
-    write_jsonl(attempt.out / TEXTS_FILE, texts)
-    write_json(attempt.out / COUNTS_FILE, {"prompts": total, "pairs": num_pairs, "dropped": counts.dropped})
-    log.info("%s: %d pairs of %d prompts", attempt.label, num_pairs, total)
+    write_jsonl(attempt.out / TEXTS_FILE, (_texts(prompts[pair[0]["index"]], *pair) for pair in made()))
+    content = {"prompts": len(by_prompt), "pairs": len(dataset.examples), "dropped": counts.dropped}
+    write_json(attempt.out / COUNTS_FILE, content)
+    log.info("%s: %d pairs of %d prompts", attempt.label, len(dataset.examples), len(by_prompt))
 
 
 def select_pairs(grades: list[float], selection: str, margin: float) -> list[tuple[int, int]]:
@@ -124,14 +115,14 @@ def why_no_pair(grades: list[float]) -> str:
     return "all grades equal" if max(grades) == min(grades) else "no difference of grades above pairs.margin"
 
 
-def _example(inputs: PairsInputs, prompt: list[int], chosen: list[int], rejected: list[int]) -> Example:
+def _example(inputs: PairsInputs, row: dict[str, Any], chosen: int, rejected: int) -> Example:
     """Return the sampled tokens as they are, cut where those of a dataset are."""
-    limit = inputs.prompts.data.max_tokens - len(prompt)
-    return Example(tuple(prompt), (tuple(chosen[:limit]), tuple(rejected[:limit])))
+    limit = inputs.prompts.data.max_tokens - len(row["prompt"])
+    ids = (tuple(row["responses"][number]["ids"][:limit]) for number in (chosen, rejected))
+    return Example(tuple(row["prompt"]), tuple(ids))
 
 
-def _text(
-    prompt: Prompt, chosen: dict[str, Any], rejected: dict[str, Any], chosen_grade: float, rejected_grade: float
-) -> dict[str, Any]:
-    texts = {"prompt": list(prompt.messages), "chosen": chosen["text"], "rejected": rejected["text"]}
-    return {**texts, "chosen_grade": chosen_grade, "rejected_grade": rejected_grade}
+def _texts(prompt: Prompt, row: dict[str, Any], grades: list[float], chosen: int, rejected: int) -> dict[str, Any]:
+    texts = {"chosen": row["responses"][chosen]["text"], "rejected": row["responses"][rejected]["text"]}
+    graded = {"chosen_grade": grades[chosen], "rejected_grade": grades[rejected]}
+    return {"prompt": list(prompt.messages), **texts, **graded}
