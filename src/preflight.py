@@ -14,7 +14,7 @@ from src.config.endpoints import read_key
 from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES
 from src.config.packages import require_package
 from src.config.schema import Point
-from src.data.evaluation_prompts import read_answers, read_prompts
+from src.data.evaluation_prompts import EvaluationPrompt, read_answers, read_prompts
 from src.data.rows import name_of
 from src.data.sources import open_source
 from src.data.training_prompts import training_prompts
@@ -64,6 +64,8 @@ def check_input_files(points: Sequence[Point]) -> None:
         # Prompts of the hub are not fetched here: planning needs no network.
         if point.evaluation.prompts_file is not None or (baseline is not None and point.dataset.source != "hub"):
             prompts = read_prompts(prompt_inputs(point))
+            if judge.name == "math":
+                _check_answers(prompts, str(point.evaluation.prompts_file))
             if baseline is not None:
                 read_answers(baseline, prompts, "judge.baseline")
     for point in {repr((p.dataset, p.pairs.num_prompts)): p for p in points if p.pairs.num_prompts}.values():
@@ -71,6 +73,14 @@ def check_input_files(points: Sequence[Point]) -> None:
             training_prompts(training_prompt_inputs(point))
     for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
         _check_sequence_length(point)
+
+
+def _check_answers(prompts: Iterable[EvaluationPrompt], file: str) -> None:
+    if (without := next((prompt for prompt in prompts if "answer" not in prompt.prompt.facts), None)) is not None:
+        raise ConfigError(
+            f"evaluation.prompts_file={file}: judge=math needs the answer to every problem (`answer`, or a \\boxed "
+            f"in `solution`); there is none to {without.key[:60]!r}"
+        )
 
 
 def _check_sequence_length(point: Point) -> None:
@@ -106,6 +116,9 @@ def check_packages(points: Iterable[Point]) -> None:
             require_package("openai", f"judge={judge.name}")
         if server.name != "none":
             require_package("openai", f"server={server.name}")
+        for key, name in (("judge", judge.name), ("pairs.judge", point.pairs.judge)):
+            if name == "math":
+                require_package("math_verify", f"{key}=math")
         if judge.name == "alpaca_eval":
             annotators = require_package("alpaca_eval", "judge=alpaca_eval") / "evaluators_configs"
             # Joining the absolute path of an annotator's folder gives that path.

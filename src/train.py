@@ -106,9 +106,10 @@ def result_text(point: Point, result: dict[str, Any]) -> str:
         return format(entry["value"], form) + ("" if entry["se"] is None else f" ± {format(entry['se'], form)}")
 
     quality = result["quality"]
+    several = f" prompts, {quality['samples_per_prompt']} samples of each" if "samples_per_prompt" in quality else ""
     return (
         f"{point.setup.name}: {point.label}\n"
-        f"  {quality['metric']} {value(quality, '.3f')} (n = {quality['n']})\n"
+        f"  {quality['metric']} {value(quality, '.3f')} (n = {quality['n']}{several})\n"
         f"  KL {value(result['kl']['per_sequence'], '.2f')} nats per sequence,"
         f" {value(result['kl']['per_token'], '.4f')} per token: mean log-ratio\n"
         f"  KL {value(result['kl']['per_sequence_rb'], '.2f')} nats per sequence,"

@@ -67,6 +67,21 @@ REFUSED = [
     (["-m", "method=null,dpo"], "method=null,dpo: must be method=NAME,NAME; there are"),
     (["-m", "trainer=1,paper"], "trainer=1,paper: must be trainer=NAME,NAME; there are"),
     (["evaluation.prompts_file=README.md"], "evaluation.prompts_file: judge=gold knows only"),
+    (
+        ["evaluation.metric=accuracy"],
+        "evaluation.metric=accuracy: judge=gold does not tell right from wrong",
+    ),
+    (["judge=math"], "evaluation.metric=win_rate: judge=math compares with no baseline; use accuracy"),
+    (["judge=math", "evaluation=mini_math"], "judge=math needs problems with their answers: evaluation.prompts_file="),
+    (["setup=mini_math", "judge.baseline=sft"], "judge.baseline: judge=math compares with no baseline; remove"),
+    (
+        ["setup=mini_math", "evaluation=math"],
+        "evaluation.prompts_file is not set: evaluation=math needs the",
+    ),
+    (
+        ["setup=mini_math", "evaluation.generation.temperature=0"],
+        "evaluation.generation.samples_per_prompt=4: at evaluation.generation.temperature=0 they are all the same",
+    ),
     (["-m", "engine.gpu=null,a100"], "engine.gpu=a100: not in conf/gpus.yaml"),
     (["~trainer"], "trainer has no option: add trainer=NAME"),
     (["-m", "beta=range(0.1,inf)"], "beta=range(0.1,inf): START, STOP and STEP must be finite"),

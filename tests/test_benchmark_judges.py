@@ -230,7 +230,7 @@ def test_arena_hard_plays_two_games_per_prompt_with_the_prompt_of_its_config(pro
 @pytest.mark.parametrize(
     ("rows", "num_prompts", "message"),
     [
-        ([{"text": "hello"}], 1, "entry 0: needs question_id, instruction or prompt; it has 'text'"),
+        ([{"text": "hello"}], 1, "entry 0: needs question_id, instruction, prompt, question or problem; it has 'text'"),
         ([{"instruction": "a", "output": "b"}], 2, "1 prompts and evaluation.num_prompts=2"),
         ([{"instruction": "a", "output": "b"}] * 2, 2, "a prompt occurs twice: 'a'"),
         ([{"instruction": "a"}], 1, "entry 0: needs the text of an answer"),

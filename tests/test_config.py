@@ -35,6 +35,7 @@ def test_every_setup_runs_its_methods_at_its_own_best_values(setup, method, tmp_
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     data = [f"dataset.path={pairs}"] if setup == "smollm2_jsonl" else []
+    data += [f"evaluation.prompts_file={pairs}"] if setup.startswith("qwen25") else []
     point = build_point(composed(f"setup={setup}", f"method={method}", *data))
     best = point.setup.best[method]
     assert (point.beta, point.lr) == (best.beta, best.lr)
@@ -61,6 +62,9 @@ def test_every_option_of_every_group_composes(group):
         if option in ("alpaca_eval", "arena_hard"):  # of judge and of evaluation
             needed += ["evaluation.prompts_file=README.md", "judge.baseline=README.md"]
             needed += ["judge=arena_hard"] if group == "evaluation" else []
+        if option in ("math", "mini_math"):
+            needed += {"judge": ["evaluation=mini_math"], "evaluation": ["judge=math"]}.get(group, [])
+            needed += ["dataset=mini_math", "evaluation.prompts_file=README.md"]
         build_point(composed(f"{group}={option}", *needed))
 
 

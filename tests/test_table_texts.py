@@ -69,7 +69,8 @@ def test_quality_that_is_reward_accuracy_keeps_its_reporting_split_and_interval(
     )
     output, table = capsys.readouterr().out, pd.read_csv(folder.tables / "best.csv").set_index("Method")
     assert (
-        table["Reward accuracy"]["DPO"] == cell and table["Accuracy, all pairs"]["DPO"] == best.reward_accuracy["dpo"]
+        table["Reward accuracy"]["DPO"] == cell
+        and table["Reward accuracy, all pairs"]["DPO"] == best.reward_accuracy["dpo"]
     )
     for text in (
         output,
@@ -77,4 +78,4 @@ def test_quality_that_is_reward_accuracy_keeps_its_reporting_split_and_interval(
         folder.report.read_text(),
     ):
         assert text.count("Reward accuracy") >= 1 and cell in text
-    assert "all pairs" not in output and "<th>Accuracy, all pairs</th>" in folder.report.read_text()
+    assert "all pairs" not in output and "<th>Reward accuracy, all pairs</th>" in folder.report.read_text()

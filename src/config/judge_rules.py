@@ -7,7 +7,7 @@ import shlex
 from src.config.endpoints import check_key_is_protected, check_key_name, check_url
 from src.config.paths import is_file
 from src.config.placeholders import placeholders
-from src.config.schema import Point
+from src.config.schema import GENERATED, Point
 from src.errors import ConfigError
 
 # name -> config fields that its verdicts depend on (part of the identity); src/judges/NAME.py has the function NAME
@@ -17,7 +17,11 @@ JUDGES: dict[str, tuple[str, ...]] = {
     "alpaca_eval": ("model",),
     "arena_hard": ("model", "temperature", "max_tokens", "prompt_file"),
     "reward_model": ("model",),
+    "math": (),
 }
+
+# Judges of a response by itself: their verdict is whether it is right, not whether it is better than a baseline's.
+ABSOLUTE_JUDGES = ("math",)
 
 # Values of judge.baseline that are not a file of answers.
 BASELINES = ("sft", "chosen")
@@ -32,7 +36,7 @@ MODEL_JUDGES = ("reward_model",)
 CONTENT_HASHED_MODELS = ("alpaca_eval", "reward_model")
 
 # Judges that give a response a number, by which on-policy pairs are made: src/judges/NAME.py has the function `grades`.
-GRADING_JUDGES = ("gold", "reward_model")
+GRADING_JUDGES = ("gold", "reward_model", "math")
 
 SERVER_PLACEHOLDERS = ("checkpoint", "port", "dtype")  # of server.command
 
@@ -58,9 +62,23 @@ def check_server(point: Point) -> None:
         raise ConfigError(f"server.command={command!r}: must begin with a program, and have no NUL character")
 
 
+def _check_metric(point: Point) -> None:
+    metric, judge = point.evaluation.metric, point.judge.name
+    if metric == "win_rate" and judge == "none":
+        raise ConfigError("evaluation.metric=win_rate needs a judge; without one use reward_accuracy")
+    if metric == "win_rate" and judge in ABSOLUTE_JUDGES:
+        raise ConfigError(f"evaluation.metric=win_rate: judge={judge} compares with no baseline; use accuracy")
+    if metric == "accuracy" and judge not in ABSOLUTE_JUDGES:
+        raise ConfigError(
+            f"evaluation.metric=accuracy: judge={judge} does not tell right from wrong; use "
+            f"{' or '.join(f'judge={name}' for name in ABSOLUTE_JUDGES)}, or another metric"
+        )
+
+
 def check_judge(point: Point) -> None:
     """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
     judge, is_mini = point.judge, point.dataset.source == "mini_tldr"
+    _check_metric(point)
     if judge.api_key_env is not None:
         check_key_name("judge.api_key_env", judge.api_key_env)
     if judge.base_url is not None:
@@ -74,9 +92,13 @@ def check_judge(point: Point) -> None:
             raise ConfigError(f"judge.{name}: judge={judge.name} has no such field; remove the override")
     if "model" in fields and judge.model is None:
         raise ConfigError(f"judge.model is not set: judge={judge.name} needs judge.model=NAME")
-    if judge.name == "none":
-        if point.evaluation.metric == "win_rate":
-            raise ConfigError("evaluation.metric=win_rate needs a judge; without one use reward_accuracy")
+    if judge.name in ABSOLUTE_JUDGES and judge.baseline is not None:
+        raise ConfigError(f"judge.baseline: judge={judge.name} compares with no baseline; remove the override")
+    if judge.name == "math" and point.evaluation.prompts_file is None and point.dataset.source != "mini_math":
+        raise ConfigError(
+            "judge=math needs problems with their answers: evaluation.prompts_file=FILE, or dataset=mini_math"
+        )
+    if judge.name in ("none", *ABSOLUTE_JUDGES):
         return
     if judge.name == "gold" and is_mini and (judge.baseline != "sft" or point.evaluation.prompts_file is not None):
         key = "judge.baseline" if judge.baseline != "sft" else "evaluation.prompts_file"
@@ -91,8 +113,10 @@ def check_judge(point: Point) -> None:
         )
     if judge.baseline is None:
         raise ConfigError(f"judge.baseline is not set: judge={judge.name} needs judge.baseline=FILE, sft or chosen")
-    if judge.baseline == "chosen" and is_mini:
-        raise ConfigError("judge.baseline=chosen: dataset=mini_tldr has no pairs on its held-out posts; use sft")
+    if judge.baseline == "chosen" and point.dataset.source in GENERATED:
+        raise ConfigError(
+            f"judge.baseline=chosen: dataset={point.dataset.source} has no pairs on its held-out prompts; use sft"
+        )
     if judge.baseline == "chosen" and point.evaluation.prompts_file is not None:
         raise ConfigError("judge.baseline=chosen: evaluation.prompts_file has no pairs; use a file of answers, or sft")
     for key, file in (("judge.baseline", judge.baseline), ("judge.prompt_file", judge.prompt_file)):

@@ -14,6 +14,7 @@ INSTALL = {
     "flash_attn": "pip install --no-build-isolation '.[flash]'",
     "openai": "pip install '.[judges]'",
     "liger_kernel": "pip install '.[fused]'",
+    "math_verify": "pip install '.[math]'",
     "alpaca_eval": "pip install '.[alpaca]'",
     "wandb_workspaces": "pip install '.[dashboards]'",
 }

@@ -47,11 +47,12 @@ def _check_grading(point: Point) -> None:
     if pairs.judge not in GRADING_JUDGES:
         raise ConfigError(
             f"pairs.judge={pairs.judge}: gives a response no number, by which pairs are made; add pairs.judge=gold "
-            "(dataset=mini_tldr), or pairs.judge=reward_model pairs.model=NAME"
+            "(dataset=mini_tldr), pairs.judge=math (dataset=mini_math), or pairs.judge=reward_model pairs.model=NAME"
         )
-    if pairs.judge == "gold" and point.dataset.source != "mini_tldr":
+    source = {"gold": "mini_tldr", "math": "mini_math"}.get(pairs.judge)
+    if source is not None and point.dataset.source != source:
         raise ConfigError(
-            "pairs.judge=gold works only with dataset=mini_tldr (it needs the generated ground truth); use "
+            f"pairs.judge={pairs.judge} works only with dataset={source} (it needs the generated ground truth); use "
             "pairs.judge=reward_model pairs.model=NAME"
         )
     is_other_judges = pairs.judge != point.judge.name and pairs.model == point.judge.model  # its default value

@@ -15,6 +15,8 @@ from src.methods import METHODS, SCORES, options_of
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
+GENERATED = ("mini_tldr", "mini_math")  # sources of rows that are made up: nothing is read, prompts are their own
+
 # No useful value is larger, and none that is allowed overflows what is computed from it.
 MAX_BETA = 1e6
 MAX_LR = 1e6
@@ -102,7 +104,7 @@ class HubTable(Table):
 
 @dataclass
 class Dataset(Option):
-    source: str = choice("mini_tldr", "jsonl", "hub")  # a key of src.data.sources.SOURCES
+    source: str = choice(*GENERATED, "jsonl", "hub")  # a key of src.data.sources.SOURCES
     path: str | None = None
     sft: HubTable | None = None
     preference: HubTable | None = None
@@ -181,7 +183,7 @@ class Server(Option):  # none | vllm | transformers; auto is replaced when a run
 
 @dataclass
 class Evaluation(Option):
-    metric: str = choice("win_rate", "reward_accuracy")
+    metric: str = choice("win_rate", "reward_accuracy", "accuracy")
     prompts_file: str | None = None  # file of a benchmark's; null: held-out prompts
     num_prompts: int = number(500, minimum=2, maximum=MAX_ROWS)
     selection_fraction: float = number(0.5, above=0, maximum=0.999)
@@ -207,7 +209,7 @@ class JudgeEndpoint:
 
 @dataclass
 class Judge(JudgeEndpoint):
-    name: str = choice("none", "gold", "tldr", "alpaca_eval", "arena_hard", "reward_model")
+    name: str = choice("none", "gold", "tldr", "alpaca_eval", "arena_hard", "reward_model", "math")
     baseline: str | None = "sft"  # sft | chosen | a file of answers: what a response is compared with
     model: str | None = None  # as the endpoint calls it; of alpaca_eval: an annotator; of reward_model: a model
     prompt_file: str | None = None  # the question in Arena-Hard's judge_config.yaml format

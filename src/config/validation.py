@@ -21,7 +21,8 @@ from src.errors import ConfigError, one_line
 from src.methods import METHODS, SCORES, options_of, scores_of
 
 ANY_METHOD = "default"  # the entry of lr_grid for methods without a list of their own
-BENCHMARKS = ("alpaca_eval", "arena_hard")  # evaluations that need a file of prompts
+BENCHMARKS = ("alpaca_eval", "arena_hard", "math")  # evaluations that need a file of prompts
+SINGLE_ANSWER_JUDGES = ("alpaca_eval", "arena_hard")  # whose scores are of one answer to each question
 
 
 def build_point(cfg: DictConfig) -> Point:
@@ -113,7 +114,7 @@ def _check_samples(point: Point) -> None:
     key = f"evaluation.generation.samples_per_prompt={count}"
     if generation.temperature == 0:
         raise ConfigError(f"{key}: at evaluation.generation.temperature=0 they are all the same; use one, or sample")
-    if point.judge.name in BENCHMARKS:
+    if point.judge.name in SINGLE_ANSWER_JUDGES:
         raise ConfigError(f"{key}: judge={point.judge.name} scores one answer to each question; use one")
 
 

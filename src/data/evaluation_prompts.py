@@ -1,6 +1,7 @@
 """The prompts that responses are sampled for, and a baseline's answers to them from a file.
 
-Prompts are held-out ones of the dataset, or a benchmark's: the files of AlpacaEval and Arena-Hard are read unchanged.
+Prompts are held-out ones of the dataset, or a benchmark's: the files of AlpacaEval, Arena-Hard, GSM8K, MATH and AIME
+are read unchanged.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from src.errors import ConfigError
 from src.planning.content import reading
 from src.planning.identity import PromptInputs
 
+# Of a prompt, or of what it is matched by: AlpacaEval has instruction, GSM8K question, MATH problem, AIME Problem.
+_KEY_FIELDS = ("question_id", "uid", "instruction", "prompt", "question", "problem", "Problem")
 _RESPONSE_FIELDS = ("output", "response", "completion", "answer")
 
 
@@ -74,14 +77,37 @@ def _prompt(row: dict[str, Any], where: str) -> EvaluationPrompt:
             raise ConfigError(f"{where}: turns must be one user message, with its content") from None
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{where}: a prompt needs text")
-    return EvaluationPrompt(_key(row, where), text_prompt(text))
+    answer = _expected_answer(row)
+    return EvaluationPrompt(_key(row, where), text_prompt(text, None if answer is None else {"answer": answer}))
+
+
+def _expected_answer(row: dict[str, Any]) -> str | None:
+    """Return the answer of a problem: after GSM8K's #### where there is one; that of MATH is in its solution's box."""
+    answer = next((row[name] for name in ("answer", "Answer") if isinstance(row.get(name), str | int | float)), None)
+    if answer is not None:
+        return str(answer).rpartition("####")[2].strip() or None
+    solution = row.get("solution")
+    return last_box(solution) if isinstance(solution, str) else None
+
+
+def last_box(text: str) -> str | None:
+    """Return what is in the last \\boxed{} of a text; None without a whole one."""
+    _, box, rest = text.rpartition("\\boxed{")
+    depth = 1 if box else 0
+    for end, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:end].strip() or None
+    return None
 
 
 def _key(row: dict[str, Any], where: str) -> str:
-    for name in ("question_id", "uid", "instruction", "prompt"):
+    for name in _KEY_FIELDS:
         if isinstance(row.get(name), str | int):
             return str(row[name])
-    raise ConfigError(f"{where}: needs question_id, instruction or prompt; it has {list_columns(row)}")
+    raise ConfigError(
+        f"{where}: needs question_id, instruction, prompt, question or problem; it has {list_columns(row)}"
+    )
 
 
 def _answer(row: dict[str, Any], where: str) -> str:

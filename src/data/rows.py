@@ -34,7 +34,8 @@ class Prompt:
     """A conversation up to the start of the response. A plain text prompt is one user message."""
 
     messages: tuple[Message, ...]
-    facts: dict[str, str] = field(default_factory=dict, compare=False)  # of mini TL;DR, for its gold judge
+    # For judges: the facts of a post of mini TL;DR, or the `answer` of a problem.
+    facts: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def key(self) -> tuple[str, ...]:

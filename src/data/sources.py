@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-from src.data import mini_tldr
+from src.data import mini_math, mini_tldr
 from src.data.row_samples import RowsOnDemand, shuffled_indices
 from src.data.rows import (
     NO_EXPECTATION,
@@ -28,18 +28,18 @@ from src.planning.content import ContentPath, reading
 from src.planning.identity import DataInputs
 
 MAX_VALIDATION_PAIRS = 256  # of a file, where the config has no size
-MINI_TLDR_ROWS = {"sft": 6400, "train": 2000, "validation": 256}  # where the config has no size
+GENERATED_ROWS = {"sft": 6400, "train": 2000, "validation": 256}  # where the config has no size
 
 
-class MiniTldr(Source):
-    """Generated rows. Every list has its own seed, so a change of one size leaves the others unchanged."""
+class _Generated(Source):
+    """Rows that are made up. Every list has its own seed, so a change of one size leaves the others unchanged."""
 
     def _seed(self, offset: int) -> int:
         return self.data.seed * 1000 + offset
 
     def num_rows(self, split: str) -> int:
         sizes = {"sft": self.data.sft_size, "train": self.data.train_size, "validation": self.data.validation_size}
-        return sizes[split] or MINI_TLDR_ROWS[split]
+        return sizes[split] or GENERATED_ROWS[split]
 
     def sample(self, split: str, count: int) -> Sequence[Demonstration | Pair]:
         count = min(count, self.num_rows(split))
@@ -52,6 +52,14 @@ class MiniTldr(Source):
         return self._pairs(split, self.num_rows(split))
 
     def _demonstrations(self, count: int) -> list[Demonstration]:
+        raise NotImplementedError
+
+    def _pairs(self, split: str, count: int) -> list[Pair]:
+        raise NotImplementedError
+
+
+class MiniTldr(_Generated):
+    def _demonstrations(self, count: int) -> list[Demonstration]:
         rows = mini_tldr.demonstrations(count, self._seed(1))
         return [Demonstration(text_prompt(post.text), summary) for post, summary in rows]
 
@@ -61,6 +69,23 @@ class MiniTldr(Source):
 
     def prompts(self, num_prompts: int) -> list[Prompt]:
         return [text_prompt(post.text, post.facts) for post in mini_tldr.posts(num_prompts, self._seed(4))]
+
+
+class MiniMath(_Generated):
+    def _demonstrations(self, count: int) -> list[Demonstration]:
+        rows = mini_math.demonstrations(count, self._seed(1))
+        return [Demonstration(_problem_prompt(problem), answer) for problem, answer in rows]
+
+    def _pairs(self, split: str, count: int) -> list[Pair]:
+        rows = mini_math.preferences(count, self._seed(2 if split == "train" else 3), split == "validation")
+        return [Pair(_problem_prompt(problem), right, wrong) for problem, right, wrong in rows]
+
+    def prompts(self, num_prompts: int) -> list[Prompt]:
+        return [_problem_prompt(problem) for problem in mini_math.problems(num_prompts, self._seed(4))]
+
+
+def _problem_prompt(problem: mini_math.Problem) -> Prompt:
+    return text_prompt(problem.text, {"answer": str(problem.answer)})
 
 
 class JsonLines(Source):
@@ -111,7 +136,7 @@ def _read_pairs(path: ContentPath) -> list[Pair]:
         return [parse_pair(row, where) for where, row in read_rows(path.location)]
 
 
-SOURCES: dict[str, type[Source]] = {"mini_tldr": MiniTldr, "jsonl": JsonLines, "hub": Hub}
+SOURCES: dict[str, type[Source]] = {"mini_tldr": MiniTldr, "mini_math": MiniMath, "jsonl": JsonLines, "hub": Hub}
 
 _last_opened: dict[str, Source] = {}
 

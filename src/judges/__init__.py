@@ -21,7 +21,8 @@ from src.store.attempt import Attempt
 class Comparison(NamedTuple):
     """A prompt with two responses to it, each a dict with at least `response` (text) and `finished`.
 
-    A sampled one is a row of samples.jsonl (index, prompt, tokens, logp, ...); one from a file has its `generator`.
+    A sampled one is a row of samples.jsonl (index, prompt, tokens, logp, ...); one from a file has its `generator`. The
+    baseline is empty for a judge of a response by itself, whose verdict is whether it is right.
     """
 
     prompt: Prompt
@@ -43,7 +44,7 @@ class Response(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """value: 1 if the response wins, 0 if the baseline does, 0.5 for a tie."""
+    """value: 1 if the response wins or is right, 0 if the baseline wins or it is wrong, 0.5 for a tie."""
 
     value: float
     reason: str
@@ -85,7 +86,7 @@ class GradingFunction(Protocol):
 
 
 def grading_function(name: str) -> GradingFunction:
-    """Return the function `grades` of src/judges/NAME.py, which the judges in SCORING_JUDGES have."""
+    """Return the function `grades` of src/judges/NAME.py, which the judges in GRADING_JUDGES have."""
     return importlib.import_module(f"src.judges.{name}").grades
 
 

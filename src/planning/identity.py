@@ -196,7 +196,7 @@ class GenerateInputs:
 
 @dataclass(frozen=True)
 class EvaluateInputs:
-    """metric: what points are compared by, `win_rate` or `reward_accuracy`. judge: None without one."""
+    """metric: what points are compared by, `win_rate`, `reward_accuracy` or `accuracy`. judge: None without one."""
 
     kind: ClassVar[str] = "evaluate"
     setup: str

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from src.config.schema import JudgeEndpoint, Point
+from src.config.schema import GENERATED, JudgeEndpoint, Point
 from src.planning.identity import DataInputs, select_fields
 
 
@@ -90,5 +90,5 @@ def max_sequence_tokens(point: Point) -> int:
 
 def splits_validation_prompts(point: Point) -> bool:
     """Return whether prompts of validation pairs are split into selection and reporting, which need one each."""
-    own_prompts = point.evaluation.prompts_file is not None or point.dataset.source == "mini_tldr"
+    own_prompts = point.evaluation.prompts_file is not None or point.dataset.source in GENERATED
     return point.evaluation.metric == "reward_accuracy" or not own_prompts

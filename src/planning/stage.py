@@ -76,6 +76,8 @@ class Stage:
                 return inputs.generation.server[0], "openai"
             case EvaluateInputs(judge=JudgeInputs(name=name)) if name in ENDPOINT_JUDGES:
                 return ("alpaca-eval", "openai") if name == "alpaca_eval" else ("openai",)
+            case EvaluateInputs(judge=JudgeInputs(name="math")) | PairsInputs(judge=JudgeInputs(name="math")):
+                return "math-verify", "latex2sympy2-extended"
         return ()
 
     @property
@@ -289,9 +291,9 @@ def judge_inputs(judge: Judge) -> JudgeInputs | None:
         options["prompt_file"] = ContentPath.of(options["prompt_file"], "judge.prompt_file")
     if judge.name in ENDPOINT_JUDGES and judge.base_url is not None:
         options["base_url"] = normalize_url(judge.base_url)
-    assert judge.baseline is not None
-    from_file = judge.baseline not in BASELINES
-    baseline = ContentPath.of(judge.baseline, "judge.baseline") if from_file else judge.baseline
+    baseline: str | ContentPath | None = judge.baseline
+    if judge.baseline is not None and judge.baseline not in BASELINES:
+        baseline = ContentPath.of(judge.baseline, "judge.baseline")
     return JudgeInputs(judge.name, baseline, **options)
 
 

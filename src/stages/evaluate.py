@@ -39,7 +39,7 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         usage = {"name": inputs.judge.name, **judged.usage, "scores": judged.scores}
         rows = (
             {name: s[name] for name in ("index", "sample") if name in s}
-            | {"verdict": v.value, "reason": v.reason, "baseline": c.baseline["response"]}
+            | {"verdict": v.value, "reason": v.reason, "baseline": c.baseline.get("response")}
             for s, c, v in zip(samples, comparisons, judged.verdicts, strict=True)
         )
         write_jsonl(attempt.out / JUDGEMENTS_FILE, rows)
@@ -92,7 +92,8 @@ def _comparisons(
 ) -> list[Comparison]:
     """Pair each sample with the baseline's response to its prompt.
 
-    That is a sample of the SFT model, the chosen response of the prompt's first held-out pair, or a row of a file.
+    That is a sample of the SFT model, the chosen response of the prompt's first held-out pair, or a row of a file; for
+    a judge of a response by itself, nothing.
     """
     assert inputs.judge is not None
     baseline, prompts = inputs.judge.baseline, read_prompts(inputs.prompts, resources.expected_rows)
@@ -103,6 +104,8 @@ def _comparisons(
         with reading(baseline):
             answers = read_answers(baseline.location, prompts, "judge.baseline")
         baselines = {sample_key(s): answers[s["index"]] for s in samples}
+    elif baseline is None:
+        baselines = {sample_key(s): {} for s in samples}
     else:
         chosen_responses: dict[tuple[str, ...], str] = {}
         for pair in open_source(inputs.prompts.data, resources.expected_rows).pairs("validation"):

@@ -229,6 +229,12 @@ def _check_conflicts(points: pd.DataFrame) -> None:
         )
 
 
+def _metric_name(quality: dict[str, Any]) -> str:
+    """Return the metric, with how many samples of each prompt it is the mean of where there are several."""
+    count = quality.get("samples_per_prompt", 1)
+    return quality["metric"] if count == 1 else f"{quality['metric']} (avg@{count})"
+
+
 def _measurements(result: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
     """Return the columns of points.csv that come from a result.json."""
     unknown = {"value": None, "se": None}  # results of version 0.2 have none of these
@@ -243,7 +249,7 @@ def _measurements(result: dict[str, Any], stages: dict[str, str]) -> dict[str, A
     }
     unshared = {stages[kind] for kind in ("align", "generate")}  # stages that no other point uses
     return {
-        "metric": result["quality"]["metric"],
+        "metric": _metric_name(result["quality"]),
         **{name: measured["value"] for name, measured in with_errors.items()},
         **{f"{name}_se": measured["se"] for name, measured in with_errors.items()},
         **{name: result[name]["value"] for name in ("reward_accuracy", "reward_margin", "response_tokens")},

@@ -43,6 +43,7 @@ def write_report(
         searches=results.searches,
         points_per_rung=points_per_rung,
         headlines=_headlines(best, tables),
+        metrics=[metric.split(" (")[0] for metric in best.metric.unique()],
         seeds=int(best.seeds.max()) if len(best) else 0,
         gains=_gains(tables["gains"]),
         benchmark=tables["benchmark"].to_dict("split"),
@@ -151,7 +152,8 @@ def _example(methods: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
     responses = [] if baseline is None else [("baseline", _truncate(baseline), None, "")]
     for method, row in zip(methods, rows, strict=True):
         responses.append((method, _truncate(row["response"]), row.get("verdict"), row.get("reason", "")))
-    return {"prompt": _truncate(rows[0]["prompt"]), "responses": responses}
+    won, lost = ("right", "wrong") if baseline is None else ("win", "loss")
+    return {"prompt": _truncate(rows[0]["prompt"]), "responses": responses, "won": won, "lost": lost}
 
 
 def _samples(results: Results, result: str, metric: str) -> dict[int, dict[str, Any]]:

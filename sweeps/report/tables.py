@@ -19,7 +19,7 @@ from sweeps.report.plot_style import NAMES
 LEVEL = 0.05  # of significance: two methods differ when Holm's p of their difference is below
 BEST, NOT_SIGNIFICANT = "best", "n.s."  # values of the column "Gap to best"
 # Of all validation pairs; where quality is reward accuracy, that is the average by prompt on the reporting split.
-ALL_PAIRS = "Accuracy, all pairs"
+ALL_PAIRS = "Reward accuracy, all pairs"
 OPTIONAL_COLUMNS = ("KL / sequence", "Shortlist", "Gap to best")  # dropped in this order on a narrow terminal
 PER_TOKEN = ["KL / token", "KL (RB) / token"]  # too wide for the page too: in the table's files and points.csv
 NOT_ON_TERMINAL = ["Kind", "Top 3", *PER_TOKEN, "KL (RB) / sequence", ALL_PAIRS, "Length"]
