@@ -36,14 +36,17 @@ def tensors(heads=6, kv_heads=2, seed=0, d=16):
     return [torch.randn(1, h, n, d, generator=generator).requires_grad_() for h in (heads, kv_heads, kv_heads)]
 
 
-def dense(query, key, value, scaling):
-    """Return attention of every position to every other, with an explicit mask."""
+def dense(query, key, value, scaling, window=None):
+    """Return attention of every position to every other, with an explicit mask.
+
+    A segment's sequence is its prefix and itself; the last `window` of its positions up to its own are attended to.
+    """
     n = query.shape[2]
     mask = torch.zeros(n, n, dtype=torch.bool)
     for number, segment in enumerate(LAYOUT.segments):
         for position in range(segment.start, segment.end):
-            mask[position, segment.start : position + 1] = True
-            mask[position, list(PREFIX.get(number, []))] = True
+            sequence = [*PREFIX.get(number, []), *range(segment.start, position + 1)]
+            mask[position, sequence if window is None else sequence[-window:]] = True
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
@@ -83,7 +86,7 @@ def test_the_recorded_signature_is_that_of_the_installed_torch():
 
 def varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_size, enable_gqa=None):
     """Compute what torch documents for varlen_attn in a loop over segments: causal, aligned to the bottom right."""
-    assert window_size == (-1, 0) and enable_gqa in (None, q.shape[1] != k.shape[1])
+    assert window_size[1] == 0 and enable_gqa in (None, q.shape[1] != k.shape[1])
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     longest = [cu_seqlens.diff().max().item() for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]
     assert longest == [max_seqlen_q, max_seqlen_k]
@@ -93,7 +96,10 @@ def varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_
         queries, keys, values = q[rows].float(), k[columns].float(), v[columns].float()
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
-        masked = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + keys.shape[0] - queries.shape[0])
+        offset, everything = keys.shape[0] - queries.shape[0], torch.ones(scores.shape[1:], dtype=torch.bool)
+        masked = everything.triu(1 + offset)
+        if window_size[0] >= 0:
+            masked |= everything.tril(offset - window_size[0] - 1)
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(masked, -torch.inf).softmax(-1), values))
     return torch.cat(out).to(q.dtype)
 
@@ -113,6 +119,28 @@ def test_backends_on_a_cpu_are_dense_attention_with_a_mask(name, heads, kv_heads
     actual = outputs_and_gradients(lambda *x: attention.ATTENTION_BACKENDS[name](*x, 0.25, LAYOUT), inputs)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+# Far less than a block of queries, of which some windows begin in the prefix, and more than a prefix and a segment.
+@pytest.mark.parametrize("window", [2, 100, 300])
+@pytest.mark.parametrize("name", ["sdpa", "onednn", "varlen", "flash_attention_2"])
+def test_a_window_is_of_positions_of_a_sequence_wherever_its_prefix_lies(name, window, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of("2.12"))
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_kernel))
+    inputs = tensors()
+    backend, bf16 = attention.ATTENTION_BACKENDS[name], name not in ("sdpa", "onednn")
+    expected = outputs_and_gradients(lambda *x: dense(*x, 0.25, window), inputs)
+    actual = outputs_and_gradients(lambda *x: backend(*x, 0.25, LAYOUT, window), inputs)
+    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(actual, expected, strict=True)]
+    assert max(errors) < (0.02 if bf16 else 1e-5)
+    without = outputs_and_gradients(lambda *x: backend(*x, 0.25, LAYOUT), inputs)
+    assert (without[0].float() - expected[0]).norm() / expected[0].norm() > 0.05, "the control"
+
+
+def flash_kernel(q, k, v, *bounds, softmax_scale, causal, window_size, deterministic):
+    """Compute what flash-attn documents: causal forbids later keys whatever the window says."""
+    assert causal
+    return varlen_kernel(q, k, v, *bounds, softmax_scale, (window_size[0], 0))
 
 
 @pytest.mark.parametrize("release", VARLEN_PARAMETERS)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2Config,
+    Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -53,6 +55,7 @@ FAMILIES = [
     (Qwen2ForCausalLM, Qwen2Config, {}),
     (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
     (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
 ]
 
 
@@ -232,13 +235,19 @@ def test_policy_and_reference_agree_in_bf16_as_they_do_in_fp32():
 
 
 def test_an_architecture_the_packed_path_cannot_compute_is_refused_by_name():
-    with pytest.raises(ConfigError, match="mistral: its sliding window of 128"):
-        attention.check_supported(MistralConfig(sliding_window=128), max_sequence_tokens=1024)
+    with pytest.raises(ConfigError, match="qwen2_moe: its sliding window of 128"):
+        config = Qwen2MoeConfig(sliding_window=128, use_sliding_window=True)
+        attention.check_supported(config, max_sequence_tokens=1024)
+    with pytest.raises(ConfigError, match="gemma3_text: use_bidirectional_attention attends to later tokens"):
+        attention.check_supported(Gemma3TextConfig(use_bidirectional_attention=True), max_sequence_tokens=1024)
+    with pytest.raises(ConfigError, match="gemma3_text: soft-capped attention scores are not supported"):
+        attention.check_supported(Gemma3TextConfig(attn_logit_softcapping=50.0), max_sequence_tokens=1024)
     with pytest.raises(ConfigError, match="granite: logits_scaling=8"):
         attention.check_supported(GraniteConfig(logits_scaling=8.0), max_sequence_tokens=1024)
     with pytest.raises(ConfigError, match=r"log-probs of model_type gemma2 are not supported; use one of .*llama"):
         attention.check_supported(Gemma2Config(), max_sequence_tokens=1024)
     with pytest.raises(ConfigError, match="llama: it has 512 positions"):
         attention.check_supported(LlamaConfig(max_position_embeddings=512), max_sequence_tokens=1024)
-    attention.check_supported(MistralConfig(sliding_window=4096), max_sequence_tokens=1024)
+    for window in (128, 4096):
+        attention.check_supported(MistralConfig(sliding_window=window), max_sequence_tokens=1024)
     attention.check_supported(Qwen2Config(sliding_window=128, use_sliding_window=False), max_sequence_tokens=1024)

@@ -41,7 +41,7 @@ def test_attention_of_variable_length_keeps_a_log_sum_exp_and_returns_the_dtype_
         k = torch.empty(10, 2, 16, dtype=torch.bfloat16)
         bounds = torch.empty(3, dtype=torch.int32)
         theirs = torch.ops.torch_attn._varlen_attn(q, k, k, bounds, bounds, 4, 5, True, None, [-1, 0], True)
-        ours = substitutes.flash_attn_forward(q, k, k, bounds, bounds, 4, 5)
+        ours = substitutes.flash_attn_forward(q, k, k, bounds, bounds, 4, 5, [-1, -1])
         for mine, real in zip(ours, theirs, strict=False):
             assert (mine.shape, mine.dtype, mine.stride()) == (real.shape, real.dtype, real.stride())
         q.requires_grad_(), k.requires_grad_()
@@ -62,6 +62,10 @@ def test_pairs_that_see_each_other_are_counted_as_a_mask_has_them():
     masks = [torch.ones(3, 3).tril(0), torch.ones(2, 6).tril(4)]
     bounds = torch.tensor([0, 3, 5]), torch.tensor([0, 3, 9])
     assert causal_pairs(*bounds) == sum(mask.sum() for mask in masks) == 6 + 11
+    for window in (1, 2, 4, 6, 7):
+        seen = [mask.triu(mask.shape[1] - mask.shape[0] - window + 1) for mask in masks]
+        assert causal_pairs(*bounds, window) == sum(mask.sum() for mask in seen)
+    assert causal_pairs(*bounds, 2) == 5 + 4
 
 
 def test_a_kernel_takes_the_longer_of_its_products_and_its_bytes():

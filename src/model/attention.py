@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 ONEDNN_MIN_MEAN_SEGMENT = 128  # tokens; measured at 64 dimensions a head
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout, window: int | None = None
+) -> Tensor:
     """Run torch's scaled_dot_product_attention once per segment: any device, any precision."""
     # One split has one concatenation as its gradient; slices would each have a gradient of the full size.
     edges = sorted({0, *(edge for s in layout.segments for edge in (s.start, s.end, s.prefix_start, s.prefix_end))})
@@ -42,9 +44,12 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layou
         )
         k, v = (torch.cat([pieces[i] for i in (*prefix, *causal)], dim=2) for pieces in (keys, values))
         mask = None
-        if prefix_length := s.prefix_end - s.prefix_start:
+        prefix_length, is_windowed = s.prefix_end - s.prefix_start, window is not None and window < k.shape[2]
+        if prefix_length or is_windowed:
             # Causal, aligned to the bottom right: query i attends to the whole prefix and to itself up to i.
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix_length)
+        if mask is not None and is_windowed:
+            mask = mask.triu(prefix_length - window + 1)
         outputs.append(
             F.scaled_dot_product_attention(
                 q,
@@ -59,15 +64,19 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layou
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def onednn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+def onednn(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout, window: int | None = None
+) -> Tensor:
     """Multiply blocks of queries through oneDNN: float32 on a CPU. Short segments are faster through sdpa."""
     has_short_segments = query.shape[2] < ONEDNN_MIN_MEAN_SEGMENT * len(layout.segments)
     if has_short_segments or query.dtype != torch.float32 or query.shape[3] != value.shape[3]:
-        return sdpa(query, key, value, scaling, layout)
-    return BlockAttention.apply(query, key, value, layout.segments, scaling or query.shape[3] ** -0.5)
+        return sdpa(query, key, value, scaling, layout, window)
+    return BlockAttention.apply(query, key, value, layout.segments, scaling or query.shape[3] ** -0.5, window)
 
 
-def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout, window: int | None = None
+) -> Tensor:
     """Run torch's variable-length kernel (FlashAttention inside) once for all segments: bf16, CUDA."""
     q, k, v = _unpadded(query, key, value, layout)
     # torch 2.11 has no enable_gqa and always allows fewer key-value heads; from 2.12 on they must be allowed.
@@ -82,13 +91,16 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lay
         layout.max_seqlen_q,
         layout.max_seqlen_k,
         scale=scaling,
-        window_size=(-1, 0),  # causal; with fewer queries than keys, aligned to the bottom right
+        # Causal; with fewer queries than keys, aligned to the bottom right: both ends are positions of a sequence.
+        window_size=(-1 if window is None else window - 1, 0),
         **options,
     )
     return output[None]
 
 
-def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+def flash_attention_2(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout, window: int | None = None
+) -> Tensor:
     """Run the package flash-attn once for all segments: bf16, CUDA."""
     from flash_attn import flash_attn_varlen_func
 
@@ -100,6 +112,7 @@ def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float 
         layout.max_seqlen_k,
         softmax_scale=scaling,
         causal=True,
+        window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
         # Otherwise the gradient of the queries is summed in an arbitrary order. torch's varlen_attn asks by itself.
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
@@ -135,14 +148,16 @@ def _register(name: str) -> None:
         attention_mask: Tensor | None,
         scaling: float | None = None,
         layout: Layout | None = None,
+        sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Return attention (1, n, heads, d) in which each segment attends to itself causally and to its prefix.
 
-        query: (1, heads, n, d); key, value: (1, kv_heads, n, d).
+        query: (1, heads, n, d); key, value: (1, kv_heads, n, d). sliding_window: of the layer, as transformers passes
+        it: tokens of its own sequence that one attends to, itself included.
         """
         assert layout is not None, "the packed path passes a layout to the model"
-        return ATTENTION_BACKENDS[name](query, key, value, scaling, layout), None
+        return ATTENTION_BACKENDS[name](query, key, value, scaling, layout, sliding_window), None
 
     AttentionInterface.register(registered_name(name), packed_attention)
 
@@ -201,12 +216,17 @@ def why_not_varlen(device: torch.device, precision: str) -> str | None:
 def check_supported(config: Any, max_sequence_tokens: int) -> None:
     """Refuse a model whose log-probs this project would get wrong.
 
-    Its architecture must be one that has been compared, its attention plain causal softmax over the whole sequence of
-    up to max_sequence_tokens (of training and sampling), and its logits the output of the head. Raises ConfigError.
+    Its architecture must be one that has been compared, its attention plain causal softmax over a whole sequence of
+    up to max_sequence_tokens (of training and sampling) or over a window of it, and its logits the output of the head.
+    Raises ConfigError.
     """
     name = config.model_type
     if reason := why_not_supported(name):
         raise ConfigError(reason)
+    if others := sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}):
+        raise ConfigError(f"model {name}: layers of {', '.join(others)} are not supported")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ConfigError(f"model {name}: use_bidirectional_attention attends to later tokens; not supported")
     if reason := why_too_long(config.to_dict(), max_sequence_tokens):
         raise ConfigError(reason)
     if getattr(config, "attn_logit_softcapping", None):

@@ -24,6 +24,13 @@ ARCHITECTURES = (
     *("seed_oss", "smollm3", "starcoder2"),
 )
 
+# Those that tell the attention the sliding window of a layer, so that it is computed by position. What others with a
+# window do about it is in a mask, which the packed path does not use.
+WINDOWED = (
+    *("cwm", "exaone4", "gemma3_text", "ministral", "ministral3", "mistral", "mixtral", "olmo3", "phi3", "qwen2"),
+    *("qwen3", "qwen3_moe", "smollm3", "starcoder2"),
+)
+
 WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}  # prefix of names -> what adds it
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_CONFIG = "adapter_config.json"  # of peft: the folder has adapters, not a model
@@ -63,13 +70,17 @@ def why_not_supported(model_type: str) -> str | None:
 
 
 def why_too_long(config: Mapping[str, Any], max_sequence_tokens: int) -> str | None:
-    """Return why a model does not attend to all of a sequence of so many tokens, or None.
+    """Return why log-probs of sequences of so many tokens would not be the model's own, or None.
 
     config: fields of config.json, of which some may be absent.
     """
     name, window = config.get("model_type"), config.get("sliding_window")
-    if window and config.get("use_sliding_window", True) and window < max_sequence_tokens:
-        return f"model {name}: its sliding window of {window} tokens is shorter than sequences of {max_sequence_tokens}"
+    is_used = window and config.get("use_sliding_window", True) and window < max_sequence_tokens
+    if is_used and name not in WINDOWED:
+        return (
+            f"model {name}: its sliding window of {window} tokens is shorter than sequences of {max_sequence_tokens}, "
+            f"and windows are supported for {', '.join(WINDOWED)}"
+        )
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if positions and positions < max_sequence_tokens:
         return f"model {name}: it has {positions} positions, sequences have up to {max_sequence_tokens} tokens"
@@ -146,6 +157,23 @@ def _check_gguf(file: Path) -> None:
         magic = handle.read(24)  # with version and counts
     if len(magic) < 24 or magic[:4] != b"GGUF":
         raise _Unusable("empty or not in the GGUF format")
+
+
+def local_tokens(location: str) -> set[str] | None:
+    """Return the tokens of a local model's tokenizer.json; None where it has none or is on the hub.
+
+    Call `check_model_files` first, which refuses damaged ones.
+    """
+    path = locate(location)
+    if path is None or not (path / "tokenizer.json").is_file():
+        return None
+    tokenizer = read_json(path / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    # Unigram models have a list of tokens and scores. Other files may add tokens when transformers reads the folder.
+    pieces = vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary)
+    settings = path / "tokenizer_config.json"
+    added = read_json(settings).get("added_tokens_decoder") or {} if settings.is_file() else {}
+    return {*pieces, *(t["content"] for t in (*(tokenizer.get("added_tokens") or []), *added.values()))}
 
 
 def _check_tokenizer(tokenizer: dict[str, Any], vocab_size: Any) -> None:

@@ -6,6 +6,7 @@ the host keep their values, so lengths, permutations and layouts are those of a 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -177,7 +178,9 @@ class FakeCudaMode(TorchDispatchMode):
         bounds = [self._value(x) for x in args if isinstance(x, Tensor) and x.dtype == torch.int32 and x.dim() == 1]
         if len(bounds) < 2 or bounds[0] is None or bounds[1] is None:
             return None
-        return causal_pairs(bounds[0], bounds[1])
+        windows = [x for x in args if isinstance(x, (list, tuple)) and len(x) == 2 and all(type(n) is int for n in x)]
+        left = windows[0][0] if windows else -1  # (left, right), -1 for no end
+        return causal_pairs(bounds[0], bounds[1], math.inf if left < 0 else left + 1)
 
 
 def _is_cuda(device: Any) -> bool:

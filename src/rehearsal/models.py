@@ -72,4 +72,4 @@ def _small(config: Any) -> Any:
 
 def template() -> Any:
     """Return what `sample` asks of a template."""
-    return SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=1), end_id=END_ID)
+    return SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=1), end_id=END_ID, end_ids=(END_ID,))

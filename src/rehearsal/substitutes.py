@@ -21,7 +21,14 @@ from torch import Tensor
 # The function of flash-attn's interface, as release 2.8 has it.
 @torch.library.custom_op("flash_attn::varlen_attn_forward", mutates_args=())
 def flash_attn_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window_size: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Return the output, like q, and the log-sum-exp of the scores, (heads, tokens) float32."""
     raise NotImplementedError("only its shapes are known here")
@@ -29,14 +36,29 @@ def flash_attn_forward(
 
 @flash_attn_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window_size: list[int],
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("flash_attn::varlen_attn_backward", mutates_args=())
 def flash_attn_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window_size: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, in their dtype."""
     raise NotImplementedError("only its shapes are known here")
@@ -44,7 +66,15 @@ def flash_attn_backward(
 
 @flash_attn_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window_size: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -54,11 +84,12 @@ class _FlashAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *bounds: Any) -> Tensor:
         out, lse = flash_attn_forward(q, k, v, *bounds)
         ctx.save_for_backward(q, k, v, out, lse, *bounds[:2])
+        ctx.window_size = bounds[-1]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *flash_attn_backward(grads[0], *ctx.saved_tensors), None, None, None, None
+        return *flash_attn_backward(grads[0], *ctx.saved_tensors, ctx.window_size), None, None, None, None, None
 
 
 def flash_attn_varlen_func(
@@ -81,7 +112,8 @@ def flash_attn_varlen_func(
 ) -> Tensor:
     """Take the place of flash_attn.flash_attn_varlen_func: its signature, outputs and what it keeps for backward."""
     assert causal and not (dropout_p or softcap or return_attn_probs), "as src.model.attention calls it"
-    return _FlashAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, list(window_size)
+    return _FlashAttention.apply(q, k, v, *bounds)
 
 
 @contextlib.contextmanager

@@ -138,10 +138,20 @@ class WorkMeter:
         return Kernel("attention", flops, moved, seconds, workspace)
 
 
-def causal_pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> float:
-    """Return how many (query, key) pairs see each other, causal and aligned to the bottom right in every segment."""
+def causal_pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window: float = math.inf) -> float:
+    """Return how many (query, key) pairs see each other, causal and aligned to the bottom right in every segment.
+
+    window: keys that a query sees at most, its own included.
+    """
     q, k = (bounds.double().diff() for bounds in (cu_seqlens_q, cu_seqlens_k))
-    return float((q * k - q * (q - 1) / 2).sum())
+
+    def of_first(n: Tensor) -> Tensor:
+        """Return the pairs of the first n positions of a sequence."""
+        growing = n.clamp(max=window)
+        beyond = (n - growing) * window if window < math.inf else 0.0
+        return growing * (growing + 1) / 2 + beyond
+
+    return float((of_first(k) - of_first(k - q)).sum())
 
 
 def _is_causal(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
