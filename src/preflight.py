@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -13,15 +14,17 @@ import yaml
 from src.config.endpoints import read_key
 from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES
 from src.config.packages import require_package
-from src.config.schema import Point
+from src.config.schema import Model, Point
+from src.config.template_rules import end_tokens_of, is_template_file
 from src.data.evaluation_prompts import EvaluationPrompt, read_answers, read_prompts
 from src.data.rows import name_of
 from src.data.sources import open_source
+from src.data.templates import missing_token, read_template, tokens_of
 from src.data.training_prompts import training_prompts
 from src.errors import ConfigError
 from src.hardware import check_num_threads, visible_gpus
 from src.judges.prompt_file import load_judge_prompt
-from src.model.files import check_model_files, why_too_long
+from src.model.files import check_model_files, local_tokens, why_too_long
 from src.planning.content import locate
 from src.planning.gpus import find_gpu
 from src.planning.identity import DataInputs
@@ -45,6 +48,8 @@ def check_input_files(points: Sequence[Point]) -> None:
             find_gpu(gpu)
     for path in dict.fromkeys(point.model.path for point in points):
         check_model_files(path)
+    for model in {(p.model.path, p.model.template, repr(p.model.end_token)): p.model for p in points}.values():
+        _check_template(model)
     for name in dict.fromkeys(p.judge.model for p in points if p.judge.name == "reward_model"):
         if name is not None:
             check_model_files(name, "judge.model", causal=False)
@@ -71,6 +76,8 @@ def check_input_files(points: Sequence[Point]) -> None:
     for point in {repr((p.dataset, p.pairs.num_prompts)): p for p in points if p.pairs.num_prompts}.values():
         if point.dataset.source != "hub":
             training_prompts(training_prompt_inputs(point))
+    for model in dict.fromkeys((point.model.path, point.model.revision) for point in points):
+        _fetch_config(*model)
     for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
         _check_sequence_length(point)
 
@@ -83,8 +90,31 @@ def _check_answers(prompts: Iterable[EvaluationPrompt], file: str) -> None:
         )
 
 
+def _check_template(model: Model) -> None:
+    """Refuse a template file that cannot be read, and tokens that a local tokenizer shows not to have."""
+    if is_template_file(model.template):
+        read_template(model.template)
+    known = local_tokens(model.path)
+    for key, tokens in ((f"template={model.template}", tokens_of(model.template)), ("end_token", end_tokens_of(model))):
+        if known is not None and (absent := [token for token in tokens if token not in known]):
+            raise ConfigError(missing_token(key, absent[0]))
+
+
+def _fetch_config(location: str, revision: str | None) -> None:
+    """Bring the config.json of a model of the hub into its cache, where nothing here tells the model's shape.
+
+    Without the hub its sizes are not known and not checked. A name that does not exist is refused later.
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    if locate(location) is None and not constants.HF_HUB_OFFLINE and model_shape(location, revision) is None:
+        with suppress(Exception):  # of the network, in any library
+            hf_hub_download(location, "config.json", revision=revision, etag_timeout=HUB_TIMEOUT)
+            model_shape.cache_clear()
+
+
 def _check_sequence_length(point: Point) -> None:
-    """Refuse a model that does not attend to a whole sequence, where its config can be read on this machine."""
+    """Refuse a model that cannot read a whole sequence, where its config can be read on this machine."""
     shape, num_tokens = model_shape(point.model.path, point.model.revision), max_sequence_tokens(point)
     if shape is not None and (reason := why_too_long(shape.config, num_tokens)):
         raise ConfigError(

@@ -79,11 +79,11 @@ def test_a_conversation_that_is_too_long_ends_with_an_answer(name):
 
 
 def test_a_template_that_renders_earlier_answers_differently_is_refused():
-    template = chat("llama3")
-    template.name = "tokenizer"
+    tokenizer = tiny_llama.tokenizer()
     # As templates do that leave out earlier reasoning.
     answer = "{{ m.content if loop.last else m.content[:1] }}{{ eos_token }}"
-    template.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] " + answer + "{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] " + answer + "{% endfor %}"
+    template = Template("tokenizer", tokenizer)
     with pytest.raises(ConfigError, match="renders an assistant turn differently"):
         tokenize([conversation()], template, 1000, 500)
     assert len(tokenize([conversation(TURNS[:2])], template, 1000, 500).examples) == 1

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,9 +41,53 @@ def test_the_configs_of_the_papers_models_give_the_parameters_that_transformers_
     assert shape.num_kv_heads * shape.head_dim == model.model.layers[0].self_attn.k_proj.out_features
 
 
+# Billions of parameters: Qwen's tables in the model cards and blog posts of Qwen2.5 and Qwen3, Meta's and AI2's cards.
+PUBLISHED = {
+    "meta-llama/Llama-3.2-1B": 1.23,
+    "meta-llama/Llama-3.2-3B": 3.21,
+    "meta-llama/Llama-3.1-8B": 8.03,
+    "Qwen/Qwen2.5-0.5B": 0.49,
+    "Qwen/Qwen2.5-1.5B": 1.54,
+    "Qwen/Qwen2.5-3B": 3.09,
+    "Qwen/Qwen2.5-7B": 7.61,
+    "Qwen/Qwen2.5-14B": 14.7,
+    "Qwen/Qwen3-0.6B-Base": 0.6,
+    "Qwen/Qwen3-1.7B-Base": 1.7,
+    "Qwen/Qwen3-4B-Base": 4.0,
+    "Qwen/Qwen3-8B-Base": 8.2,
+    "Qwen/Qwen3-14B-Base": 14.8,
+    "allenai/OLMo-2-1124-7B": 7.3,
+    "allenai/OLMo-2-1124-13B": 13.7,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_configs_of_hub_models_give_the_published_number_of_parameters(name):
+    shape = model_shape(name)
+    assert shape.num_parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.015)
+
+
 def test_every_model_that_conf_names_has_a_known_shape():
     for file in (ROOT / "conf" / "model").glob("*.yaml"):
-        assert model_shape(yaml.safe_load(file.read_text())["path"]) is not None, file.stem
+        if file.stem != "hf":
+            assert model_shape(yaml.safe_load(file.read_text())["path"]) is not None, file.stem
+
+
+WINDOWED = {"sliding_window": 16, "head_dim": 12}
+
+
+@pytest.mark.parametrize("cls", ["Gemma3", "Olmo3", "SmolLM3", "Ministral"])
+def test_config_json_alone_gives_the_parameters_of_a_model(cls, tmp_path):
+    """As it is in the hub's cache before the weights are."""
+    config = {"Gemma3": "Gemma3Text"}.get(cls, cls)
+    model = make_model(
+        getattr(transformers, f"{cls}ForCausalLM"), getattr(transformers, f"{config}Config"), patched=False,
+        pad_token_id=0, **(WINDOWED if cls != "SmolLM3" else {}),
+    )  # fmt: skip
+    model.config.save_pretrained(tmp_path)
+    shape = model_shape(str(tmp_path))
+    assert shape.num_parameters == count(model)
+    assert shape.layer == count(model.model.layers[0])
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -19,7 +19,7 @@ from tests.support.small_models import make_model
 class Template:
     """The attributes of a template that sampling reads."""
 
-    end_id = 2
+    end_id, end_ids = 2, (2,)
 
     class tokenizer:
         bos_token_id = 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -75,7 +76,8 @@ class Lora:
 @dataclass
 class Model(Option):
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
-    template: str = choice("plain", "tokenizer", "llama3", "mistral", default="plain")
+    template: str = "plain"  # a name or FILE.jinja, see `src.config.template_rules`
+    end_token: Any = None  # one or a list: the first is learned, any of them ends a sample; null: the template's own
     revision: str | None = None
     attention: str = choice("auto", "flash_attention_2", "varlen", "onednn", "sdpa", default="auto")
     lora: Lora = field(default_factory=Lora)

@@ -17,6 +17,7 @@ from src.config.paths import is_dir, is_file
 from src.config.sampler import resolve_server
 from src.config.schema import Point
 from src.config.secrets import check_secret, conceal_secrets
+from src.config.template_rules import check_template
 from src.errors import ConfigError, one_line
 from src.methods import METHODS, SCORES, options_of, scores_of
 
@@ -59,6 +60,7 @@ def check(point: Point) -> None:
     _check_method(point)
     _check_dataset(point)
     _check_engine(point)
+    check_template(point.model)
     if point.model.attention in ("varlen", "flash_attention_2"):
         if point.engine.precision != "bf16":
             raise ConfigError(f"model.attention={point.model.attention} requires engine.precision=bf16")

@@ -26,16 +26,17 @@ _CONVERSATION = [
 class ControlTokens:
     """The control tokens of a tokenizer: those it calls special, and those that a template writes around messages.
 
-    render: the chat template; None for plain text. Other added tokens (`<think>`, HTML tags, runs of blanks) are
-    ordinary text to a model, and texts may have them.
+    render: the chat template; None for plain text. end_tokens: others that end a response. Other added tokens
+    (`<think>`, HTML tags, runs of blanks) are ordinary text to a model, and texts may have them.
     """
 
-    def __init__(self, tokenizer: Any, render: Render | None = None) -> None:
+    def __init__(self, tokenizer: Any, render: Render | None = None, end_tokens: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         written = "" if render is None else _written_by(render)
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         names = {name for name, special in added.items() if special or name in written} | {
-            *tokenizer.all_special_tokens
+            *tokenizer.all_special_tokens,
+            *end_tokens,
         }
         longest_first = sorted((name for name in names if name.strip()), key=len, reverse=True)
         any_token = "|".join(map(re.escape, longest_first)) or "(?!)"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from src.data.conversation_parts import refuse_tools_and_thinking
 from src.errors import ConfigError
 from src.planning.identity import DataInputs
 
@@ -135,6 +136,7 @@ def parse_pair(row: Row, where: str) -> Pair:
 
     A response is text, a message, or messages that may repeat the prompt. Raises ConfigError naming `where`.
     """
+    refuse_tools_and_thinking(row, where, is_message=False)
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ConfigError(f"{where}: missing field {key!r}; it has {list_columns(row)}")
@@ -164,6 +166,7 @@ def parse_demonstration(row: Row, where: str) -> Demonstration:
 
     User turns after the last assistant turn are ignored. Raises ConfigError naming `where`.
     """
+    refuse_tools_and_thinking(row, where, is_message=False)
     if row.get("chosen") is not None:
         return Demonstration(_prompt(row, where), _response(row["chosen"], where, "chosen"), where)
     turns = _first(row, "messages", "conversations")
@@ -191,6 +194,7 @@ def _messages(turns: Any, where: str) -> list[Message]:
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise ConfigError(f"{where}: a message is an object with role and content, not {type(turn).__name__}")
+    refuse_tools_and_thinking(turn, where, is_message=True)
     role, content = _first(turn, "role", "from"), _first(turn, "content", "value")
     if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str):
         raise ConfigError(f"{where}: a message needs role|from in {', '.join(_ROLES)} and content|value as text")

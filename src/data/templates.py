@@ -2,48 +2,113 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
+
+from src.config.paths import naming
+from src.config.template_rules import is_template_file
 from src.data.control_tokens import ControlTokens
 from src.data.rows import Demonstration, Message, Pair, Prompt, text_prompt
 from src.errors import ConfigError, describe_failure
 
 _FOLDER = Path(__file__).parent / "chat_templates"
-_CHAT_TEMPLATES = {name: (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in ("llama3", "mistral")}
+_NAMES = ("chatml", "llama3", "mistral")
+_CHAT_TEMPLATES = {name: (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in _NAMES}
 # Some templates write today's date (Llama 3.1 and later), and results must not depend on the day: this is the date that
 # Llama's template has where it is told none.
 _SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-_SPACE_BEFORE_RESPONSE = ("plain", "mistral")
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own tag around an answer
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How ids are made of what a template writes.
+
+    tokens: that it needs, the last of which ends a response; none: the tokenizer's end of sequence does. adds_begin:
+    whether the begin token comes first, where the template does not write it. Tokenizers of chat formats without one
+    (ChatML) declare a begin token all the same.
+    """
+
+    tokens: tuple[str, ...] = ()
+    adds_begin: bool = False
+    space_before_response: bool = False
+
+
+_FORMATS = {
+    "plain": _Format(adds_begin=True, space_before_response=True),
+    "mistral": _Format(adds_begin=True, space_before_response=True),
+    "llama3": _Format(("<|eot_id|>",), adds_begin=True),
+    "chatml": _Format(("<|im_start|>", "<|im_end|>")),
+}
+
+
+def tokens_of(name: str) -> tuple[str, ...]:
+    """Return the tokens that a tokenizer must have for model.template=`name`."""
+    return _FORMATS.get(name, _Format()).tokens
+
+
+def read_template(file: str) -> str:
+    """Return the chat template in a file. Raises ConfigError, with the line where its syntax is wrong."""
+    with naming("model.template", file):
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", text))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"model.template={file}: not UTF-8 ({error.reason})") from None
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"model.template={file}, line {error.lineno}: {error.message}") from None
+    if not text.strip():
+        raise ConfigError(f"model.template={file}: the file is empty")
+    return text
 
 
 @dataclass
 class Template:
-    """Chat template: `plain` text, the `tokenizer`'s own, `llama3` headers or `mistral`'s [INST]."""
+    """Chat template: `plain` text, the `tokenizer`'s own, `chatml`, `llama3` headers, `mistral`'s [INST], or a file.
+
+    end_tokens: that end a response instead of the template's; the first is learned, any of them ends a sample.
+    """
 
     name: str
     tokenizer: Any
+    end_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name == "tokenizer" and not self.tokenizer.chat_template:
             raise ConfigError(
-                "model.template=tokenizer: this tokenizer has no chat template; use plain, llama3 or mistral"
+                "model.template=tokenizer: this tokenizer has no chat template; use plain, chatml, llama3, mistral or "
+                "FILE.jinja"
             )
-        if self.name == "llama3" and "<|eot_id|>" not in self.tokenizer.get_vocab():
-            raise ConfigError("model.template=llama3: this tokenizer has no <|eot_id|>; use plain or tokenizer")
-        if self.end_id is None:
+        vocabulary = self.tokenizer.get_vocab()
+        for key, tokens in ((f"template={self.name}", self._format.tokens), ("end_token", self.end_tokens)):
+            if absent := [token for token in tokens if token not in vocabulary]:
+                raise ConfigError(missing_token(key, absent[0]))
+        if not self.end_tokens and not self._format.tokens and self.tokenizer.eos_token_id is None:
             raise ConfigError(f"model.template={self.name}: this tokenizer has no end-of-sequence token")
+        self._source = read_template(self.name) if is_template_file(self.name) else _CHAT_TEMPLATES.get(self.name)
         self._render(text_prompt("a"))  # a template that does not work at all is refused when it is loaded
-        self._control = ControlTokens(self.tokenizer, None if self.name == "plain" else self._apply)
+        render = None if self.name == "plain" else self._apply
+        self._control = ControlTokens(self.tokenizer, render, self.end_tokens)
+
+    @property
+    def _format(self) -> _Format:
+        return _FORMATS.get(self.name, _Format())
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response. The first is the one that is learned."""
+        tokens = self.end_tokens or self._format.tokens[-1:]
+        return tuple(map(self.tokenizer.convert_tokens_to_ids, tokens)) or (self.tokenizer.eos_token_id,)
 
     @property
     def end_id(self) -> int:
-        """The token that ends a response, supervised and generated."""
-        if self.name == "llama3":
-            return self.tokenizer.convert_tokens_to_ids("<|eot_id|>")
-        return self.tokenizer.eos_token_id
+        """The token that ends a response where it is learned, and pads samples."""
+        return self.end_ids[0]
 
     def _render(self, prompt: Prompt) -> str:
         """Return the text up to the start of the response. Raises ConfigError when the template cannot write it."""
@@ -59,7 +124,7 @@ class Template:
             ) from error
 
     def _apply(self, messages: Sequence[Message]) -> str:
-        chat_template = _SAME_DATE + (_CHAT_TEMPLATES.get(self.name) or self.tokenizer.get_chat_template())
+        chat_template = _SAME_DATE + (self._source or self.tokenizer.get_chat_template())
         options = {"chat_template": chat_template, "tokenize": False, "add_generation_prompt": True}
         return self.tokenizer.apply_chat_template(list(messages), **options)
 
@@ -88,7 +153,12 @@ class Template:
         end, turns = self.tokenizer.convert_ids_to_tokens(self.end_id), []
         for i, before, after in zip(answers, texts, texts[1:], strict=False):
             _, end_token, next_prompt = after.removeprefix(before).partition(end)
-            if not end_token or not after.startswith(before):
+            if not end_token:
+                raise ConfigError(
+                    f"model.template={self.name}: the chat template ends an answer without {end}, which is what ends a "
+                    "response, so multi-turn SFT is not possible: set model.end_token to the token that it writes there"
+                )
+            if not after.startswith(before):
                 raise ConfigError(
                     f"model.template={self.name}: the chat template renders an assistant turn differently when it is "
                     "not the last one, so multi-turn SFT is not possible with it; use another, or rows of one answer"
@@ -100,16 +170,24 @@ class Template:
         """Return the tokens up to the start of the response, with the begin token of the format."""
         ids = self._control.encode(self._render(self._mark(prompt)))
         bos = self.tokenizer.bos_token_id
-        # Tokenizers of chat formats without a begin token (ChatML) declare one all the same, so theirs is not added.
-        if bos is not None and self.name != "tokenizer" and ids[:1] != [bos]:
+        if bos is not None and self._format.adds_begin and ids[:1] != [bos]:
             ids = [bos, *ids]
         return ids
 
-    def response_ids(self, text: str) -> list[int]:
-        """Return the response tokens, the end token last. In `plain` and `mistral` a space comes before them."""
-        text = " " + text.lstrip() if self.name in _SPACE_BEFORE_RESPONSE else text
-        return [*self._control.encode(self._control.mark(text)), self.end_id]
+    def response_ids(self, text: str, end_id: int | None = None) -> list[int]:
+        """Return the response tokens, the end token last. In `plain` and `mistral` a space comes before them.
+
+        end_id: the token that ended a sample, where it is not the first one.
+        """
+        text = " " + text.lstrip() if self._format.space_before_response else text
+        return [*self._control.encode(self._control.mark(text)), self.end_id if end_id is None else end_id]
 
     def text(self, ids: list[int]) -> str:
-        """Return the text of response tokens."""
+        """Return the text of response tokens, without the token that ended them."""
+        ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def missing_token(key: str, token: str) -> str:
+    """Return the message for a token that a key needs and a tokenizer does not have; key: without `model.`."""
+    return f"model.{key}: this tokenizer has no {token}; use a model that has it, or another model.template"

@@ -231,7 +231,8 @@ def load_examples(
     row remains.
     """
     data = data.held_out if split == "validation" else data
-    key = digest([VERSION, split, hashable(data), model.path.fingerprint, model.template])
+    ends = [list(model.end_tokens)] if model.end_tokens else []
+    key = digest([VERSION, split, hashable(data), model.path.fingerprint, hashable(model)["template"], *ends])
     if key not in _cache:
         if len(_cache) >= 6:
             _cache.clear()

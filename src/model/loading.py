@@ -220,11 +220,11 @@ def load_template(model: ModelInputs) -> Template:
     """Load the tokenizer with its chat template, once per process: a GGUF tokenizer takes seconds."""
     source, options = _pretrained_source(model.path)
     name = f"model.path={model.path.location}"
-    with reading(model.path):
+    with reading(model):
         if "gguf_file" not in options:  # what is wrong there is no fault of the tokenizer, which reads it first
             _load_config(source, name, options)
         tokenizer = load_tokenizer(source, name, **options)
-    return Template(model.template, tokenizer)
+        return Template(model.template_name, tokenizer, model.end_tokens)
 
 
 def load_tokenizer(source: str, name: str, **options: Any) -> Any:

@@ -105,7 +105,7 @@ def sample(
     model.generation_config = GenerationConfig()
     device = next(model.parameters()).device
     begin_id, end_id = template.tokenizer.bos_token_id, template.end_id
-    tokens = {"bos_token_id": begin_id, "eos_token_id": end_id, "pad_token_id": end_id}
+    tokens = {"bos_token_id": begin_id, "eos_token_id": [*template.end_ids], "pad_token_id": end_id}
     config = GenerationConfig(max_new_tokens=generation.max_new_tokens, do_sample=False, **tokens)
     # Sorted by length, so that there is little padding; samples do not depend on the order.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -132,5 +132,5 @@ def sample(
             )
         del cache  # before the next batch has one
         for i, response in zip(indices, output[:, prompt_length:].tolist(), strict=True):
-            finished = end_id in response
-            yield i, response[: response.index(end_id) + 1] if finished else response, finished
+            ended = next((n for n, token in enumerate(response, 1) if token in template.end_ids), None)
+            yield i, response[:ended], ended is not None

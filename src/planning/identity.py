@@ -22,11 +22,20 @@ VERSIONS = {"sft": 11, "candidates": 1, "pairs": 1, "reference": 10, "align": 10
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """The base model: weights and tokenizer, chat template, and the precision everything of a run computes in."""
+    """The base model: weights and tokenizer, chat template, and the precision everything of a run computes in.
+
+    end_tokens: that end a response, the first one learned; none: the template's own.
+    """
 
     path: ContentPath
-    template: str
+    template: str | ContentPath
     precision: str
+    end_tokens: tuple[str, ...] = added_field(())
+
+    @property
+    def template_name(self) -> str:
+        """The template as it is configured."""
+        return self.template.location if isinstance(self.template, ContentPath) else self.template
 
 
 @dataclass(frozen=True)

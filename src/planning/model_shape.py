@@ -1,7 +1,7 @@
 """The shape of a model, from the headers of its files or its config, without loading it. No torch.
 
 A model on the hub is looked for in the hub's cache on this machine, then among those of `conf/hub_configs.yaml`; the
-network is not asked.
+network is not asked here: `src.preflight` fetches the config.json of a model that neither has.
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ _ALIASES = {
     "vocab_size": ("vocab_size",),
 }
 
+# Architectures whose tensors follow from their config: the norms of a layer, and what queries and keys have beside.
+_FAMILIES = {
+    **dict.fromkeys(("llama", "mistral", "ministral", "smollm3"), (("input", "post_attention"), None)),
+    "qwen2": (("input", "post_attention"), "biases"),
+    "qwen3": (("input", "post_attention"), "norms of heads"),
+    **dict.fromkeys(("olmo2", "olmo3"), (("post_attention", "post_feedforward"), "norms")),
+    "gemma3_text": (("input", "post_attention", "pre_feedforward", "post_feedforward"), "norms of heads"),
+}
+_TIED_BY_DEFAULT = ("gemma", "gemma3_text", "smollm3")  # where config.json does not say whether the head is tied
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -73,7 +83,7 @@ def model_shape(location: str, revision: str | None = None) -> ModelShape | None
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, UnreadableWeights):
         if path is None:
             config = hub_configs().get(location)
-            return None if config is None else _shape(config, _gated_tensors(config))
+            return None if config is None else _shape(config, _decoder_tensors(config))
         return _of_gguf(path) if path.is_file() else _of_folder(path)
     return None
 
@@ -104,7 +114,7 @@ def _of_folder(folder: Path) -> ModelShape:
     pickles = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
     if pickles:  # a zip archive of the plain numbers: a little more than they are
         return _shape(config, {}, pickles // _BYTES[config.get("dtype") or config.get("torch_dtype") or "float32"])
-    return _shape(config, _gated_tensors(config))
+    return _shape(config, _decoder_tensors(config))
 
 
 def _of_gguf(file: Path) -> ModelShape:
@@ -133,7 +143,7 @@ def _of_gguf(file: Path) -> ModelShape:
 
 def _shape(config: dict[str, Any], tensors: dict[str, tuple[int, ...]], total: int | None = None) -> ModelShape:
     """Return the shape of a model with these tensors; without them, of `total` parameters in equal layers."""
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = _is_tied(config)
     sizes = {
         name: math.prod(shape)
         for name, shape in tensors.items()
@@ -157,6 +167,10 @@ def _shape(config: dict[str, Any], tensors: dict[str, tuple[int, ...]], total: i
     )
 
 
+def _is_tied(config: dict[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", config.get("model_type") in _TIED_BY_DEFAULT))
+
+
 def _first(config: dict[str, Any], *names: str) -> int:
     value = next((config[name] for name in names if config.get(name) is not None), None)
     if value is None and "intermediate_size" in names:
@@ -164,28 +178,33 @@ def _first(config: dict[str, Any], *names: str) -> int:
     return int(value)  # type: ignore[arg-type]  # None is a TypeError
 
 
-def _gated_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a Llama or Mistral, by its config alone. Raises KeyError for another architecture."""
-    if config["model_type"] not in ("llama", "mistral"):
-        raise KeyError(config["model_type"])
+def _decoder_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a model with a gated MLP, by its config alone. Raises KeyError for another architecture."""
+    norms, queries_and_keys = _FAMILIES[config["model_type"]]
     width, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or width // heads
     queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
-    layer = {
-        "input_layernorm": (width,),
-        "self_attn.q_proj": (queries, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, queries),
-        "post_attention_layernorm": (width,),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (queries, width),
+        "self_attn.k_proj.weight": (keys, width),
+        "self_attn.v_proj.weight": (keys, width),
+        "self_attn.o_proj.weight": (width, queries),
+        "mlp.gate_proj.weight": (inner, width),
+        "mlp.up_proj.weight": (inner, width),
+        "mlp.down_proj.weight": (width, inner),
     }
+    layer |= {f"{name}_layernorm.weight": (width,) for name in norms}
+    match queries_and_keys:
+        case "biases":
+            layer |= {f"self_attn.{x}_proj.bias": (size,) for x, size in (("q", queries), ("k", keys), ("v", keys))}
+        case "norms of heads":
+            layer |= {f"self_attn.{x}_norm.weight": (head_dim,) for x in "qk"}
+        case "norms":
+            layer |= {f"self_attn.{x}_norm.weight": (size,) for x, size in (("q", queries), ("k", keys))}
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], width)}
     for i in range(config["num_hidden_layers"]):
-        tensors |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     tensors["model.norm.weight"] = (width,)
-    if not config.get("tie_word_embeddings", False):
+    if not _is_tied(config):
         tensors["lm_head.weight"] = (config["vocab_size"], width)
     return tensors

@@ -10,6 +10,7 @@ from typing import Any
 from src.config.endpoints import normalize_url
 from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES, MODEL_JUDGES
 from src.config.schema import MAX_ROWS, Dataset, HubTable, Judge, Optimization, Point, Table, Training, method_options
+from src.config.template_rules import end_tokens_of, is_template_file
 from src.methods import SCORES
 from src.planning.content import ContentPath, Kind, digest
 from src.planning.identity import (
@@ -135,7 +136,10 @@ def stages_of(point: Point) -> list[Stage]:
         return stage
 
     path = ContentPath.of(point.model.path, "model.path", point.model.revision)
-    model = ModelInputs(path, point.model.template, point.engine.precision)
+    template: str | ContentPath = point.model.template
+    if is_template_file(point.model.template):
+        template = ContentPath.of(point.model.template, "model.template")
+    model = ModelInputs(path, template, point.engine.precision, end_tokens_of(point.model))
     lora = None if point.model.lora.rank is None else point.model.lora
 
     def sft(fraction: float) -> Stage:

@@ -153,7 +153,8 @@ def served_folder(checkpoint: Path, folder: Path, template: Template, generation
     settings: dict[str, Any] = {"do_sample": generation.temperature > 0, "max_new_tokens": generation.max_new_tokens}
     if generation.temperature > 0:
         settings |= {"temperature": generation.temperature, "top_k": generation.top_k, "top_p": generation.top_p}
-    settings |= {"eos_token_id": template.end_id, "pad_token_id": template.end_id}
+    end_ids = [*template.end_ids]
+    settings |= {"eos_token_id": end_ids if len(end_ids) > 1 else template.end_id, "pad_token_id": template.end_id}
     settings["bos_token_id"] = template.tokenizer.bos_token_id
     (target / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return target
@@ -194,10 +195,20 @@ def sample_through(
     def parse(completion: Any) -> tuple[list[int], bool]:
         choice = completion.choices[0]
         finished = choice.finish_reason == "stop"
-        ids = template.response_ids(choice.text)
+        ids = template.response_ids(choice.text, _ended_by(choice, template))
         return (ids if finished else ids[:-1]), finished
 
     client.map_concurrent(((index, partial(request, index)) for index in contents), parse, on_result, on_progress)
+
+
+def _ended_by(choice: Any, template: Template) -> int:
+    """Return the token that ended a sample. vLLM names it unless it is the tokenizer's end of sequence; others do not.
+
+    Where it is not known, it is the token that is learned.
+    """
+    stop = getattr(choice, "stop_reason", template.end_id)
+    token = template.tokenizer.eos_token_id if stop is None else stop
+    return token if token in template.end_ids else template.end_id
 
 
 def _prompt_content(template: Template, ids: Sequence[int]) -> str | list[int]:
