@@ -107,6 +107,13 @@ REFUSED = [
     *(([f"beta={v}"], f"beta={v}: not in Hydra's syntax; close") for v in ("[0.1", "a=b", "é", "😀", "0.1]")),
     (["beta=1,2"], "beta=1,2: expands to several points: add -m"),
     (["foo"], "foo: must be KEY=VALUE or GROUP=NAME"),
+    (
+        ["model.template=nosuch"],
+        "model.template=nosuch: must be one of plain, tokenizer, chatml, llama3, mistral, or a",
+    ),
+    (["model.template=nosuch.jinja"], "model.template=nosuch.jinja: no such file"),
+    (["model.end_token=[]"], "model.end_token=[]: must be a token of the tokenizer or a list of them"),
+    (["model=hf"], "model.path has no value: add model.path=VALUE"),
     (["model=mimi"], "model=mimi: model/mimi does not exist; did you mean mini?"),
     (["mehtod=dpo"], "mehtod=dpo: there is no key mehtod; did you mean method?"),
     (["trainer.algin.lr=1"], "trainer.algin.lr=1: there is no key trainer.algin; did you mean trainer.align?"),

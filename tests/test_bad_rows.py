@@ -196,6 +196,37 @@ def test_a_bad_row_is_exit_code_2_in_one_line_through_the_command(sweep, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"role": "tool", "content": "4"}]}, r"role 'tool': conversations with tools are not supported"),
+        ({"messages": [{"from": "function_call", "value": "{}"}]}, "role 'function_call': .* with tools"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [1]}]},
+            "field 'tool_calls': .* with tools",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]},
+            "'reasoning_content': .*think",
+        ),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "column 'tools': .* with tools"),
+        ({"messages": [{"role": "thinking", "content": "a"}]}, "role 'thinking': .* with thinking"),
+    ],
+)
+def test_tools_and_thoughts_in_a_row_are_refused_by_name(row, reason):
+    with pytest.raises(ConfigError, match=rf"^t.jsonl, line 3: {reason}"):
+        parse_demonstration(row, "t.jsonl, line 3")
+
+
+def test_columns_for_tools_that_hold_nothing_are_those_of_an_ordinary_conversation():
+    """Tables of mixed layouts have them in every row."""
+    fields = {"tool_calls": None, "thinking": None, "reasoning_content": ""}
+    messages = [{"role": r, "content": r, **fields} for r in ("user", "assistant")]
+    for nothing in (None, [], "", "[]"):
+        row = {"messages": messages, "tools": nothing, "thinking": "a column of the table's own"}
+        assert parse_demonstration(row, "here").response == "assistant"
+
+
+@pytest.mark.parametrize(
     ("chat_template", "reason"),
     [
         ("{{ raise_exception('no thanks') }}", "TemplateError: no thanks"),

@@ -2,28 +2,23 @@
 
 import pytest
 
-from src.data.rows import Demonstration, Prompt, parse_demonstration, parse_pair, text_prompt
+from src.data.rows import Prompt, parse_demonstration, parse_pair, text_prompt
 from src.data.templates import Template
 from src.data.tokenization import tokenize
 from src.errors import ConfigError
 from src.model.packing import pack
-from tests.support import tiny_llama
+from tests.support import tiny_llama, tiny_qwen
+from tests.support.conversations import TURNS, conversation
 from tests.support.small_models import smollm2_template
 
 
 def chat(name: str) -> Template:
-    return smollm2_template() if name == "tokenizer" else Template(name, tiny_llama.tokenizer())
+    if name == "tokenizer":
+        return smollm2_template()
+    return Template(name, (tiny_qwen if name == "chatml" else tiny_llama).tokenizer())
 
 
 RESPONSES = {"chosen": "yes", "rejected": "no"}
-TURNS = ("Hi", "Yes?", "How are you", "well , thanks", "Bye", "See you")
-
-
-def conversation(turns=TURNS) -> Demonstration:
-    roles = ("user", "assistant")
-    return parse_demonstration(
-        {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}, "here"
-    )
 
 
 def supervised_texts(examples, template: Template) -> list[str]:
@@ -33,7 +28,7 @@ def supervised_texts(examples, template: Template) -> list[str]:
     return template.tokenizer.decode(ids).split(end)
 
 
-@pytest.mark.parametrize("name", ["llama3", "mistral", "tokenizer"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "chatml", "tokenizer"])
 def test_every_answer_of_a_conversation_carries_loss_and_no_user_turn_does(name):
     template = chat(name)
     examples = tokenize([conversation()], template, 1000, 500).examples
@@ -62,7 +57,7 @@ def test_a_greeting_that_opens_a_conversation_is_part_of_the_prompt():
     assert template.turns(greeting.prompt) == (template.prompt_ids(greeting.prompt), [])
 
 
-@pytest.mark.parametrize("name", ["llama3", "tokenizer"])
+@pytest.mark.parametrize("name", ["llama3", "chatml", "tokenizer"])
 def test_a_conversation_that_is_too_long_ends_with_an_answer(name):
     template = chat(name)
     (full,) = tokenize([conversation()], template, 1000, 500).examples

@@ -16,10 +16,12 @@ from launchers.slurm.submit import _in_flight
 from src import preflight
 from src.config.validation import build_point
 from src.errors import ConfigError
+from src.planning.model_shape import model_shape
 from src.planning.plan import make_plan
 from src.store import code_snapshot
 from src.store.store import Store
 from src.store.sweep_folder import SweepFolder, result_folders
+from tests.support import rehearsals
 from tests.support.commands import ROOT, SMALL, environment, train
 from tests.support.configs import composed
 from tests.support.endpoint import LoopbackServer
@@ -111,8 +113,13 @@ def test_hub_names_that_cannot_be_verified_are_named_in_one_warning(monkeypatch,
 class Hub(BaseHTTPRequestHandler):
     """The hub's answers for a gated, a public and a missing repository."""
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
-        if "/gated/" in self.path and self.path.endswith("auth-check"):
+        if self.path.startswith("/open/model/resolve/main/config.json"):
+            self.respond(200, "", rehearsals.TINY)
+        elif "/gated/" in self.path and self.path.endswith("auth-check"):
             self.respond(403, "GatedRepo")
         elif "/gated/" in self.path:
             self.respond(200, "", {"id": "gated/model", "gated": "manual", "siblings": [], "tags": []})
@@ -127,8 +134,11 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
+        self.send_header("ETag", '"1"')
+        self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
-        self.wfile.write(text)
+        if self.command == "GET":
+            self.wfile.write(text)
 
 
 @pytest.fixture
@@ -137,9 +147,28 @@ def reachable_hub(monkeypatch, tmp_path):
     server.serve(Hub)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url.removesuffix("/v1"))
+    root = server.url.removesuffix("/v1")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", root)
+    resolved = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", root + resolved)
+    model_shape.cache_clear()
     yield
     server.close()
+    model_shape.cache_clear()
+
+
+def test_a_run_of_any_model_of_the_hub_is_planned_by_its_config(reachable_hub, monkeypatch):
+    run = build_point(composed("model=hf", "model.path=open/model", "model.template=plain"))
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        preflight.check_input_files([run])
+        assert model_shape("open/model") is None, "the control"
+    preflight.check_input_files([run])
+    assert model_shape("open/model").num_parameters == rehearsals.NUM_PARAMETERS
+    with pytest.raises(ConfigError, match=r"it has 8192 positions, sequences have up to 9000"):
+        preflight.check_input_files(
+            [build_point(composed("model=hf", "model.path=open/model", "dataset.max_tokens=9000"))]
+        )
 
 
 def test_a_missing_or_gated_repository_is_an_error(reachable_hub):

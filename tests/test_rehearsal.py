@@ -36,6 +36,8 @@ OTHERS = {
     "sft": replace(TINY_REQUEST, stage="sft", examples=tuple(lengths[:2] for lengths in PAIRS), longest=LONGEST[:2]),
     "reference": replace(TINY_REQUEST, stage="reference"),
     "generate": GENERATE,
+    "sliding window": replace(AUTO, config={**TINY, "model_type": "mistral", "sliding_window": 4}),
+    "no window": replace(AUTO, config={**TINY, "model_type": "mistral", "sliding_window": None}),
     "zero2": replace(TINY_REQUEST, strategy="zero2", ranks=4),
 }
 
@@ -75,6 +77,12 @@ def test_a_step_runs_on_cuda_tensors_with_every_pair_of_options(results, row):
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_stage_runs_on_cuda_tensors(results, name):
     assert results[name].error is None
+
+
+def test_attention_of_a_window_takes_the_flops_of_the_pairs_in_it(results):
+    work = {name: results[name].work["attention"].flops for name in ("sliding window", "no window", "auto")}
+    assert work["no window"] == work["auto"]
+    assert work["sliding window"] < 0.5 * work["auto"]
 
 
 def test_what_lasts_is_counted_to_the_byte(results):

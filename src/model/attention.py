@@ -44,12 +44,11 @@ def sdpa(
         )
         k, v = (torch.cat([pieces[i] for i in (*prefix, *causal)], dim=2) for pieces in (keys, values))
         mask = None
-        prefix_length, is_windowed = s.prefix_end - s.prefix_start, window is not None and window < k.shape[2]
-        if prefix_length or is_windowed:
+        prefix_length, num_keys = s.prefix_end - s.prefix_start, k.shape[2]
+        if prefix_length or (window is not None and window < num_keys):
             # Causal, aligned to the bottom right: query i attends to the whole prefix and to itself up to i.
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix_length)
-        if mask is not None and is_windowed:
-            mask = mask.triu(prefix_length - window + 1)
+            mask = torch.ones(q.shape[2], num_keys, dtype=torch.bool, device=q.device).tril(prefix_length)
+            mask = mask if window is None else mask.triu(prefix_length - window + 1)
         outputs.append(
             F.scaled_dot_product_attention(
                 q,

@@ -104,8 +104,8 @@ def sample(
     # The checkpoint's generation_config would set what ours leaves open (a repetition penalty, for example).
     model.generation_config = GenerationConfig()
     device = next(model.parameters()).device
-    begin_id, end_id = template.tokenizer.bos_token_id, template.end_id
-    tokens = {"bos_token_id": begin_id, "eos_token_id": [*template.end_ids], "pad_token_id": end_id}
+    begin_id, end_id, end_ids = template.tokenizer.bos_token_id, template.end_id, [*template.end_ids]
+    tokens = {"bos_token_id": begin_id, "eos_token_id": end_ids, "pad_token_id": end_id}
     config = GenerationConfig(max_new_tokens=generation.max_new_tokens, do_sample=False, **tokens)
     # Sorted by length, so that there is little padding; samples do not depend on the order.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -132,5 +132,5 @@ def sample(
             )
         del cache  # before the next batch has one
         for i, response in zip(indices, output[:, prompt_length:].tolist(), strict=True):
-            ended = next((n for n, token in enumerate(response, 1) if token in template.end_ids), None)
+            ended = next((n for n, token in enumerate(response, 1) if token in end_ids), None)
             yield i, response[:ended], ended is not None

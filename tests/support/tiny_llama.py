@@ -14,14 +14,20 @@ _SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|en
 _WORDS = ["the", "cat", "dog", "ran", "sat", "house", "tree", "big", "small", "red", "and", "then", "why", "how", "is"]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE with Llama 3's special tokens and no chat template, like its base models."""
+def byte_level_bpe(special_tokens: list[str]) -> Tokenizer:
+    """Return a byte-level BPE of few words, with these tokens first."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=_SPECIAL, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special_tokens, initial_alphabet=alphabet)
     bpe.train_from_iterator([" ".join(_WORDS)] * 10, trainer)
+    return bpe
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE with Llama 3's special tokens and no chat template, like its base models."""
+    bpe = byte_level_bpe(_SPECIAL)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
 
 
