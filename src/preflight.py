@@ -94,10 +94,12 @@ def _check_template(model: Model) -> None:
     """Refuse a template file that cannot be read, and tokens that a local tokenizer shows not to have."""
     if is_template_file(model.template):
         read_template(model.template)
-    known = local_tokens(model.path)
-    for key, tokens in ((f"template={model.template}", tokens_of(model.template)), ("end_token", end_tokens_of(model))):
-        if known is not None and (absent := [token for token in tokens if token not in known]):
-            raise ConfigError(missing_token(key, absent[0]))
+    needed = {token: f"template={model.template}" for token in tokens_of(model.template)}
+    needed |= dict.fromkeys(end_tokens_of(model), "end_token")
+    known = local_tokens(model.path) if needed else None
+    for token, key in needed.items():
+        if known is not None and token not in known:
+            raise ConfigError(missing_token(key, token))
 
 
 def _fetch_config(location: str, revision: str | None) -> None:
