@@ -136,7 +136,7 @@ def test_any_folder_with_a_config_runs_and_learns_conversations_with_chatml(tmp_
         *("trainer.sft.batch_size=4", "trainer.align.batch_size=4", f"output_dir={tmp_path / 'out'}"),
     ]
     refused = train(*settings, check=False)
-    assert refused.returncode == 1 and "set model.end_token to the token" in refused.stderr
+    assert refused.returncode and "set model.end_token to the token" in refused.stderr
     train(*settings, "model.template=chatml")
     (sft,) = (tmp_path / "out").glob("store/sft/*/stage.json")
     assert json.loads(sft.read_text())["inputs"]["model"]["template"] == "chatml"
