@@ -94,7 +94,7 @@ def _check_template(model: Model) -> None:
     """Refuse a template file that cannot be read, and tokens that a local tokenizer shows not to have."""
     if is_template_file(model.template):
         read_template(model.template)
-    needed = {token: f"template={model.template}" for token in tokens_of(model.template)}
+    needed = dict.fromkeys(tokens_of(model.template), f"template={model.template}")
     needed |= dict.fromkeys(end_tokens_of(model), "end_token")
     known = local_tokens(model.path) if needed else None
     for token, key in needed.items():

@@ -206,7 +206,7 @@ def test_a_bad_row_is_exit_code_2_in_one_line_through_the_command(sweep, tmp_pat
         ),
         (
             {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]},
-            "'reasoning_content': .*think",
+            "field 'reasoning_content': .* with thinking",
         ),
         ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "column 'tools': .* with tools"),
         ({"messages": [{"role": "thinking", "content": "a"}]}, "role 'thinking': .* with thinking"),

@@ -89,6 +89,7 @@ def test_what_only_resembles_a_secret_is_allowed():
         "judge.api_key_env": "OPENAI_API_KEY",
         "dataset.path": "data/task-preferences_key.jsonl",
         "model.template": "tokenizer",
+        "model.end_token": "<|im_end|>",
         "trainer.max_tokens_per_micro_batch": "4096",
         "hydra.launcher.environment.TOKENIZERS_PARALLELISM": "false",
         "hydra.launcher.environment.HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",

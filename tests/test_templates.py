@@ -94,7 +94,7 @@ def test_a_template_file_counts_by_its_content(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"{{ 1 }}\n{% for m in messages %}\n{{ m.content }}", r"line 2: .*for"),
+        (b"{{ 1 }}\n{% for m in messages %}\n{{ m.content }}", r"line 3: .*endfor"),
         (b"\xff", "not UTF-8"),
         (b" \n", "the file is empty"),
         (b"{% generation %}{{ messages[0].content }}{% endgeneration %}{% break %}", None),

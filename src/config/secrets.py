@@ -26,7 +26,10 @@ _KEYS = re.compile(
 _HEADER = re.compile(r"\b(?:bearer|authorization\W+basic)\s+(?=\S*\d)[\w.~+/=-]{8,}", re.IGNORECASE)
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}")
 _COMMIT = re.compile(r"(?:revision|commit|sha|hash|ref)$", re.IGNORECASE)  # keys whose value may be 40 hex digits
-_SECRET_NAME = re.compile(r"(?:^|[_.-])(?:key|token|secret|passwd|password)$|api_?key$|[a-z](?:Key|Token|Secret)$")
+# The end token of a model is none.
+_SECRET_NAME = re.compile(
+    r"(?:^|(?<!\bend)[_.-])(?:key|token|secret|passwd|password)$|api_?key$|[a-z](?:Key|Token|Secret)$"
+)
 _FLAG = re.compile(
     r"""
     (?:^|\s)--?
