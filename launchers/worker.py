@@ -167,7 +167,7 @@ def worker_main(pipe: Connection, slot: WorkerSlot) -> None:
             outcome = Outcome("done")
         except preemption.Interrupted as interruption:
             log.warning("%s", interruption)
-            outcome = Outcome("stopped", preemption.stop_reason() or str(interruption))
+            outcome = Outcome("stopped", interruption.reason)
         except Exception as exception:
             log.exception("%s failed", stage.label)
             prefix = f"process {slot.rank}: " if slot.rank else ""

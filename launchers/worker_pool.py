@@ -82,7 +82,7 @@ class WorkerPool:
         """Ask what runs to stop, once. Raises Interrupted when nothing runs any more."""
         busy = [(group, group.stage.identity) for group in self.groups if group.stage is not None]
         if not busy:
-            raise preemption.Interrupted(f"stopped at checkpoints: {reason}")
+            raise preemption.Interrupted("stopped at checkpoints", reason)
         for group, identity in busy:
             if identity not in asked:
                 asked.add(identity)

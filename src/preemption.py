@@ -12,6 +12,14 @@ _reserve = _largest_reserve = 0.0
 class Interrupted(Exception):
     """The stage stopped on request; the next attempt resumes from its last checkpoint."""
 
+    def __init__(self, what: str, reason: str) -> None:
+        """Say what has stopped, and the reason of the request, which may not hold any more once the stage has ended."""
+        super().__init__(what, reason)  # both, so that the error can be pickled
+        self.what, self.reason = what, reason
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}"
+
 
 def request(reason: str | None) -> None:
     """Ask the stage that runs in this process to stop; None withdraws the request. Safe in a signal handler."""

@@ -65,15 +65,30 @@ def test_arithmetic_is_near_what_the_rehearsal_holds(tmp_path, monkeypatch):
                 assert float(computed[stage][column]) == pytest.approx(float(rehearsed[stage][column]), rel=tolerance)
 
 
-def test_the_dry_run_in_the_docs_prints_what_the_docs_show(tmp_path):
+@pytest.mark.parametrize("number", [0, 1], ids=["3b", "8b"])
+def test_a_dry_run_in_the_docs_prints_what_the_docs_show(number, tmp_path):
     page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^python -m src\.train (.* dry_run=true)$", page, re.M)
-    done = run_in_process(*command.split(), f"output_dir={tmp_path}")
+    commands = re.findall(r"^python -m src\.train .* dry_run=true$", page, re.M)
+    assert len(commands) == 2
+    done = run_in_process(*commands[number].split()[3:], f"output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    shown, printed = memory_table(page), memory_table(done.stdout)
-    assert shown.keys() == printed.keys()
-    for stage, row in shown.items():
-        for column in ("weights", "gradients", "optimizer", "KV cache", "processes"):
-            assert printed[stage][column] == row[column], (stage, column)
-        assert float(printed[stage]["peak"]) == pytest.approx(float(row["peak"]), rel=0.1)
-        assert float(printed[stage]["s a step"]) == pytest.approx(float(row["s a step"]), rel=0.15)
+    shown = page.split(commands[number])[1].split("```\n")[2]
+    for printed, expected in zip(hours_table(done.stdout), hours_table(shown), strict=True):
+        assert printed[:2] == expected[:2]
+        assert [float(cell) for cell in printed[2:]] == pytest.approx([float(cell) for cell in expected[2:]], rel=0.15)
+    choice = r"^sampling: (own_job|same_job)"
+    assert re.findall(choice, done.stdout, re.M) == re.findall(choice, shown, re.M)
+    if number == 0:
+        memory, printed = memory_table(shown), memory_table(done.stdout)
+        assert memory.keys() == printed.keys()
+        for stage, row in memory.items():
+            for column in ("weights", "gradients", "optimizer", "KV cache", "processes"):
+                assert printed[stage][column] == row[column], (stage, column)
+            assert float(printed[stage]["peak"]) == pytest.approx(float(row["peak"]), rel=0.1)
+            assert float(printed[stage]["s a step"]) == pytest.approx(float(row["s a step"]), rel=0.15)
+
+
+def hours_table(text):
+    """Return stage, number to run, accelerator-hours, those waiting, and those of a point, for each stage."""
+    rows = text.split("accelerator-hours  waiting")[1]
+    return re.findall(r"^(sft|reference|align|generate) +(\d+) .* (\S+) +(\S+) +(\S+)  rehearsed$", rows, re.M)

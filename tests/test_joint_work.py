@@ -182,7 +182,7 @@ def test_ranks_say_so_when_rank_0_has_ended_and_an_error_of_their_own_stays(monk
     assert other[1] == own[1] or "process 0 of the run has ended" in other[1]
     ranks = DistributedContext(rank=1, size=2)
     monkeypatch.setattr(DistributedContext, "store", property(lambda _: 1 / 0))
-    for error in (Interrupted("near the time limit"), ConfigError("a wrong row")):
+    for error in (Interrupted("stopped", "near the time limit"), ConfigError("a wrong row")):
         assert error_of(partial(_raise, error), ranks.failing_together())[:2] == (type(error), str(error))
     lost = error_of(partial(_raise, RuntimeError("Connection closed by peer")), ranks.failing_together())
     assert lost[0] is StageError and "process 0 of the run has ended" in lost[1]

@@ -45,7 +45,7 @@ def train(folder, num_steps=3, *overrides):
             make_model, examples, make_loss_fn(stage.inputs, references), stage.inputs, stage.resources, attempt
         )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return dict(trained.named_parameters()), [{**line, "tokens_per_second": 0} for line in lines]
+    return dict(trained.model.named_parameters()), [{**line, "tokens_per_second": 0} for line in lines]
 
 
 def assert_identical(a, b):

@@ -131,7 +131,7 @@ def report_status(task: Task) -> Iterator[None]:
         # TERM also comes when another process of the job has failed, whose error stands then.
         if is_main_process and task.status().get("state") != "failed":
             status |= {"state": "stopped", "reason": str(error)}
-            task.write_status({**status, "near_time_limit": preemption.stop_reason() == NEAR_TIME_LIMIT})
+            task.write_status({**status, "near_time_limit": error.reason == NEAR_TIME_LIMIT})
         # The bad exit of one process ends the others at once: only rank 0, which saves the checkpoint, may exit so.
         sys.exit(EXIT_REQUEUE if is_main_process else 0)
     except Exception as error:

@@ -28,7 +28,6 @@ from launchers.slurm.job_records import Task, read_submission
 from launchers.worker import WorkerSlot
 from launchers.worker_group import GroupSlot
 from launchers.worker_pool import WorkerPool, group_slots
-from src import preemption
 from src.errors import SweepFailed, describe_failure
 from src.hardware import visible_gpus
 from src.planning.plan import plan_of_results
@@ -111,7 +110,7 @@ def run_points(
             _compute(schedule, slots, statuses, submission.sweep, name, folder / f"shared-{element}.log")
     except Interrupted as error:
         log.warning("%s; to be requeued", error)
-        statuses.stop(str(error), preemption.stop_reason() == NEAR_TIME_LIMIT)
+        statuses.stop(str(error), error.reason == NEAR_TIME_LIMIT)
         sys.exit(EXIT_REQUEUE)
     except Exception as error:
         statuses.fail(describe_failure(error))

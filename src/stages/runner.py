@@ -105,7 +105,7 @@ def _compute(stage: Stage, store: Store, report: Report, with_weights: bool) -> 
 
     def waiting(holder: str) -> bool:
         if reason := preemption.stop_reason():
-            raise preemption.Interrupted(f"{stage.label} stopped while waiting for {holder}: {reason}")
+            raise preemption.Interrupted(f"{stage.label} stopped while waiting for {holder}", reason)
         progress = store.progress(stage) or {}
         report(f"{stage.label} (waiting for {holder})", progress.get("step", 0), progress.get("total", 0))
         return _is_complete(stage, store, with_weights)

@@ -72,7 +72,7 @@ class Attempt:
             return
         self.lease.check()
         if interruptible and step < total and (reason := preemption.stop_reason()):
-            raise preemption.Interrupted(f"{label} stopped at {step}/{total}: {reason}")
+            raise preemption.Interrupted(f"{label} stopped at {step}/{total}", reason)
         if time.monotonic() - self._last_report >= 0.5 or step >= total:
             self._last_report = time.monotonic()
             # first: the step this attempt resumed at; seconds: since then, as clocks of other machines differ

@@ -71,7 +71,8 @@ class Checkpointer:
             self.save(step)
         if step < end and votes.stop:
             self.wait()
-            raise preemption.Interrupted(f"{self._attempt.label} stopped at {step}/{end}: {preemption.stop_reason()}")
+            reason = preemption.stop_reason() or "another process of the job stops"
+            raise preemption.Interrupted(f"{self._attempt.label} stopped at {step}/{end}", reason)
 
     def save(self, step: int, keep: int = KEEP) -> None:
         """Begin to save the state after `step` steps as `FORMAT/step-N`; return at once unless DeepSpeed writes it.

@@ -43,6 +43,11 @@ def _parsed(name: str, data: bytes) -> Any:
         return result
     if name == WEIGHTS_REMOVED:
         return None  # it says when
+    if name == "adapter_config.json":
+        config = json.loads(data)
+        # The path of the SFT checkpoint, as peft wants it: below the store the same one everywhere.
+        config["base_model_name_or_path"] = config["base_model_name_or_path"].rpartition("/store/")[2]
+        return config
     if name == "DONE":
         return {k: v for k, v in json.loads(data).items() if k in ("stage", "identity", "tokens")}
     return data
