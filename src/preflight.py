@@ -234,9 +234,8 @@ def _hub_names(point: Point) -> Iterable[HubName]:
         yield "pairs.model", point.pairs.model, "model", None
     data = point.dataset
     if data.source == "hub" and data.path is None:
-        for key, table in (("dataset.sft.path", data.sft), ("dataset.preference.path", data.preference)):
-            if table is not None:
-                yield key, table.path, "dataset", None
+        for key, table in (*data.tables("sft"), *data.tables("preference")):
+            yield f"dataset.{key}.path", table.path, "dataset", None
 
 
 def _is_cached(name: HubName, cache: Path) -> bool:

@@ -31,7 +31,7 @@ from sweeps.arguments import ArgumentParser
 from sweeps.report import figures
 from sweeps.report.escapes import csv_text
 from sweeps.report.report import cost_table, write_report
-from sweeps.report.tables import benchmark_table, best_table, print_best, write_tables
+from sweeps.report.tables import benchmark_table, best_table, print_best, sft_table, sources_table, write_tables
 from sweeps.search.record import recorded_failures, write_states
 from sweeps.wandb.from_wandb import SCHEME, fetch
 
@@ -72,6 +72,8 @@ def write_results(
         "gains": reporting_split.gains(averages, best, prompts),
         "pareto": reporting_split.pareto_fronts(averages),
         "benchmark": benchmark_table(best, results.scores),
+        "sources": sources_table(best, results.sources),
+        "sft": sft_table(points),
     }
 
     target.figures.mkdir(parents=True, exist_ok=True)

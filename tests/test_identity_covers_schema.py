@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import typing
 from dataclasses import fields, is_dataclass
 
@@ -33,6 +34,11 @@ NOT_HASHED = {
     "dataset.preference.rows": "expected table sizes, compared with the real ones",
     "dataset.preference.tokens": "for cost estimates",
     "dataset.preference.prompt_tokens": "for cost estimates",
+    **{
+        f"dataset.{name}.tables.{key}": f"as dataset.{name}.{key}"
+        for name in ("sft", "preference")
+        for key in ("rows", "tokens", "prompt_tokens")
+    },
     "trainer.name": "a display name; its fields are hashed",
     "trainer.max_tokens_per_micro_batch": "how a step is split into micro-batches; every example keeps its weight",
     "trainer.checkpoint_minutes": "how often a checkpoint to resume from is written",
@@ -72,6 +78,7 @@ CONFIGS = [
     *((f"method={name}",) for name in ("simpo", "robust_dpo", "exo_pair", "discopop", "dpop", "r_dpo", "alphapo")),
     ("pairs=onpolicy", "pairs.judge=reward_model", "pairs.model=org/rewards"),
     ("method=cal_dpo", "init=base", "beta=0.1", "lr=1e-3"),
+    ("setup=llama31_8b_uf", "dataset=ultrafeedback_hh"),
     ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt_file={prompt_file}"),
 ]
 
@@ -132,7 +139,8 @@ def with_value(point, key, file):
     *groups, name = key.split(".")
     for group in groups:
         node = getattr(node, group)
-        if node is None:
+        node = node[0] if isinstance(node, list) and node else node
+        if node is None or node == []:
             return None
     choices = type(node).__dataclass_fields__[name].metadata.get("choices")
     setattr(node, name, another_value(key, choices, getattr(node, name), file))
@@ -184,9 +192,8 @@ def test_choices_that_are_hashed_under_another_name_change_identities(points):
 def test_every_key_of_a_composed_point_is_one_of_the_schema(points):
     schema = set(keys())
     for point in points:
-        assert {key for key, *_ in typed_leaves(point)} <= schema | {
-            "setup.best",
-            "dataset.sft",
-            "dataset.preference",
-            "pairs.generation",
+        composed_keys = {re.sub(r"[.]\d+(?=[.])", "", key) for key, *_ in typed_leaves(point)}
+        tables = {"dataset.sft", "dataset.preference"}
+        assert composed_keys <= schema | {"setup.best", "pairs.generation"} | tables | {
+            f"{name}.tables" for name in tables
         }

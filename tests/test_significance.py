@@ -21,10 +21,15 @@ from sweeps.analysis.significance import (
 from tests.support.commands import ROOT
 
 # arXiv 2502.01237, Table 2, as the report shows it: DPO, IPO, SimPO, ORPO (pairwise), then the pointwise methods.
-PUBLISHED = yaml.safe_load((ROOT / "sweeps" / "report" / "published.yaml").read_text())
+PUBLISHED = {
+    (table["setup"], row["method"]): row["values"]
+    for table in yaml.safe_load((ROOT / "sweeps" / "report" / "published.yaml").read_text())
+    if table["source"].endswith("Table 2")
+    for row in table["rows"]
+}
 METHODS = ("dpo", "ipo", "simpo", "orpo", "apo_zero", "nca", "cal_dpo", "asft")
 TABLE_2 = {
-    f"{size} {name}": tuple(float(PUBLISHED[setup]["rows"][method][column].split(" (")[0]) for method in METHODS)
+    f"{size} {name}": tuple(float(PUBLISHED[setup, method][column].split(" (")[0]) for method in METHODS)
     for size, setup in (("3B", "llama32_3b_uf"), ("8B", "llama31_8b_uf"))
     for column, name in enumerate(("LC", "WR", "AH"))
 }

@@ -35,8 +35,10 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
     if isinstance(unknown, ConfigAttributeError | ConfigKeyError) and isinstance(unknown.full_key, str):
         if hint := rename_hint(message):
             return message + hint
-        cause = _override_of(unknown.full_key, overrides) or unknown.full_key
-        return f"{cause}: there is no key {unknown.full_key}{_similar_key(unknown.full_key)}"
+        key, inside = unknown.full_key, re.match(r"Could not override '([^']+)'", message)
+        if inside and not key.startswith(inside[1].partition(".")[0]):
+            key = f"{inside[1]}.{key}"  # of an item of a list, which does not know where it is
+        return f"{_override_of(key, overrides) or key}: there is no key {key}{_similar_key(key)}"
     if (merged := re.match(r"Error merging override (([^=]+)=.*?): ", message)) is not None:
         override, key = merged[1], merged[2].lstrip("+")
         reason = message[merged.end() :].removesuffix(f" at key {key}")

@@ -167,6 +167,9 @@ def typed_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any],
             if not isinstance(value, tuple(expected)):  # type: ignore[arg-type]
                 raise ConfigError(f"{prefix}{name}: refers to a config of another type; set its keys one by one")
             yield from typed_leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and all(map(is_dataclass, value)):
+            for index, item in enumerate(value):
+                yield from typed_leaves(item, f"{prefix}{name}.{index}.")
         elif (container := _container(types[name])) and value is not None and not isinstance(value, container):
             kind = "a list" if container is list else "a mapping"
             raise ConfigError(f"{prefix}{name}={shortened(str(value))}: must be {kind}")

@@ -90,7 +90,7 @@ class Table:
 
     path: str = MISSING
     train_split: str = "train"
-    validation_split: str = "validation"
+    validation_split: str | None = "validation"  # null: none of its rows are held out
     columns: dict[str, str] = field(default_factory=dict)  # prompt, chosen, ... -> column name in the table
     adapter: str | None = choice(None, "hh", default=None)  # a key of src.data.adapters.ADAPTERS
     deduplicate: bool = False  # drop rows equal to an earlier one
@@ -98,10 +98,36 @@ class Table:
 
 
 @dataclass
-class HubTable(Table):
+class MixedTable(Table):
+    """Which rows of a table of a mixture are used: by weights, or `size` of them, or all."""
+
+    name: str | None = folder_name(None)  # in results, and of its folder in a local copy; null: the end of its path
+    weight: float | None = number(None, above=0, maximum=1e6)  # its rows are in proportion to it
+    size: int | None = number(None, minimum=1, maximum=MAX_ROWS)  # training rows
+
+    @property
+    def label(self) -> str:
+        return self.name or self.path.rstrip("/").rpartition("/")[2]
+
+
+@dataclass
+class TableSizes:
+    """What is known of a table beforehand."""
+
     rows: dict[str, int] = number(default_factory=dict, maximum=MAX_ROWS)  # split -> expected number of rows
     tokens: float | None = number(None, above=0, maximum=MAX_TOKENS)  # mean per row, for cost estimates
     prompt_tokens: float | None = number(None, above=0, maximum=MAX_TOKENS)  # of these, the prompt's
+
+
+@dataclass
+class ListedTable(TableSizes, MixedTable):
+    """An entry of `tables`."""
+
+
+@dataclass
+class HubTable(TableSizes, Table):
+    path: str = ""  # of the table; none where there are several
+    tables: list[ListedTable] = field(default_factory=list)  # a mixture of these, in place of the one table
 
 
 @dataclass
@@ -112,11 +138,19 @@ class Dataset(Option):
     preference: HubTable | None = None
     sft_size: int | None = number(None, minimum=1, maximum=MAX_ROWS)
     sft_fraction: float = number(1.0, maximum=1)  # 0: no SFT, the base model itself
+    sft_validation_size: int | None = number(0, maximum=MAX_ROWS)  # 0: SFT is not validated
     train_size: int | None = number(None, minimum=1, maximum=MAX_ROWS)
     validation_size: int | None = number(None, minimum=2, maximum=MAX_ROWS)  # one pair to select, one to report
     seed: int = random_seed()
     max_tokens: int = number(1024, minimum=2, maximum=MAX_TOKENS)
     max_prompt_tokens: int = number(512, minimum=1, maximum=MAX_TOKENS)
+
+    def tables(self, name: str) -> list[tuple[str, HubTable | ListedTable]]:
+        """Return the tables of `sft` or `preference`, each with its key: one, those of a mixture, or none."""
+        table: HubTable | None = getattr(self, name)
+        if table is None:
+            return []
+        return [(f"{name}.tables.{i}", listed) for i, listed in enumerate(table.tables)] or [(name, table)]
 
 
 @dataclass

@@ -13,10 +13,11 @@ from src.config.fields import check_value, shortened, typed_leaves
 from src.config.judge_rules import check_judge, check_server
 from src.config.overrides import MAX_VALUES
 from src.config.pair_rules import check_pairs
-from src.config.paths import is_dir, is_file
+from src.config.paths import is_file
 from src.config.sampler import resolve_server
 from src.config.schema import Point
 from src.config.secrets import check_secret, conceal_secrets
+from src.config.table_rules import check_tables
 from src.config.template_rules import check_template
 from src.errors import ConfigError, one_line
 from src.methods import METHODS, SCORES, options_of, scores_of
@@ -175,11 +176,7 @@ def _check_dataset(point: Point) -> None:
     if data.source == "hub":
         if data.sft is None or data.preference is None:
             raise ConfigError("dataset.source=hub needs dataset.sft.path and dataset.preference.path")
-        for name in ("sft", "preference"):
-            if data.path is not None and not is_dir("dataset.path", data.path, name):
-                raise ConfigError(
-                    f"dataset.path={data.path}: missing folder {name}; a local copy has the folders sft and preference"
-                )
+        check_tables(data)
     if data.max_prompt_tokens >= data.max_tokens:
         raise ConfigError(
             f"dataset.max_prompt_tokens={data.max_prompt_tokens}: must be below dataset.max_tokens={data.max_tokens}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from src.data.rows import NO_EXPECTATION, ExpectedRows, Prompt, list_columns, read_rows, text_prompt
@@ -19,6 +20,8 @@ from src.planning.identity import PromptInputs
 
 # Of a prompt, or of what it is matched by: AlpacaEval has instruction, GSM8K question, MATH problem, AIME Problem.
 _KEY_FIELDS = ("question_id", "uid", "instruction", "prompt", "question", "problem", "Problem")
+# The part of a benchmark that a prompt is of: AlpacaEval has dataset, MATH500 subject.
+_SOURCE_FIELDS = ("source", "dataset", "subject")
 _RESPONSE_FIELDS = ("output", "response", "completion", "answer")
 
 
@@ -78,7 +81,9 @@ def _prompt(row: dict[str, Any], where: str) -> EvaluationPrompt:
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{where}: a prompt needs text")
     answer = _expected_answer(row)
-    return EvaluationPrompt(_key(row, where), text_prompt(text, None if answer is None else {"answer": answer}))
+    prompt = text_prompt(text, None if answer is None else {"answer": answer})
+    source = next((row[name] for name in _SOURCE_FIELDS if isinstance(row.get(name), str)), "")
+    return EvaluationPrompt(_key(row, where), replace(prompt, source=source))
 
 
 def _expected_answer(row: dict[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Example:
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
     unsupervised_spans: tuple[tuple[int, int], ...] = ()
+    source: str = field(default="", compare=False)  # the table of a mixture that it is of
 
     @property
     def num_supervised_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""What validation pairs must be: of two prompts at least, and not of prompts that are trained on."""
+"""What validation rows must be: of two prompts at least where they select, and not of prompts that are trained on."""
 
 from __future__ import annotations
 
@@ -36,12 +36,18 @@ def check_held_out(
             f"dataset.max_prompt_tokens={data.max_prompt_tokens}); selection and reporting need one each, at least "
             f"{min_prompts}: raise dataset.validation_size or dataset.max_prompt_tokens"
         )
+    return warn_of_leaks(data, training, validation, what)
+
+
+def warn_of_leaks(data: DataInputs, training: TokenizedExamples, validation: TokenizedExamples, what: str) -> Leaks:
+    """Count validation rows, pairs or demonstrations, whose prompt is trained on, and warn of them."""
     leaks = count_leaks(training, validation, data.max_prompt_tokens)
     if leaks.same_prompt:
-        equal = f", {leaks.same_pair} of them as the same pair" if leaks.same_pair else ""
+        row = "pair" if len(validation[0].responses) == 2 else "demonstration"
+        equal = f", {leaks.same_pair} of them as the same {row}" if leaks.same_pair else ""
         log.warning(
-            "%s: %d of %d validation pairs have a prompt that is among the %s%s: their figures are not held-out ones",
-            name_of(data), leaks.same_prompt, len(validation), what, equal,
+            "%s: %d of %d validation %ss have a prompt that is among the %s%s: their figures are not held-out ones",
+            name_of(data), leaks.same_prompt, len(validation), row, what, equal,
         )  # fmt: skip
     return leaks
 

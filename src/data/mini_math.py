@@ -73,11 +73,13 @@ def is_right(problem: Problem, response: str) -> bool:
     return response.endswith(f"\\boxed{{{problem.answer}}}")
 
 
-def demonstrations(count: int, seed: int, skill: float | None = None) -> list[tuple[Problem, str]]:
+def demonstrations(
+    count: int, seed: int, skill: float | None = None, held_out: bool = False
+) -> list[tuple[Problem, str]]:
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        problem = make_problem(rng)
+        problem = make_problem(rng, held_out)
         rows.append((problem, solve(rng, problem, skill)))
     return rows
 

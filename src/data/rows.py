@@ -37,6 +37,7 @@ class Prompt:
     messages: tuple[Message, ...]
     # For judges: the facts of a post of mini TL;DR, or the `answer` of a problem.
     facts: dict[str, str] = field(default_factory=dict, compare=False)
+    source: str = field(default="", compare=False)  # the table of a mixture, or the part of a benchmark, that it is of
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -93,6 +94,10 @@ class Source:
         """Return what SFT learns."""
         raise NotImplementedError
 
+    def held_out_demonstrations(self, track: ProgressFn = no_progress) -> Sequence[Demonstration]:
+        """Return what SFT is validated on."""
+        raise NotImplementedError
+
     def pairs(self, split: str, track: ProgressFn = no_progress) -> Sequence[Pair]:
         """Return the preference pairs of `train` or `validation`."""
         raise NotImplementedError
@@ -104,12 +109,12 @@ class Source:
             by_key.setdefault(pair.prompt.stripped_key, pair.prompt)
         return list(by_key.values())[:num_prompts]
 
-    def num_rows(self, split: str) -> int | None:
-        """Return the rows of `sft`, `train` or `validation`, before filters; None when nothing here tells them."""
+    def num_rows(self, split: str) -> list[int | None]:
+        """Return the rows of each table of `sft`, `train` or `validation`, before filters; None where nothing tells."""
         raise NotImplementedError
 
-    def sample(self, split: str, count: int) -> Sequence[Demonstration | Pair]:
-        """Return about `count` rows that stand for all of a split; none when they are not on this machine."""
+    def sample(self, split: str, count: int) -> list[Sequence[Demonstration | Pair]]:
+        """Return about `count` rows that stand for each table of a split; none when it is not on this machine."""
         raise NotImplementedError
 
     def check(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any
 
 from src.data import mini_math, mini_tldr
 from src.data.row_samples import RowsOnDemand, shuffled_indices
@@ -28,7 +27,7 @@ from src.planning.content import ContentPath, reading
 from src.planning.identity import DataInputs
 
 MAX_VALIDATION_PAIRS = 256  # of a file, where the config has no size
-GENERATED_ROWS = {"sft": 6400, "train": 2000, "validation": 256}  # where the config has no size
+GENERATED_ROWS = {"sft": 6400, "train": 2000, "validation": 256, "sft_validation": 256}  # where the config has no size
 
 
 class _Generated(Source):
@@ -37,21 +36,26 @@ class _Generated(Source):
     def _seed(self, offset: int) -> int:
         return self.data.seed * 1000 + offset
 
-    def num_rows(self, split: str) -> int:
-        sizes = {"sft": self.data.sft_size, "train": self.data.train_size, "validation": self.data.validation_size}
-        return sizes[split] or GENERATED_ROWS[split]
+    def num_rows(self, split: str) -> list[int | None]:
+        return [self._size(split)]
 
-    def sample(self, split: str, count: int) -> Sequence[Demonstration | Pair]:
-        count = min(count, self.num_rows(split))
-        return self._demonstrations(count) if split == "sft" else self._pairs(split, count)
+    def sample(self, split: str, count: int) -> list[Sequence[Demonstration | Pair]]:
+        count = min(count, self._size(split))
+        return [self._demonstrations(split, count) if split.startswith("sft") else self._pairs(split, count)]
 
     def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
-        return self._demonstrations(self.num_rows("sft"))
+        return self._demonstrations("sft", self._size("sft"))
+
+    def held_out_demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
+        return self._demonstrations("sft_validation", self._size("sft_validation"))
 
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
-        return self._pairs(split, self.num_rows(split))
+        return self._pairs(split, self._size(split))
 
-    def _demonstrations(self, count: int) -> list[Demonstration]:
+    def _size(self, split: str) -> int:
+        return getattr(self.data, f"{split}_size") or GENERATED_ROWS[split]
+
+    def _demonstrations(self, split: str, count: int) -> list[Demonstration]:
         raise NotImplementedError
 
     def _pairs(self, split: str, count: int) -> list[Pair]:
@@ -59,8 +63,8 @@ class _Generated(Source):
 
 
 class MiniTldr(_Generated):
-    def _demonstrations(self, count: int) -> list[Demonstration]:
-        rows = mini_tldr.demonstrations(count, self._seed(1))
+    def _demonstrations(self, split: str, count: int) -> list[Demonstration]:
+        rows = mini_tldr.demonstrations(count, self._seed(1 if split == "sft" else 5))
         return [Demonstration(text_prompt(post.text), summary) for post, summary in rows]
 
     def _pairs(self, split: str, count: int) -> list[Pair]:
@@ -72,8 +76,9 @@ class MiniTldr(_Generated):
 
 
 class MiniMath(_Generated):
-    def _demonstrations(self, count: int) -> list[Demonstration]:
-        rows = mini_math.demonstrations(count, self._seed(1))
+    def _demonstrations(self, split: str, count: int) -> list[Demonstration]:
+        held_out = split == "sft_validation"
+        rows = mini_math.demonstrations(count, self._seed(5 if held_out else 1), held_out=held_out)
         return [Demonstration(_problem_prompt(problem), answer) for problem, answer in rows]
 
     def _pairs(self, split: str, count: int) -> list[Pair]:
@@ -114,17 +119,19 @@ class JsonLines(Source):
     def demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
         return [Demonstration(p.prompt, p.chosen, p.where) for p in self.pairs("train")[: self.data.sft_size]]
 
+    def held_out_demonstrations(self, track: ProgressFn = no_progress) -> list[Demonstration]:
+        held_out = self.pairs("validation")[: self.data.sft_validation_size]
+        return [Demonstration(p.prompt, p.chosen, p.where) for p in held_out]
+
     def pairs(self, split: str, track: ProgressFn = no_progress) -> list[Pair]:
         return self._splits[split]
 
-    def num_rows(self, split: str) -> int:
-        if split == "sft":
-            return len(self.pairs("train")[: self.data.sft_size])
-        return len(self.pairs(split))
+    def num_rows(self, split: str) -> list[int | None]:
+        return [len(rows_of(self, split))]
 
-    def sample(self, split: str, count: int) -> Sequence[Demonstration | Pair]:
-        rows: Sequence[Demonstration | Pair] = self.demonstrations() if split == "sft" else self.pairs(split)
-        return rows[:: max(1, len(rows) // count)]
+    def sample(self, split: str, count: int) -> list[Sequence[Demonstration | Pair]]:
+        rows = rows_of(self, split)
+        return [rows[:: max(1, len(rows) // count)]]
 
     def check(self) -> None:
         self.pairs("train")
@@ -141,6 +148,16 @@ SOURCES: dict[str, type[Source]] = {"mini_tldr": MiniTldr, "mini_math": MiniMath
 _last_opened: dict[str, Source] = {}
 
 
+def rows_of(source: Source, split: str, track: ProgressFn = no_progress) -> Sequence[Demonstration | Pair]:
+    """Return the rows of `sft`, `sft_validation`, `train` or `validation`, in the source's order."""
+    match split:
+        case "sft":
+            return source.demonstrations(track)
+        case "sft_validation":
+            return source.held_out_demonstrations(track)
+    return source.pairs(split, track)
+
+
 def training_rows(source: Source, split: str, track: ProgressFn = no_progress) -> RowsOnDemand[Demonstration | Pair]:
     """Return the rows of `sft` (sft_fraction of them, at least one) or `train` that training may read.
 
@@ -148,7 +165,7 @@ def training_rows(source: Source, split: str, track: ProgressFn = no_progress) -
     fraction is a subset of every larger one.
     """
     data = source.data
-    rows: Sequence[Any] = source.demonstrations(track) if split == "sft" else source.pairs(split, track)
+    rows = rows_of(source, split, track)
     fraction = data.sft_fraction if split == "sft" else 1.0
     order = shuffled_indices(len(rows), f"{data.seed}/sft_fraction")[: max(1, round(fraction * len(rows)))]
     return RowsOnDemand(rows.__getitem__, sorted(order) if data.max_examples is None else order)

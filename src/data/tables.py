@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.config.schema import Table
+from src.config.schema import MixedTable, Table
 from src.data.adapters import adapt_row
 from src.data.row_counts import count_rows
-from src.data.row_samples import RowsOnDemand, sample_indices
+from src.data.row_samples import RowsOnDemand, rows_of_each, sample_indices
 from src.data.rows import (
     Demonstration,
     Pair,
@@ -33,136 +34,181 @@ T = TypeVar("T", bound=Demonstration | Pair)
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A split of a table; its rows are those of a whole split, or part of a mixture."""
+
+    table: Table
+    split: str
+    key: str  # below `dataset`: sft, preference.tables.1
+    location: str
+    size: int | None  # of its rows that a mixture has at most; None: all
+
+    @property
+    def source(self) -> str:
+        """The name of its table in results; none outside a mixture."""
+        return self.table.label if isinstance(self.table, MixedTable) else ""
+
+    @property
+    def weight(self) -> float | None:
+        return self.table.weight if isinstance(self.table, MixedTable) else None
+
+    @property
+    def where(self) -> str:
+        return f"{self.location}/{self.split}"
+
+
 class Hub(Source):
     """`dataset.sft` and `dataset.preference` on the hub, or PATH/sft and PATH/preference with dataset.path=PATH.
 
-    A local copy is laid out as on the hub (parquet, arrow or JSON lines), or as `DatasetDict.save_to_disk` does.
+    A local copy is laid out as on the hub (parquet, arrow or JSON lines), or as `DatasetDict.save_to_disk` does. Those
+    of a mixture are PATH/sft/NAME or PATH/preference/NAME.
     """
 
     def demonstrations(self, track: ProgressFn = no_progress) -> Sequence[Demonstration]:
-        assert self.data.sft is not None
-        return self._rows("sft", self.data.sft.train_split, parse_demonstration, self.data.sft_size, track)
+        return self._rows("sft", parse_demonstration, self.data.sft_size, track)
+
+    def held_out_demonstrations(self, track: ProgressFn = no_progress) -> Sequence[Demonstration]:
+        size = self.data.sft_validation_size
+        return self._rows("sft_validation", parse_demonstration, size, track, all_read=True)
 
     def pairs(self, split: str, track: ProgressFn = no_progress) -> Sequence[Pair]:
-        if split == "validation":
-            return self._validation_pairs
-        assert self.data.preference is not None
-        return self._rows("preference", self.data.preference.train_split, parse_pair, self.data.train_size, track)
+        return self._validation_pairs if split == "validation" else self._training_pairs(track)
+
+    def _training_pairs(self, track: ProgressFn) -> Sequence[Pair]:
+        return self._rows("train", parse_pair, self.data.train_size, track)
 
     @cached_property
     def _validation_pairs(self) -> Sequence[Pair]:  # every point of a sweep asks for them several times
-        data = self.data
-        assert data.preference is not None
-        split, size = data.preference.validation_split, data.validation_size
-        return self._rows("preference", split, parse_pair, size, no_progress, all_read=True)
+        return self._rows("validation", parse_pair, self.data.validation_size, no_progress, all_read=True)
 
-    def num_rows(self, split: str) -> int | None:
+    def num_rows(self, split: str) -> list[int | None]:
+        return [self._count(part) for part in self._parts(split)]
+
+    def _count(self, part: Part) -> int | None:
         """Count the rows of a local copy, before filters. Of a part of a split (train[:97%]) nothing here tells."""
-        name, split = self._split(split)
-        if self.data.path is None or re.search(r"[\[+]", split):
+        if self.data.path is None or re.search(r"[\[+]", part.split):
             return None
-        location = Path(self._location(name))
-        if (location / "dataset_dict.json").is_file():
-            return len(self._table(name, split))
+        if (Path(part.location) / "dataset_dict.json").is_file():
+            return len(self._table(part))
         import datasets
 
-        builder = datasets.load_dataset_builder(str(location), cache_dir=self._cache_dir())
-        return count_rows((builder.config.data_files or {}).get(split, ()))
+        builder = datasets.load_dataset_builder(part.location, cache_dir=self._cache_dir())
+        return count_rows((builder.config.data_files or {}).get(part.split, ()))
 
-    def sample(self, split: str, count: int) -> Sequence[Demonstration | Pair]:
+    def sample(self, split: str, count: int) -> list[Sequence[Demonstration | Pair]]:
+        parse: Callable[[Row, str], Demonstration | Pair]
+        parse = parse_demonstration if split.startswith("sft") else parse_pair
         if self.data.path is None:
-            return []
-        name, table_split = self._split(split)
-        rows = enumerate(self._table(name, table_split, num_rows=count))
-        parse: Callable[[Row, str], Demonstration | Pair] = parse_demonstration if split == "sft" else parse_pair
-        return self._parse(name, table_split, rows, parse)
+            return [[] for _ in self._parts(split)]
+        return [self._parse(part, enumerate(self._table(part, num_rows=count)), parse) for part in self._parts(split)]
 
-    def _split(self, split: str) -> tuple[str, str]:
-        """Return the name of the table, and what it calls `sft`, `train` or `validation`."""
-        name = "sft" if split == "sft" else "preference"
-        table = getattr(self.data, name)
-        return name, table.validation_split if split == "validation" else table.train_split
+    def _parts(self, split: str) -> list[Part]:
+        """Return what `sft`, `sft_validation`, `train` or `validation` is read from."""
+        name, held_out = "sft" if split.startswith("sft") else "preference", split.endswith("validation")
+        tables = getattr(self.data, name)
+        mixed = isinstance(tables, tuple)
+        parts = []
+        for number, table in enumerate(tables if mixed else (tables,)):
+            location = table.path
+            if self.data.path is not None:
+                location = str(Path(self.data.path.location, name, *([table.label] if mixed else [])))
+            table_split = table.validation_split if held_out else table.train_split
+            size = table.size if mixed and not held_out else None
+            if table_split is not None:
+                key = f"{name}.tables.{number}" if mixed else name
+                parts.append(Part(table, table_split, key, location, size))
+        return parts
 
     def check(self) -> None:
         """Parse the first row of every split of a local copy. The hub is not asked: planning needs no network."""
         data = self.data
         if data.path is None:
             return
+        splits = ["train", "validation"] if data.preference is not None else []
         if data.sft is not None:
-            self._check("sft", data.sft.train_split, parse_demonstration)
-            if data.sft.drop_if_rejected_elsewhere:
-                self._check("sft", data.sft.train_split, parse_pair)
-        if data.preference is not None:
-            for split in (data.preference.train_split, data.preference.validation_split):
-                self._check("preference", split, parse_pair)
+            splits += ["sft"] if data.sft_validation_size == 0 else ["sft", "sft_validation"]
+        for split in splits:
+            for part in self._parts(split):
+                self._check(part, parse_demonstration if split.startswith("sft") else parse_pair)
+                if part.table.drop_if_rejected_elsewhere:
+                    self._check(part, parse_pair)
+                if part.size is not None:
+                    _check_size(part, self._count(part))
 
-    def _check(self, name: str, split: str, parse: Callable[[Row, str], T]) -> None:
-        first: Any = next(iter(self._table(name, split, num_rows=1)), None)
+    def _check(self, part: Part, parse: Callable[[Row, str], Demonstration | Pair]) -> None:
+        first: Any = next(iter(self._table(part, num_rows=1)), None)
         if first is None:
-            raise ConfigError(f"{self._location(name)}/{split}: the split has no rows")
-        self._parse(name, split, [(0, first)], parse)
+            raise ConfigError(f"{part.where}: the split has no rows")
+        self._parse(part, [(0, first)], parse)
 
     def _rows(
-        self,
-        name: str,
-        split: str,
-        parse: Callable[[Row, str], T],
-        size: int | None,
-        track: ProgressFn,
-        all_read: bool = False,
+        self, split: str, parse: Callable[[Row, str], T], size: int | None, track: ProgressFn, all_read: bool = False
     ) -> Sequence[T]:
         """Return a sample of the rows that pass the filters, all parsed, or each on demand where few will be read."""
         with reading(self.data.path):  # rows are mapped from disk: they are read as they are parsed
-            rows = self._table(name, split)
-            remaining = self._filtered_indices(name, split, rows, parse, track)
-            indices = [remaining[i] for i in sample_indices(len(remaining), size, self.data.seed)]
+            parts = self._parts(split)
+            tables = [self._table(part) for part in parts]
+            usable = [self._usable(*each, parse, track) for each in zip(parts, tables, strict=True)]
+            available = [part.size or len(rows) for part, rows in zip(parts, usable, strict=True)]
+            counts = rows_of_each(available, [part.weight for part in parts], size)
+            indices = [
+                [rows[i] for i in sample_indices(len(rows), count, self.data.seed)]
+                for rows, count in zip(usable, counts, strict=True)
+            ]
             if self.data.max_examples is not None and not all_read:
-                return RowsOnDemand(lambda i: self._parse(name, split, [(i, rows[i])], parse)[0], indices)
-            selected = track(rows.select(indices), f"{split} rows")
-            return self._parse(name, split, zip(indices, selected, strict=True), parse)
+                numbered = [(number, i) for number, chosen in enumerate(indices) for i in chosen]
 
-    def _filtered_indices(
-        self, name: str, split: str, rows: Any, parse: Callable[[Row, str], T], track: ProgressFn
-    ) -> Sequence[int]:
+                def parse_one(at: tuple[int, int]) -> T:
+                    number, i = at
+                    return self._parse(parts[number], [(i, tables[number][i])], parse)[0]
+
+                return RowsOnDemand(parse_one, numbered)
+            parsed: list[T] = []
+            for part, table, chosen in zip(parts, tables, indices, strict=True):
+                selected = track(table.select(chosen), f"{part.split} rows")
+                parsed += self._parse(part, zip(chosen, selected, strict=True), parse)
+            return parsed
+
+    def _usable(self, part: Part, rows: Any, parse: Callable[[Row, str], T], track: ProgressFn) -> Sequence[int]:
         """Return the indices of the rows that pass the table's filters; warn when the config expects another number."""
-        settings: Table = getattr(self.data, name)
+        settings = part.table
         indices: Sequence[int] = range(len(rows))
         if settings.drop_if_rejected_elsewhere:
-            tracked = track(rows, f"{split} rows rejected elsewhere")
-            pairs = self._parse(name, split, enumerate(tracked), parse_pair)
+            tracked = track(rows, f"{part.split} rows rejected elsewhere")
+            pairs = self._parse(part, enumerate(tracked), parse_pair)
             rejected = {(*pair.prompt.key, pair.rejected) for pair in pairs}
             indices = [i for i in indices if (*pairs[i].prompt.key, pairs[i].chosen) not in rejected]
         if settings.deduplicate:
-            parsed = self._parse(name, split, enumerate(track(rows, f"{split} rows that repeat")), parse)
+            parsed = self._parse(part, enumerate(track(rows, f"{part.split} rows that repeat")), parse)
             first_with = {(*parsed[i].prompt.key, *parsed[i].responses): i for i in reversed(indices)}
             indices = sorted(first_with.values())
-        expected = self.expected_rows.get(name, {}).get(split)
+        expected = self.expected_rows.get(part.key, {}).get(part.split)
         if expected not in (None, len(indices)):
             total = f" of {len(rows)} after filtering" if len(indices) < len(rows) else ""
-            where = f"{self._location(name)}/{split}"
-            log.warning("%s has %d rows%s; dataset.%s.rows expects %d", where, len(indices), total, name, expected)
+            log.warning(
+                "%s has %d rows%s; dataset.%s.rows expects %d", part.where, len(indices), total, part.key, expected
+            )
+        _check_size(part, len(indices))
         return indices
 
-    def _parse(
-        self, name: str, split: str, numbered_rows: Iterable[tuple[int, Row]], parse: Callable[[Row, str], T]
-    ) -> list[T]:
-        settings: Table = getattr(self.data, name)
+    def _parse(self, part: Part, numbered_rows: Iterable[tuple[int, Row]], parse: Callable[[Row, str], T]) -> list[T]:
         parsed = []
         for number, row in numbered_rows:
-            where = f"{self._location(name)}/{split}, row {number}"
-            parsed.append(parse(adapt_row(row, settings.columns, settings.adapter, where), where))
+            where = f"{part.where}, row {number}"
+            result = parse(adapt_row(row, part.table.columns, part.table.adapter, where), where)
+            if part.source:
+                result = replace(result, prompt=replace(result.prompt, source=part.source))
+            parsed.append(result)
         return parsed
 
-    def _location(self, name: str) -> str:
-        return getattr(self.data, name).path if self.data.path is None else str(Path(self.data.path.location) / name)
-
-    def _table(self, name: str, split: str, num_rows: int | None = None) -> Any:
+    def _table(self, part: Part, num_rows: int | None = None) -> Any:
         """Load a split of a table, a datasets.Dataset, or a list of first rows. Raises ConfigError when that fails."""
         import datasets
 
         datasets.logging.set_verbosity(logging.CRITICAL)  # it prints what it raises, too
-        location = self._location(name)
-        key = f"dataset.{name}.path" if self.data.path is None else "dataset.path"
+        location, split = part.location, part.split
+        key = f"dataset.{part.key}.path" if self.data.path is None else "dataset.path"
         if self.data.path is not None:
             for path in sorted(Path(location).rglob("*")):
                 if not path.is_dir():
@@ -192,3 +238,11 @@ class Hub(Source):
 
         path = self.data.path
         return None if path is None else str(Path(datasets.config.HF_DATASETS_CACHE) / path.fingerprint)
+
+
+def _check_size(part: Part, num_rows: int | None) -> None:
+    """Raise ConfigError when a mixture asks for more rows of a table than there are."""
+    if part.size is not None and num_rows is not None and part.size > num_rows:
+        raise ConfigError(
+            f"dataset.{part.key}.size={part.size}: {part.where} has {num_rows} rows; give at most that many"
+        )

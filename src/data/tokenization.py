@@ -17,7 +17,7 @@ import pyarrow
 
 from src.data.examples import Example
 from src.data.rows import Demonstration, ExpectedRows, Pair, name_of
-from src.data.sources import open_source, training_rows
+from src.data.sources import open_source, rows_of, training_rows
 from src.data.templates import Template
 from src.errors import ConfigError, DamagedFile
 from src.planning.content import digest, reading
@@ -29,13 +29,18 @@ from src.store.store import Store
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # raise it when the same rows become other tokens: cached ones are then not reused
+VERSION = 4  # raise it when the same rows become other tokens: cached ones are then not reused
 COUNTS_FILE = "counts.json"  # beside the Arrow file: counts of rows, and sizes and digests of the files
 CHUNK_ROWS = 1000  # converted to Arrow at a time: a whole table of Python integers takes ten times the memory
 
 _TOKENS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features(
-    {"prompt": _TOKENS, "responses": datasets.List(_TOKENS), "unsupervised_spans": datasets.List(_TOKENS)}
+    {
+        "prompt": _TOKENS,
+        "responses": datasets.List(_TOKENS),
+        "unsupervised_spans": datasets.List(_TOKENS),
+        "source": datasets.Value("string"),
+    }
 )
 
 datasets.disable_progress_bars()
@@ -49,7 +54,7 @@ class TokenizedExamples(Sequence[Example]):
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
-        prompts, responses, spans = (dataset.data.column(name).combine_chunks() for name in _FEATURES)
+        prompts, responses, spans, self._sources = (dataset.data.column(name).combine_chunks() for name in _FEATURES)
         self._prompt_ends, self._prompt_tokens = prompts.offsets.to_numpy(), prompts.values.to_numpy()
         self._responses, self._spans = _NestedColumn(responses), _NestedColumn(spans)
 
@@ -63,7 +68,7 @@ class TokenizedExamples(Sequence[Example]):
         index = range(len(self))[index]
         start, end = self._prompt_ends[index : index + 2]
         prompt = tuple(self._prompt_tokens[start:end].tolist())
-        return Example(prompt, self._responses.row(index), self._spans.row(index))
+        return Example(prompt, self._responses.row(index), self._spans.row(index), self._sources[index].as_py())
 
 
 class _NestedColumn:
@@ -199,7 +204,7 @@ def _tokenize_pair(row: Pair, template: Template, max_tokens: int, max_prompt_to
     prompt = template.prompt_ids(row.prompt)[-max_prompt_tokens:]
     limit = max_tokens - len(prompt)
     ids = [template.response_ids(text)[:limit] if text.strip() else [] for text in row.responses]
-    return Example(tuple(prompt), tuple(map(tuple, ids)))
+    return Example(tuple(prompt), tuple(map(tuple, ids)), source=row.prompt.source)
 
 
 def _tokenize_conversation(row: Demonstration, template: Template, max_tokens: int, max_prompt_tokens: int) -> Example:
@@ -216,7 +221,7 @@ def _tokenize_conversation(row: Demonstration, template: Template, max_tokens: i
     response = response[: max_tokens - len(prompt)]
     while spans and spans[-1][1] >= len(response):  # cut inside a user turn: end with the answer before it
         response = response[: spans.pop()[0]]
-    return Example(tuple(prompt), (tuple(response),), tuple(spans))
+    return Example(tuple(prompt), (tuple(response),), tuple(spans), row.prompt.source)
 
 
 _cache: dict[str, TokenizedDataset] = {}
@@ -225,12 +230,15 @@ _cache: dict[str, TokenizedDataset] = {}
 def load_examples(
     data: DataInputs, model: ModelInputs, split: str, template: Template, attempt: Attempt, expected_rows: ExpectedRows
 ) -> TokenizedDataset:
-    """Return the tokenized `sft` demonstrations, or the `train` or `validation` pairs: those that stages read.
+    """Return the tokenized `sft` or `sft_validation` demonstrations, or the `train` or `validation` pairs.
+
+    They are those that stages read.
 
     Tokens are cached on disk for every stage that reads the same rows, and in the process. Raises ConfigError when no
     row remains.
     """
-    data = data.held_out if split == "validation" else data
+    is_training = not split.endswith("validation")
+    data = data if is_training else data.held_out
     ends = [list(model.end_tokens)] if model.end_tokens else []
     key = digest([VERSION, split, hashable(data), model.path.fingerprint, hashable(model)["template"], *ends])
     if key not in _cache:
@@ -241,9 +249,7 @@ def load_examples(
         if tokenized is None:
             source, track = open_source(data, expected_rows), attempt.track
             with reading(data.path):  # of a table rows are read when they are tokenized
-                rows: Sequence[Pair | Demonstration] = (
-                    source.pairs(split, track) if split == "validation" else training_rows(source, split, track)
-                )
+                rows = (training_rows if is_training else rows_of)(source, split, track)
                 tracked = track(rows, f"tokens of {split} rows")
                 limits = data.max_tokens, data.max_prompt_tokens, data.max_examples
                 tokenized = tokenize(tracked, template, *limits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from src.config.schema import HubTable, Point
+from src.config.schema import HubTable, ListedTable, Point
+from src.data.row_samples import rows_of_each
 from src.data.rows import Demonstration, Pair, Source
 from src.data.sources import SOURCES, open_source
 from src.planning.content import locate
@@ -24,6 +25,7 @@ CHARACTERS_PER_TOKEN = 4  # of English text, where the tokenizer is not on this 
 _CONTROL_TOKENS = 4  # of the header of a chat message, with the end of the one before, besides its role
 
 CountTokens = Callable[[str], int]
+AnyTable = HubTable | ListedTable
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,38 @@ def _on_policy_size(point: Point, table: TableSize) -> TableSize:
 
 
 def _table_size(point: Point, split: str) -> TableSize:
-    data = point.dataset
-    source, table = _source(point, split), data.sft if split == "sft" else data.preference
-    wanted = {"sft": data.sft_size, "train": data.train_size, "validation": data.validation_size}[split]
-    rows = _num_rows(source.num_rows(split), table, split, wanted)
-    sample = source.sample(split, SAMPLED_ROWS)
-    responses = 1 if split == "sft" else 2
+    data, source, responses = point.dataset, _source(point, split), 1 if split == "sft" else 2
+    tables: list[AnyTable | None] = [None]
+    if data.source == "hub":
+        described = data.tables("sft" if responses == 1 else "preference")
+        tables = [table for _, table in described if _split_of(table, split) is not None]
+    rows = [_num_rows(n, table, split) for n, table in zip(source.num_rows(split), tables, strict=True)]
+    samples = source.sample(split, SAMPLED_ROWS)
+    lengths = [_mean_lengths(*each, point, responses) for each in zip(samples, tables, strict=True)]
+    weights = [table.weight if isinstance(table, ListedTable) else None for table in tables]
+    wanted = getattr(data, f"{split}_size")
+    if any(map(math.isnan, rows)):
+        total, parts = math.nan if wanted is None else wanted, [1.0 if w is None else w for w in weights]
+    else:
+        parts = list(map(float, rows_of_each(list(map(round, rows)), weights, wanted)))
+        total = sum(parts)
+    prompt, response = (
+        sum(p * values[i] for p, values in zip(parts, lengths, strict=True)) / (sum(parts) or 1) for i in (0, 1)
+    )
+    return TableSize(total, prompt, response, responses)
+
+
+def _mean_lengths(
+    sample: Sequence[Demonstration | Pair], table: AnyTable | None, point: Point, responses: int
+) -> tuple[float, float]:
+    """Return the mean tokens of a prompt and of a response: of a sample, or as the config states them."""
     if sample:
         count = _tokenizer(point.model.path, point.model.revision)
         lengths = [_lengths(row, point, count) for row in sample]
-        return TableSize(rows, fmean(p for p, _ in lengths), fmean(r for _, r in lengths), responses)
+        return fmean(p for p, _ in lengths), fmean(r for _, r in lengths)
     tokens = math.nan if table is None or table.tokens is None else table.tokens
     prompt = tokens / 2 if table is None or table.prompt_tokens is None else table.prompt_tokens
-    return TableSize(rows, prompt, (tokens - prompt) / responses, responses)
+    return prompt, (tokens - prompt) / responses
 
 
 def _source(point: Point, split: str) -> Source:
@@ -105,17 +126,20 @@ def _source(point: Point, split: str) -> Source:
     return SOURCES[pairs.source](sft_data(point) if split == "sft" else pairs)
 
 
-def _num_rows(counted: int | None, table: HubTable | None, split: str, wanted: int | None) -> float:
-    """Return the rows that are used: of those counted, what the filters of the table are expected to leave."""
-    expected = None
+def _split_of(table: AnyTable, split: str) -> str | None:
+    return table.validation_split if split == "validation" else table.train_split
+
+
+def _num_rows(counted: int | None, table: AnyTable | None, split: str) -> float:
+    """Return the rows that may be used: of those counted, what the filters of the table are expected to leave."""
+    expected = size = None
     if table is not None:
-        expected = table.rows.get(table.validation_split if split == "validation" else table.train_split)
+        expected = table.rows.get(_split_of(table, split) or "")
         if counted is not None and not (table.deduplicate or table.drop_if_rejected_elsewhere):
             expected = None
-    known = [rows for rows in (counted, expected) if rows is not None]
-    if not known:
-        return math.nan if wanted is None else wanted
-    return min(known) if wanted is None else min(*known, wanted)
+        size = table.size if isinstance(table, ListedTable) and split != "validation" else None
+    known = [rows for rows in (counted, expected, size) if rows is not None]
+    return min(known, default=math.nan)
 
 
 def _lengths(row: Demonstration | Pair, point: Point, count: CountTokens) -> tuple[float, float]:

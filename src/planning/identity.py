@@ -11,10 +11,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from src.config.fields import added_field, is_hashed
-from src.config.schema import Lora, Table, Training
+from src.config.schema import Lora, MixedTable, Table, Training
 from src.planning.content import ContentPath
 
 T = TypeVar("T")
+
+Mixture = tuple[MixedTable, ...]
 
 # Raise a stage's number when what it computes changes: artifacts of the old version are then not reused.
 VERSIONS = {"sft": 11, "candidates": 1, "pairs": 1, "reference": 10, "align": 10, "generate": 10, "evaluate": 6}
@@ -43,6 +45,7 @@ class DataInputs:
     """Rows of a dataset. SFT has the fields of its demonstrations set, all other stages those of preference pairs.
 
     max_examples: that training reads, the first in a seeded order from which something can be learned; None: all.
+    sft_validation_size: of held-out demonstrations, which SFT is validated on; None: all, 0: none.
     """
 
     source: str
@@ -50,18 +53,19 @@ class DataInputs:
     max_tokens: int
     max_prompt_tokens: int
     path: ContentPath | None = None
-    sft: Table | None = None
-    preference: Table | None = None
+    sft: Table | Mixture | None = None
+    preference: Table | Mixture | None = None
     sft_size: int | None = None
     sft_fraction: float = 1.0
     train_size: int | None = None
     validation_size: int | None = None
     max_examples: int | None = None
+    sft_validation_size: int | None = added_field(0)
 
     @property
     def held_out(self) -> DataInputs:
-        """What the validation pairs and their prompts depend on: not how many pairs are trained on."""
-        return replace(self, train_size=None, max_examples=None)
+        """What validation rows and their prompts depend on: not how many rows are trained on."""
+        return replace(self, train_size=None, sft_size=None, sft_fraction=1.0, max_examples=None)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,6 @@ def fsdp_keeps_whole(num_parameters: int, num_processes: int, device_bytes: int)
 def resources_of(point: Point, pairs: DataInputs) -> Resources:
     """Return the resources of every stage of a point."""
     data, generation = point.dataset, point.evaluation.generation
-    tables = {"sft": data.sft, "preference": data.preference}
     return select_fields(
         Resources,
         point.engine,
@@ -77,7 +76,7 @@ def resources_of(point: Point, pairs: DataInputs) -> Resources:
         max_sequence_tokens=max_sequence_tokens(point),
         min_validation_prompts=2 if splits_validation_prompts(point) else 1,
         pairs=pairs,
-        expected_rows={name: table.rows for name, table in tables.items() if table is not None},
+        expected_rows={key: table.rows for name in ("sft", "preference") for key, table in data.tables(name)},
     )
 
 

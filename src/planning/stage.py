@@ -9,7 +9,18 @@ from typing import Any
 
 from src.config.endpoints import normalize_url
 from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES, MODEL_JUDGES
-from src.config.schema import MAX_ROWS, Dataset, HubTable, Judge, Optimization, Point, Table, Training, method_options
+from src.config.schema import (
+    MAX_ROWS,
+    Dataset,
+    HubTable,
+    Judge,
+    MixedTable,
+    Optimization,
+    Point,
+    Table,
+    Training,
+    method_options,
+)
 from src.config.template_rules import end_tokens_of, is_template_file
 from src.methods import SCORES
 from src.planning.content import ContentPath, Kind, digest
@@ -22,6 +33,7 @@ from src.planning.identity import (
     GenerateInputs,
     GenerationInputs,
     JudgeInputs,
+    Mixture,
     ModelInputs,
     PairsInputs,
     PromptInputs,
@@ -198,7 +210,8 @@ def stages_of(point: Point) -> list[Stage]:
     evaluate = select_fields(
         EvaluateInputs, point.evaluation, setup=point.setup.name, init=point.init.name, prompts=prompts, judge=judge
     )
-    add(evaluate, align=align, samples=samples, baseline=baseline)
+    is_validated = initial is not None and point.dataset.sft_validation_size != 0
+    add(evaluate, align=align, samples=samples, baseline=baseline, sft=initial if is_validated else None)
     return stages
 
 
@@ -217,6 +230,7 @@ def sft_data(point: Point) -> DataInputs:
         inputs = replace(inputs, preference=None, train_size=None, validation_size=None)
     return replace(
         inputs,
+        sft_validation_size=data.sft_validation_size,
         sft=_table(data, data.sft),
         sft_size=data.sft_size,
         sft_fraction=data.sft_fraction,
@@ -228,7 +242,7 @@ def pair_data(point: Point) -> DataInputs:
     """Return what every stage that needs preference pairs reads."""
     data = point.dataset
     path = None if data.path is None else ContentPath.of(data.path, "dataset.path", kind="table")
-    without_sft: dict[str, Any] = {"sft": None, "sft_size": None, "sft_fraction": 1.0}
+    without_sft: dict[str, Any] = {"sft": None, "sft_size": None, "sft_fraction": 1.0, "sft_validation_size": 0}
     return select_fields(
         DataInputs,
         data,
@@ -301,5 +315,9 @@ def judge_inputs(judge: Judge) -> JudgeInputs | None:
     return JudgeInputs(judge.name, baseline, **options)
 
 
-def _table(data: Dataset, table: HubTable | None) -> Table | None:
-    return None if data.source != "hub" or table is None else select_fields(Table, table)
+def _table(data: Dataset, table: HubTable | None) -> Table | Mixture | None:
+    if data.source != "hub" or table is None:
+        return None
+    if table.tables:
+        return tuple(select_fields(MixedTable, listed, name=listed.label) for listed in table.tables)
+    return select_fields(Table, table)

@@ -13,26 +13,24 @@ from torch import Tensor
 from src.data.held_out import check_held_out
 from src.data.templates import Template
 from src.data.tokenization import TokenizedDataset, load_examples
-from src.distributed import get_distributed
 from src.losses import PairLoss, preference_loss
 from src.methods import SCORES
 from src.model.adapters import save_adapter
-from src.model.loading import device_of, load_for_inference, load_template, load_weights, numerics_of, save_checkpoint
+from src.model.loading import device_of, load_template, load_weights, numerics_of, save_checkpoint
 from src.model.logprobs import iter_logps
-from src.model.numerics import cast_for_inference_
 from src.model.packing import PackedBatch
 from src.planning.content import locate
 from src.planning.identity import AlignInputs
 from src.planning.resources import Resources
 from src.scores import sequence_score
-from src.stages import reference
+from src.stages import reference, validation
 from src.stages.pairs import training_examples
 from src.stages.shared_rows import Row, SharedRows
+from src.stages.validation import published_model
 from src.store.attempt import Attempt
 from src.store.files import write_json, write_jsonl
 from src.training.loop import GlobalBatch, LossFn, Trained, train
 
-VALIDATION_FILE = "validation.jsonl"
 ROUNDING_ULPS = 8  # units in the last place of the summed log-probs; differences of training are thousands of them
 
 
@@ -98,9 +96,9 @@ def make_loss_fn(inputs: AlignInputs, references: Tensor | None) -> LossFn:
 def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     template = load_template(inputs.model)
     data = training_examples(inputs, template, resources, upstream, attempt)
-    validation = load_examples(inputs.data, inputs.model, "validation", template, attempt, resources.expected_rows)
+    held_out = load_examples(inputs.data, inputs.model, "validation", template, attempt, resources.expected_rows)
     leaks = check_held_out(
-        inputs.data, data.examples, validation.examples, resources.min_validation_prompts, "training pairs"
+        inputs.data, data.examples, held_out.examples, resources.min_validation_prompts, "training pairs"
     )
     references = reference.read(upstream["reference"]) if SCORES[inputs.score].needs_reference else {}
     if references:
@@ -113,18 +111,13 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     if attempt.is_main_process:
         with attempt.alone():
             _publish(inputs, template, upstream, trained, attempt)
-    get_distributed().barrier()  # until the checkpoint is there, which ranks that trained a shard load
-    model = trained.model
-    if model is None:
-        model = load_for_inference(inputs.model, resources, attempt.out, upstream.get("init"))
-    else:
-        cast_for_inference_(model, numerics_of(inputs.model, resources))
-    lines = _validate(inputs, resources, model, validation, references.get("validation"), attempt)
+    model = published_model(trained, inputs, resources, upstream.get("init"), attempt)
+    lines = _validate(inputs, resources, model, held_out, references.get("validation"), attempt)
     if not attempt.is_main_process:
         return
-    write_jsonl(attempt.out / VALIDATION_FILE, lines)
-    attempt.tokens += sum(example.length for example in validation.examples)
-    counts = {"train": data.counts, "validation": validation.counts}
+    write_jsonl(attempt.out / validation.FILE, lines)
+    attempt.tokens += sum(example.length for example in held_out.examples)
+    counts = {"train": data.counts, "validation": held_out.counts}
     content = {
         "pairs": len(data.examples),
         "dropped": {split: c.dropped for split, c in counts.items()},
@@ -155,9 +148,10 @@ def _validate(
 ) -> list[Row]:
     """Return one line per validation pair: prompt, loss, reward margin, and whether the score prefers the chosen one.
 
-    Prompts are numbered by first appearance, so that pairs of one prompt have the same number. Equal scores are half
-    a point: which of the two is higher then says nothing.
+    Of a mixture also the table. Prompts are numbered by first appearance, so that pairs of one prompt have the same
+    number. Equal scores are half a point: which of the two is higher then says nothing.
     """
+    sources: list[Row] = [{"source": example.source} if example.source else {} for example in data.examples]
     numbers: dict[tuple[int, ...], int] = {}
     prompts = [numbers.setdefault(example.prompt, len(numbers)) for example in data.examples]
     numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
@@ -169,6 +163,8 @@ def _validate(
         ties = margins.abs() <= inputs.beta * score_rounding(inputs, logps, tokens, references, indices)
         correct = torch.where(ties, 0.5, (margins > 0).float())
         columns = zip(indices, pairs.loss.tolist(), margins.tolist(), correct.tolist(), strict=True)
-        rows.save({i: {"prompt": prompts[i], "loss": a, "margin": b, "correct": c} for i, a, b, c in columns})
+        rows.save(
+            {i: sources[i] | {"prompt": prompts[i], "loss": a, "margin": b, "correct": c} for i, a, b, c in columns}
+        )
     lines = rows.gather()
     return [lines[i] for i in sorted(lines)]

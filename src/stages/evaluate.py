@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from src.methods import METHODS
 from src.planning.content import ContentPath, reading
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
-from src.stages import align, generate
+from src.stages import generate, validation
 from src.store.attempt import Attempt
 from src.store.files import read_json, read_jsonl, write_json, write_jsonl
 from src.store.provenance import provenance
@@ -28,8 +29,8 @@ T = TypeVar("T")
 def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
     attempt.step(0, 1)
     samples = generate.read(upstream["samples"])
-    validation = list(read_jsonl(upstream["align"] / align.VALIDATION_FILE))
-    measured = by_prompt((line["prompt"], line["correct"]) for line in validation)
+    pairs = list(read_jsonl(upstream["align"] / validation.FILE))
+    measured = by_prompt((line["prompt"], line["correct"]) for line in pairs)
     usage, several = None, {}
     if inputs.judge is not None:
         comparisons = _comparisons(inputs, resources, samples, upstream)
@@ -76,13 +77,20 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         },
         "judge": usage,
         "kl": kl_estimates(samples),
-        "reward_accuracy": mean_and_error([line["correct"] for line in validation]),
-        "reward_margin": mean_and_error([line["margin"] for line in validation]),
+        "reward_accuracy": mean_and_error([line["correct"] for line in pairs]),
+        "reward_margin": mean_and_error([line["margin"] for line in pairs]),
         "response_tokens": response_tokens(samples),
         "finished": sum(s["finished"] for s in samples) / len(samples),
         "dropped": read_json(upstream["align"] / "data.json")["dropped"],
         "stages": _stages(upstream, attempt),
     }
+    demonstrations = list(read_jsonl(upstream["sft"] / validation.FILE)) if "sft" in upstream else []
+    if demonstrations:
+        result["sft_validation_loss"] = _token_loss(demonstrations)
+    reporting = {i: value for i, value in quality.items() if i not in selection}
+    items = samples if inputs.metric != "reward_accuracy" else [{"index": line["prompt"], **line} for line in pairs]
+    if sources := _by_source(reporting, items, pairs, demonstrations):
+        result["sources"] = sources
     write_json(attempt.out / RESULT_FILE, result)
     attempt.step(1, 1)
 
@@ -172,6 +180,41 @@ def selection_prompts(items: list[int], fraction: float, seed: int) -> set[int]:
     shuffled = sorted(items)
     random.Random(seed).shuffle(shuffled)
     return set(shuffled[: min(len(items) - 1, max(1, round(fraction * len(items))))])
+
+
+def _by_source(
+    reporting: dict[int, float],
+    items: list[dict[str, Any]],
+    pairs: list[dict[str, Any]],
+    demonstrations: list[dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Return source -> its measurements: quality on the reporting split, the others over all held-out rows.
+
+    A source is a table of a mixture or a part of a benchmark; without either the result is empty. reporting: prompt ->
+    quality. items: rows that say of which source a prompt is.
+    """
+    prompts = {item["index"]: item.get("source") for item in items}
+    table: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, rows: list[dict[str, Any]], measure: Callable[[list[dict[str, Any]]], Any]) -> None:
+        for source in dict.fromkeys(row["source"] for row in rows if row.get("source")):
+            table.setdefault(source, {})[name] = measure([row for row in rows if row.get("source") == source])
+
+    add("quality", [{"source": prompts[i], "value": v} for i, v in reporting.items()], partial(_mean_of, "value"))
+    add("reward_accuracy", pairs, partial(_mean_of, "correct"))
+    add("reward_margin", pairs, partial(_mean_of, "margin"))
+    add("validation_loss", pairs, partial(_mean_of, "loss"))
+    add("sft_validation_loss", demonstrations, _token_loss)
+    return table
+
+
+def _mean_of(name: str, rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    return mean_and_error([row[name] for row in rows])
+
+
+def _token_loss(demonstrations: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the mean loss of a supervised token, nats, with its standard error over demonstrations."""
+    return ratio_and_error([-row["logp"] for row in demonstrations], [row["tokens"] for row in demonstrations])
 
 
 def mean_and_error(values: list[float]) -> dict[str, float | None]:

@@ -39,6 +39,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
     The samples of a prompt are next to each other; where it has several, `sample` counts them from 0. The last three
     are those of `src.model.logprobs.sequence_kl`: summed over the response, in nats, at temperature 1.
+    Of prompts of a mixture, or of a benchmark that tells, also source: the table or part they are of.
     """
     return list(read_jsonl(folder / SAMPLES_FILE))
 
@@ -71,6 +72,7 @@ def run(inputs: GenerateInputs, resources: Resources, upstream: dict[str, Path],
             "finished": responses[i]["finished"],
             "tokens": len(responses[i]["ids"]),
             **{name: scores[i][name] for name in SCORES},
+            **({"source": prompts[number].source} if prompts[number].source else {}),
         }
         for i, (number, _) in enumerate(rows)
     )

@@ -11,6 +11,11 @@ from typing import IO, Any
 STEP = "train/step"  # the x axis of training metrics
 
 
+def tracked_name(name: str) -> str:
+    """Return what trackers call a metric of metrics.jsonl: `train/loss`, and of held-out rows `eval/loss`."""
+    return name.replace("eval_", "eval/", 1) if name.startswith("eval_") else f"train/{name}"
+
+
 class RunLocked(Exception):
     """Another process has this run open; it is left to that process for now."""
 

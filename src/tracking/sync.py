@@ -29,7 +29,7 @@ from src.store.store import (
 )
 from src.store.sweep_folder import SweepFolder
 from src.tracking.runs import TrackedRun
-from src.tracking.sink import RunLocked, RunMetadata, RunWriter, Sink
+from src.tracking.sink import RunLocked, RunMetadata, RunWriter, Sink, tracked_name
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class RunSync(Sync):
         for row in rows:
             if row["step"] > self.last_step:
                 self.last_step = row.pop("step")
-                writer.log(self.last_step, {f"train/{name}": value for name, value in row.items()})
+                writer.log(self.last_step, {tracked_name(name): value for name, value in row.items()})
         if done is not None and is_new:
             self._write_result(writer, done)
             self._complete(done)

@@ -31,7 +31,7 @@ class EventFiles(RunWriter):
         self._config = metadata.config
         self._writer: Any = SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)
         events = EventAccumulator(str(folder), {SCALARS: 1}).Reload()  # keeps the last event of every tag
-        curves = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/")]
+        curves = [tag for tag in events.Tags()["scalars"] if tag.startswith(("train/", "eval/"))]
         self.last_step = max((events.Scalars(tag)[-1].step for tag in curves), default=-1)
         if self.last_step < 0:
             self._writer.add_text("config", f"```json\n{json.dumps(metadata.config, indent=1)}\n```")

@@ -50,7 +50,8 @@ class WandbRun(RunWriter):
         self._run = wandb.init(**options, resume="allow", reinit="create_new")
         # Steps are a metric of their own: wandb's internal step neither repeats nor skips after a resume.
         self._run.define_metric(STEP)
-        self._run.define_metric("train/*", step_metric=STEP)
+        for metrics in ("train/*", "eval/*"):
+            self._run.define_metric(metrics, step_metric=STEP)
         self.last_step, self.result = int(self._run.summary.get(STEP, -1)), self._run.summary.get("result")
         self._upstream_runs = metadata.config.get("upstream_runs", {})
 

@@ -33,7 +33,7 @@ COLUMNS = [
     *("quality_reporting", "quality_reporting_se"),
     *("kl_sequence", "kl_sequence_se", "kl_token", "kl_token_se"),  # mean log-ratio
     *("kl_sequence_rb", "kl_sequence_rb_se", "kl_token_rb", "kl_token_rb_se"),
-    *("reward_accuracy", "reward_margin"),
+    *("reward_accuracy", "reward_margin", "sft_validation_loss", "sft_validation_loss_se"),
     *("response_tokens", "seconds", "identity", "checkpoint", "error"),
 ]
 NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
@@ -113,6 +113,8 @@ class Results:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     # result -> name of a benchmark -> its score by the benchmark's own rules
     scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    # result -> table of a mixture, or part of a benchmark -> its measurements
+    sources: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)  # results of points that cannot be read -> why
     # result -> its store, and role -> identity of the stages of its point
     _stages_of: dict[str, tuple[Path, dict[str, str]]] = field(default_factory=dict)
@@ -189,6 +191,7 @@ class Results:
         if (final := results.get(point["identity"])) is not None:
             row |= {"state": "done", "error": None} | _measurements(final, point["stages"])
             self.scores[point["identity"]] = (final.get("judge") or {}).get("scores", {})
+            self.sources[point["identity"]] = final.get("sources", {})
         # A name typed in another encoding has surrogates, which pandas and files in UTF-8 cannot have.
         return {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in row.items()}
 
@@ -246,6 +249,7 @@ def _measurements(result: dict[str, Any], stages: dict[str, str]) -> dict[str, A
         "kl_token": result["kl"]["per_token"],
         "kl_sequence_rb": result["kl"].get("per_sequence_rb", unknown),
         "kl_token_rb": result["kl"].get("per_token_rb", unknown),
+        "sft_validation_loss": result.get("sft_validation_loss", unknown),
     }
     unshared = {stages[kind] for kind in ("align", "generate")}  # stages that no other point uses
     return {

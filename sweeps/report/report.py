@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from jinja2 import Environment, FileSystemLoader
 
 from src.errors import DamagedFile, warn
@@ -17,6 +16,7 @@ from src.store.usage import KINDS, usage_of
 from sweeps.analysis.results import Results, read_quality
 from sweeps.analysis.selection import GROUP
 from sweeps.report.plot_style import NAMES
+from sweeps.report.published import published_tables
 from sweeps.report.tables import PER_TOKEN, best_table, group_lines, quality_column, with_error
 from sweeps.search.successive_halving import points_per_rung
 
@@ -47,11 +47,13 @@ def write_report(
         seeds=int(best.seeds.max()) if len(best) else 0,
         gains=_gains(tables["gains"]),
         benchmark=tables["benchmark"].to_dict("split"),
+        sources=tables["sources"].to_dict("split"),
+        sft=tables["sft"].to_dict("split"),
         graphics=graphics,
         examples=examples(results, best),
         cost=cost_table(results),
         judge=judge_usage(results),
-        published=_published(best),
+        published=published_tables(results, best),
         all_points=results.points.head(MAX_ROWS).to_dict("records"),
         selected={identity for seeds in best.identities for identity in seeds},
         names=NAMES,
@@ -114,19 +116,6 @@ def _gains(gains: pd.DataFrame) -> list[dict[Hashable, Any]]:
     varying = [column for column in GROUP if gains[column].nunique() > 1]
     groups = [", ".join(filter(None, row)) for row in gains[varying].astype(str).to_numpy()]
     return gains.assign(group=groups).to_dict("records")
-
-
-def _published(best: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the paper's table next to this sweep's results, for setups of the paper."""
-    published, tables = yaml.safe_load(TEMPLATES.with_name("published.yaml").read_text(encoding="utf-8")), []
-    for setup in best.setup.unique():
-        if setup in published:
-            rows = best[(best.setup == setup) & (best.init == "sft") & (best.variant == "")].set_index("method")
-            ours = {m: with_error(r.quality_reporting, r.quality_reporting_se, 3) for m, r in rows.iterrows()}
-            names = {"sft": "SFT", **NAMES}
-            cells = [(names[m], *values, ours.get(m, "-")) for m, values in published[setup]["rows"].items()]
-            tables.append({"setup": setup, **published[setup], "rows": cells, "ours": quality_column(rows)})
-    return tables
 
 
 def examples(results: Results, best: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:

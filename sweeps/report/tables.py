@@ -79,6 +79,49 @@ def benchmark_table(best: pd.DataFrame, scores: dict[str, dict[str, dict[str, fl
     return pd.DataFrame(rows).fillna("-")
 
 
+def sources_table(best: pd.DataFrame, sources: dict[str, dict[str, dict[str, Any]]]) -> pd.DataFrame:
+    """Return the measurements of the selected points by source, averaged over seeds; empty without any.
+
+    A source is a table of a mixture or a part of a benchmark.
+
+    Quality is that of the reporting split, all else of all held-out rows. sources: of Results.
+    """
+    quality, rows = quality_column(best), []
+    names = {
+        "quality": quality,
+        "reward_accuracy": ALL_PAIRS,
+        "validation_loss": "Loss",
+        "sft_validation_loss": "SFT validation loss",
+    }
+    for row in best.to_dict("records"):
+        by_seed = [sources.get(identity, {}) for identity in row["identities"]]
+        for source in dict.fromkeys(name for seed in by_seed for name in seed):
+            columns = {}
+            for name, title in names.items():
+                measured = [seed[source][name] for seed in by_seed if name in seed.get(source, {})]
+                if measured:
+                    mean = pd.DataFrame(measured, columns=["value", "se"], dtype=float).mean()
+                    columns[title] = with_error(mean["value"], mean["se"], 3)
+            point = {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
+            rows.append(_varying(best, row, *GROUP) | point | {"Source": source} | columns)
+    return pd.DataFrame(rows).fillna("-")
+
+
+def sft_table(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the validation loss of every SFT model, nats per token; empty where none was validated.
+
+    points: rows of points.csv.
+    """
+    validated = points[points.sft_validation_loss.notna()].drop_duplicates(["setup", "sft_validation_loss"])
+    varying = ["setup", "variant"] if validated.setup.duplicated().any() else ["setup"]
+    rows = [
+        {name.capitalize(): row[name] for name in varying}
+        | {"SFT validation loss": with_error(row["sft_validation_loss"], row["sft_validation_loss_se"], 3)}
+        for row in validated.to_dict("records")
+    ]
+    return pd.DataFrame(rows)
+
+
 def _score(score: pd.Series[float]) -> str:
     if "se" in score:
         return with_error(score["value"], score["se"], 1)

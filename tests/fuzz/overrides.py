@@ -21,7 +21,13 @@ SMALLEST = [
     *("dataset.sft_size=8", "dataset.train_size=8", "dataset.validation_size=4", "evaluation.num_prompts=4"),
     *("evaluation.generation.max_new_tokens=4", "trainer.align.batch_size=4", "trainer.sft.batch_size=8"),
     *("trainer.sft.epochs=1", "trainer.align.epochs=1", "trainer.sft.max_steps=1", "trainer.align.max_steps=2"),
-    *("trainer.checkpoint_minutes=0", "judge.max_retries=0", "judge.timeout=2", "server.timeout=2"),
+    *(
+        "dataset.sft_validation_size=2",
+        "trainer.checkpoint_minutes=0",
+        "judge.max_retries=0",
+        "judge.timeout=2",
+        "server.timeout=2",
+    ),
 ]
 
 LEAVES = {

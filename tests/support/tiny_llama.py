@@ -104,7 +104,8 @@ def ultrachat_ultrafeedback(folder: Path, rows: int = 32) -> Path:
         row |= {"chosen": chosen, "rejected": rejected, "messages": chosen}
         return row | {"score_chosen": 8.0, "score_rejected": 4.0}
 
-    _write(folder / "sft", {"train_sft": [conversation(i) for i in range(rows)]})
+    conversations = {"train_sft": [conversation(i) for i in range(rows)]}
     splits = {"train_prefs": rows, "test_prefs": rows // 2}
     _write(folder / "preference", {name: [pair(i) for i in range(n)] for name, n in splits.items()})
+    _write(folder / "sft", conversations | {"test_sft": [conversation(i) for i in range(rows // 2)]})
     return folder
