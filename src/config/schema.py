@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from src.config.fields import choice, choices_of, folder_name, number, random_seed
+from src.config.tables import MAX_ROWS, MAX_TOKENS, HubTable, ListedTable
 from src.methods import METHODS, SCORES, options_of
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -21,8 +22,6 @@ GENERATED = ("mini_tldr", "mini_math")  # sources of rows that are made up: noth
 # No useful value is larger, and none that is allowed overflows what is computed from it.
 MAX_BETA = 1e6
 MAX_LR = 1e6
-MAX_ROWS = 10**12
-MAX_TOKENS = 10**7  # of one text
 MAX_SECONDS = 604_800  # a week
 
 
@@ -82,52 +81,6 @@ class Model(Option):
     attention: str = choice("auto", "flash_attention_2", "varlen", "onednn", "sdpa", default="auto")
     lora: Lora = field(default_factory=Lora)
     save_dtype: str = choice("float32", "bfloat16", default="float32")  # of aligned models; SFT saves float32
-
-
-@dataclass
-class Table:
-    """Which rows of a table of the hub are used."""
-
-    path: str = MISSING
-    train_split: str = "train"
-    validation_split: str | None = "validation"  # null: none of its rows are held out
-    columns: dict[str, str] = field(default_factory=dict)  # prompt, chosen, ... -> column name in the table
-    adapter: str | None = choice(None, "hh", default=None)  # a key of src.data.adapters.ADAPTERS
-    deduplicate: bool = False  # drop rows equal to an earlier one
-    drop_if_rejected_elsewhere: bool = False  # drop rows whose chosen response another row of the prompt rejects
-
-
-@dataclass
-class MixedTable(Table):
-    """Which rows of a table of a mixture are used: by weights, or `size` of them, or all."""
-
-    name: str | None = folder_name(None)  # in results, and of its folder in a local copy; null: the end of its path
-    weight: float | None = number(None, above=0, maximum=1e6)  # its rows are in proportion to it
-    size: int | None = number(None, minimum=1, maximum=MAX_ROWS)  # training rows
-
-    @property
-    def label(self) -> str:
-        return self.name or self.path.rstrip("/").rpartition("/")[2]
-
-
-@dataclass
-class TableSizes:
-    """What is known of a table beforehand."""
-
-    rows: dict[str, int] = number(default_factory=dict, maximum=MAX_ROWS)  # split -> expected number of rows
-    tokens: float | None = number(None, above=0, maximum=MAX_TOKENS)  # mean per row, for cost estimates
-    prompt_tokens: float | None = number(None, above=0, maximum=MAX_TOKENS)  # of these, the prompt's
-
-
-@dataclass
-class ListedTable(TableSizes, MixedTable):
-    """An entry of `tables`."""
-
-
-@dataclass
-class HubTable(TableSizes, Table):
-    path: str = ""  # of the table; none where there are several
-    tables: list[ListedTable] = field(default_factory=list)  # a mixture of these, in place of the one table
 
 
 @dataclass

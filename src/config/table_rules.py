@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from src.config.paths import is_dir
-from src.config.schema import Dataset, ListedTable
+from src.config.schema import Dataset
+from src.config.tables import ListedTable
 from src.errors import ConfigError
 
 

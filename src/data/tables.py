@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.config.schema import MixedTable, Table
+from src.config.tables import MixedTable, Table
 from src.data.adapters import adapt_row
 from src.data.row_counts import count_rows
 from src.data.row_samples import RowsOnDemand, rows_of_each, sample_indices

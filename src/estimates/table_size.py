@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from src.config.schema import HubTable, ListedTable, Point
+from src.config.schema import Point
+from src.config.tables import HubTable, ListedTable
 from src.data.row_samples import rows_of_each
 from src.data.rows import Demonstration, Pair, Source
 from src.data.sources import SOURCES, open_source

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from src.config.fields import added_field, is_hashed
-from src.config.schema import Lora, MixedTable, Table, Training
+from src.config.schema import Lora, Training
+from src.config.tables import MixedTable, Table
 from src.planning.content import ContentPath
 
 T = TypeVar("T")

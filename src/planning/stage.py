@@ -9,18 +9,8 @@ from typing import Any
 
 from src.config.endpoints import normalize_url
 from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES, MODEL_JUDGES
-from src.config.schema import (
-    MAX_ROWS,
-    Dataset,
-    HubTable,
-    Judge,
-    MixedTable,
-    Optimization,
-    Point,
-    Table,
-    Training,
-    method_options,
-)
+from src.config.schema import Dataset, Judge, Optimization, Point, Training, method_options
+from src.config.tables import MAX_ROWS, HubTable, MixedTable, Table
 from src.config.template_rules import end_tokens_of, is_template_file
 from src.methods import SCORES
 from src.planning.content import ContentPath, Kind, digest
