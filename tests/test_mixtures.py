@@ -75,7 +75,9 @@ def tables(small=(), large=()):
 
 def mixed(copy, small=(), large=(), **settings):
     table = HubTable(tables=tables(small, large))
-    return Point(dataset=Dataset("d", "hub", str(copy), sft=table, preference=table, **settings))
+    point = Point(dataset=Dataset("d", "hub", str(copy), sft=table, preference=table, **settings))
+    point.model.path, point.model.template = MINI.path.location, "plain"
+    return point
 
 
 def sources(rows):
@@ -259,7 +261,6 @@ def test_the_dry_run_counts_rows_and_tokens_of_every_table(copy, tmp_path):
         *("dataset.max_tokens=160", "dataset.max_prompt_tokens=112"),
     )[1]
     point = mixed(copy, max_tokens=160, max_prompt_tokens=112)
-    point.model.path, point.model.template = MINI.path.location, "plain"
     size = table_size(point, "sft")
     (tokens,) = [line.split()[2:4] for line in output.splitlines() if line.startswith("sft  ")][-1:]
     assert size.rows == 120 and 0.9 < float(tokens[0]) * {"k": 1000}.get(tokens[1], 1) / (120 * size.tokens) < 1.1
