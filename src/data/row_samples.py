@@ -46,7 +46,7 @@ def shuffled_indices(num_rows: int, seed: int | str) -> list[int]:
 def rows_of_each(available: Sequence[int], weights: Sequence[float | None], size: int | None) -> list[int]:
     """Return how many rows of each table a mixture has: in proportion to the weights, at most `size` in all.
 
-    No row is taken twice, so that a mixture ends where its next row would be of a table that has no more. A table
+    No row is taken twice, so that a mixture ends with the last row of the first table that has no more. A table
     without a weight weighs as much as it has rows. Row j of a table is due at (j + 1/2) / weight (Webster's divisors),
     so that every table has, of any number of rows, its share of them to less than one, and a smaller mixture is part
     of a larger one.
@@ -55,7 +55,7 @@ def rows_of_each(available: Sequence[int], weights: Sequence[float | None], size
         return [available[0] if size is None else min(size, available[0])]
     shares = [rows if weight is None else weight for rows, weight in zip(available, weights, strict=True)]
     tables = [(i, rows, share) for i, (rows, share) in enumerate(zip(available, shares, strict=True)) if share]
-    end = min(((rows + 0.5) / share for _, rows, share in tables), default=0.0)
+    end = min((rows / share for _, rows, share in tables), default=0.0)
     due = merge(*([((j + 0.5) / share, i) for j in range(rows)] for i, rows, share in tables))
     taken = Counter(i for time, i in islice(due, size) if time < end)
     return [taken[i] for i in range(len(available))]
