@@ -48,7 +48,7 @@ def rows_of_each(available: Sequence[int], weights: Sequence[float | None], size
 
     No row is taken twice, so that a mixture ends with the last row of the first table that has no more. A table
     without a weight weighs as much as it has rows. Row j of a table is due at (j + 1/2) / weight (Webster's divisors),
-    so that every table has, of any number of rows, its share of them to less than one, and a smaller mixture is part
+    so that every table has, of any number of rows, its share of them, rounded, and a smaller mixture is part
     of a larger one.
     """
     if len(available) == 1:
