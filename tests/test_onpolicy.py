@@ -18,6 +18,9 @@ from src.data.mini_tldr import gold_score
 from src.data.sources import open_source
 from src.data.training_prompts import training_prompts
 from src.errors import ConfigError, StageError
+from src.estimates.cost import Cost
+from src.estimates.forecast import Forecast
+from src.estimates.load import load_of
 from src.judges.answers import Answers
 from src.planning.plan import make_plan
 from src.planning.stage import stages_of
@@ -29,6 +32,7 @@ from src.store.store import Store
 from tests.support.artifacts import results
 from tests.support.configs import TINY, identities, point
 from tests.support.ranks import on_ranks
+from tests.support.recorded_sbatch import plan_of, record_sbatch, status_reader, submit_plan
 from tests.support.small_models import write_reward_model
 
 ON_POLICY = [
@@ -70,6 +74,30 @@ def test_jobs_sample_after_sft_and_before_the_reference(points, tmp_path):
     assert list(waits_for) == ["sft", "candidates", "pairs", "reference", "baseline", "align"]
     assert waits_for["candidates"] == {"sft"} == waits_for["baseline"] and waits_for["pairs"] == {"candidates"}
     assert waits_for["reference"] == {"sft", "pairs"} and waits_for["align"] >= {"reference", "pairs"}
+
+
+def test_the_status_lists_both_stages_and_what_waits_for_them(monkeypatch, tmp_path):
+    record_sbatch(monkeypatch, tmp_path)
+    plan = plan_of(tmp_path, "pairs=onpolicy", num_betas=2)
+    submissions = submit_plan(plan, tmp_path)
+    jobs = {submission.kind: submission.jobs[0] for submission in submissions}
+    monkeypatch.setattr(Store, "is_done", lambda self, stage: stage.kind == "sft")
+    queue = {jobs["candidates"]: "RUNNING", jobs["pairs"]: "PENDING", jobs["reference"]: "PENDING"}
+    shared = {row.label: (row.state, row.detail) for row in status_reader(submissions, plan, queue).shared_stages()}
+    assert shared["mini_tldr candidates"] == ("running", "candidates")
+    assert shared["mini_tldr pairs"] == ("queued", "after candidates")
+    assert shared["mini_tldr reference"] == ("queued", "after candidates and pairs")
+
+
+def test_the_estimate_has_candidates_and_a_smaller_batch_of_them_is_a_remedy(tmp_path):
+    plan = make_plan([point(*ON_POLICY, "method=dpo", "engine.gpu=h100")], Store(tmp_path))
+    forecast = Forecast(plan, lambda stage: 1, all_rehearsed=False)
+    estimates = Cost(plan, Store(tmp_path), forecast).estimates
+    assert estimates["candidates"].tokens == 24 * 3 * 16 and estimates["candidates"].hours > 0
+    load = load_of(next(stage for stage in plan.stages.values() if stage.kind == "candidates"), 1)
+    remedy, smaller = next(load.remedies(str))
+    assert remedy == "pairs.generation.batch_size=4" and 2 * smaller.held.kv_cache == load.held.kv_cache > 0
+    assert load.request.stage == "candidates" and (load.request.rows, load.request.new_tokens) == (8, 16)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ OTHERS = {
     "generate": GENERATE,
     "sliding window": replace(AUTO, config={**TINY, "model_type": "mistral", "sliding_window": 4}),
     "no window": replace(AUTO, config={**TINY, "model_type": "mistral", "sliding_window": None}),
+    "candidates": replace(GENERATE, stage="candidates"),
     "zero2": replace(TINY_REQUEST, strategy="zero2", ranks=4),
 }
 
@@ -92,6 +93,8 @@ def test_what_lasts_is_counted_to_the_byte(results):
     assert results["reference"].held == {"weights": 2 * NUM_PARAMETERS}
     cache = 2 * 2 * 2 * 2 * 16 * 4  # bytes x keys and values x layers x heads x width x rows
     assert results["generate"].held["kv_cache"] == pytest.approx(cache * 60, abs=cache)
+    sampled = {name: size for name, size in results["generate"].held.items() if name != "reference_weights"}
+    assert results["candidates"].held == sampled != results["generate"].held, "candidates are not scored"
     assert results["zero2"].held == {
         "weights": 2 * NUM_PARAMETERS + 4 * NUM_PARAMETERS // 4,
         "gradients": 4 * NUM_PARAMETERS // 4,
