@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from launchers.slurm.graph import job_arrays
-from src.config.schema import Pairs
+from src.config.schema import Pairs, Sweep
 from src.data.mini_tldr import gold_score
 from src.data.sources import open_source
 from src.data.training_prompts import training_prompts
@@ -29,6 +29,7 @@ from src.stages.runner import compute_or_wait
 from src.stages.shared_rows import SharedRows
 from src.store.files import read_json, read_jsonl
 from src.store.store import Store
+from sweeps.search.variants import name_variants, studies
 from tests.support.artifacts import results
 from tests.support.configs import TINY, identities, point
 from tests.support.ranks import on_ranks
@@ -63,6 +64,14 @@ def test_a_grid_has_one_sampling_and_one_grading_stage(points, tmp_path):
     of_dataset = make_plan([replace(p, pairs=Pairs(name="dataset")) for p in points], Store(tmp_path))
     assert roles - Counter(stage.role for stage in of_dataset.stages.values()) == Counter(candidates=1, pairs=1)
     assert re.search(r"^candidates +1 +0$", plan.text(), re.M) and re.search(r"^pairs +1 +0$", plan.text(), re.M)
+
+
+def test_pairs_of_both_kinds_are_variants_of_a_sweep(points):
+    both = [replace(points[0], sweep=Sweep()), replace(points[0], pairs=Pairs(name="dataset"), sweep=Sweep())]
+    name_variants(both)
+    assert [p.sweep.variant for p in both] == ["pairs.name=onpolicy", "pairs.name=dataset"]
+    (study,) = studies(both)
+    assert "pairs.name" not in study["settings"] and study["settings"]["evaluation.metric"] == "win_rate"
 
 
 def test_jobs_sample_after_sft_and_before_the_reference(points, tmp_path):
@@ -284,8 +293,8 @@ def distinct_texts(stages, folder):
     return {(row["index"], response["text"]) for row in rows for response in row["responses"]}
 
 
-def killed_in(method, folder, stages, kinds):
-    """Compute in a process that is killed when it has called a method, such as SharedRows.save, for the second time."""
+def killed_in(method, num_calls, folder, stages, kinds):
+    """Compute in a process that is killed when it has called a method, such as SharedRows.save, so many times."""
     owner, name = method
     whole = getattr(owner, name)
     calls = []
@@ -293,7 +302,7 @@ def killed_in(method, folder, stages, kinds):
     def dies(self, rows):
         whole(self, rows)
         calls.append(rows)
-        if len(calls) == 2:
+        if len(calls) == num_calls:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def run():
@@ -316,10 +325,10 @@ def compute_all(stages, folder, kinds):
 def test_a_kill_while_sampling_or_grading_costs_no_row_that_was_written(alone, rewards, tmp_path):
     folder, stages = copied(alone, tmp_path), stages_in(tmp_path, *rewards)
     (calm,) = on_ranks(1, "none", compute, stages, copied(alone, tmp_path / "calm"), MADE)
-    killed_in((SharedRows, "save"), folder, stages, ["candidates"])
+    killed_in((SharedRows, "save"), 20, folder, stages, ["candidates"])
     (sampled,) = on_ranks(1, "none", compute, stages, folder, ["candidates"])
-    assert 0 < sampled["rows"] < 24 * 3
-    killed_in((Answers, "add_all"), folder, stages, ["pairs"])
+    assert sampled["rows"] == 24 * 3 - 2 * 8, "two batches were whole"
+    killed_in((Answers, "add_all"), 2, folder, stages, ["pairs"])
     assert not (folder / "store" / "pairs").exists() or not list((folder / "store" / "pairs").glob("*/DONE"))
     (scored,) = on_ranks(1, "none", compute, stages, folder, ["pairs", "reference"])
     assert 0 < scored["rewards"] == calm["rewards"] - 2 * 16

@@ -281,8 +281,9 @@ def pairs_inputs(point: Point, candidates: CandidatesInputs) -> PairsInputs:
     """Return what pairs of these candidates depend on. Raises ConfigError when the judge's model does not exist."""
     pairs = point.pairs
     assert pairs.judge is not None and pairs.selection is not None and pairs.margin is not None
-    has_model = pairs.judge in CONTENT_HASHED_MODELS and pairs.model is not None
-    model = ContentPath.of(pairs.model, "pairs.model") if has_model else None
+    model = None
+    if pairs.judge in CONTENT_HASHED_MODELS and pairs.model is not None:
+        model = ContentPath.of(pairs.model, "pairs.model")
     judge = JudgeInputs(pairs.judge, None, model)
     return PairsInputs(candidates.model, candidates.prompts, judge, pairs.selection, pairs.margin)
 

@@ -61,7 +61,10 @@ def varying_settings(points: Sequence[Point]) -> list[dict[str, Any]]:
     for group in _studies(points).values():
         tables = [_settings(point) for point in group]
         keys = _differing_keys(tables)
-        settings |= {id(point): {key: table[key] for key in keys} for point, table in zip(group, tables, strict=True)}
+        settings |= {
+            id(point): {key: table[key] for key in keys if key in table}
+            for point, table in zip(group, tables, strict=True)
+        }
     return [settings[id(point)] for point in points]
 
 
@@ -81,7 +84,7 @@ def studies(points: Sequence[Point]) -> list[dict[str, Any]]:
     rows = []
     for (setup, method, init), group in _studies(points).items():
         tables = [_settings(point) for point in group]
-        shared = {key: value for key, value in tables[0].items() if all(table[key] == value for table in tables)}
+        shared = dict(item for item in tables[0].items() if all(item in table.items() for table in tables))
         rows.append({"setup": setup, "method": method, "init": init, "settings": shared})
     return rows
 
