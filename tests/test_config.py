@@ -62,8 +62,8 @@ def test_every_option_of_every_group_composes(group):
         if option in ("alpaca_eval", "arena_hard"):  # of judge and of evaluation
             needed += ["evaluation.prompts_file=README.md", "judge.baseline=README.md"]
             needed += ["judge=arena_hard"] if group == "evaluation" else []
-        if option in ("math", "mini_math"):
-            needed += {"judge": ["evaluation=mini_math"], "evaluation": ["judge=math"]}.get(group, [])
+        if option in ("math", "mini_math") and group in ("judge", "evaluation"):
+            needed += ["evaluation=mini_math"] if group == "judge" else ["judge=math"]
             needed += ["dataset=mini_math", "evaluation.prompts_file=README.md"]
         build_point(composed(f"{group}={option}", *needed))
 

@@ -3,9 +3,11 @@
 import json
 import time
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from src.config.schema import Dataset, Evaluation, Judge, Point
+from src.config.validation import build_point
 from src.data.evaluation_prompts import read_prompts
 from src.data.rows import text_prompt
 from src.errors import ConfigError, StageError
@@ -16,6 +18,7 @@ from src.planning.content import ContentPath
 from src.planning.identity import DataInputs, PromptInputs
 from src.planning.resources import Resources
 from src.preflight import check_input_files
+from tests.support.configs import composed
 
 # expected answer, response, whether it is right
 ANSWERS = [
@@ -173,15 +176,22 @@ def test_problems_are_read_in_their_published_layouts(layout, tmp_path):
     assert entry.prompt.facts == {"answer": answer}
 
 
+def test_a_parquet_file_has_the_problems_of_the_same_lines_of_json(tmp_path):
+    row, _ = LAYOUTS["aime2024"]
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "train.parquet")
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    entries = [read_prompts(inputs(tmp_path / f"train.{end}")) for end in ("parquet", "jsonl")]
+    assert entries[0] == entries[1] and entries[0][0].prompt.facts == {"answer": "25"}
+    (tmp_path / "train.parquet").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=r"train.parquet: cannot be read as Parquet"):
+        read_prompts(inputs(tmp_path / "train.parquet"))
+
+
 def test_a_problem_without_an_answer_is_refused_before_anything_runs(tmp_path):
     path = tmp_path / "test.jsonl"
     rows = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "Prove it.", "solution": r"Clear. \boxed{"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    point = Point(
-        dataset=Dataset("mini_math", "mini_math"),
-        evaluation=Evaluation(metric="accuracy", prompts_file=str(path), num_prompts=2),
-        judge=Judge(name="math", baseline=None),
-    )
+    point = build_point(composed("setup=mini_math", f"evaluation.prompts_file={path}", "evaluation.num_prompts=2"))
     with pytest.raises(ConfigError, match=r"judge=math needs the answer to every problem .* none to 'Prove it.'"):
         check_input_files([point])
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"problem": "2 + 2?", "answer": "4"}))

@@ -217,11 +217,13 @@ def _response(value: Any, where: str, name: str) -> str:
 
 
 def read_rows(path: str, key: str = "dataset.path") -> list[tuple[str, dict[str, Any]]]:
-    """Return (where, row) for every row of a JSON list or a JSON-lines file.
+    """Return (where, row) for every row of a JSON list, a JSON-lines file or a Parquet file (by its name).
 
     key: the config key that names the file. Raises ConfigError naming file and line, for what is not JSON, and for
     JSON that says two things (a key twice) or nothing that can be written down again (half a surrogate pair).
     """
+    if Path(path).suffix == ".parquet":
+        return _read_parquet(path, key)
     try:
         require_regular_file(Path(path), key)
         text = Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")
@@ -244,6 +246,20 @@ def read_rows(path: str, key: str = "dataset.path") -> list[tuple[str, dict[str,
         for where, row in rows:
             _refuse_half_surrogates(row, where)
     return rows
+
+
+def _read_parquet(path: str, key: str) -> list[tuple[str, Row]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    require_regular_file(Path(path), key)
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"{key}={path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    if not rows:
+        raise ConfigError(f"{key}={path}: the file has no rows")
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows)]
 
 
 def require_regular_file(path: Path, key: str) -> None:
