@@ -40,6 +40,25 @@ def test_chatml_is_the_models_own_template_without_the_system_message_that_it_ad
     assert chatml.text(ids) == "Hello<|im_end|>"
 
 
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+def test_a_system_prompt_begins_every_conversation_that_has_none(name):
+    given, without, tokenizer = Prompt((SYSTEM, USER)), Prompt((USER,)), tiny_qwen.tokenizer()
+    plain, with_prompt = Template(name, tokenizer), Template(name, tokenizer, system_prompt=SYSTEM["content"])
+    assert with_prompt.prompt_ids(without) == plain.prompt_ids(given) != plain.prompt_ids(without)
+    assert with_prompt.prompt_ids(given) == plain.prompt_ids(given)
+    rows = [conversation(("Be brief.", *TURNS), ("system",)), conversation(TURNS)]
+    learned = [tokenize([row], t, 1000, 500).examples[0] for row, t in zip(rows, (plain, with_prompt), strict=True)]
+    assert learned[0] == learned[1]
+
+
+def test_a_template_that_writes_no_system_prompt_is_refused_when_it_is_loaded():
+    own = tiny_qwen.tokenizer()
+    own.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a"
+    Template("tokenizer", own, (END,))
+    with pytest.raises(ConfigError, match="cannot write messages of the roles system, user"):
+        Template("tokenizer", own, (END,), "Be brief.")
+
+
 def test_a_base_model_learns_conversations_with_chatml_or_the_end_token_that_its_template_writes():
     tokenizer, row = tiny_qwen.tokenizer(), conversation(("Be brief.", *TURNS), ("system",))
     with pytest.raises(ConfigError, match=r"ends an answer without <\|endoftext\|>.* set model.end_token to the token"):

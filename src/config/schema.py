@@ -77,6 +77,7 @@ class Model(Option):
     path: str = MISSING  # hub name, local folder, GGUF file, or package://PACKAGE/FILE
     template: str = "plain"  # a name or FILE.jinja, see `src.config.template_rules`
     end_token: Any = None  # one or a list: the first is learned, any of them ends a sample; null: the template's own
+    system_prompt: str | None = None  # of conversations that have none
     revision: str | None = None
     attention: str = choice("auto", "flash_attention_2", "varlen", "onednn", "sdpa", default="auto")
     lora: Lora = field(default_factory=Lora)

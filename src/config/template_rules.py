@@ -45,3 +45,5 @@ def check_template(model: Model) -> None:
             "with .jinja"
         )
     end_tokens_of(model)
+    if model.system_prompt is not None and not model.system_prompt.strip():
+        raise ConfigError("model.system_prompt is empty: give a text, or null for none")

@@ -72,11 +72,13 @@ class Template:
     """Chat template: `plain` text, the `tokenizer`'s own, `chatml`, `llama3` headers, `mistral`'s [INST], or a file.
 
     end_tokens: that end a response instead of the template's; the first is learned, any of them ends a sample.
+    system_prompt: the first message of every conversation that does not begin with one of the system.
     """
 
     name: str
     tokenizer: Any
     end_tokens: tuple[str, ...] = ()
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.name == "tokenizer" and not self.tokenizer.chat_template:
@@ -94,6 +96,7 @@ class Template:
         self._render(text_prompt("a"))  # a template that does not work at all is refused when it is loaded
         render = None if self.name == "plain" else self._apply
         self._control = ControlTokens(self.tokenizer, render, self.end_tokens)
+        self.prompt_ids(text_prompt("a"))  # nor does every template write a system prompt
 
     @property
     def _format(self) -> _Format:
@@ -129,9 +132,15 @@ class Template:
         return self.tokenizer.apply_chat_template(list(messages), **options)
 
     def _mark(self, prompt: Prompt) -> Prompt:
-        """Return the prompt with marked control tokens in its messages: rendered, it has only those of the template."""
-        messages = ({**message, "content": self._control.mark(message["content"])} for message in prompt.messages)
-        return replace(prompt, messages=tuple(messages))
+        """Return the prompt with marked control tokens in its messages: rendered, it has only those of the template.
+
+        The system prompt comes before them where it is missing.
+        """
+        messages = prompt.messages
+        if self.system_prompt is not None and [message["role"] for message in messages[:1]] != ["system"]:
+            messages = ({"role": "system", "content": self.system_prompt}, *messages)
+        marked = ({**message, "content": self._control.mark(message["content"])} for message in messages)
+        return replace(prompt, messages=tuple(marked))
 
     def spells_control_token(self, row: Pair | Demonstration) -> bool:
         """Return whether a text of the row spells a control token, which then stays text."""

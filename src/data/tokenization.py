@@ -239,8 +239,8 @@ def load_examples(
     """
     is_training = not split.endswith("validation")
     data = data if is_training else data.held_out
-    ends = [list(model.end_tokens)] if model.end_tokens else []
-    key = digest([VERSION, split, hashable(data), model.path.fingerprint, hashable(model)["template"], *ends])
+    added = [part for part in (list(model.end_tokens), model.system_prompt) if part]  # without, keys are as before
+    key = digest([VERSION, split, hashable(data), model.path.fingerprint, hashable(model)["template"], *added])
     if key not in _cache:
         if len(_cache) >= 6:
             _cache.clear()

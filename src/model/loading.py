@@ -224,7 +224,7 @@ def load_template(model: ModelInputs) -> Template:
         if "gguf_file" not in options:  # what is wrong there is no fault of the tokenizer, which reads it first
             _load_config(source, name, options)
         tokenizer = load_tokenizer(source, name, **options)
-        return Template(model.template_name, tokenizer, model.end_tokens)
+        return Template(model.template_name, tokenizer, model.end_tokens, model.system_prompt)
 
 
 def load_tokenizer(source: str, name: str, **options: Any) -> Any:

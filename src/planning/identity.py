@@ -27,13 +27,15 @@ VERSIONS = {"sft": 11, "candidates": 1, "pairs": 1, "reference": 10, "align": 10
 class ModelInputs:
     """The base model: weights and tokenizer, chat template, and the precision everything of a run computes in.
 
-    end_tokens: that end a response, the first one learned; none: the template's own.
+    end_tokens: that end a response, the first one learned; none: the template's own. system_prompt: of conversations
+    that have none.
     """
 
     path: ContentPath
     template: str | ContentPath
     precision: str
     end_tokens: tuple[str, ...] = added_field(())
+    system_prompt: str | None = added_field(None)
 
     @property
     def template_name(self) -> str:

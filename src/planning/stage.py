@@ -141,7 +141,8 @@ def stages_of(point: Point) -> list[Stage]:
     template: str | ContentPath = point.model.template
     if is_template_file(point.model.template):
         template = ContentPath.of(point.model.template, "model.template")
-    model = ModelInputs(path, template, point.engine.precision, end_tokens_of(point.model))
+    ends, system_prompt = end_tokens_of(point.model), point.model.system_prompt
+    model = ModelInputs(path, template, point.engine.precision, ends, system_prompt)
     lora = None if point.model.lora.rank is None else point.model.lora
 
     def sft(fraction: float) -> Stage:
