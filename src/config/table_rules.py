@@ -18,6 +18,9 @@ def check_tables(data: Dataset) -> None:
         for key, table in tables:
             if not table.path:
                 raise ConfigError(f"dataset.{key}.path has no value: add dataset.{key}.path=VALUE")
+            if (table.held_out is None) == (table.validation_split == table.train_split):
+                why = "both splits are one: set" if table.held_out is None else "its splits are two: remove"
+                raise ConfigError(f"dataset.{key}.validation_split={table.validation_split}: {why} {key}.held_out")
         listed = [table for _, table in tables if isinstance(table, ListedTable)]
         if listed:
             _check_mixture(f"dataset.{name}", listed)

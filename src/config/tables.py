@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from src.config.fields import choice, folder_name, number
+from src.config.fields import added_field, choice, folder_name, number
 
 MAX_ROWS = 10**12
 MAX_TOKENS = 10**7  # of one text
@@ -23,6 +23,8 @@ class Table:
     adapter: str | None = choice(None, "hh", default=None)  # a key of src.data.adapters.ADAPTERS
     deduplicate: bool = False  # drop rows equal to an earlier one
     drop_if_rejected_elsewhere: bool = False  # drop rows whose chosen response another row of the prompt rejects
+    where: dict[str, str] = added_field(dict, factory=True)  # column -> value: only rows with these
+    held_out: float | None = added_field(None, number(None, above=0, below=1))  # of prompts, where both splits are one
 
 
 @dataclass

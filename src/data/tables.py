@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ from src.data.rows import (
     Demonstration,
     Pair,
     ProgressFn,
+    Prompt,
     Row,
     Source,
     no_progress,
@@ -43,6 +45,7 @@ class Part:
     key: str  # below `dataset`: sft, preference.tables.1
     location: str
     size: int | None  # of its rows that a mixture has at most; None: all
+    is_held_out: bool  # of the rows of a table whose splits are one: those of held-out prompts, or the others
 
     @property
     def source(self) -> str:
@@ -117,7 +120,7 @@ class Hub(Source):
             size = table.size if mixed and not held_out else None
             if table_split is not None:
                 key = f"{name}.tables.{number}" if mixed else name
-                parts.append(Part(table, table_split, key, location, size))
+                parts.append(Part(table, table_split, key, location, size, held_out))
         return parts
 
     def check(self) -> None:
@@ -174,6 +177,11 @@ class Hub(Source):
         """Return the indices of the rows that pass the table's filters; warn when the config expects another number."""
         settings = part.table
         indices: Sequence[int] = range(len(rows))
+        for column, value in settings.where.items():
+            if column not in rows.column_names:
+                raise ConfigError(f"dataset.{part.key}.where: {part.where} has no column {column!r}")
+            column_values = rows[column]
+            indices = [i for i in indices if column_values[i] == value]
         if settings.drop_if_rejected_elsewhere:
             tracked = track(rows, f"{part.split} rows rejected elsewhere")
             pairs = self._parse(part, enumerate(tracked), parse_pair)
@@ -189,6 +197,9 @@ class Hub(Source):
             log.warning(
                 "%s has %d rows%s; dataset.%s.rows expects %d", part.where, len(indices), total, part.key, expected
             )
+        if (share := settings.held_out) is not None:
+            prompts = {i: self._parse(part, [(i, rows[i])], parse)[0].prompt for i in indices}
+            indices = [i for i in indices if is_held_out(prompts[i], share) == part.is_held_out]
         _check_size(part, len(indices))
         return indices
 
@@ -246,3 +257,9 @@ def _check_size(part: Part, num_rows: int | None) -> None:
         raise ConfigError(
             f"dataset.{part.key}.size={part.size}: {part.where} has {num_rows} rows; give at most that many"
         )
+
+
+def is_held_out(prompt: Prompt, share: float) -> bool:
+    """Return whether the prompt is one of the held-out share, by a hash of its first message, as in every table."""
+    digest = hashlib.sha256(prompt.messages[0]["content"].strip().encode(errors="replace")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
