@@ -31,7 +31,15 @@ from sweeps.arguments import ArgumentParser
 from sweeps.report import figures
 from sweeps.report.escapes import csv_text
 from sweeps.report.report import cost_table, write_report
-from sweeps.report.tables import benchmark_table, best_table, print_best, sft_table, sources_table, write_tables
+from sweeps.report.tables import (
+    benchmark_table,
+    best_table,
+    print_best,
+    sft_table,
+    sources_table,
+    verdict_table,
+    write_tables,
+)
 from sweeps.search.record import recorded_failures, write_states
 from sweeps.wandb.from_wandb import SCHEME, fetch
 
@@ -65,8 +73,10 @@ def write_results(
     rule = select or results.sweeps[0]["select"]
     best = reporting_split.with_intervals(select_points(averages, rule, prompts), averages, prompts)
     differences = reporting_split.differences(best, prompts)
+    verdicts = reporting_split.verdicts(best, prompts)
     tables = {
         "best": best_table(best, differences),
+        "verdicts": verdict_table(verdicts),
         "pairwise_pointwise": pairwise_against_pointwise(best),
         "differences": differences,
         "gains": reporting_split.gains(averages, best, prompts),
@@ -80,7 +90,7 @@ def write_results(
     atomic_write(target.points_csv, csv_text(points))
     atomic_write(target.best_yaml, best_yaml(best, results.settings))
     write_tables(target.tables, tables)
-    graphics = [drawing.save(target.figures) for drawing in figures.draw(averages, best)]
+    graphics = [drawing.save(target.figures) for drawing in figures.draw(averages, best, verdicts)]
     write_report(target.report, results, rule, best, tables, graphics)
     if not quiet:
         print_best(results, target.path, tables)

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import pandas as pd
 import pytest
 
 from src.methods import METHODS
@@ -13,7 +14,10 @@ from tests.support.tables import points
 NAN = float("nan")
 
 
-def draw(folder, *rows):
+VERDICT_COLUMNS = ["setup", "method", "init", "variant", "beta", "lr", "win", "tie", "lose", "prompts"]
+
+
+def draw(folder, *rows, verdicts=()):
     """Draw and save every figure of these points, a warning being an error; return stem -> SVG."""
     table = points(*rows).assign(metric="win_rate", checkpoint="/nowhere")
     averages = average_seeds(table.assign(kind=[METHODS[method].kind for method in table.method]))
@@ -21,7 +25,8 @@ def draw(folder, *rows):
     best = best_points(averages).assign(quality_reporting_low=quality - 0.1, quality_reporting_high=quality + 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return {drawing.name: drawing.save(folder) for drawing in figures.draw(averages, best)}
+        drawings = figures.draw(averages, best, pd.DataFrame(verdicts, columns=VERDICT_COLUMNS))
+        return {drawing.name: drawing.save(folder) for drawing in drawings}
 
 
 EDGES = {
@@ -61,3 +66,16 @@ def test_names_that_make_equal_file_names_do_not_overwrite_each_other(tmp_path):
     drawn = draw(tmp_path, {"setup": "a b", "beta": 0.1}, {"setup": "a_b", "beta": 0.1})
     assert len(drawn) == len(list(tmp_path.glob("*.svg"))) == 4
     assert "a_b_quality_over_beta" in drawn
+
+
+def test_wins_ties_and_losses_are_bars_with_most_wins_on_top_and_a_number_where_it_fits(tmp_path):
+    shares = {"dpo": (55.5, 2.5, 42.0), "asft": (71.5, 28.5, 0.0), "ipo": (60.0, 20.0, 20.0)}
+    points = [{"method": method, "beta": 0.1} for method in shares]
+    verdicts = [("s", method, "sft", "", 0.1, 1e-3, *share, 200) for method, share in shares.items()]
+    assert "s_win_tie_lose" not in draw(tmp_path, *points)  # the control
+    svg = draw(tmp_path, *points, verdicts=verdicts)["s_win_tie_lose"]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert [text for text in texts if text in ("DPO", "ASFT", "IPO")] == ["DPO", "IPO", "ASFT"]  # from below
+    numbers = [text for text in texts if re.fullmatch(r"\d+\.\d", text)]
+    assert numbers == ["55.5", "42.0", "60.0", "20.0", "20.0", "71.5", "28.5"]
+    assert "DPO, beta 0.1, lr 0.001\ntie 2.5 %" in svg and "200 reporting prompts" in svg

@@ -103,6 +103,26 @@ def test_the_gain_of_tuning_is_that_over_beta_1_and_over_trls_default(results):
     assert gains[gains.method == "ipo"].empty  # no point has beta = 1, and TRL's beta of IPO is defined differently
 
 
+def test_wins_ties_and_losses_add_up_to_the_reporting_prompts_and_to_the_win_rate(tmp_path):
+    results, third = Results(tmp_path), np.arange(NUM_PROMPTS) % 3
+    results.add(third / 2, beta=0.1, metric="win_rate")
+    for seed in (0, 1):
+        results.add((third > seed).astype(float), method="ipo", beta=0.1, seed=seed, metric="win_rate")
+    results.add(0.4 + third / 5, method="nca", beta=0.1, metric="win_rate")  # graded, as AlpacaEval's
+    results.add(third / 2, method="orpo", beta=0.1, metric="reward_accuracy")  # without a judge
+    best = select_points(average_seeds(results.points), "best", results.prompts)
+    rows = reporting_split.verdicts(best, results.prompts).set_index("method")
+    assert set(rows.index) == {"dpo", "ipo", "nca"}
+    assert list(rows.win + rows.tie + rows.lose) == pytest.approx([100] * 3) and set(rows.prompts) == {NUM_PROMPTS // 2}
+    counts = [sum(results.values["0"] == value) for value in (1, 0.5, 0)]
+    assert list(rows.loc["dpo", ["win", "tie", "lose"]] * rows.prompts["dpo"] / 100) == pytest.approx(counts)
+    by_seed = [results.values[seed].mean() for seed in "12"]
+    assert rows.win["ipo"] == pytest.approx(100 * np.mean(by_seed)) and rows.seeds["ipo"] == 2
+    win_rate = rows.win + rows.tie / 2 - 100 * rows.quality_reporting
+    assert list(win_rate[["dpo", "ipo"]]) == pytest.approx([0, 0])
+    assert abs(win_rate["nca"]) > 1  # the control: of graded verdicts the win rate is another number
+
+
 def test_pareto_fronts_are_computed_per_method_and_per_kind(results):
     fronts = reporting_split.pareto_fronts(average_seeds(results.points)).set_index(["method", "beta"])
     assert fronts.loc["dpo", "front_of_method"].all()

@@ -58,7 +58,7 @@ def test_a_sweep_writes_every_documented_file(swept):
     assert points[COLUMNS].notna().all().all()
     best = yaml.safe_load(folder.best_yaml.read_text())
     assert set(best["mini_tldr"]) == {"dpo", "ipo"} and {"lr", "beta"} <= set(best["mini_tldr"]["dpo"])
-    for name in ("quality_over_beta", "quality_over_kl", "training"):
+    for name in ("quality_over_beta", "quality_over_kl", "win_tie_lose", "training"):
         for suffix in ("png", "svg"):
             assert (folder.figures / f"mini_tldr_{name}.{suffix}").stat().st_size > 5000
     for suffix in ("md", "csv", "tex"):
@@ -69,9 +69,14 @@ def test_a_sweep_writes_every_documented_file(swept):
     assert {differences["method"], differences["other"]} == {"dpo", "ipo"}
     assert differences["low"] <= differences["difference"] <= differences["high"]
     assert len(pd.read_csv(folder.tables / "pareto.csv")) == 4
+    verdicts = pd.read_csv(folder.tables / "verdicts.csv").set_index("Method")
+    best = points.loc[points.groupby("method").quality_selection.idxmax()].set_index("method").quality_reporting
+    win_rate = verdicts["Win %"] + verdicts["Tie %"] / 2
+    assert [win_rate["DPO"], win_rate["IPO"]] == pytest.approx([100 * best["dpo"], 100 * best["ipo"]])
+    assert list(verdicts["Win rate"]) == pytest.approx(list(win_rate / 100))
     assert set(pd.read_csv(folder.tables / "gains.csv").against) == {"beta = 1", "TRL's default"}
     report = folder.report.read_text()
-    assert report.count("<svg") == 3
+    assert report.count("<svg") == 4
     assert not re.search(r"""(src|href)=["'](?!#|data:)""", report), "report.html refers to other files"
     assert "report.html" in output and "Win rate" in output
 

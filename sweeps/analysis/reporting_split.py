@@ -1,7 +1,8 @@
-"""Measurements of the selected points on the reporting prompts: intervals, differences, gains of tuning beta."""
+"""Measurements of the selected points on the reporting prompts: intervals, verdicts, differences, gains of tuning."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from src.methods import METHODS
@@ -16,6 +17,7 @@ from sweeps.analysis.significance import (
     paired_differences,
 )
 
+VERDICTS = ("win", "tie", "lose")
 NUM_TOP = 3  # points whose mean quality stands beside the selected one's
 
 
@@ -36,6 +38,22 @@ def with_intervals(best: pd.DataFrame, averages: pd.DataFrame, prompts: PromptQu
         for key, group in rows.groupby(STUDY, sort=False, dropna=False)
     }
     return best.assign(top3_reporting=[top_means[tuple(row)] for row in best[STUDY].itertuples(index=False)])
+
+
+def verdicts(best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
+    """Return `win`, `tie` and `lose`: percent of the `prompts` on which each selected point is above, at, below 0.5.
+
+    One row per selected point whose metric is the win rate; averaged over its seeds. A judge with graded verdicts
+    gives a win for anything above 0.5, so that win + tie / 2 is the win rate only of verdicts that are 0, 0.5 or 1.
+    """
+    rows = []
+    for row in best[best.metric == "win_rate"].to_dict("records"):
+        seeds = [prompts.reporting([[identity]])[0] for identity in row["identities"]]
+        shares = [[np.mean(values > 0.5), np.mean(values == 0.5), np.mean(values < 0.5)] for values in seeds]
+        percent = dict(zip(VERDICTS, 100 * np.mean(shares, axis=0), strict=True))
+        counts = {"prompts": len(seeds[0]), "quality_reporting": row["quality_reporting"]}
+        rows.append({name: row[name] for name in (*STUDY, "beta", "lr", "seeds")} | percent | counts)
+    return pd.DataFrame(rows, columns=[*STUDY, "beta", "lr", "seeds", *VERDICTS, "prompts", "quality_reporting"])
 
 
 def differences(best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:

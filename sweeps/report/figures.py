@@ -1,29 +1,24 @@
-"""The figures of a sweep: quality over beta and over KL, lr x beta, training curves, inits and variants."""
+"""The figures of a sweep: quality over beta and over KL, lr x beta, and those of the selected points."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from src.errors import DamagedFile, warn
-from src.methods import METHODS
 from src.planning.content import digest
-from src.store.files import read_jsonl
-from src.store.store import METRICS_FILE
 from sweeps.analysis.selection import GROUP, best_lr_per_beta
 from sweeps.analysis.significance import on_pareto_front
-from sweeps.report.graphics import Drawing, shorten
+from sweeps.report import selected_figures
+from sweeps.report.graphics import Drawing
 from sweeps.report.plot_style import (
     KINDS,
     METHODS_OF_KIND,
@@ -31,7 +26,6 @@ from sweeps.report.plot_style import (
     STYLES,
     Z95,
     metric_label,
-    shared_panel_style,
     style_axes,
     tooltip,
 )
@@ -39,17 +33,17 @@ from sweeps.report.plot_style import (
 MAX_TICKS = 12  # on either axis of a heat map; with more values only some are labeled
 MAX_NUMBERS = 60  # cells of a heat map that show their value; more would not fit
 MAX_STEM = 150  # bytes of a file name
-MAX_LABEL = 40  # characters of the label of a tick
-CURVE_BINS = 200  # points of a training curve
-SMOOTHING = 10  # a training curve is the running mean over 1 / SMOOTHING of its points
 
 
-def draw(averages: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
-    """Yield every figure of every setup, init and variant. averages: of average_seeds; best: of with_intervals."""
+def draw(averages: pd.DataFrame, best: pd.DataFrame, verdicts: pd.DataFrame) -> Iterator[Drawing]:
+    """Yield every figure of every setup, init and variant.
+
+    averages: of average_seeds; best: of with_intervals; verdicts: of reporting_split.verdicts.
+    """
     best_lrs, stems = best_lr_per_beta(averages), set[str]()
     for setup, rows in best.groupby("setup", sort=False):
         if len(rows[GROUP].drop_duplicates()) > 1:
-            yield side_by_side(_stem([str(setup)], stems), str(setup), rows)
+            yield selected_figures.side_by_side(_stem([str(setup)], stems), str(setup), rows)
     stems.clear()
     for key, rows in best_lrs.groupby(GROUP, sort=False, dropna=False):
         setup, init, variant = map(str, key)
@@ -58,11 +52,14 @@ def draw(averages: pd.DataFrame, best: pd.DataFrame) -> Iterator[Drawing]:
         selected = best[(best[GROUP] == list(key)).all(axis=1)]
         yield quality_over_beta(stem, name, rows, selected)
         yield quality_over_kl(stem, name, rows, selected)
+        of_group = verdicts[(verdicts[GROUP] == list(key)).all(axis=1)]
+        if len(of_group):
+            yield selected_figures.win_tie_lose(stem, name, of_group)
         grid = averages[(averages[GROUP] == list(key)).all(axis=1)]
         if grid.groupby("method").lr.nunique().max() > 1:
             yield heat_map(stem, name, grid, selected)
-        if curves := _training_curves(selected):
-            yield training(stem, name, curves)
+        if curves := selected_figures.training_curves(selected):
+            yield selected_figures.training(stem, name, curves)
 
 
 def _stem(parts: list[str], taken: set[str]) -> str:
@@ -139,88 +136,6 @@ def _plot_cells(drawing: Drawing, ax: Axes, rows: pd.DataFrame, best: pd.DataFra
     ax.spines[:].set_visible(False)
 
 
-def training(stem: str, name: str, curves: dict[str, pd.DataFrame]) -> Drawing:
-    """Draw loss and reward accuracy of the selected points over training."""
-    title = f"{name}: training of the selected points (running means over a tenth of the steps)"
-    drawing = Drawing(f"{stem}_training", title, 10.4, 3.9)
-    labels = {
-        "loss": "relative loss (first step 1, minimum 0)",
-        "rewards/accuracies": "reward accuracy on training pairs",
-    }
-    for ax, (column, label) in zip(drawing.figure.subplots(1, 2), labels.items(), strict=True):
-        for method, curve in curves.items():
-            values = curve[column]
-            text = f"{NAMES[method]}: {column}, last {values.iloc[-1]:.4g}"
-            if column == "loss":
-                # The losses of the methods have different scales, and some are negative.
-                drop = values.iloc[0] - values.min()
-                values = (values - values.min()) / drop if drop > 0 else 0 * values + 1
-            style = shared_panel_style(method) | {"markevery": max(1, len(curve) // 6), "markersize": 4}
-            gid = drawing.add_tooltip(text)
-            ax.plot(curve.step, values, linewidth=1.3, label=NAMES[method], gid=gid, **style)
-        ax.set(xlabel="step", ylabel=label)
-        style_axes(ax)
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="dashed, hollow: pointwise")
-    return drawing
-
-
-def side_by_side(stem: str, setup: str, best: pd.DataFrame) -> Drawing:
-    """Plot the selected points of each init and variant, ordered by the numbers in their names.
-
-    Points are connected when the variants differ in a single setting. best: of with_intervals, one setup.
-    """
-    groups = sorted({(row["init"], row["variant"]) for row in best.to_dict("records")}, key=_numeric_key)
-    settings = {variant.rpartition("=")[0] for _, variant in groups}
-    one_setting = len(settings) == 1 and len({init for init, _ in groups}) == 1 and " " not in "".join(settings)
-    labels = [v.rpartition("=")[2] if one_setting else ", ".join([i, *map(_short, v.split())]) for i, v in groups]
-    labels = [shorten(label, MAX_LABEL) for label in labels]
-    name = settings.pop() if one_setting else "init and variant"
-    title = f"{setup}: {metric_label(best)} of the selected points by {name} (95 % intervals)"
-    height = 4.4 if one_setting else 4.4 + 0.06 * max(map(len, labels))
-    drawing = Drawing(f"{stem}_side_by_side", title, max(7.5, 1.1 * len(groups) + 3), height)
-    ax = drawing.figure.subplots()
-    methods = [m for m in METHODS if m in set(best.method)]
-    for number, method in enumerate(methods):
-        style = shared_panel_style(method)
-        linestyle = style.pop("linestyle")
-        line = {"color": style["color"], "linestyle": linestyle if one_setting else "none"}
-        rows = best[best.method == method]
-        # Methods are shifted horizontally, because overlapping intervals could not be told apart.
-        positions = [groups.index(key) for key in zip(rows.init, rows.variant, strict=True)]
-        x = np.array(positions) + 0.5 * ((number + 0.5) / len(methods) - 0.5)
-        order = np.argsort(x)
-        quality, low, high = (rows[f"quality_reporting{end}"].to_numpy()[order] for end in ("", "_low", "_high"))
-        ax.errorbar(x[order], quality, [quality - low, high - quality], linewidth=1.2, capsize=2, **line)
-        for position, row in zip(x, rows.to_dict("records"), strict=True):
-            text = f"{', '.join(filter(None, (row['init'], row['variant'])))}\n{tooltip(row, 'quality_reporting')}"
-            drawing.plot_mark(ax, position, row["quality_reporting"], text, **style, markersize=6)
-        ax.plot([], [], **(style | line), label=NAMES[method])
-    rotated: dict[str, Any] = {} if one_setting else {"rotation": 30, "ha": "right"}
-    ax.set_xticks(range(len(groups)), labels, fontsize=8, **rotated)
-    ax.set(xlabel=shorten(name, MAX_LABEL), ylabel=metric_label(best))
-    style_axes(ax)
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="hollow: pointwise")
-    return drawing
-
-
-def _training_curves(best: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return method -> smoothed alignment metrics of its selected point, of the first seed."""
-    curves: dict[str, pd.DataFrame] = {}
-    for row in best.to_dict("records"):
-        path, columns = Path(row["checkpoint"]) / METRICS_FILE, ["step", "loss", "rewards/accuracies"]
-        try:
-            frame = pd.DataFrame(read_jsonl(path, columns), columns=columns).dropna().astype(float)
-        except FileNotFoundError:
-            continue
-        except (DamagedFile, TypeError, ValueError) as error:
-            warn(f"{error if isinstance(error, DamagedFile) else f'{path}: damaged ({error})'}; its curve is left out")
-            continue
-        if len(frame) > 1:
-            frame = frame.groupby(np.arange(len(frame)) * CURVE_BINS // max(len(frame), CURVE_BINS)).mean()
-            curves[row["method"]] = frame.rolling(len(frame) // SMOOTHING + 1, min_periods=1, center=True).mean()
-    return curves
-
-
 def _quality_label(rows: pd.DataFrame) -> str:
     return f"{metric_label(rows)} (95 % interval)"
 
@@ -275,15 +190,3 @@ def _plot_line(drawing: Drawing, ax: Axes, line: pd.DataFrame, best: pd.DataFram
     ax.plot([], [], color=color, marker=marker, label=NAMES[method])
     selected = best[(best.method == method) & (best[x] > 0)]
     ax.plot(selected[x], selected.quality_reporting, "o", markersize=13, markerfacecolor="none", markeredgecolor=color)
-
-
-def _short(setting: str) -> str:
-    """Return `align_weight=1.0` for `init.align_weight=1.0`; the table has the full key."""
-    key, _, value = setting.partition("=")
-    return f"{key.rpartition('.')[2]}={value}"
-
-
-def _numeric_key(group: tuple[str, str]) -> list[tuple[bool, float, str]]:
-    """Return a sort key by which 0.3 precedes 1 and 1 precedes 10 wherever the number stands."""
-    parts = re.split(r"(?<==)([\d.e+-]+)(?= |$)", " ".join(group))
-    return [(i % 2 == 0, float(part) if i % 2 else 0.0, "" if i % 2 else part) for i, part in enumerate(parts)]

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from src.store.files import atomic_write
+from sweeps.analysis.reporting_split import VERDICTS
 from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
 from sweeps.report.escapes import csv_text, latex_cell, markdown_cell
@@ -59,6 +60,21 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
 def _varying(best: pd.DataFrame, row: dict[Hashable, Any], *keys: str) -> dict[str, str]:
     """Return those of the keys in which the rows of the table differ, as columns of one row."""
     return {key.capitalize(): str(row[key]) for key in keys if best[key].nunique() > 1}
+
+
+def verdict_table(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Return the wins, ties and losses of the selected points against the baseline; empty without any.
+
+    verdicts: of reporting_split.verdicts.
+    """
+    names = {verdict: f"{verdict.capitalize()} %" for verdict in VERDICTS}
+    rows = []
+    for row in verdicts.to_dict("records"):
+        point = {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
+        numbers = {name: row[verdict] for verdict, name in names.items()}
+        numbers |= {"Win rate": row["quality_reporting"], "Prompts": row["prompts"]}
+        rows.append(_varying(verdicts, row, *GROUP, "seeds") | point | numbers)
+    return pd.DataFrame(rows)
 
 
 def benchmark_table(best: pd.DataFrame, scores: dict[str, dict[str, dict[str, float]]]) -> pd.DataFrame:
@@ -179,7 +195,7 @@ def group_lines(groups: pd.DataFrame) -> list[str]:
 def write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Write NAME.csv, .md and .tex (booktabs): numbers in full precision in CSV, with four digits in the others.
 
-    A table without columns is left out: no benchmark was run.
+    A table without columns is left out: no benchmark was run, or no judge.
     """
     folder.mkdir(exist_ok=True)
     for name, table in tables.items():
