@@ -1,6 +1,8 @@
 """A sync brings any sink up to what the store has: each step and each result once, whatever happens in between."""
 
 import json
+import random
+import shutil
 
 import pytest
 
@@ -9,8 +11,11 @@ from src.store.store import StageName, Store
 from src.store.sweep_folder import SweepFolder
 from src.tracking.runs import RunList, run_lists_below
 from src.tracking.sink import RunLocked, RunWriter
+from src.tracking.sync import SweepSync
 from src.tracking.sync_process import SyncProcess
 from src.tracking.watch import SinkSync, watch
+from sweeps.aggregate import aggregate
+from tests.support.fake_sweep import FakeSweep
 
 CONFIG = {"setup": {"name": "toy"}, "init": {"name": "sft"}, "method": {"name": "dpo"}, "beta": 0.1, "tracking": {}}
 
@@ -283,3 +288,28 @@ def test_only_runs_of_the_given_stages_are_synced(store, sink):
     assert not sink.runs
     SinkSync(runs, sink, stages=["align"]).advance(live=True)
     assert list(sink.runs) == ["evaluate"], "and the sweep's own run is not"
+
+
+def test_a_sweep_of_which_no_point_is_done_is_synced_without_a_table(sink, tmp_path):
+    sweep = FakeSweep(tmp_path, random.Random(0), betas=(0.1,))
+    sweep.record |= {"code": None, "finished": "now"}
+
+    def sync_once():
+        for point in sweep.points:
+            point["state"] = "done" if sweep.store.is_done(StageName("evaluate", point["identity"])) else "failed"
+        sweep.folder.write(sweep.record)
+        aggregate([sweep.folder], quiet=True)
+        SweepSync(sweep.folder, sink).advance(live=False)
+        (run,) = sink.runs.values()
+        return run
+
+    for point in sweep.points:
+        sweep.align(point)
+        sweep.evaluate(point)
+    assert list(sync_once().tables) == ["tables/best"]  # the control
+    for point in sweep.points:
+        shutil.rmtree(sweep.store.dir(StageName("evaluate", point["identity"])))
+    sink.runs.clear()
+    run = sync_once()
+    assert run.summary == {"points/failed": 4} and not run.tables
+    assert not list(sweep.folder.tables.glob("best.*")), "the table of an earlier aggregation"

@@ -195,9 +195,10 @@ class SweepSync(Sync):
     def _write_result(self, writer: RunWriter, content: str) -> None:
         for path in sorted(self.folder.figures.glob("*.png")):
             writer.add_media(f"figures/{path.stem}", path)
-        with (self.folder.tables / "best.csv").open(newline="", encoding="utf-8") as handle:
-            header, *rows = csv.reader(handle)
-        writer.add_table("tables/best", header, rows)  # the other tables are in the artifact
+        if (best := self.folder.tables / "best.csv").exists():  # not where no point is done
+            with best.open(newline="", encoding="utf-8") as handle:
+                header, *rows = csv.reader(handle)
+            writer.add_table("tables/best", header, rows)  # the other tables are in the artifact
         writer.add_media("report", self.folder.report)
         writer.add_result(content, self._summary())
         writer.add_artifact(re.sub(r"[^\w.-]+", "-", f"{self.folder.name}-results"), self.folder.results())

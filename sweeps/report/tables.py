@@ -195,11 +195,13 @@ def group_lines(groups: pd.DataFrame) -> list[str]:
 def write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Write NAME.csv, .md and .tex (booktabs): numbers in full precision in CSV, with four digits in the others.
 
-    A table without columns is left out: no benchmark was run, or no judge.
+    A table without columns is left out, also where an earlier one is: no benchmark was run, or no judge.
     """
     folder.mkdir(exist_ok=True)
     for name, table in tables.items():
         if table.columns.empty:
+            for path in folder.glob(f"{name}.*"):
+                path.unlink()
             continue
         atomic_write(folder / f"{name}.csv", csv_text(table))
         text = table.astype(object).map(_cell)
