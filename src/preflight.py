@@ -76,8 +76,8 @@ def check_input_files(points: Sequence[Point]) -> None:
     for point in {repr((p.dataset, p.pairs.num_prompts)): p for p in points if p.pairs.num_prompts}.values():
         if point.dataset.source != "hub":
             training_prompts(training_prompt_inputs(point))
-    for model in dict.fromkeys((point.model.path, point.model.revision) for point in points):
-        _fetch_config(*model)
+    for path, revision in dict.fromkeys((point.model.path, point.model.revision) for point in points):
+        _fetch_config(path, revision)
     for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
         _check_sequence_length(point)
 

@@ -18,7 +18,7 @@ _FIELDS = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call_id", "function_call"), _TOOLS),
     **dict.fromkeys(("thinking", "reasoning", "reasoning_content"), _THINKING),
 }
-_NOTHING = (None, "", "[]", "{}", "null", [], {})  # what tables hold in the rows that have none
+_NOTHING: tuple[object, ...] = (None, "", "[]", "{}", "null", [], {})  # what tables hold in the rows that have none
 
 
 def refuse_tools_and_thinking(row: dict[str, Any], where: str, *, is_message: bool) -> None:
