@@ -82,8 +82,10 @@ def schema_keys() -> set[str]:
     def walk(node: DictConfig, prefix: str) -> None:
         for name in node:
             keys.add(f"{prefix}{name}")
-            if not OmegaConf.is_missing(node, name) and isinstance(node[name], DictConfig):
-                walk(node[name], f"{prefix}{name}.")
+            value = node._get_node(name)
+            if isinstance(value, DictConfig) and not OmegaConf.is_missing(node, name):
+                # A group that may be absent, as `pairs.generation`, has the keys of its class.
+                walk(OmegaConf.structured(value._metadata.ref_type) if value._is_none() else value, f"{prefix}{name}.")
 
     walk(OmegaConf.structured(Point), "")
     launcher = OmegaConf.structured(SlurmOptions)
@@ -105,7 +107,7 @@ def unknown_keys(text: str) -> list[str]:
         if key.partition(".")[0] in groups
         and key not in schema_keys()
         and not key.startswith(tuple(f"{name}." for name in free))
-        and not key.endswith((".json", ".yaml"))
+        and not key.endswith((".json", ".jsonl", ".yaml", ".arrow"))
     )
 
 
@@ -118,6 +120,7 @@ def test_config_keys_of_a_page_are_in_the_schema(page):
 
 def test_a_key_that_was_renamed_is_found():
     assert unknown_keys("`trainer.checkpoint_steps=1` `trainer.checkpoint_minutes`") == ["trainer.checkpoint_steps"]
+    assert unknown_keys("`pairs.generation.top_p=1` `pairs.generation.beams`") == ["pairs.generation.beams"]
 
 
 def test_the_glossary_has_at_most_thirty_words():
