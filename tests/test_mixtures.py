@@ -112,6 +112,25 @@ def test_rows_of_each_table_are_those_that_weights_and_sizes_name(copy, small, l
         assert size.rows == sum(count) and size.tokens > 0
 
 
+def test_the_first_prompts_of_evaluation_are_in_proportion(copy):
+    def first(count, small=(), large=()):
+        prompts = open_source(pair_data(mixed(copy, small, large))).prompts(count)
+        return [sum(prompt.source == name for prompt in prompts) for name in SIZES]
+
+    for count in range(2, 26):
+        small, large = first(count)
+        assert small + large == count and abs(small - count * 6 / 26) <= 0.5, "as many as there are rows of each"
+    assert first(9, {"weight": 2}, {"weight": 1}) == [6, 3] and first(6, {"weight": 2}, {"weight": 1}) == [4, 2]
+    alone = open_source(pair_data(mixed(copy, large={"validation_split": None}))).prompts(3)
+    assert [prompt.text for prompt in alone] == [f"test small {n}" for n in range(3)], "of one table in its order"
+
+
+def test_a_mixture_of_billions_of_rows_is_counted_without_looking_at_each():
+    assert rows_of_each([10**9, 3 * 10**9], [None, None], 10**9) == [25 * 10**7, 75 * 10**7]
+    assert rows_of_each([10**9, 10**12], [2, 1], None) == [10**9, 5 * 10**8]
+    assert rows_of_each([10**9, 10**12], [1, 2], 4) == [1, 3], "the negative control: of few rows"
+
+
 def test_another_seed_takes_other_rows_in_the_same_proportion(copy):
     one, two = (open_source(pair_data(mixed(copy, train_size=40, seed=seed))).pairs("train") for seed in (0, 1))
     assert sources(one) == sources(two) and {r.chosen for r in one} != {r.chosen for r in two}

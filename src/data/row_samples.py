@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from heapq import merge
-from itertools import islice
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -53,9 +52,41 @@ def rows_of_each(available: Sequence[int], weights: Sequence[float | None], size
     """
     if len(available) == 1:
         return [available[0] if size is None else min(size, available[0])]
-    shares = [rows if weight is None else weight for rows, weight in zip(available, weights, strict=True)]
-    tables = [(i, rows, share) for i, (rows, share) in enumerate(zip(available, shares, strict=True)) if share]
-    end = min((rows / share for _, rows, share in tables), default=0.0)
-    due = merge(*([((j + 0.5) / share, i) for j in range(rows)] for i, rows, share in tables))
-    taken = Counter(i for time, i in islice(due, size) if time < end)
-    return [taken[i] for i in range(len(available))]
+    shares = _shares(available, weights)
+    end = min((rows / share for rows, share in zip(available, shares, strict=True) if share), default=0.0)
+    counts = _due_before(end, available, shares)
+    if size is None or sum(counts) <= size:
+        return counts
+    # All but a few at once: a table may have billions of rows.
+    counts = _due_before((size - len(available)) / sum(shares), available, shares)
+    while sum(counts) < size:
+        counts[min((i for i, share in enumerate(shares) if share), key=lambda i: (_due(counts[i], shares[i]), i))] += 1
+    return counts
+
+
+def mixed_order(
+    counts: Sequence[int], available: Sequence[int], weights: Sequence[float | None]
+) -> list[tuple[int, int]]:
+    """Return (table, which of its rows) of all rows of a mixture, so that the first ones are in proportion, too.
+
+    counts: of rows_of_each, for these rows and weights.
+    """
+    shares = _shares(available, weights)
+    places = ((i, j) for i, count in enumerate(counts) for j in range(count))
+    return sorted(places, key=lambda place: (_due(place[1], shares[place[0]]), place))
+
+
+def _shares(available: Sequence[int], weights: Sequence[float | None]) -> list[float]:
+    return [rows if weight is None else weight for rows, weight in zip(available, weights, strict=True)]
+
+
+def _due(row: int, share: float) -> float:
+    return (row + 0.5) / share
+
+
+def _due_before(time: float, available: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """Return how many rows of each table are due before a time."""
+    return [
+        bisect_left(range(rows), time, key=partial(_due, share=share)) if share else 0
+        for rows, share in zip(available, shares, strict=True)
+    ]

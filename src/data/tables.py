@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from src.config.tables import MixedTable, Table
 from src.data.adapters import adapt_row
 from src.data.row_counts import count_rows
-from src.data.row_samples import RowsOnDemand, rows_of_each, sample_indices
+from src.data.row_samples import RowsOnDemand, mixed_order, rows_of_each, sample_indices
 from src.data.rows import (
     Demonstration,
     Pair,
@@ -154,7 +154,8 @@ class Hub(Source):
             tables = [self._table(part) for part in parts]
             usable = [self._usable(*each, parse, track) for each in zip(parts, tables, strict=True)]
             available = [part.size or len(rows) for part, rows in zip(parts, usable, strict=True)]
-            counts = rows_of_each(available, [part.weight for part in parts], size)
+            weights = [part.weight for part in parts]
+            counts = rows_of_each(available, weights, size)
             indices = [
                 [rows[i] for i in sample_indices(len(rows), count, self.data.seed)]
                 for rows, count in zip(usable, counts, strict=True)
@@ -167,11 +168,13 @@ class Hub(Source):
                     return self._parse(parts[number], [(i, tables[number][i])], parse)[0]
 
                 return RowsOnDemand(parse_one, numbered)
-            parsed: list[T] = []
+            parsed: list[list[T]] = []
             for part, table, chosen in zip(parts, tables, indices, strict=True):
                 selected = track(table.select(chosen), f"{part.split} rows")
-                parsed += self._parse(part, zip(chosen, selected, strict=True), parse)
-            return parsed
+                parsed.append(self._parse(part, zip(chosen, selected, strict=True), parse))
+            if all_read:  # evaluation takes the first prompts of them
+                return [parsed[number][j] for number, j in mixed_order(counts, available, weights)]
+            return [row for rows in parsed for row in rows]
 
     def _usable(self, part: Part, rows: Any, parse: Callable[[Row, str], T], track: ProgressFn) -> Sequence[int]:
         """Return the indices of the rows that pass the table's filters; warn when the config expects another number."""
