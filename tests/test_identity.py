@@ -2,6 +2,7 @@
 
 import pytest
 
+from src.planning import stage
 from tests.support.configs import identities
 
 ALL = {"sft", "reference", "align", "baseline", "generate", "evaluate"}
@@ -57,3 +58,26 @@ def test_init_base_is_judged_against_the_same_baseline():
     sft, base = identities(), identities("init=base", "beta=0.1", "lr=1e-3")
     assert sft["baseline"] == base["baseline"] and sft["align"] != base["align"]
     assert sft["reference"] != base["reference"]
+
+
+def test_identities_of_a_default_point_are_those_that_stores_have(monkeypatch):
+    """What a field that is added to the inputs would change, unless it is an `added_field`."""
+    versions = {"sft": 11, "reference": 10, "align": 10, "generate": 10, "evaluate": 6}
+    monkeypatch.setattr(stage, "VERSIONS", versions)  # a new version of a stage is meant to change them
+    known = {
+        "sft": "23a970ee7373546cf64c987f",
+        "reference": "2b68b35b32e78672512b7aca",
+        "align": "118f4a71ae8571b0a13e08db",
+        "baseline": "52f0c1193e577675e91ae791",
+        "generate": "639af204eb0019b481e66f63",
+        "evaluate": "1e925bbb9fe5159455e97a4b",
+    }
+    assert identities("method=dpo", "beta=0.1", "lr=1e-6") == known
+    assert identities("method=simpo", "beta=0.1", "lr=1e-6")["align"] == "435f3c0382f0bb367dbfe211"
+
+
+def test_a_score_is_hashed_where_it_is_not_the_method_s_own():
+    dpo = identities("method=dpo")
+    assert identities("method=dpo", "method.score=log_ratio") == dpo
+    mean = identities("method=dpo", "method.score=mean_log_ratio")
+    assert {role for role in dpo if dpo[role] != mean[role]} == {"align", "generate", "evaluate"}

@@ -74,15 +74,11 @@ def folder_name(default: Any = MISSING) -> Any:
     return field(default=default, metadata={"name": True})
 
 
-def added_field(default: Any, rule: Any = None, factory: bool = False) -> Any:
-    """Return a dataclass field that is younger than stores are: where it has its default, identities are as before.
-
-    rule: a field whose values are allowed. factory: whether `default` makes the default.
-    """
-    rules = {} if rule is None else rule.metadata
-    if factory:
-        return field(default_factory=default, metadata={**rules, "hashed_unless": default()})
-    return field(default=default, metadata={**rules, "hashed_unless": default})
+def added_field(spec: Any) -> Any:
+    """Return a dataclass field as one that is younger than stores are: at its default, identities are as before."""
+    default = spec.default if spec.default is not NO_DEFAULT else spec.default_factory()
+    metadata = {**spec.metadata, "hashed_unless": default}
+    return field(default=spec.default, default_factory=spec.default_factory, metadata=metadata)
 
 
 def is_hashed(spec: Field[Any], value: Any) -> bool:

@@ -23,8 +23,8 @@ class Table:
     adapter: str | None = choice(None, "hh", default=None)  # a key of src.data.adapters.ADAPTERS
     deduplicate: bool = False  # drop rows equal to an earlier one
     drop_if_rejected_elsewhere: bool = False  # drop rows whose chosen response another row of the prompt rejects
-    where: dict[str, str] = added_field(dict, factory=True)  # column -> value: only rows with these
-    held_out: float | None = added_field(None, number(None, above=0, below=1))  # of prompts, where both splits are one
+    where: dict[str, str] = added_field(field(default_factory=dict))  # column -> value: only rows with these
+    held_out: float | None = added_field(number(None, above=0, below=1))  # of prompts, where both splits are one
 
 
 @dataclass

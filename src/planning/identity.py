@@ -7,12 +7,13 @@ being hashed. What results do not depend on (device, threads, budgets, addresses
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from src.config.fields import added_field, is_hashed
 from src.config.schema import Lora, Training
 from src.config.tables import MixedTable, Table
+from src.methods import METHODS
 from src.planning.content import ContentPath
 
 T = TypeVar("T")
@@ -34,8 +35,8 @@ class ModelInputs:
     path: ContentPath
     template: str | ContentPath
     precision: str
-    end_tokens: tuple[str, ...] = added_field(())
-    system_prompt: str | None = added_field(None)
+    end_tokens: tuple[str, ...] = added_field(field(default=()))
+    system_prompt: str | None = added_field(field(default=None))
 
     @property
     def template_name(self) -> str:
@@ -63,7 +64,7 @@ class DataInputs:
     train_size: int | None = None
     validation_size: int | None = None
     max_examples: int | None = None
-    sft_validation_size: int | None = added_field(0)
+    sft_validation_size: int | None = added_field(field(default=0))
 
     @property
     def held_out(self) -> DataInputs:
@@ -108,7 +109,7 @@ class GenerationInputs:
     max_new_tokens: int
     seed: int
     server: tuple[str, str] | None
-    samples_per_prompt: int = added_field(1)
+    samples_per_prompt: int = added_field(field(default=1))
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class ReferenceInputs:
 class AlignInputs:
     """options: the fields of loss and score besides beta. stop_fraction: of the steps, after which to stop.
 
-    data: as of ReferenceInputs.
+    data: as of ReferenceInputs. other_score: that the loss takes instead of the method's own; None: its own.
     """
 
     kind: ClassVar[str] = "align"
@@ -182,7 +183,6 @@ class AlignInputs:
     lora: Lora | None
     data: DataInputs
     method: str
-    score: str
     options: dict[str, float]
     beta: float
     sft_weight: float
@@ -191,6 +191,12 @@ class AlignInputs:
     seed: int
     stop_fraction: float = 1.0
     save_dtype: str = "float32"
+    other_score: str | None = added_field(field(default=None))
+
+    @property
+    def score(self) -> str:
+        """The score that the loss takes."""
+        return self.other_score or METHODS[self.method].score
 
 
 @dataclass(frozen=True)

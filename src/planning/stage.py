@@ -12,7 +12,7 @@ from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JU
 from src.config.schema import Dataset, Judge, Optimization, Point, Training, method_options
 from src.config.tables import MAX_ROWS, HubTable, MixedTable, Table
 from src.config.template_rules import end_tokens_of, is_template_file
-from src.methods import SCORES
+from src.methods import METHODS, SCORES
 from src.planning.content import ContentPath, Kind, digest
 from src.planning.identity import (
     VERSIONS,
@@ -165,7 +165,8 @@ def stages_of(point: Point) -> list[Stage]:
         made_pairs = add(pairs_inputs(point, inputs), candidates=candidates)
         pairs = pairs.held_out
     reference = None
-    if SCORES[point.method.score].needs_reference:
+    score = point.method.score
+    if SCORES[score].needs_reference:
         reference = add(ReferenceInputs(model, init, pairs), init=initial, pairs=made_pairs)
     align = add(
         AlignInputs(
@@ -174,7 +175,6 @@ def stages_of(point: Point) -> list[Stage]:
             lora=lora,
             data=pairs,
             method=point.method.name,
-            score=point.method.score,
             options=method_options(point),
             beta=point.beta,
             sft_weight=point.init.sft_weight,
@@ -183,6 +183,7 @@ def stages_of(point: Point) -> list[Stage]:
             seed=point.seed,
             stop_fraction=point.trainer.align.stop_fraction,
             save_dtype=point.model.save_dtype,
+            other_score=None if score == METHODS[point.method.name].score else score,
         ),
         init=initial,
         reference=reference,

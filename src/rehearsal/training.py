@@ -116,9 +116,10 @@ def _inputs(request: Request) -> SftInputs | AlignInputs:
     trainer = Training(lr=1e-6, batch_size=request.batch_size, max_steps=_steps(request), epochs=1000)
     if request.stage == "sft":
         return SftInputs(model, lora, data, trainer, 0)
-    score = METHODS[request.method].score
-    options = dict.fromkeys(options_of(request.method, score), 0.4)  # in the range of every option
-    return AlignInputs(model, "sft", lora, data, request.method, score, options, 0.1, 1.0, 1.0, trainer, 0)
+    options = dict.fromkeys(
+        options_of(request.method, METHODS[request.method].score), 0.4
+    )  # in the range of every option
+    return AlignInputs(model, "sft", lora, data, request.method, options, 0.1, 1.0, 1.0, trainer, 0)
 
 
 def _attempt(folder: Path) -> Attempt:
