@@ -230,7 +230,11 @@ def test_arena_hard_plays_two_games_per_prompt_with_the_prompt_of_its_config(pro
 @pytest.mark.parametrize(
     ("rows", "num_prompts", "message"),
     [
-        ([{"text": "hello"}], 1, "entry 0: needs question_id, instruction, prompt, question or problem; it has 'text'"),
+        (
+            [{"text": "hello"}],
+            1,
+            "entry 0: needs turns, instruction, prompt, question, problem or Problem; it has 'text'",
+        ),
         ([{"instruction": "a", "output": "b"}], 2, "1 prompts and evaluation.num_prompts=2"),
         ([{"instruction": "a", "output": "b"}] * 2, 2, "a prompt occurs twice: 'a'"),
         ([{"instruction": "a"}], 1, "entry 0: needs the text of an answer"),
@@ -246,6 +250,25 @@ def test_prompts_that_cannot_be_read_or_compared_are_errors_that_name_them(rows,
     )
     with pytest.raises(ConfigError, match=message):
         check_input_files([point])
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "text"),
+    [
+        ({"question_id": 7, "question": "What is 2+2?", "answer": "4"}, "7", "What is 2+2?"),
+        ({"uid": "aime-1", "problem": "What is 2+3?", "answer": "5"}, "aime-1", "What is 2+3?"),
+        ({"question_id": "q", "turns": [{"content": "Hello?"}], "prompt": "other"}, "q", "Hello?"),
+        ({"instruction": "Hello?", "output": "x"}, "Hello?", "Hello?"),
+    ],
+)
+def test_an_id_matches_answers_and_is_never_the_text_that_is_asked(row, key, text, tmp_path):
+    file = str(write(tmp_path / "questions.json", [row]))
+    inputs = prompt_inputs(Point(evaluation=Evaluation(prompts_file=file, num_prompts=1)))
+    (entry,) = read_prompts(inputs)
+    assert (entry.key, entry.prompt.text) == (key, text)
+    write(tmp_path / "questions.json", [{"question_id": 7, "answer": "4"}])
+    with pytest.raises(ConfigError, match=r"needs turns, instruction, .*; it has 'question_id', 'answer'"):
+        read_prompts(prompt_inputs(Point(evaluation=Evaluation(prompts_file=file, num_prompts=1))))
 
 
 def test_a_prompt_without_an_answer_of_the_baseline_is_named(tmp_path):

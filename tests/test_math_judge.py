@@ -8,6 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from src.config.validation import build_point
+from src.data.boxes import last_box
 from src.data.evaluation_prompts import read_prompts
 from src.data.rows import text_prompt
 from src.errors import ConfigError, StageError
@@ -30,6 +31,9 @@ ANSWERS = [
     ("1200", "The answer is 1,200.", True),
     ("540", "I do not know.", False),
     ("540", "", False),
+    # cut off: what is there counts, unless it is half a box
+    ("12", "We have 5 + 7 = 12", True),
+    ("12", r"We have 5 + 7 = 12 , so \boxed{12", False),
     # boxes: the last one counts
     ("5", r"so \boxed{5}.", True),
     ("5", r"so \boxed{6}.", False),
@@ -96,7 +100,8 @@ def test_answers_written_by_hand_are_right_or_wrong_as_a_person_would_say():
 @pytest.mark.parametrize(
     ("response", "part"),
     [
-        (r"\boxed{1} and \boxed{2}.", r"\boxed{2}."),
+        (r"\boxed{1} and \boxed{2}.", r"\boxed{2}"),
+        (r"#### 7 \boxed{1} and \boxed{2", r"\boxed{}"),
         ("a #### 1\n#### 2 \nb", "2"),
         ("no mark", "no mark"),
         ("", ""),
@@ -156,9 +161,22 @@ LAYOUTS = {
         r"\frac{1}{2}",
     ),
     "math": ({"problem": "Half?", "level": "Level 1", "solution": r"It is $\boxed{\frac{1}{2}}$."}, r"\frac{1}{2}"),
+    "math, other boxes": ({"problem": "Two?", "solution": r"One, \fbox{1}. Or $\boxed 2$."}, "2"),
     "aime2024": ({"ID": "2024-I-1", "Problem": "Walk?", "Solution": "s", "Answer": 25}, "25"),
     "aime2025": ({"id": "0", "problem": "Base?", "answer": "070"}, "070"),
 }
+
+
+@pytest.mark.parametrize("box", [r"\boxed{2}", r"\boxed {2}", r"$\boxed 2$", r"\boxed2", r"\fbox{2}", r"\fbox{\{2\}}"])
+def test_problems_and_responses_have_their_answers_in_the_same_boxes(box):
+    answer = last_box(f"so {box}, I think")
+    assert answer in ("2", r"\{2\}", "2, I think")
+    assert final_answer(f"so {box}, I think") == f"\\boxed{{{answer}}}"
+
+
+@pytest.mark.parametrize("text", [r"\boxed{2", r"\boxed{}", r"\boxed", r"\boxed{1} or \boxed{2"])
+def test_a_box_that_is_empty_or_cut_off_has_no_answer(text):
+    assert last_box(text) == "" and last_box("no box 2") is None
 
 
 def inputs(path):

@@ -12,14 +12,16 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from src.data.boxes import last_box
 from src.data.rows import NO_EXPECTATION, ExpectedRows, Prompt, list_columns, read_rows, text_prompt
 from src.data.sources import open_source
 from src.errors import ConfigError
 from src.planning.content import reading
 from src.planning.identity import PromptInputs
 
-# Of a prompt, or of what it is matched by: AlpacaEval has instruction, GSM8K question, MATH problem, AIME Problem.
-_KEY_FIELDS = ("question_id", "uid", "instruction", "prompt", "question", "problem", "Problem")
+# The text of a prompt: AlpacaEval has instruction, GSM8K question, MATH problem, AIME Problem.
+_TEXT_FIELDS = ("instruction", "prompt", "question", "problem", "Problem")
+_KEY_FIELDS = ("question_id", "uid", *_TEXT_FIELDS)  # what an answer is matched with its prompt by
 # The part of a benchmark that a prompt is of: AlpacaEval has dataset, MATH500 subject.
 _SOURCE_FIELDS = ("source", "dataset", "subject")
 _RESPONSE_FIELDS = ("output", "response", "completion", "answer")
@@ -71,7 +73,9 @@ def read_answers(file: str, prompts: Sequence[EvaluationPrompt], key: str) -> li
 
 def _prompt(row: dict[str, Any], where: str) -> EvaluationPrompt:
     if row.get("turns") is None:
-        text: Any = _key(row, where)
+        text: Any = next((row[name] for name in _TEXT_FIELDS if row.get(name) is not None), None)
+        if text is None:
+            raise ConfigError(f"{where}: needs {_listed(('turns', *_TEXT_FIELDS))}; it has {list_columns(row)}")
     else:
         try:
             (turn,) = row["turns"]
@@ -92,27 +96,18 @@ def _expected_answer(row: dict[str, Any]) -> str | None:
     if answer is not None:
         return str(answer).rpartition("####")[2].strip() or None
     solution = row.get("solution")
-    return last_box(solution) if isinstance(solution, str) else None
-
-
-def last_box(text: str) -> str | None:
-    """Return what is in the last \\boxed{} of a text; None without a whole one."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depth = 1 if box else 0
-    for end, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:end].strip() or None
-    return None
+    return (last_box(solution) or None) if isinstance(solution, str) else None
 
 
 def _key(row: dict[str, Any], where: str) -> str:
     for name in _KEY_FIELDS:
         if isinstance(row.get(name), str | int):
             return str(row[name])
-    raise ConfigError(
-        f"{where}: needs question_id, instruction, prompt, question or problem; it has {list_columns(row)}"
-    )
+    raise ConfigError(f"{where}: needs {_listed(_KEY_FIELDS)}; it has {list_columns(row)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _answer(row: dict[str, Any], where: str) -> str:

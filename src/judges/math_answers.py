@@ -16,17 +16,19 @@ import sys
 from functools import lru_cache
 from typing import Any
 
+from src.data.boxes import last_box
+
 MEMORY = 4 * 2**30  # bytes of address space
 _BOX, _GSM8K_MARK = "\\boxed", "####"
 
 
 def final_answer(response: str) -> str:
-    """Return the part of a response with its answer: from the last \\boxed on, else what follows GSM8K's ####.
+    """Return the part of a response with its answer: its last box, else what follows GSM8K's ####.
 
     Of a response with neither it is all of it, in which math-verify looks for the last expression.
     """
-    if (start := response.rfind(_BOX)) >= 0:
-        return response[start:]
+    if (answer := last_box(response)) is not None:
+        return f"{_BOX}{{{answer}}}"
     _, mark, answer = response.rpartition(_GSM8K_MARK)
     return answer.strip().partition("\n")[0].rstrip() if mark else response
 
