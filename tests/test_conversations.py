@@ -84,6 +84,20 @@ def test_a_template_that_renders_earlier_answers_differently_is_refused():
     assert len(tokenize([conversation(TURNS[:2])], template, 1000, 500).examples) == 1
 
 
+def test_an_end_token_after_user_turns_alone_is_not_taken_for_that_of_answers():
+    tokenizer = tiny_llama.tokenizer()
+    user, answer = "'Q ' + m.content + eos_token + 'A '", "m.content + ' '"
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{{{ {user} if m.role == 'user' else {answer} }}}}{{% endfor %}}"
+    )
+    with pytest.raises(ConfigError, match="ends an answer without"):
+        tokenize([conversation()], Template("tokenizer", tokenizer), 1000, 500)
+    assert len(tokenize([conversation(TURNS[:2])], Template("tokenizer", tokenizer), 1000, 500).examples) == 1
+    tokenizer.chat_template = tokenizer.chat_template.replace(answer, "m.content + eos_token")
+    examples = tokenize([conversation()], Template("tokenizer", tokenizer), 1000, 500).examples
+    assert "Q How are you" in tokenizer.decode(examples[0].responses[0])
+
+
 def test_mistrals_format_is_its_instruct_format_with_one_begin_and_the_end_after_each_answer():
     template = chat("mistral")
     fast = template.tokenizer

@@ -59,6 +59,16 @@ def test_a_template_that_writes_no_system_prompt_is_refused_when_it_is_loaded():
         Template("tokenizer", own, (END,), "Be brief.")
 
 
+def test_a_template_that_leaves_out_system_prompts_is_refused_and_one_that_has_the_same_by_itself_is_not():
+    own, default = tiny_qwen.tokenizer(), "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    with_default = Template("tokenizer", own, (END,), default)
+    assert with_default.prompt_ids(Prompt((USER,))) == Template("tokenizer", own, (END,)).prompt_ids(Prompt((USER,)))
+    own.chat_template = "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}"
+    Template("tokenizer", own, (END,))
+    with pytest.raises(ConfigError, match=r"model\.template=tokenizer leaves out messages of the system"):
+        Template("tokenizer", own, (END,), "Be brief.")
+
+
 def test_a_base_model_learns_conversations_with_chatml_or_the_end_token_that_its_template_writes():
     tokenizer, row = tiny_qwen.tokenizer(), conversation(("Be brief.", *TURNS), ("system",))
     with pytest.raises(ConfigError, match=r"ends an answer without <\|endoftext\|>.* set model.end_token to the token"):

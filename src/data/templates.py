@@ -96,7 +96,24 @@ class Template:
         self._render(text_prompt("a"))  # a template that does not work at all is refused when it is loaded
         render = None if self.name == "plain" else self._apply
         self._control = ControlTokens(self.tokenizer, render, self.end_tokens)
-        self.prompt_ids(text_prompt("a"))  # nor does every template write a system prompt
+        if self.system_prompt is not None:
+            self._check_system_prompt(self.system_prompt)
+
+    def _check_system_prompt(self, system_prompt: str) -> None:
+        """Raise ConfigError when the template cannot write a system prompt, or leaves it out."""
+        (user,) = text_prompt("a").messages
+        written = {
+            self._render(Prompt(({"role": "system", "content": text}, user)))
+            for text in (
+                system_prompt,
+                f"{system_prompt} b",
+            )  # the prompt itself may be what the template has without one
+        }
+        if len(written) == 1:
+            raise ConfigError(
+                f"model.system_prompt: model.template={self.name} leaves out messages of the system; use another "
+                "template, or model.system_prompt=null"
+            )
 
     @property
     def _format(self) -> _Format:
@@ -157,17 +174,18 @@ class Template:
         if self.name == "plain" or not answers:
             return self.prompt_ids(prompt), []
         prompts = [Prompt(prompt.messages[:i]) for i in answers]
-        # The first end token after an answer is the template's: one that the answer spells is marked.
         texts = [self._render(self._mark(p)) for p in (*prompts, prompt)]
         end, turns = self.tokenizer.convert_ids_to_tokens(self.end_id), []
         for i, before, after in zip(answers, texts, texts[1:], strict=False):
-            _, end_token, next_prompt = after.removeprefix(before).partition(end)
-            if not end_token:
+            # The first end token after an answer is the template's: one that the answer spells is marked.
+            written, end_token, next_prompt = after.removeprefix(before).partition(end)
+            answer = self._control.mark(prompt.messages[i]["content"]).strip()
+            if not end_token or (written.strip() != answer and written.lstrip().startswith(answer)):
                 raise ConfigError(
                     f"model.template={self.name}: the chat template ends an answer without {end}, which is what ends a "
                     "response, so multi-turn SFT is not possible: set model.end_token to the token that it writes there"
                 )
-            if not after.startswith(before):
+            if not after.startswith(before) or written.strip() != answer:
                 raise ConfigError(
                     f"model.template={self.name}: the chat template renders an assistant turn differently when it is "
                     "not the last one, so multi-turn SFT is not possible with it; use another, or rows of one answer"
