@@ -83,7 +83,7 @@ def swept(tmp_path_factory):
     for number, (name, quality) in enumerate(TABLES.items()):
         for kind in ("sft", "preference"):
             (out / "data" / kind / name).mkdir(parents=True)
-            for split, count in (("train", 200), ("validation", 24)):
+            for split, count in (("train", 60), ("validation", 24)):
                 seed = number + 10 * (split == "train")
                 if kind == "sft":
                     rows = mini_tldr.demonstrations(count, seed, quality)
@@ -103,7 +103,7 @@ def swept(tmp_path_factory):
             "dataset.max_tokens=160",
             "dataset.max_prompt_tokens=112",
         ),
-        *("evaluation.generation.max_new_tokens=8", "trainer.sft.epochs=4", "tracking=tensorboard", "sweep.name=mixed"),
+        *("evaluation.generation.max_new_tokens=8", "trainer.sft.epochs=6", "tracking=tensorboard", "sweep.name=mixed"),
         *(f"output_dir={out}", "dataset.validation_size=28", "dataset.sft_validation_size=32", "server=none"),
     )
     return out / "sweeps" / "mixed"
