@@ -1,5 +1,6 @@
 """The report of results in the format of a sweep, and which results are refused."""
 
+import json
 import re
 
 import pandas as pd
@@ -7,9 +8,11 @@ import pytest
 
 from benchmarks.aggregation import make_sweep
 from src.methods import COMPARED, METHODS
+from src.store.files import with_checksum, write_json
+from src.store.integrity import describe_files
 from sweeps.aggregate import aggregate
 from sweeps.report.plot_style import COLORS, KINDS, MARKERS, STYLES
-from sweeps.report.tables import benchmark_table
+from sweeps.report.tables import ALL_PAIRS, benchmark_table
 
 SETUP = "llama32_3b_tldr"
 
@@ -89,3 +92,34 @@ def test_the_table_of_benchmarks_has_their_scores_averaged_over_seeds():
         {"Method": "DPO", "beta": "0.1", "lr": "1e-06", "Arena hard %": "25.0 (-3.0, +4.0)"}
     ]
     assert not len(benchmark_table(best, {}))
+
+
+def test_measurements_by_source_and_of_sft_are_in_the_tables_and_the_report(tmp_path):
+    folder = make_sweep(tmp_path, seeds=2, lrs=1, betas=2, setup=SETUP)
+    for number, path in enumerate(sorted(folder.path.parents[1].glob("store/evaluate/*/result.json"))):
+        done, result = json.loads((path.parent / "DONE").read_text()), json.loads(path.read_text())
+        values = {"value": 0.25 + number % 2 / 2, "se": 0.1, "n": 4}
+        result["sources"] = {"hh<1>": {"quality": values, "reward_accuracy": values}, "ultra": {"quality": values}}
+        result["sft_validation_loss"] = {"value": 1.5, "se": 0.125, "n": 8}
+        path.write_text(json.dumps(result))
+        done["files"] |= {name: entry for name, entry in describe_files(path.parent).items() if name == "result.json"}
+        write_json(path.parent / "DONE", with_checksum({k: v for k, v in done.items() if k != "checksum"}))
+    best = aggregate([folder], quiet=True)
+    points, table = pd.read_csv(folder.points_csv), pd.read_csv(folder.tables / "sources.csv")
+    assert (points.sft_validation_loss == 1.5).all() and (points.sft_validation_loss_se == 0.125).all()
+    assert list(table.Source[:2]) == ["hh<1>", "ultra"] and len(table) == 2 * len(best)
+    assert set(table["Win rate"]) <= {"0.250 ± 0.100", "0.500 ± 0.100", "0.750 ± 0.100"}
+    assert set(table[ALL_PAIRS][1::2]) == {"-"}, "what a source has none of"
+    assert pd.read_csv(folder.tables / "sft.csv").to_dict("records") == [
+        {"Setup": SETUP, "SFT validation loss": "1.500 ± 0.125"}
+    ]
+    report = folder.report.read_text()
+    assert section(report, "sources").count("hh&lt;1&gt;</td>") == len(best) and "1.500 ± 0.125" in section(
+        report, "best"
+    )
+
+
+def test_a_sweep_of_one_table_without_sft_validation_has_neither(aggregated):
+    folder, _, report = aggregated
+    assert 'id="sources"' not in report and "SFT models" not in report
+    assert not {"sources.csv", "sft.csv"} & {path.name for path in folder.tables.iterdir()}
