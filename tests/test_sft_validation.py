@@ -139,7 +139,7 @@ def test_results_and_report_tell_of_every_table(swept):
     (sft,) = store.glob("sft/*/metrics.jsonl")
     last = list(read_jsonl(sft))[-1]
     assert last["eval_loss"] == pytest.approx(total["value"], rel=1e-9)
-    (folder,) = (swept.parents[1] / "tensorboard" / "mixed").glob("*sft*")
+    (folder,) = (swept.parents[1] / "tensorboard" / "mixed").glob("mini_tldr_sft-*")
     (event,) = EventAccumulator(str(folder)).Reload().Scalars("eval/loss")
     assert event.value == pytest.approx(total["value"], rel=1e-6) and event.step == last["step"]
 
