@@ -24,11 +24,11 @@ from src.data.training_prompts import training_prompts
 from src.errors import ConfigError
 from src.hardware import check_num_threads, visible_gpus
 from src.judges.prompt_file import load_judge_prompt
-from src.model.files import check_model_files, local_tokens, why_too_long
+from src.model.files import check_model_files, local_tokens, why_not_supported, why_too_long
 from src.planning.content import locate
 from src.planning.gpus import find_gpu
 from src.planning.identity import DataInputs
-from src.planning.model_shape import model_shape
+from src.planning.model_shape import hub_config, model_shape
 from src.planning.resources import max_sequence_tokens, splits_validation_prompts
 from src.planning.stage import pair_data, prompt_inputs, sft_data, training_prompt_inputs
 
@@ -78,6 +78,7 @@ def check_input_files(points: Sequence[Point]) -> None:
             training_prompts(training_prompt_inputs(point))
     for path, revision in dict.fromkeys((point.model.path, point.model.revision) for point in points):
         _fetch_config(path, revision)
+        _check_hub_config(path, revision)
     for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
         _check_sequence_length(point)
 
@@ -103,16 +104,23 @@ def _check_template(model: Model) -> None:
 
 
 def _fetch_config(location: str, revision: str | None) -> None:
-    """Bring the config.json of a model of the hub into its cache, where nothing here tells the model's shape.
+    """Bring the config.json of a model of the hub into its cache, where nothing here has it.
 
-    Without the hub its sizes are not known and not checked. A name that does not exist is refused later.
+    Without the hub it is not checked. A name that does not exist is refused later.
     """
     from huggingface_hub import constants, hf_hub_download
 
-    if locate(location) is None and not constants.HF_HUB_OFFLINE and model_shape(location, revision) is None:
+    if locate(location) is None and not constants.HF_HUB_OFFLINE and hub_config(location, revision) is None:
         with suppress(Exception):  # of the network, in any library
             hf_hub_download(location, "config.json", revision=revision, etag_timeout=HUB_TIMEOUT)
             model_shape.cache_clear()
+
+
+def _check_hub_config(location: str, revision: str | None) -> None:
+    """Refuse a model of the hub whose log-probs are not supported, as `check_model_files` does with a local one."""
+    config = hub_config(location, revision) if locate(location) is None else None
+    if config is not None and (reason := why_not_supported(config)):
+        raise ConfigError(f"model.path={location}: {reason}")
 
 
 def _check_sequence_length(point: Point) -> None:
@@ -239,8 +247,11 @@ def _hub_names(point: Point) -> Iterable[HubName]:
 
 
 def _is_cached(name: HubName, cache: Path) -> bool:
+    """Return whether the hub's cache on this machine has a table, or a model's weights: planning fetches configs."""
     _, repository, kind, _ = name
-    return (cache / f"{kind}s--{repository.replace('/', '--')}" / "snapshots").is_dir()
+    snapshots = cache / f"{kind}s--{repository.replace('/', '--')}" / "snapshots"
+    patterns = ("*/*.safetensors", "*/pytorch_model*.bin") if kind == "model" else ("*",)
+    return any(any(snapshots.glob(pattern)) for pattern in patterns)
 
 
 def _query_hub(name: HubName) -> str | None:

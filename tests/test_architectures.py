@@ -130,4 +130,4 @@ def test_with_bf16_weights_the_residual_stream_stays_float32(model_type):
 @torch.no_grad()
 def test_architectures_that_would_give_wrong_numbers_without_an_error_are_not_supported(model_type):
     assert errors(model_type)[0] > 1e-3
-    assert f"model_type {model_type} are not supported" in why_not_supported(model_type)
+    assert f"model_type {model_type} are not supported" in why_not_supported({"model_type": model_type})

@@ -103,8 +103,12 @@ def test_hub_names_that_cannot_be_verified_are_named_in_one_warning(monkeypatch,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (warning,) = preflight.check_hub([point, point])
     assert warning.count("model.path=meta-llama/Llama-3.2-3B") == 1 and "HF_HUB_OFFLINE" in warning
-    folder = tmp_path / "models--meta-llama--Llama-3.2-3B" / "snapshots"
+    folder = tmp_path / "models--meta-llama--Llama-3.2-3B" / "snapshots" / ("0" * 40)
     folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    (warning,) = preflight.check_hub([point])
+    assert "model.path" in warning, "planning fetches a config without the model"
+    (folder / "model-00001-of-00002.safetensors").touch()
     (warning,) = preflight.check_hub([point])
     assert "model.path" not in warning, "the model is in the cache"
     assert preflight.check_hub([build_point(composed())]) == []
@@ -119,6 +123,10 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.startswith("/open/model/resolve/main/config.json"):
             self.respond(200, "", rehearsals.TINY)
+        elif self.path.startswith("/capped/model/resolve/main/config.json"):
+            self.respond(200, "", rehearsals.TINY | {"attn_logit_softcapping": 50.0})
+        elif self.path.startswith("/other/model/resolve/main/config.json"):
+            self.respond(200, "", {"model_type": "t5"})
         elif "/gated/" in self.path and self.path.endswith("auth-check"):
             self.respond(403, "GatedRepo")
         elif "/gated/" in self.path:
@@ -169,6 +177,20 @@ def test_a_run_of_any_model_of_the_hub_is_planned_by_its_config(reachable_hub, m
         preflight.check_input_files(
             [build_point(composed("model=hf", "model.path=open/model", "dataset.max_tokens=9000"))]
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("capped/model", "soft-capped attention scores are not supported"),
+        ("other/model", "log-probs of model_type t5 are not supported"),
+    ],
+)
+def test_a_model_of_the_hub_that_is_not_supported_is_refused_by_its_config_when_a_run_is_planned(
+    name, reason, reachable_hub
+):
+    with pytest.raises(ConfigError, match=f"^model.path={name}: .*{reason}"):
+        preflight.check_input_files([build_point(composed("model=hf", f"model.path={name}", "model.template=plain"))])
 
 
 def test_a_missing_or_gated_repository_is_an_error(reachable_hub):

@@ -213,25 +213,10 @@ def why_not_varlen(device: torch.device, precision: str) -> str | None:
 
 
 def check_supported(config: Any, max_sequence_tokens: int) -> None:
-    """Refuse a model whose log-probs this project would get wrong.
+    """Refuse a model whose log-probs this project would get wrong. Raises ConfigError.
 
-    Its architecture must be one that has been compared, its attention plain causal softmax over a whole sequence of
-    up to max_sequence_tokens (of training and sampling) or over a window of it, and its logits the output of the head.
-    Raises ConfigError.
+    max_sequence_tokens: of training and sampling.
     """
-    name = config.model_type
-    if reason := why_not_supported(name):
+    fields = config.to_dict()
+    if reason := why_not_supported(fields) or why_too_long(fields, max_sequence_tokens):
         raise ConfigError(reason)
-    if others := sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}):
-        raise ConfigError(f"model {name}: layers of {', '.join(others)} are not supported")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise ConfigError(f"model {name}: use_bidirectional_attention attends to later tokens; not supported")
-    if reason := why_too_long(config.to_dict(), max_sequence_tokens):
-        raise ConfigError(reason)
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ConfigError(f"model {name}: soft-capped attention scores are not supported")
-    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ConfigError(
-                f"model {name}: {field}={getattr(config, field)} changes logits after the head; not supported"
-            )

@@ -44,7 +44,7 @@ class _Unusable(Exception):
 def check_model_files(location: str, key: str = "model.path", *, causal: bool = True) -> None:
     """Refuse a local model whose files show that it cannot be loaded; a name on the hub is not looked at.
 
-    causal: also refuse architectures whose log-probs are not supported. Raises ConfigError naming the config key.
+    causal: also refuse models whose log-probs are not supported. Raises ConfigError naming the config key.
     """
     path = locate(location, key)
     if path is None:
@@ -62,11 +62,25 @@ def check_model_files(location: str, key: str = "model.path", *, causal: bool = 
         raise ConfigError(f"{key}={location}: {error.filename} cannot be read ({error.strerror})") from None
 
 
-def why_not_supported(model_type: str) -> str | None:
-    """Return why log-probs of an architecture are not supported, or None."""
-    if model_type in ARCHITECTURES:
-        return None
-    return f"log-probs of model_type {model_type} are not supported; use one of {', '.join(ARCHITECTURES)}"
+def why_not_supported(config: Mapping[str, Any]) -> str | None:
+    """Return why log-probs of a model would not be the model's own, whatever it reads; or None.
+
+    Its architecture must be one that has been compared, its attention plain causal softmax over a whole sequence or a
+    window of it, and its logits the output of the head. config: fields of config.json, of which some may be absent.
+    """
+    name = config.get("model_type")
+    if name not in ARCHITECTURES:
+        return f"log-probs of model_type {name} are not supported; use one of {', '.join(ARCHITECTURES)}"
+    if others := sorted({*(config.get("layer_types") or ())} - {"full_attention", "sliding_attention"}):
+        return f"model {name}: layers of {', '.join(others)} are not supported"
+    if config.get("use_bidirectional_attention"):
+        return f"model {name}: use_bidirectional_attention attends to later tokens; not supported"
+    if config.get("attn_logit_softcapping"):
+        return f"model {name}: soft-capped attention scores are not supported"
+    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if config.get(field) not in (None, 1, 1.0):
+            return f"model {name}: {field}={config[field]} changes logits after the head; not supported"
+    return None
 
 
 def why_too_long(config: Mapping[str, Any], max_sequence_tokens: int) -> str | None:
@@ -106,7 +120,7 @@ def _check_folder(folder: Path, causal: bool) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise _Unusable("config.json has no model_type: not the config of a model")
-    if causal and (reason := why_not_supported(model_type)):
+    if causal and (reason := why_not_supported(config)):
         raise _Unusable(f"config.json: {reason}")
     file = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if file is None:

@@ -102,6 +102,17 @@ def cached_on_hub(name: str, revision: str | None) -> Path | None:
     return Path(file).parent if isinstance(file, (str, os.PathLike)) else None
 
 
+def hub_config(name: str, revision: str | None) -> dict[str, Any] | None:
+    """Return config.json of a model of the hub, from its cache or `conf/hub_configs.yaml`; None if neither has it."""
+    folder = cached_on_hub(name, revision)
+    if folder is None:
+        return hub_configs().get(name)
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else None
+    return None
+
+
 def _of_folder(folder: Path) -> ModelShape:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     index = folder / "model.safetensors.index.json"
