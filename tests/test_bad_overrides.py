@@ -79,6 +79,10 @@ REFUSED = [
         "evaluation.prompts_file is not set: evaluation=math needs the",
     ),
     (
+        ["setup=mini_math", "evaluation.generation.top_k=1"],
+        "evaluation.generation.samples_per_prompt=4: at evaluation.generation.top_k=1 they are all the same; use one",
+    ),
+    (
         ["setup=mini_math", "evaluation.generation.temperature=0"],
         "evaluation.generation.samples_per_prompt=4: at evaluation.generation.temperature=0 they are all the same",
     ),

@@ -198,6 +198,20 @@ def test_samples_of_any_text_arrive_as_they_are(store, sink):
         assert [row[name] for row in table] == texts
 
 
+@pytest.mark.parametrize("several", [1, 2])
+def test_samples_of_one_prompt_are_told_apart_where_there_are_several(several, store, sink):
+    stages = write_done_point(store, steps=3)
+    keys = [{"index": i // several} | ({"sample": i % several} if several > 1 else {}) for i in range(4)]
+    rows = [key | {"prompt": "p", "response": f"r{i}"} for i, key in enumerate(keys)]
+    write_jsonl(store.dir(StageName("generate", "generate")) / "samples.jsonl", rows)
+    judged = [key | {"verdict": float(i), "reason": ""} for i, key in enumerate(keys)]
+    write_jsonl(store.dir(StageName("evaluate", "evaluate")) / "judgements.jsonl", judged)
+    SinkSync(write_sweep(store, stages), sink).advance(live=True)
+    table = sink.runs["evaluate"].tables["samples"]
+    assert [{name: row[name] for name in keys[0]} for row in table] == keys and ("sample" in table[0]) == (several > 1)
+    assert [(row["response"], row["verdict"]) for row in table] == [(f"r{i}", float(i)) for i in range(4)]
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "content"),
     [

@@ -33,7 +33,7 @@ def check_pairs(point: Point) -> None:
             f"pairs.generation.samples_per_prompt={generation.samples_per_prompt}: a pair needs two responses to a "
             "prompt; use at least 2"
         )
-    if generation.temperature == 0 or generation.top_k == 1:
+    if generation.is_greedy:
         key = "temperature=0" if generation.temperature == 0 else "top_k=1"
         raise ConfigError(
             f"pairs.generation.{key}: makes all samples of a prompt the same, of which there is no pair; use a "

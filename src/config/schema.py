@@ -162,6 +162,11 @@ class Generation:
     batch_size: int = number(64, minimum=1, maximum=10**6)
     seed: int = random_seed()
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether all samples of a prompt are the same."""
+        return self.temperature == 0 or self.top_k == 1
+
 
 @dataclass
 class Server(Option):  # none | vllm | transformers; auto is replaced when a run is planned

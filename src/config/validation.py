@@ -115,8 +115,9 @@ def _check_samples(point: Point) -> None:
     if (count := generation.samples_per_prompt) == 1:
         return
     key = f"evaluation.generation.samples_per_prompt={count}"
-    if generation.temperature == 0:
-        raise ConfigError(f"{key}: at evaluation.generation.temperature=0 they are all the same; use one, or sample")
+    if generation.is_greedy:
+        setting = "temperature=0" if generation.temperature == 0 else "top_k=1"
+        raise ConfigError(f"{key}: at evaluation.generation.{setting} they are all the same; use one, or sample")
     if point.judge.name in SINGLE_ANSWER_JUDGES:
         raise ConfigError(f"{key}: judge={point.judge.name} scores one answer to each question; use one")
 

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 SWEEP_JOB_TYPE = "aggregate"
 COMPUTED = ("host", "slurm_job", "commit", "seconds", "tokens", "processes", "finished")  # entries of DONE shown
-SAMPLE_COLUMNS = ("index", "prompt", "response", "tokens", "finished", "baseline", "verdict", "reason")
+SAMPLE_COLUMNS = ("index", "sample", "prompt", "response", "tokens", "finished", "baseline", "verdict", "reason")
 
 
 class Sync(ABC):
@@ -153,8 +153,8 @@ class RunSync(Sync):
         folders = {kind: self.store.dir(StageName(kind, identity)) for kind, identity in done.items()}
         result = done.get("evaluate")
         if result is not None and result != writer.result:
-            rows = _samples(folders["generate"] / SAMPLES_FILE, folders["evaluate"] / JUDGEMENTS_FILE)
-            writer.add_table("samples", SAMPLE_COLUMNS, rows)
+            columns, rows = _samples(folders["generate"] / SAMPLES_FILE, folders["evaluate"] / JUDGEMENTS_FILE)
+            writer.add_table("samples", columns, rows)
             summary = read_json(folders["evaluate"] / RESULT_FILE)
             writer.add_result(result, _flatten({k: v for k, v in summary.items() if k not in ("stages", "schema")}))
         records = {kind: read_json(folder / DONE) for kind, folder in folders.items()}
@@ -235,8 +235,12 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _samples(samples: Path, judgements: Path) -> list[list[Any]]:
-    """Return a row for every sample: the response, and the judge's verdict on it if there is a judge."""
+def _samples(samples: Path, judgements: Path) -> tuple[list[str], list[list[Any]]]:
+    """Return columns, and a row for every sample: the response, and the judge's verdict on it if there is a judge.
+
+    Where a prompt has several samples, `sample` is a column.
+    """
     verdicts = {sample_key(row): row for row in read_jsonl(judgements, ("index",))} if judgements.exists() else {}
-    rows = (verdicts.get(sample_key(row), {}) | row for row in read_jsonl(samples, ("index",)))
-    return [[row.get(name) for name in SAMPLE_COLUMNS] for row in rows]
+    rows = [verdicts.get(sample_key(row), {}) | row for row in read_jsonl(samples, ("index",))]
+    columns = [name for name in SAMPLE_COLUMNS if name != "sample" or any(name in row for row in rows)]
+    return columns, [[row.get(name) for name in columns] for row in rows]
