@@ -13,7 +13,7 @@ from dataclasses import dataclass
 PEOPLE = ("my brother", "my sister", "my boss", "my cousin", "my roommate", "my uncle", "my neighbor", "my client")
 THINGS = ("dollars", "keys", "bikes", "laptops", "cars", "guitars")
 GAINS, LOSSES = ("got", "borrowed"), ("lost", "sold")
-LARGEST = 19  # of any number in a problem and its solution
+LARGEST = 19  # of any number in a problem and in its right solution; mistakes may lead beyond
 SKILLS = (0.5, 0.7, 0.95)  # of those who work a problem out: the probability that a step is right
 MISTAKES = (-2, -1, 1, 2)
 
