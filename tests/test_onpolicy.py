@@ -161,6 +161,12 @@ def test_what_makes_no_pairs_is_refused_before_anything_runs(overrides, message)
 
 
 def test_a_judge_that_compares_may_evaluate_what_another_has_graded():
+    both = ("pairs=onpolicy", "judge=reward_model", "judge.model=org/rewards")
+    models = [point(*both, *other).pairs.model for other in ([], ["pairs.model=org/other"])]
+    assert models == ["org/rewards", "org/other"]
+    assert point(*both, "pairs.judge=gold").pairs.model is None
+    with pytest.raises(ConfigError, match=r"pairs.model: pairs.judge=gold has no such field"):
+        point(*both, "pairs.judge=gold", "pairs.model=org/rewards")
     scored = point("pairs=onpolicy", "judge=tldr", "pairs.judge=gold")
     assert (scored.judge.name, scored.pairs.judge) == ("tldr", "gold")
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from src.config.judge_rules import GRADING_JUDGES, JUDGES
-from src.config.schema import Point
+from src.config.schema import Judge, Pairs, Point
 from src.errors import ConfigError
+
+
+def resolve_pairs(pairs: Pairs, judge: Judge) -> Pairs:
+    """Return the pairs with the model that grades them: where none is set, that of the same judge in the evaluation."""
+    return replace(pairs, model=judge.model) if pairs.model is None and pairs.judge == judge.name else pairs
 
 
 def check_pairs(point: Point) -> None:
@@ -55,9 +62,7 @@ def _check_grading(point: Point) -> None:
             f"pairs.judge={pairs.judge} works only with dataset={source} (it needs the generated ground truth); use "
             "pairs.judge=reward_model pairs.model=NAME"
         )
-    is_other_judges = pairs.judge != point.judge.name and pairs.model == point.judge.model  # its default value
-    model = None if is_other_judges else pairs.model
-    if "model" in JUDGES[pairs.judge] and model is None:
+    if "model" in JUDGES[pairs.judge] and pairs.model is None:
         raise ConfigError(f"pairs.model is not set: pairs.judge={pairs.judge} needs pairs.model=NAME")
-    if "model" not in JUDGES[pairs.judge] and model is not None:
+    if "model" not in JUDGES[pairs.judge] and pairs.model is not None:
         raise ConfigError(f"pairs.model: pairs.judge={pairs.judge} has no such field; remove the override")

@@ -12,7 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from src.config.fields import check_value, shortened, typed_leaves
 from src.config.judge_rules import check_judge, check_server
 from src.config.overrides import MAX_VALUES
-from src.config.pair_rules import check_pairs
+from src.config.pair_rules import check_pairs, resolve_pairs
 from src.config.paths import is_file
 from src.config.sampler import resolve_server
 from src.config.schema import Point
@@ -40,6 +40,7 @@ def build_point(cfg: DictConfig) -> Point:
         raise ConfigError(conceal_secrets(one_line(error))) from error
     assert isinstance(point, Point)
     point.server = resolve_server(point.server)
+    point.pairs = resolve_pairs(point.pairs, point.judge)
     check(point)
     return point
 
