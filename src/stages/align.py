@@ -116,7 +116,8 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     if not attempt.is_main_process:
         return
     write_jsonl(attempt.out / validation.FILE, lines)
-    attempt.tokens += sum(example.length for example in held_out.examples)
+    attempt.validation_tokens = sum(example.length for example in held_out.examples)
+    attempt.tokens += attempt.validation_tokens
     counts = {"train": data.counts, "validation": held_out.counts}
     content = {
         "pairs": len(data.examples),
@@ -156,7 +157,7 @@ def _validate(
     prompts = [numbers.setdefault(example.prompt, len(numbers)) for example in data.examples]
     numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
     # In memory alone: the model of the next attempt need not have the same bits, as its last steps are trained again.
-    rows = SharedRows(attempt, None, lambda done: None)
+    rows = SharedRows(attempt, None, attempt.part("validation", len(data.examples)))
     for indices, logps, tokens in iter_logps(model, data.examples, budget, numerics, rows.share):
         pairs = pair_losses(inputs, logps, tokens, references, indices)
         margins = inputs.beta * (pairs.chosen_score - pairs.rejected_score)

@@ -46,7 +46,8 @@ def run(inputs: SftInputs, resources: Resources, upstream: dict[str, Path], atte
     if not attempt.is_main_process:
         return
     write_jsonl(attempt.out / validation.FILE, lines)
-    attempt.tokens += sum(example.length for example in held_out.examples)
+    attempt.validation_tokens = sum(example.length for example in held_out.examples)
+    attempt.tokens += attempt.validation_tokens
     loss = -sum(line["logp"] for line in lines) / sum(line["tokens"] for line in lines)
     log_metrics(attempt, total_steps(len(data.examples), inputs.trainer), {"eval_loss": loss})
 
@@ -69,7 +70,7 @@ def _validate(
     sources: list[Row] = [{"source": example.source} if example.source else {} for example in data.examples]
     numerics, budget = numerics_of(inputs.model, resources), resources.max_tokens_per_micro_batch
     # In memory alone: the model of the next attempt need not have the same bits, as its last steps are trained again.
-    rows = SharedRows(attempt, None, lambda done: None)
+    rows = SharedRows(attempt, None, attempt.part("validation", len(data.examples)))
     for indices, logps, tokens in iter_logps(model, data.examples, budget, numerics, rows.share):
         columns = zip(indices, logps.tolist(), map(int, tokens.tolist()), strict=True)
         rows.save({i: sources[i] | {"logp": logp, "tokens": n} for i, logp, n in columns})

@@ -35,6 +35,7 @@ class Attempt:
     started: float = field(default_factory=time.monotonic)  # durations must not jump with the clock
     prior_seconds: float = 0.0  # of earlier attempts, as recorded in the checkpoint
     tokens: int = 0
+    validation_tokens: int = 0  # of these, those of held-out rows, which do not grow with the rows that are trained on
     save_seconds: float | None = None  # of the last checkpoint: from the end of a step until its state was on disk
     processes: int = 1  # ranks that compute the stage together, with one accelerator each where there are any
     held_processes: int = 1  # ranks of the run, which hold their accelerators meanwhile
@@ -64,6 +65,11 @@ class Attempt:
             yield row
         if time.monotonic() - started > 2:
             self._report(f"{self.label}: {description}", len(rows), len(rows), 0, started)
+
+    def part(self, description: str, total: int) -> Callable[[int], None]:
+        """Return what reports how many of `total` rows of a part of the stage are done. It raises like `step`."""
+        started = time.monotonic()
+        return lambda done: self._report(f"{self.label}: {description}", done, total, 0, started)
 
     def _report(
         self, label: str, step: int, total: int, first: int, started: float, interruptible: bool = True

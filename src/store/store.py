@@ -259,6 +259,7 @@ class Store:
             "identity": stage.identity,
             **attempt.duration(),
             "tokens": attempt.tokens,
+            "validation_tokens": attempt.validation_tokens,
             "save_seconds": attempt.save_seconds,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),

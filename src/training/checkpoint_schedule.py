@@ -28,6 +28,10 @@ class CheckpointSchedule:
         time_to_publish = half if self.save_seconds is None else self.save_seconds + 2 * step_seconds
         return age >= half and age + time_to_publish >= self._limit
 
+    def is_due_at_end(self) -> bool:
+        """Return whether to save after the last step, when the rows that are scored then might be interrupted."""
+        return self._clock() - self._saved >= self._limit / 2
+
     def saving(self) -> None:
         """Note that a checkpoint of the state of this moment is being saved."""
         self._saved = self._clock()

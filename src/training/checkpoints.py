@@ -45,15 +45,20 @@ class Votes(NamedTuple):
 class Checkpointer:
     """Saves and loads the checkpoints of one attempt. Every rank has one, and calls each method at the same step."""
 
-    def __init__(self, engine: TrainingEngine, attempt: Attempt, minutes: float) -> None:
+    def __init__(
+        self, engine: TrainingEngine, attempt: Attempt, minutes: float, is_followed_by_work: bool = False
+    ) -> None:
+        """minutes: of training that a kill may cost. is_followed_by_work: whether the last step is not the stage's."""
         self._engine, self._attempt, self._schedule = engine, attempt, CheckpointSchedule(minutes)
         self._folder = attempt.checkpoints / engine.checkpoint_format
+        self._is_followed_by_work = is_followed_by_work
         self._pending: _PendingSave | None = None
         self._removal = _Removal([])
 
-    def votes(self) -> Votes:
+    def votes(self, is_last: bool = False) -> Votes:
         """Return this rank's part of the votes, to be summed in the all-reduce that every step does anyway."""
-        is_due = self._schedule.is_due() and get_distributed().is_main_process
+        is_due = self._schedule.is_due_at_end() if is_last else self._schedule.is_due()
+        is_due = is_due and get_distributed().is_main_process
         is_written = self._pending is not None and self._pending.is_written
         return Votes(preemption.stop_reason() is not None, is_due, is_written)
 
@@ -67,10 +72,13 @@ class Checkpointer:
             self.wait()
         elif votes.written == get_distributed().size:
             self.publish()
-        if step < end and (votes.due or votes.stop):
+        if step == end and not self._is_followed_by_work:
+            return
+        if votes.due or votes.stop:
             self.save(step)
-        if step < end and votes.stop:
+        if step == end or votes.stop:
             self.wait()
+        if votes.stop:
             reason = preemption.stop_reason() or "another process of the job stops"
             raise preemption.Interrupted(f"{self._attempt.label} stopped at {step}/{end}", reason)
 

@@ -75,7 +75,8 @@ def train(
             engine.save_dtype = getattr(torch, inputs.save_dtype)
         total = total_steps(len(examples), trainer)
         end = max(1, round(inputs.stop_fraction * total)) if isinstance(inputs, AlignInputs) else total
-        checkpointer = Checkpointer(engine, attempt, resources.checkpoint_minutes)
+        is_validated = isinstance(inputs, AlignInputs) or inputs.data.sft_validation_size != 0
+        checkpointer = Checkpointer(engine, attempt, resources.checkpoint_minutes, is_validated and end == total)
         cleanup.enter_context(contextlib.closing(checkpointer))
         first = checkpointer.resume(end)
         budget = find_token_budget(engine, examples)
@@ -90,7 +91,7 @@ def train(
             norm = engine.step()
             heap.maybe_trim()
             (loss, *totals), grad_norm, num_tokens, votes = _reduce_metrics(
-                metric_sums, norm, batch.num_tokens, checkpointer.votes()
+                metric_sums, norm, batch.num_tokens, checkpointer.votes(is_last=step + 1 == end)
             )
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise StageError(f"diverged at step {step}: loss {loss:g}, gradient norm {grad_norm:g}")
