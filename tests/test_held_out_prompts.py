@@ -1,12 +1,15 @@
 """Tables with one split: rows of some prompts are held out of it, and only rows with given values are used."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from src.config.tables import Table
 from src.config.validation import build_point
-from src.data.tables import Hub
+from src.data.rows import Prompt
+from src.data.tables import Hub, is_held_out
 from src.errors import ConfigError
 from src.planning.content import ContentPath
 from src.planning.identity import DataInputs
@@ -42,6 +45,36 @@ def test_held_out_prompts_are_the_same_in_every_table_and_rows_of_other_tasks_ar
     assert not train & held_out and train | held_out == {f"problem {n}" for n in range(0, 200, 2)}
     assert 8 < len(held_out) < 35 and len(parts["train"]) == 2 * len(train), "about a fifth of the 100 prompts"
     assert {row.prompt.text for row in source.demonstrations()} == train
+
+
+def test_a_system_message_does_not_decide_what_is_held_out():
+    def prompt(number, *system):
+        return Prompt((*system, {"role": "user", "content": f"problem {number}"}))
+
+    system = {"role": "system", "content": "Be brief."}
+    held_out = [is_held_out(prompt(number, system), 0.2) for number in range(200)]
+    assert held_out == [is_held_out(prompt(number), 0.2) for number in range(200)] and 20 < sum(held_out) < 60
+
+
+def test_a_local_copy_is_checked_by_the_first_rows_that_where_lets_through(source):
+    """The first rows of the table are of another task and cannot be parsed."""
+    for name in ("sft", "preference"):
+        file = Path(source.data.path.location, name, "train.jsonl")
+        odd = [{"task": "Coding", "trajectory": [], "instruction": None, "chosen": 1}] * 3
+        file.write_text("\n".join([*map(json.dumps, odd), file.read_text()]))
+    source.check()
+    assert [row.prompt.text for row in source.sample("train", 3)[0]] == ["problem 0", "problem 0", "problem 2"]
+
+    def other(**where):
+        tables = {name: replace(getattr(source.data, name), where=where) for name in ("sft", "preference")}
+        return Hub(replace(source.data, **tables))
+
+    with pytest.raises(ConfigError, match="train, row 0: "):
+        other(task="Coding").check()
+    with pytest.raises(ConfigError, match=r"preference/train: the split has no rows with dataset.preference.where="):
+        other(task="Poems").check()
+    with pytest.raises(ConfigError, match=r"dataset.preference.where: .*/train has no column 'kind'"):
+        other(kind="Coding").check()
 
 
 @pytest.mark.parametrize(

@@ -196,12 +196,16 @@ LIST = "dataset.preference.tables="
         ([f"{LIST}[{{path: a/b, rows: {{train: 9}}, size: 10}}]"], "tables.0.size=10: the table has 9 rows"),
         ([f"{LIST}[{{path: a/b, validation_split: null}}]"], "validation_split=null: rows are held out of no table"),
         ([f"{LIST}[{{weight: 1}}]"], "path has no value: add dataset.preference.tables[0].path=VALUE"),
+        (["dataset.preference.path=c/d"], "dataset.preference.path: beside dataset.preference.tables"),
+        (["dataset.preference.deduplicate=true"], "dataset.preference.deduplicate: beside dataset.preference.tables"),
+        (["dataset.preference.tokens=9"], "nothing reads it: set dataset.preference.tables.0.tokens"),
         (["dataset.sft.path="], "dataset.sft.path has no value: add dataset.sft.path=VALUE"),
         (["dataset.sft.validation_split=null"], "of no table, or dataset.sft_validation_size=0"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(overrides, message):
-    done = run_in_process("setup=llama31_8b_uf", "method=dpo", *overrides, "dry_run=true")
+    dataset = [] if overrides[0].startswith("dataset.sft.") else ["dataset=ultrafeedback_hh"]
+    done = run_in_process("setup=llama31_8b_uf", "method=dpo", *dataset, *overrides, "dry_run=true")
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
@@ -210,7 +214,7 @@ def test_mistakes_of_a_local_copy_are_found_before_anything_runs(copy, tmp_path)
     def run(*listed, path=copy):
         mixture = [f"{LIST.replace('preference', kind)}[{', '.join(listed)}]" for kind in ("sft", "preference")]
         return run_in_process(
-            *("setup=smollm2_jsonl", "model=mini", "dataset=ultrafeedback", "dataset.validation_size=8", *mixture),
+            *("setup=smollm2_jsonl", "model=mini", "dataset=ultrafeedback_hh", "dataset.validation_size=8", *mixture),
             *(f"dataset.path={path}", f"output_dir={tmp_path}", "method=dpo"),
         )
 
@@ -275,7 +279,7 @@ def test_the_dry_run_counts_rows_and_tokens_of_every_table(copy, tmp_path):
     listed = [json.dumps({**asdict(t), "columns": {}, "rows": {}}).replace('"', "") for t in tables()]
     mixture = [f"{LIST.replace('preference', kind)}[{', '.join(listed)}]" for kind in ("sft", "preference")]
     output = dry_run(
-        *("setup=smollm2_jsonl", "model=mini", "dataset=ultrafeedback", "dataset.sft_validation_size=0", *mixture),
+        *("setup=smollm2_jsonl", "model=mini", "dataset=ultrafeedback_hh", "dataset.sft_validation_size=0", *mixture),
         *("beta=0.1", "method=dpo", f"dataset.path={copy}", f"output_dir={tmp_path}", "model.template=plain"),
         *("dataset.max_tokens=160", "dataset.max_prompt_tokens=112"),
     )[1]

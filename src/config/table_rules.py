@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from src.config.paths import is_dir
 from src.config.schema import Dataset
-from src.config.tables import ListedTable
+from src.config.tables import HubTable, ListedTable
 from src.errors import ConfigError
 
 
@@ -23,6 +24,7 @@ def check_tables(data: Dataset) -> None:
                 raise ConfigError(f"dataset.{key}.validation_split={table.validation_split}: {why} {key}.held_out")
         listed = [table for _, table in tables if isinstance(table, ListedTable)]
         if listed:
+            _check_alone(f"dataset.{name}", getattr(data, name))
             _check_mixture(f"dataset.{name}", listed)
         is_validated = name == "preference" or data.sft_validation_size != 0
         if is_validated and all(table.validation_split is None for _, table in tables):
@@ -32,6 +34,17 @@ def check_tables(data: Dataset) -> None:
             if data.path is not None and not is_dir("dataset.path", data.path, folder):
                 layout = "each a folder of every table of its mixture" if listed else "the folders sft and preference"
                 raise ConfigError(f"dataset.path={data.path}: missing folder {folder}; a local copy has {layout}")
+
+
+def _check_alone(key: str, table: HubTable) -> None:
+    """Raise ConfigError for keys beside `tables`, which nothing would read."""
+    none = HubTable()
+    beside = [name for name, value in vars(replace(table, tables=[])).items() if value != getattr(none, name)]
+    if beside:
+        raise ConfigError(
+            f"{key}.{beside[0]}: beside {key}.tables, whose entries have these keys, nothing reads it: set "
+            f"{key}.tables.0.{beside[0]}, or begin with dataset=ultrafeedback_hh, which has tables alone"
+        )
 
 
 def _check_mixture(key: str, tables: Sequence[ListedTable]) -> None:

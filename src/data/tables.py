@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -104,7 +104,7 @@ class Hub(Source):
         parse = parse_demonstration if split.startswith("sft") else parse_pair
         if self.data.path is None:
             return [[] for _ in self._parts(split)]
-        return [self._parse(part, enumerate(self._table(part, num_rows=count)), parse) for part in self._parts(split)]
+        return [self._parse(part, self._table(part, num_rows=count), parse) for part in self._parts(split)]
 
     def _parts(self, split: str) -> list[Part]:
         """Return what `sft`, `sft_validation`, `train` or `validation` is read from."""
@@ -140,10 +140,11 @@ class Hub(Source):
                     _check_size(part, self._count(part))
 
     def _check(self, part: Part, parse: Callable[[Row, str], Demonstration | Pair]) -> None:
-        first: Any = next(iter(self._table(part, num_rows=1)), None)
-        if first is None:
-            raise ConfigError(f"{part.where}: the split has no rows")
-        self._parse(part, [(0, first)], parse)
+        first = self._table(part, num_rows=1)
+        if not first:
+            which = f" with dataset.{part.key}.where={part.table.where}" if part.table.where else ""
+            raise ConfigError(f"{part.where}: the split has no rows{which}")
+        self._parse(part, first, parse)
 
     def _rows(
         self, split: str, parse: Callable[[Row, str], T], size: int | None, track: ProgressFn, all_read: bool = False
@@ -180,9 +181,8 @@ class Hub(Source):
         """Return the indices of the rows that pass the table's filters; warn when the config expects another number."""
         settings = part.table
         indices: Sequence[int] = range(len(rows))
+        _check_columns(part, rows.column_names)
         for column, value in settings.where.items():
-            if column not in rows.column_names:
-                raise ConfigError(f"dataset.{part.key}.where: {part.where} has no column {column!r}")
             column_values = rows[column]
             indices = [i for i in indices if column_values[i] == value]
         if settings.drop_if_rejected_elsewhere:
@@ -217,7 +217,10 @@ class Hub(Source):
         return parsed
 
     def _table(self, part: Part, num_rows: int | None = None) -> Any:
-        """Load a split of a table, a datasets.Dataset, or a list of first rows. Raises ConfigError when that fails."""
+        """Load a split of a table, a datasets.Dataset; or a list of its first rows with their numbers, as `where` says.
+
+        Raises ConfigError when that fails.
+        """
         import datasets
 
         datasets.logging.set_verbosity(logging.CRITICAL)  # it prints what it raises, too
@@ -232,12 +235,14 @@ class Hub(Source):
                 saved = datasets.load_from_disk(location)
                 if split not in saved:
                     raise ValueError(f"available splits: {', '.join(saved)}")
-                return saved[split] if num_rows is None else list(islice(saved[split], num_rows))
+                return saved[split] if num_rows is None else list(islice(_matching(part, saved[split]), num_rows))
             if num_rows is None:
                 return datasets.load_dataset(location, split=split, cache_dir=self._cache_dir())
             # Streaming cannot slice (train[:97%]) or join (a+b) splits; for the first rows this is enough.
             stream = datasets.load_dataset(location, split=re.split(r"[\[+]", split)[0], streaming=True)
-            return list(stream.take(num_rows))
+            return list(islice(_matching(part, stream), num_rows))
+        except ConfigError:
+            raise
         except Exception as error:  # datasets raises many kinds; all mean that the table cannot be loaded
             reason = str(error).split("\n")[0] or type(error).__name__
             # What datasets raises for empty JSON lines, and Arrow for an empty Parquet file.
@@ -254,6 +259,22 @@ class Hub(Source):
         return None if path is None else str(Path(datasets.config.HF_DATASETS_CACHE) / path.fingerprint)
 
 
+def _matching(part: Part, rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
+    """Yield the rows that the table's `where` lets through, with their numbers. Raises ConfigError like `_usable`."""
+    where = part.table.where
+    for number, row in enumerate(rows):
+        _check_columns(part, row)
+        if all(row[column] == value for column, value in where.items()):
+            yield number, row
+
+
+def _check_columns(part: Part, columns: Container[str]) -> None:
+    """Raise ConfigError for a `where` of a column that the table does not have."""
+    for column in part.table.where:
+        if column not in columns:
+            raise ConfigError(f"dataset.{part.key}.where: {part.where} has no column {column!r}")
+
+
 def _check_size(part: Part, num_rows: int | None) -> None:
     """Raise ConfigError when a mixture asks for more rows of a table than there are."""
     if part.size is not None and num_rows is not None and part.size > num_rows:
@@ -263,6 +284,10 @@ def _check_size(part: Part, num_rows: int | None) -> None:
 
 
 def is_held_out(prompt: Prompt, share: float) -> bool:
-    """Return whether the prompt is one of the held-out share, by a hash of its first message, as in every table."""
-    digest = hashlib.sha256(prompt.messages[0]["content"].strip().encode(errors="replace")).digest()
+    """Return whether the prompt is one of the held-out share, by a hash of its first user message, as in every table.
+
+    A system message may be that of all prompts.
+    """
+    first = next((m for m in prompt.messages if m["role"] == "user"), prompt.messages[0])
+    digest = hashlib.sha256(first["content"].strip().encode(errors="replace")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
