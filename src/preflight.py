@@ -22,6 +22,7 @@ from src.data.sources import open_source
 from src.data.templates import missing_token, read_template, tokens_of
 from src.data.training_prompts import training_prompts
 from src.errors import ConfigError
+from src.estimates.table_size import num_dataset_pairs
 from src.hardware import check_num_threads, visible_gpus
 from src.judges.prompt_file import load_judge_prompt
 from src.model.files import check_model_files, local_tokens, why_not_supported, why_too_long
@@ -76,11 +77,23 @@ def check_input_files(points: Sequence[Point]) -> None:
     for point in {repr((p.dataset, p.pairs.num_prompts)): p for p in points if p.pairs.num_prompts}.values():
         if point.dataset.source != "hub":
             training_prompts(training_prompt_inputs(point))
+        else:
+            _check_num_prompts(point)
     for path, revision in dict.fromkeys((point.model.path, point.model.revision) for point in points):
         _fetch_config(path, revision)
         _check_hub_config(path, revision)
     for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
         _check_sequence_length(point)
+
+
+def _check_num_prompts(point: Point) -> None:
+    """Refuse more prompts than there are pairs; how many of these are of one prompt, the stage that reads them says."""
+    count, num_pairs = point.pairs.num_prompts, num_dataset_pairs(point)
+    if count is not None and count > num_pairs:  # never more than NaN
+        raise ConfigError(
+            f"pairs.num_prompts={count}: the dataset has at most {num_pairs:.0f} training pairs; give at most as many, "
+            "or null for all"
+        )
 
 
 def _check_answers(prompts: Iterable[EvaluationPrompt], file: str) -> None:

@@ -48,7 +48,7 @@ def rehearsed(monkeypatch):
 def test_where_nothing_can_be_rehearsed_hours_are_those_of_the_products(tmp_path, arithmetic):
     paper = ["setup=llama32_3b_tldr", "engine.gpu=h100"]
     sums = estimates(tmp_path, *paper)
-    sft_tokens, rate = 41_947 * 416, find_gpu("h100").bf16  # conf/dataset/tldr.yaml
+    sft_tokens, rate = (41_947 + 11_941) * 416, find_gpu("h100").bf16  # conf/dataset/tldr.yaml
     assert sums["sft"].tokens == sft_tokens and sums["sft"].source == "arithmetic"
     assert in_use(sums["sft"]) == pytest.approx(6 * SIZE_3B * sft_tokens / rate / 3600)
     assert in_use(sums["reference"]) == pytest.approx(2 * SIZE_3B * (73_396 + 2000) * 451 / rate / 3600)
@@ -59,7 +59,29 @@ def test_where_nothing_can_be_rehearsed_hours_are_those_of_the_products(tmp_path
         tmp_path, *paper, "trainer.align.max_steps=10", "dataset.sft_fraction=0.1", "trainer.sft.epochs=2"
     )
     assert fewer["align"].tokens == 10 * 128 * 451
-    assert fewer["sft"].tokens == pytest.approx(0.1 * 2 * sft_tokens)
+    assert fewer["sft"].tokens == pytest.approx((0.1 * 2 * 41_947 + 11_941) * 416), "all are validated"
+    without = estimates(tmp_path, *paper, "dataset.sft_validation_size=0")
+    assert without["sft"].tokens == 41_947 * 416 and without["align"].tokens == sums["align"].tokens
+
+
+def test_held_out_rows_of_a_finished_stage_are_not_scaled_with_those_that_are_trained_on(tmp_path):
+    """1 % of the demonstrations, once a stage of all of them has finished."""
+    few, everything = (
+        ["setup=llama32_3b_tldr", "engine.gpu=h100", f"dataset.sft_fraction={fraction}", f"output_dir={tmp_path}"]
+        for fraction in (0.01, 1.0)
+    )
+    store = Store(tmp_path)
+    stage = next(s for s in make_plan([point(*everything)], store).stages.values() if s.kind == "sft")
+
+    def predicted(**done):
+        plan = make_plan([point(*few)], store)
+        cost = Cost(plan, store, Forecast(plan, lambda stage: 1, all_rehearsed=True))
+        cost.finished["sft"] = [(stage.description, {"seconds": 1.0, **done})]
+        (one,) = [s for s in plan.stages.values() if s.kind == "sft"]
+        return cost._tokens(one)
+
+    assert predicted(tokens=1_300_000, validation_tokens=300_000) == pytest.approx(310_000)
+    assert predicted(tokens=1_300_000) == pytest.approx(13_000), "the negative control: of a stage that does not say"
 
 
 def test_hours_are_those_of_the_rehearsed_step(tmp_path, rehearsed):

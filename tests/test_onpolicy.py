@@ -1,5 +1,6 @@
 """On-policy pairs: one sampling and one grading stage for a grid, and what they make of grades."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -24,6 +25,7 @@ from src.estimates.load import load_of
 from src.judges.answers import Answers
 from src.planning.plan import make_plan
 from src.planning.stage import stages_of
+from src.preflight import check_input_files
 from src.stages import candidates, pairs, reference
 from src.stages.runner import compute_or_wait
 from src.stages.shared_rows import SharedRows
@@ -350,3 +352,21 @@ def test_log_probs_of_other_pairs_are_refused(alone, tmp_path):
     save_file(reference.read(other), other / reference.FILE, {"pairs": "those of another attempt"})
     with pytest.raises(StageError, match=r"log-probs of other pairs than those in .* delete the former"):
         reference.check_pairs(upstream | {"reference": other})
+
+
+def test_more_prompts_than_a_table_has_pairs_are_refused_before_anything_runs(tmp_path):
+    for name in ("sft", "preference"):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(30)]
+        for split in ("train_prefs", "test_prefs"):
+            (tmp_path / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = ("setup=smollm2_jsonl", "model=mini", "dataset=ultrafeedback", "pairs=onpolicy", "pairs.judge=tldr")
+    local = f"dataset.path={tmp_path}"
+    for overrides, at_most in (([local], 30), ([], 61_135), ([local, "dataset.train_size=12"], 12)):
+        for count in (at_most, at_most + 1):
+            tested = point(*common, *overrides, f"pairs.num_prompts={count}")
+            if count == at_most:
+                check_input_files([tested])
+                continue
+            with pytest.raises(ConfigError, match=f"pairs.num_prompts={count}: .* at most {at_most} training pairs"):
+                check_input_files([tested])

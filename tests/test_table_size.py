@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from src.config.schema import Dataset, HubTable, Point
 from src.config.validation import build_point
 from src.data.row_counts import MAX_BYTES_OF_LINES, count_rows
 from src.data.sources import SOURCES, open_source, training_rows
@@ -118,3 +119,25 @@ def test_the_dry_run_shows_tokens_and_disk_of_local_models_and_files(tmp_path):
         assert "-" not in outputs[name].values() and set(outputs[name]) == {"sft", "reference", "align", "generate"}
         assert "disk: 1.08 GB for the weights of 2 models" in output  # 134.5 M parameters in float32
     assert outputs["pairs"] != outputs["other"]
+
+
+def test_what_is_held_out_of_a_split_and_what_where_leaves_are_counted():
+    def rows(*overrides):
+        tested = build_point(composed("setup=qwen25_7b_math", "judge=none", "evaluation=preference", *overrides))
+        return {split: round(table_size(tested, split).rows) for split in ("sft", "train", "validation")}
+
+    assert rows() == {"sft": 77_954, "train": 52_877, "validation": 266}  # 0.5 % of 78,346 and 53,143 rows
+    assert rows("dataset.preference.held_out=0.1")["validation"] == 5_314
+
+
+def test_rows_that_where_leaves_out_are_not_counted_in_a_local_copy(tmp_path):
+    for name in ("sft", "preference"):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "task": "x" if n % 4 else "y"} for n in range(400)]
+        (tmp_path / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = {"validation_split": "train", "held_out": 0.25, "rows": {"train": 100}}
+    for where, expected in (({"task": "y"}, (75, 25)), ({}, (300, 100))):
+        described = HubTable("a/b", where=where, **table)
+        tested = Point(dataset=Dataset("d", "hub", str(tmp_path), sft=described, preference=described))
+        tested.model.path = "package://src.data/mini_tldr_base"
+        assert tuple(table_size(tested, split).rows for split in ("train", "validation")) == expected

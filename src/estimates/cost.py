@@ -90,7 +90,12 @@ class Cost:
         """
         num_passes, data_key = _num_passes(stage.description["inputs"], stage.kind), _data_key(stage.description)
         same_data = [(other, done) for other, done in self.finished[stage.kind] if _data_key(other) == data_key]
-        scaled = [done["tokens"] / _num_passes(other["inputs"], stage.kind) * num_passes for other, done in same_data]
+        scaled = []
+        for other, done in same_data:
+            constant = done.get("validation_tokens") or 0  # stages of older versions do not say which these were
+            scaled.append(
+                (done["tokens"] - constant) / _num_passes(other["inputs"], stage.kind) * num_passes + constant
+            )
         known = [tokens for tokens in scaled if not math.isnan(tokens)]
         return median(known) if known else _expected_tokens(stage)
 
@@ -223,7 +228,11 @@ def _expected_tokens(stage: Stage) -> float:
     num_examples = size.rows * trainer.epochs * inputs.data.sft_fraction
     if trainer.max_steps is not None:
         num_examples = min(num_examples, trainer.max_steps * trainer.batch_size)
-    return stage.stop_fraction * size.tokens * num_examples
+    tokens = stage.stop_fraction * size.tokens * num_examples
+    if isinstance(inputs, SftInputs) and inputs.data.sft_validation_size != 0:
+        validation = table_size(point, "sft_validation")
+        tokens += validation.tokens * validation.rows
+    return tokens  # alignment's pairs are at most a few thousand
 
 
 def _format_hours(value: float) -> str:

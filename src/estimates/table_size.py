@@ -48,7 +48,7 @@ _sizes: dict[str, TableSize] = {}
 
 
 def table_size(point: Point, split: str) -> TableSize:
-    """Return the size of `sft`, `train` or `validation`, once for all points with the same rows and tokenizer.
+    """Return the size of `sft`, `sft_validation`, `train` or `validation`, once for points of equal rows and tokenizer.
 
     Raises ConfigError when a local row cannot be read.
     """
@@ -60,6 +60,11 @@ def table_size(point: Point, split: str) -> TableSize:
     return _sizes[key]
 
 
+def num_dataset_pairs(point: Point) -> float:
+    """Return the training pairs of the dataset, at most; NaN where nothing tells."""
+    return _table_size(point, "train").rows
+
+
 def num_candidates(point: Point) -> float:
     """Return the responses that are sampled for on-policy pairs, at most; NaN where nothing tells."""
     assert point.pairs.generation is not None
@@ -68,7 +73,7 @@ def num_candidates(point: Point) -> float:
 
 def _num_candidate_prompts(point: Point) -> float:
     """Return the prompts that on-policy responses are sampled for, at most: pairs of one prompt count each."""
-    known = [_table_size(point, "train").rows, point.pairs.num_prompts]
+    known = [num_dataset_pairs(point), point.pairs.num_prompts]
     return min((n for n in known if n is not None and not math.isnan(n)), default=math.nan)
 
 
@@ -86,7 +91,7 @@ def _on_policy_size(point: Point, table: TableSize) -> TableSize:
 
 
 def _table_size(point: Point, split: str) -> TableSize:
-    data, source, responses = point.dataset, _source(point, split), 1 if split == "sft" else 2
+    data, source, responses = point.dataset, _source(point, split), 1 if split.startswith("sft") else 2
     tables: list[AnyTable | None] = [None]
     if data.source == "hub":
         described = data.tables("sft" if responses == 1 else "preference")
@@ -122,13 +127,15 @@ def _mean_lengths(
 
 def _source(point: Point, split: str) -> Source:
     pairs = pair_data(point)
-    if pairs.source == "jsonl":  # SFT takes its rows from the same pairs, and their file has been read for them
+    if (
+        pairs.source == "jsonl" and split != "sft_validation"
+    ):  # SFT takes its rows from the same pairs, and their file has been read for them
         return open_source(pairs)
-    return SOURCES[pairs.source](sft_data(point) if split == "sft" else pairs)
+    return SOURCES[pairs.source](sft_data(point) if split.startswith("sft") else pairs)
 
 
 def _split_of(table: AnyTable, split: str) -> str | None:
-    return table.validation_split if split == "validation" else table.train_split
+    return table.validation_split if split.endswith("validation") else table.train_split
 
 
 def _num_rows(counted: int | None, table: AnyTable | None, split: str) -> float:
@@ -136,11 +143,13 @@ def _num_rows(counted: int | None, table: AnyTable | None, split: str) -> float:
     expected = size = None
     if table is not None:
         expected = table.rows.get(_split_of(table, split) or "")
-        if counted is not None and not (table.deduplicate or table.drop_if_rejected_elsewhere):
+        if counted is not None and not (table.deduplicate or table.drop_if_rejected_elsewhere or table.where):
             expected = None
-        size = table.size if isinstance(table, ListedTable) and split != "validation" else None
-    known = [rows for rows in (counted, expected, size) if rows is not None]
-    return min(known, default=math.nan)
+        size = table.size if isinstance(table, ListedTable) and not split.endswith("validation") else None
+    usable = min((rows for rows in (counted, expected) if rows is not None), default=math.nan)
+    if table is not None and table.held_out is not None:  # of prompts, but about as many of the rows
+        usable *= table.held_out if split.endswith("validation") else 1 - table.held_out
+    return usable if size is None else min(size, usable)
 
 
 def _lengths(row: Demonstration | Pair, point: Point, count: CountTokens) -> tuple[float, float]:
