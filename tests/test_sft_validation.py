@@ -13,6 +13,7 @@ from src.data import mini_tldr
 from src.data.sources import open_source
 from src.model.loading import load_template
 from src.planning.stage import sft_data
+from src.stages.evaluate import _by_source
 from src.stages.runner import compute_or_wait
 from src.store.files import read_json, read_jsonl
 from src.store.store import Store
@@ -72,6 +73,20 @@ def test_trackers_call_the_loss_on_held_out_rows_what_trl_does():
     ]
 
 
+def test_by_source_pairs_of_a_prompt_are_one_observation_and_count_for_their_own_table():
+    def pair(prompt, source, correct):
+        return {"prompt": prompt, "source": source, "correct": correct, "margin": correct, "loss": 1 - correct}
+
+    pairs = [pair(0, "a", 1.0), pair(0, "a", 1.0), pair(1, "a", 0.0), pair(1, "b", 1.0), pair(2, "b", 0.0)]
+    table = _by_source([row for row in pairs if row["prompt"] < 2], pairs, [])
+    assert table["a"]["quality"] == {"value": 0.5, "se": 0.5, "n": 2}
+    assert table["b"]["quality"] == {"value": 1.0, "se": None, "n": 1}, "prompt 1 is of both tables"
+    accuracy = table["a"]["reward_accuracy"]
+    assert accuracy["value"] == pytest.approx(2 / 3) and accuracy["n"] == 2
+    apart = _by_source([], [pair(i, "a", c) for i, c in enumerate((1.0, 1.0, 0.0))], [])["a"]["reward_accuracy"]
+    assert apart["value"] == accuracy["value"] and apart["se"] < accuracy["se"], "the negative control: three prompts"
+
+
 TABLES = {"careful": 0.9, "hasty": 0.2}  # quality of the demonstrators
 MIXTURE = "[{path: x/careful, weight: 3}, {path: x/hasty, weight: 1}]"
 
@@ -95,7 +110,7 @@ def swept(tmp_path_factory):
                 (out / "data" / kind / name / f"{split}.jsonl").write_text(text)
     small = [option for option in SMALL if not option.startswith("dataset.")]
     train(
-        *("-m", "method=dpo,asft", "beta=0.1", "dataset=ultrafeedback", f"dataset.path={out / 'data'}", *small),
+        *("-m", "method=dpo,asft", "beta=0.1", "dataset=ultrafeedback_hh", f"dataset.path={out / 'data'}", *small),
         *(f"dataset.sft.tables={MIXTURE}", f"dataset.preference.tables={MIXTURE}", "judge=none"),
         *(
             "evaluation=preference",

@@ -31,7 +31,7 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     samples = generate.read(upstream["samples"])
     pairs = list(read_jsonl(upstream["align"] / validation.FILE))
     measured = by_prompt((line["prompt"], line["correct"]) for line in pairs)
-    usage, several = None, {}
+    usage, several, judged_samples = None, {}, []
     if inputs.judge is not None:
         comparisons = _comparisons(inputs, resources, samples, upstream)
         judged = judge_function(inputs.judge.name)(inputs, resources, comparisons, attempt)
@@ -44,8 +44,9 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
             for s, c, v in zip(samples, comparisons, judged.verdicts, strict=True)
         )
         write_jsonl(attempt.out / JUDGEMENTS_FILE, rows)
+        judged_samples = list(zip(samples, judged.verdicts, strict=True))
         if inputs.metric != "reward_accuracy":
-            measured = by_prompt((s["index"], v.value) for s, v in zip(samples, judged.verdicts, strict=True))
+            measured = by_prompt((s["index"], v.value) for s, v in judged_samples)
             several = sampling_error(list(measured.values()))
     # Averaged by prompt, so that its pairs or samples are in one split and count as one observation.
     quality = {prompt: math.fsum(values) / len(values) for prompt, values in measured.items()}
@@ -87,9 +88,11 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     demonstrations = list(read_jsonl(upstream["sft"] / validation.FILE)) if "sft" in upstream else []
     if demonstrations:
         result["sft_validation_loss"] = _token_loss(demonstrations)
-    reporting = {i: value for i, value in quality.items() if i not in selection}
-    items = samples if inputs.metric != "reward_accuracy" else [{"index": line["prompt"], **line} for line in pairs]
-    if sources := _by_source(reporting, items, pairs, demonstrations):
+    items = pairs
+    if inputs.metric != "reward_accuracy":
+        items = [{"prompt": s["index"], "source": s.get("source"), "correct": v.value} for s, v in judged_samples]
+    reporting = [item for item in items if item["prompt"] not in selection]
+    if sources := _by_source(reporting, pairs, demonstrations):
         result["sources"] = sources
     write_json(attempt.out / RESULT_FILE, result)
     attempt.step(1, 1)
@@ -183,33 +186,37 @@ def selection_prompts(items: list[int], fraction: float, seed: int) -> set[int]:
 
 
 def _by_source(
-    reporting: dict[int, float],
-    items: list[dict[str, Any]],
-    pairs: list[dict[str, Any]],
-    demonstrations: list[dict[str, Any]],
+    reporting: list[dict[str, Any]], pairs: list[dict[str, Any]], demonstrations: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Return source -> its measurements: quality on the reporting split, the others over all held-out rows.
 
-    A source is a table of a mixture or a part of a benchmark; without either the result is empty. reporting: prompt ->
-    quality. items: rows that say of which source a prompt is.
+    A source is a table of a mixture or a part of a benchmark; without either the result is empty. Rows of a prompt,
+    `reporting` and pairs, are one observation, and each counts for the source that it is of.
     """
-    prompts = {item["index"]: item.get("source") for item in items}
     table: dict[str, dict[str, Any]] = {}
 
     def add(name: str, rows: list[dict[str, Any]], measure: Callable[[list[dict[str, Any]]], Any]) -> None:
         for source in dict.fromkeys(row["source"] for row in rows if row.get("source")):
             table.setdefault(source, {})[name] = measure([row for row in rows if row.get("source") == source])
 
-    add("quality", [{"source": prompts[i], "value": v} for i, v in reporting.items()], partial(_mean_of, "value"))
-    add("reward_accuracy", pairs, partial(_mean_of, "correct"))
-    add("reward_margin", pairs, partial(_mean_of, "margin"))
-    add("validation_loss", pairs, partial(_mean_of, "loss"))
+    add("quality", reporting, _mean_of_prompts)
+    add("reward_accuracy", pairs, partial(_mean_of_rows, "correct"))
+    add("reward_margin", pairs, partial(_mean_of_rows, "margin"))
+    add("validation_loss", pairs, partial(_mean_of_rows, "loss"))
     add("sft_validation_loss", demonstrations, _token_loss)
     return table
 
 
-def _mean_of(name: str, rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    return mean_and_error([row[name] for row in rows])
+def _mean_of_prompts(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the mean quality of a prompt, each the mean of its rows."""
+    values = by_prompt((row["prompt"], row["correct"]) for row in rows).values()
+    return mean_and_error([math.fsum(several) / len(several) for several in values])
+
+
+def _mean_of_rows(name: str, rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the mean of a column over rows, with its standard error over prompts."""
+    values = by_prompt((row["prompt"], row[name]) for row in rows).values()
+    return ratio_and_error([math.fsum(several) for several in values], [len(several) for several in values])
 
 
 def _token_loss(demonstrations: list[dict[str, Any]]) -> dict[str, float | None]:
