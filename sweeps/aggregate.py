@@ -83,7 +83,7 @@ def write_results(
         "pareto": reporting_split.pareto_fronts(averages),
         "benchmark": benchmark_table(best, results.scores),
         "sources": sources_table(best, results.sources),
-        "sft": sft_table(points),
+        "sft": sft_table(results),
     }
 
     target.figures.mkdir(parents=True, exist_ok=True)

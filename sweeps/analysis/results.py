@@ -142,6 +142,10 @@ class Results:
         store, stages = self._stages_of[result]
         return store / ("generate" if role == "baseline" else role) / stages[role] if role in stages else None
 
+    def identity_of(self, result: str, role: str) -> str | None:
+        """Return the identity of a stage of the point with this result; None when the point has no such stage."""
+        return self._stages_of[result][1].get(role)
+
     def uses(self) -> Counter[str]:
         """Count for each stage the finished points that use it."""
         done = self.points.identity[self.points.state == "done"]

@@ -16,11 +16,13 @@ from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
 from sweeps.report.escapes import csv_text, latex_cell, markdown_cell
 from sweeps.report.plot_style import NAMES
+from sweeps.search.variants import variant_text
 
 LEVEL = 0.05  # of significance: two methods differ when Holm's p of their difference is below
 BEST, NOT_SIGNIFICANT = "best", "n.s."  # values of the column "Gap to best"
 # Of all validation pairs; where quality is reward accuracy, that is the average by prompt on the reporting split.
 ALL_PAIRS = "Reward accuracy, all pairs"
+SFT_SETTINGS = ("dataset.", "model.", "trainer.sft.", "engine.precision")  # of a variant, those that SFT depends on
 OPTIONAL_COLUMNS = ("KL / sequence", "Shortlist", "Gap to best")  # dropped in this order on a narrow terminal
 PER_TOKEN = ["KL / token", "KL (RB) / token"]  # too wide for the page too: in the table's files and points.csv
 NOT_ON_TERMINAL = ["Kind", "Top 3", *PER_TOKEN, "KL (RB) / sequence", ALL_PAIRS, "Length"]
@@ -123,19 +125,27 @@ def sources_table(best: pd.DataFrame, sources: dict[str, dict[str, dict[str, Any
     return pd.DataFrame(rows).fillna("-")
 
 
-def sft_table(points: pd.DataFrame) -> pd.DataFrame:
+def sft_table(results: Results) -> pd.DataFrame:
     """Return the validation loss of every SFT model, nats per token; empty where none was validated.
 
-    points: rows of points.csv.
+    Its setup, and where these differ its seed and those settings of the sweep that SFT depends on.
     """
-    validated = points[points.sft_validation_loss.notna()].drop_duplicates(["setup", "sft_validation_loss"])
-    varying = ["setup", "variant"] if validated.setup.duplicated().any() else ["setup"]
-    rows = [
-        {name.capitalize(): row[name] for name in varying}
-        | {"SFT validation loss": with_error(row["sft_validation_loss"], row["sft_validation_loss_se"], 3)}
-        for row in validated.to_dict("records")
-    ]
-    return pd.DataFrame(rows)
+    validated = results.points[results.points.sft_validation_loss.notna()]
+    models: dict[tuple[str, str | None], list[dict[Hashable, Any]]] = {}
+    for row in validated.to_dict("records"):
+        models.setdefault((row["setup"], results.identity_of(row["identity"], "sft")), []).append(row)
+    rows = []
+    for (setup, _), points in models.items():
+        first, *others = [results.settings.get(point["identity"], {}) for point in points]
+        shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        shared = {key: value for key, value in shared.items() if key.startswith(SFT_SETTINGS)}
+        loss = with_error(points[0]["sft_validation_loss"], points[0]["sft_validation_loss_se"], 3)
+        rows.append(
+            {"Setup": setup, "Seed": str(points[0]["seed"]), "Settings": variant_text(shared)}
+            | {"SFT validation loss": loss}
+        )
+    table = pd.DataFrame(rows)
+    return table.drop(columns=[name for name in ("Seed", "Settings") if rows and table[name].nunique() == 1])
 
 
 def _score(score: pd.Series[float]) -> str:
