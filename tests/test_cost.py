@@ -64,7 +64,7 @@ def test_where_nothing_can_be_rehearsed_hours_are_those_of_the_products(tmp_path
     assert without["sft"].tokens == 41_947 * 416 and without["align"].tokens == sums["align"].tokens
 
 
-def test_held_out_rows_of_a_finished_stage_are_not_scaled_with_those_that_are_trained_on(tmp_path):
+def test_held_out_rows_of_a_finished_stage_are_not_scaled_with_those_that_are_trained_on(tmp_path, arithmetic):
     """1 % of the demonstrations, once a stage of all of them has finished."""
     few, everything = (
         ["setup=llama32_3b_tldr", "engine.gpu=h100", f"dataset.sft_fraction={fraction}", f"output_dir={tmp_path}"]
