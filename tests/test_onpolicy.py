@@ -360,7 +360,10 @@ def test_more_prompts_than_a_table_has_pairs_are_refused_before_anything_runs(tm
         rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(30)]
         for split in ("train_prefs", "test_prefs"):
             (tmp_path / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    common = ("setup=smollm2_jsonl", "model=mini", "dataset=ultrafeedback", "pairs=onpolicy", "pairs.judge=tldr")
+    common = (
+        *("setup=smollm2_jsonl", "model=mini", "dataset=ultrafeedback", "pairs=onpolicy"),
+        *("pairs.judge=reward_model", "pairs.model=a/b"),
+    )
     local = f"dataset.path={tmp_path}"
     for overrides, at_most in (([local], 30), ([], 61_135), ([local, "dataset.train_size=12"], 12)):
         for count in (at_most, at_most + 1):
