@@ -55,6 +55,14 @@ def test_what_is_rehearsed_as_a_strategy_that_holds_more_is_not_refused_by_its_r
         assert f"\narithmetic: training with {engine}\n" in done.stdout
 
 
+def test_a_model_that_does_not_fit_is_refused_also_where_no_length_of_a_row_is_known(rehearsals, tmp_path):
+    """Such stages and their remedies cannot be rehearsed."""
+    done = dry_run(tmp_path, *UF, "dataset=hh_rlhf", "judge=none", "evaluation=preference")
+    assert done.returncode == 2 and "does not fit on one h100" in done.stderr, done.stderr
+    assert "hydra.launcher.gpus_per_node=2 fits" in done.stderr
+    assert not any(request.stage == "sft" for requests in rehearsals[0] for request in requests)
+
+
 def test_the_table_has_what_each_process_of_each_stage_holds(arithmetic, tmp_path):
     done = dry_run(tmp_path, *TLDR)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import pytest
 
 from src.store import selectable as module
 from src.store.selectable import Measured, selectable
-from sweeps.analysis.selection import STUDY, average_seeds, select_points
+from sweeps.analysis.selection import average_seeds, select_points
 from tests.support.tables import points
 
 RULES = ("best", "lowest_kl_in_shortlist")
@@ -116,9 +116,3 @@ def test_of_one_seed_each_method_has_one_candidate_at_any_time():
         if sweep.num_seeds == 1:
             for number in range(len(sweep.order) + 1):
                 assert len(selectable(sweep.measured(set(sweep.order[:number])), "best")) <= len(("dpo", "ipo"))
-
-
-def test_the_study_of_retention_is_that_of_the_selection():
-    from src.store.retention import _STUDY
-
-    assert list(_STUDY) == STUDY

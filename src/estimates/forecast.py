@@ -16,7 +16,7 @@ from src.estimates.load import Load, key, load_of
 from src.planning.fit import TARGET_FRACTION
 from src.planning.plan import Plan
 from src.planning.stage import Stage
-from src.rehearsal.request import Result, rehearse_all
+from src.rehearsal.request import rehearse_all
 
 _GIB = 2**30
 _CERTAIN_FRACTION = 0.5  # of a card; what arithmetic puts below it fits, and a run does not wait for its rehearsal
@@ -83,22 +83,22 @@ class Forecast:
         self.loads |= dict(zip(chosen, self._rehearsed(list(chosen.values())), strict=True))
 
     def _rehearsed(self, loads: list[Load]) -> list[Load]:
-        """Return the loads with the results of their rehearsals; as they are when none can be made here."""
-        if self.why_not_rehearsed is not None or not loads:
-            return loads
+        """Return the loads with the results of their rehearsals; as they are when none can be made here, or of them."""
         requests = [load.request for load in loads if load.request is not None]
+        if self.why_not_rehearsed is not None or not requests:
+            return loads
         kinds = ", ".join(dict.fromkeys(request.stage for request in requests))
         note = f"rehearsing {kinds} on a card that is not there: about {_SECONDS * len(requests)} s, the next time none"
         waiting = Timer(1.0, print, (note,), {"file": sys.stderr, "flush": True})
         waiting.start()
         try:
-            results: list[Result | None] = [*rehearse_all(requests)]
+            results = iter(rehearse_all(requests))
         except (ConfigError, StageError) as error:
             self.why_not_rehearsed = str(error)
             return loads
         finally:
             waiting.cancel()
-        return [replace(load, result=result) for load, result in zip(loads, results, strict=True)]
+        return [load if load.request is None else replace(load, result=next(results)) for load in loads]
 
     def seconds_per_token(self, stage: Stage) -> float:
         """Return the seconds of one accelerator for a token of the stage; NaN without a rehearsal."""
