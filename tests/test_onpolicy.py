@@ -356,10 +356,10 @@ def test_log_probs_of_other_pairs_are_refused(alone, tmp_path):
 
 def test_more_prompts_than_a_table_has_pairs_are_refused_before_anything_runs(tmp_path):
     for name in ("sft", "preference"):
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").mkdir(parents=True)
         rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(30)]
         for split in ("train_prefs", "test_prefs"):
-            (tmp_path / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            (tmp_path / name / "data" / f"{split}-00000-of-00001.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = (
         *("setup=smollm2_jsonl", "model=mini", "dataset=ultrafeedback", "pairs=onpolicy"),
         *("pairs.judge=reward_model", "pairs.model=a/b"),
