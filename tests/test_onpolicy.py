@@ -363,6 +363,7 @@ def test_more_prompts_than_a_table_has_pairs_are_refused_before_anything_runs(tm
     common = (
         *("setup=smollm2_jsonl", "model=mini", "dataset=ultrafeedback", "pairs=onpolicy"),
         *("pairs.judge=reward_model", "pairs.model=a/b"),
+        *("dataset.max_tokens=160", "dataset.max_prompt_tokens=112", "evaluation.generation.max_new_tokens=8"),
     )
     local = f"dataset.path={tmp_path}"
     for overrides, at_most in (([local], 30), ([], 61_135), ([local, "dataset.train_size=12"], 12)):
