@@ -13,7 +13,10 @@ class Interrupted(Exception):
     """The stage stopped on request; the next attempt resumes from its last checkpoint."""
 
     def __init__(self, what: str, reason: str) -> None:
-        """Say what has stopped, and the reason of the request, which may not hold any more once the stage has ended."""
+        """Keep the reason of the request: stop_reason() may no longer give it once the stage has ended.
+
+        what: the stage that has stopped, and where.
+        """
         super().__init__(what, reason)  # both, so that the error can be pickled
         self.what, self.reason = what, reason
 

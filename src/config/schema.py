@@ -286,8 +286,13 @@ class Point:
 
     @property
     def study(self) -> tuple[str, str, str, str]:
-        """What points have in common of which one beta and lr are selected."""
+        """The setup, method, init and variant: one beta and one lr are selected for each combination."""
         return self.setup.name, self.method.name, self.init.name, self.sweep.variant
+
+    @property
+    def without_seed(self) -> tuple[object, ...]:
+        """The study, beta and lr, which are equal for points that differ only in their seed."""
+        return *self.study, self.beta, self.lr
 
     @property
     def label(self) -> str:

@@ -59,7 +59,7 @@ def _max_aligned(points: Sequence[Point], num_running: int) -> int | None:
     if first.keep_checkpoints == "all" or first.sweep.select != "best" or not is_sweep:
         return None  # a shortlist may be of any size
     studies = {p.study for p in points}
-    seeds = Counter((*p.study, p.beta, p.lr) for p in points)
+    seeds = Counter(p.without_seed for p in points)
     # Where several seeds make a point, all of a selected one stay, and those of one that is not complete yet.
     return (len(studies) + num_running) * max(seeds.values())
 

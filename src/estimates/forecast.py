@@ -83,7 +83,10 @@ class Forecast:
         self.loads |= dict(zip(chosen, self._rehearsed(list(chosen.values())), strict=True))
 
     def _rehearsed(self, loads: list[Load]) -> list[Load]:
-        """Return the loads with the results of their rehearsals; as they are when none can be made here, or of them."""
+        """Return the loads with their rehearsals' results: all unchanged where none can be made here.
+
+        A load without a request stays unchanged, too: the length of its rows is unknown.
+        """
         requests = [load.request for load in loads if load.request is not None]
         if self.why_not_rehearsed is not None or not requests:
             return loads

@@ -44,8 +44,8 @@ class Plan:
         """
         firsts: dict[tuple[object, ...], int] = {}
         for index, p in enumerate(self.points):
-            firsts.setdefault(_without_seed(p), index)
-        return sorted(range(len(self.points)), key=lambda index: firsts[_without_seed(self.points[index])])
+            firsts.setdefault(p.without_seed, index)
+        return sorted(range(len(self.points)), key=lambda index: firsts[self.points[index].without_seed])
 
     @property
     def stages_by_role(self) -> list[dict[str, str]]:
@@ -90,10 +90,6 @@ class Plan:
         lines.append("stage       to do  done or not needed")
         lines += [f"{role:10} {todo[role]:6} {total - todo[role]:6}" for role, total in roles.items()]
         return "\n".join(lines)
-
-
-def _without_seed(point: Point) -> tuple[object, ...]:
-    return *point.study, point.beta, point.lr
 
 
 def warn_of_other_versions(plan: Plan, store: Store) -> None:

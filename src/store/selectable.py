@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
-STUDY = ("setup", "method", "init", "variant")  # columns: one beta and lr are selected of points equal in all of them
+STUDY = ("setup", "method", "init", "variant")  # one beta and one lr are selected for each combination of these columns
 _ROUNDING = 1e-9  # means of several seeds that differ by less may be equal, or ordered otherwise, when selected from
 
 

@@ -13,7 +13,7 @@ from src.store import selectable
 if TYPE_CHECKING:
     from sweeps.analysis.results import PromptQuality
 
-STUDY = list(selectable.STUDY)  # columns
+STUDY = list(selectable.STUDY)  # a list, as pandas wants columns
 GROUP = ["setup", "init", "variant"]  # methods are compared with each other within a group
 MEANS = [
     *("quality", "quality_selection", "quality_reporting"),

@@ -69,7 +69,7 @@ def _seed_groups(points: Sequence[Point], indices: Sequence[int]) -> Iterator[li
     """Yield lists of those `indices` whose points differ only in their seed."""
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i in indices:
-        groups[*points[i].study, points[i].beta, points[i].lr].append(i)
+        groups[points[i].without_seed].append(i)
     yield from groups.values()
 
 

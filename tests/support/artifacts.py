@@ -45,7 +45,7 @@ def _parsed(name: str, data: bytes) -> Any:
         return None  # it says when
     if name == "adapter_config.json":
         config = json.loads(data)
-        # The path of the SFT checkpoint, as peft wants it: below the store the same one everywhere.
+        # peft needs the whole path of the SFT checkpoint; two stores have the part below them in common.
         config["base_model_name_or_path"] = config["base_model_name_or_path"].rpartition("/store/")[2]
         return config
     if name == "DONE":
