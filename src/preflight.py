@@ -29,9 +29,9 @@ from src.model.files import check_model_files, local_tokens, why_not_supported, 
 from src.planning.content import locate
 from src.planning.gpus import find_gpu
 from src.planning.identity import DataInputs
+from src.planning.inputs import pair_data, prompt_inputs, sft_data, training_prompt_inputs
 from src.planning.model_shape import hub_config, model_shape
 from src.planning.resources import max_sequence_tokens, splits_validation_prompts
-from src.planning.stage import pair_data, prompt_inputs, sft_data, training_prompt_inputs
 
 HUB_TIMEOUT = 5.0  # seconds
 

@@ -13,7 +13,7 @@ from src.data.tables import Hub
 from src.data.templates import Template
 from src.data.tokenization import tokenize
 from src.errors import ConfigError
-from src.planning.stage import pair_data, sft_data
+from src.planning.inputs import pair_data, sft_data
 from tests.support import tiny_llama
 from tests.support.commands import run_in_process
 

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from src.config.schema import Dataset, Evaluation, Judge, Point
+from src.config.judge import Judge
+from src.config.schema import Dataset, Evaluation, Point
 from src.data.evaluation_prompts import read_answers, read_prompts
 from src.errors import ConfigError
-from src.planning.stage import prompt_inputs
+from src.planning.inputs import prompt_inputs
 from src.preflight import check_input_files
 from tests.support.commands import SMALL, run_in_process, train
 from tests.support.endpoint import completion

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from src.config.fields import choices_of
+from src.config.judge import Judge
 from src.config.judge_rules import JUDGES
-from src.config.schema import CONF_DIR, Dataset, HubTable, Judge, method_options
+from src.config.schema import CONF_DIR, Dataset, HubTable, method_options
 from src.config.validation import ANY_METHOD, build_point
 from src.data.adapters import ADAPTERS
 from src.data.sources import SOURCES

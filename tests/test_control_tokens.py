@@ -14,7 +14,7 @@ from src.judges import reward_model
 from src.model.loading import load_template
 from src.planning.content import ContentPath
 from src.planning.identity import ModelInputs
-from src.planning.stage import pair_data
+from src.planning.inputs import pair_data
 from src.store.attempt import Attempt
 from tests.support import tiny_llama
 from tests.support.configs import point

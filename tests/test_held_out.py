@@ -14,8 +14,8 @@ from src.data.sources import JsonLines, open_source
 from src.data.templates import Template
 from src.data.tokenization import TokenizedDataset, tokenize
 from src.errors import StageError
+from src.planning.inputs import pair_data
 from src.planning.resources import Resources, resources_of
-from src.planning.stage import pair_data
 from src.stages import align
 from src.store.attempt import Attempt
 from tests.support import tiny_llama

@@ -7,8 +7,9 @@ import time
 import pytest
 
 from src.config.endpoints import check_key_name, check_url
+from src.config.judge import Judge, JudgeEndpoint
 from src.config.judge_rules import check_judge
-from src.config.schema import Dataset, Judge, JudgeEndpoint, Point
+from src.config.schema import Dataset, Point
 from src.data.rows import text_prompt
 from src.errors import ConfigError, StageError, one_line
 from src.judges import Comparison

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from src.config.schema import Judge, Point
+from src.config.judge import Judge
+from src.config.schema import Point
 from src.errors import ConfigError
 from src.judges.prompt_file import load_judge_prompt
 from src.preflight import check_packages

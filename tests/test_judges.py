@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
-from src.config.schema import JudgeEndpoint
+from src.config.judge import JudgeEndpoint
 from src.data.rows import text_prompt
 from src.errors import StageError
 from src.judges import Comparison

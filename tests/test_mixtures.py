@@ -16,7 +16,8 @@ from src.estimates.table_size import table_size
 from src.model.loading import load_template
 from src.planning.content import ContentPath
 from src.planning.identity import ModelInputs, hashable
-from src.planning.stage import pair_data, sft_data, stages_of
+from src.planning.inputs import pair_data, sft_data
+from src.planning.stage import stages_of
 from src.store.attempt import Attempt
 from tests.support.commands import dry_run, run_in_process
 from tests.support.configs import point

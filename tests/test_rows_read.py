@@ -13,8 +13,8 @@ from src.data.tokenization import load_examples
 from src.model.loading import load_template
 from src.planning.content import ContentPath
 from src.planning.identity import ModelInputs
+from src.planning.inputs import max_examples, pair_data, sft_data
 from src.planning.plan import make_plan
-from src.planning.stage import max_examples, pair_data, sft_data
 from src.stages import reference
 from src.stages.runner import compute_or_wait
 from src.store.attempt import Attempt

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from src.data import mini_tldr
 from src.data.sources import open_source
 from src.model.loading import load_template
-from src.planning.stage import sft_data
+from src.planning.inputs import sft_data
 from src.stages.evaluate import _by_source
 from src.stages.runner import compute_or_wait
 from src.store.files import read_json, read_jsonl

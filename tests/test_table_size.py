@@ -15,7 +15,8 @@ from src.data.tokenization import tokenize
 from src.estimates.table_size import table_size
 from src.model.loading import load_template
 from src.planning.identity import ModelInputs
-from src.planning.stage import pair_data, sft_data, stages_of
+from src.planning.inputs import pair_data, sft_data
+from src.planning.stage import stages_of
 from tests.support import tiny_llama
 from tests.support.commands import dry_run
 from tests.support.configs import composed

@@ -13,8 +13,9 @@ from src.config.validation import build_point
 from src.data.sources import open_source
 from src.data.tables import Hub
 from src.errors import ConfigError
+from src.planning.inputs import pair_data, sft_data
 from src.planning.resources import resources_of
-from src.planning.stage import pair_data, sft_data, stages_of
+from src.planning.stage import stages_of
 from src.store.attempt import Attempt
 from src.store.lease import Lease
 from tests.support import tiny_llama

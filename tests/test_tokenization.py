@@ -16,7 +16,7 @@ from src.data.tokenization import TokenizedDataset, load_examples, tokenize
 from src.model.loading import load_template
 from src.planning.content import ContentPath
 from src.planning.identity import ModelInputs
-from src.planning.stage import pair_data, sft_data
+from src.planning.inputs import pair_data, sft_data
 from src.store.attempt import Attempt
 from tests.support.small_models import smollm2_template
 

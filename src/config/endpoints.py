@@ -7,7 +7,7 @@ import os
 import re
 from urllib.parse import urlsplit
 
-from src.config.schema import JudgeEndpoint
+from src.config.judge import JudgeEndpoint
 from src.errors import ConfigError
 
 OPENAI_URL = "https://api.openai.com/v1"

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from src.errors import ConfigError
 
 LARGEST = 10**15  # of a number that has no smaller maximum of its own
+MAX_SECONDS = 604_800  # a week
 MAX_NAME_BYTES = 100  # a file system allows 255, of which extensions and numbers of ours need some
 
 

@@ -17,8 +17,8 @@ from src.data.row_samples import rows_of_each
 from src.data.rows import Demonstration, Pair, Source
 from src.data.sources import SOURCES, open_source
 from src.planning.content import locate
+from src.planning.inputs import pair_data, sft_data
 from src.planning.model_shape import cached_on_hub
-from src.planning.stage import pair_data, sft_data
 from src.planning.weight_files import read_gguf_header
 
 SAMPLED_ROWS = 128

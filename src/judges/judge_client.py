@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import openai
 
 from src.config.endpoints import read_key
-from src.config.schema import JudgeEndpoint
+from src.config.judge import JudgeEndpoint
 from src.errors import ConfigError, StageError
 from src.judges.answers import Answers, Shape, is_number, is_text
 from src.planning.content import digest

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from src.config.schema import GENERATED, JudgeEndpoint, Point
+from src.config.judge import JudgeEndpoint
+from src.config.schema import GENERATED, Point
 from src.planning.identity import DataInputs, select_fields
 
 

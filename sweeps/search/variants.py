@@ -8,8 +8,9 @@ from dataclasses import fields
 from typing import Any
 
 from src.config.fields import typed_leaves
+from src.config.judge import Judge
 from src.config.judge_rules import JUDGES
-from src.config.schema import Judge, Point, TensorboardTracking, WandbTracking
+from src.config.schema import Point, TensorboardTracking, WandbTracking
 from src.errors import ConfigError
 
 Study = tuple[str, str, str]  # setup, method, init

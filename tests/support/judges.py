@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.endpoints import normalize_url
-from src.config.schema import JudgeEndpoint
+from src.config.judge import JudgeEndpoint
 from src.judges.judge_client import JudgeClient
 from src.planning.identity import JudgeInputs
 

@@ -1,0 +1,34 @@
+"""The part of the schema that says what compares or grades responses, and how it is reached. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from src.config.fields import MAX_SECONDS, choice, number
+from src.config.tables import MAX_TOKENS
+
+
+@dataclass
+class JudgeEndpoint:
+    """How to reach a judge's endpoint and what may be spent on it."""
+
+    base_url: str | None = None  # of an OpenAI-compatible endpoint; null: OpenAI's
+    # Variable with the key, which is never written down; null: OPENAI_API_KEY for OpenAI, no key for a base_url.
+    api_key_env: str | None = None
+    concurrency: int = number(8, minimum=1, maximum=2**16)
+    timeout: float = number(60.0, above=0, maximum=MAX_SECONDS)
+    max_retries: int = number(8, minimum=0, maximum=1000)
+    max_calls: int | None = number(None)
+    max_cost: float | None = number(None)
+    input_price: float | None = number(None)  # dollars per million tokens
+    output_price: float | None = number(None)
+
+
+@dataclass
+class Judge(JudgeEndpoint):
+    name: str = choice("none", "gold", "tldr", "alpaca_eval", "arena_hard", "reward_model", "math")
+    baseline: str | None = "sft"  # sft | chosen | a file of answers: what a response is compared with
+    model: str | None = None  # as the endpoint calls it; of alpaca_eval: an annotator; of reward_model: a model
+    prompt_file: str | None = None  # the question in Arena-Hard's judge_config.yaml format
+    temperature: float = number(0.0, maximum=100)
+    max_tokens: int = number(256, minimum=1, maximum=MAX_TOKENS)  # of an answer
