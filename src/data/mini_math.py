@@ -13,7 +13,7 @@ from dataclasses import dataclass
 PEOPLE = ("my brother", "my sister", "my boss", "my cousin", "my roommate", "my uncle", "my neighbor", "my client")
 THINGS = ("dollars", "keys", "bikes", "laptops", "cars", "guitars")
 GAINS, LOSSES = ("got", "borrowed"), ("lost", "sold")
-LARGEST = 19  # of any number in a problem and in its right solution; mistakes may lead beyond
+LARGEST = 9  # of any number in a problem and in its right solution; mistakes may lead beyond
 SKILLS = (0.5, 0.7, 0.95)  # of those who work a problem out: the probability that a step is right
 MISTAKES = (-2, -1, 1, 2)
 
@@ -38,11 +38,11 @@ def make_problem(rng: random.Random, held_out: bool = False) -> Problem:
 
 
 def _draw_problem(rng: random.Random) -> Problem:
-    value = start = rng.randint(2, 9)
+    value = start = rng.randint(1, LARGEST)
     changes: list[int] = []
     for _ in range(2):
-        is_gain = rng.random() < 0.5
-        change = rng.randint(1, min(9, LARGEST - value)) if is_gain or value < 1 else -rng.randint(1, min(9, value))
+        is_gain = value == 0 or (value < LARGEST and rng.random() < 0.5)
+        change = rng.randint(1, LARGEST - value) if is_gain else -rng.randint(1, value)
         changes.append(change)
         value += change
     events = [f"{rng.choice(GAINS if change > 0 else LOSSES)} {abs(change)}" for change in changes]
@@ -54,7 +54,7 @@ def _draw_problem(rng: random.Random) -> Problem:
 def solve(rng: random.Random, problem: Problem, skill: float | None = None) -> str:
     """Return a worked answer; skill: the probability that a step is right, by default that of a random person.
 
-    After a mistake the work goes on with the wrong number. Nobody writes a negative one.
+    After a mistake the work goes on with the wrong number. Nobody writes one beyond [0, LARGEST].
     """
     probability = rng.choice(SKILLS) if skill is None else skill
     value, lines = problem.start, []
@@ -62,7 +62,7 @@ def solve(rng: random.Random, problem: Problem, skill: float | None = None) -> s
         result = value + change
         if rng.random() >= probability:
             result += rng.choice(MISTAKES)
-        result = max(0, result)
+        result = min(max(0, result), LARGEST)
         lines.append(f"{value} {'+' if change > 0 else '-'} {abs(change)} = {result}")
         value = result
     return f"{' , '.join(lines)} . \\boxed{{{value}}}"
