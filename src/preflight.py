@@ -24,7 +24,7 @@ from src.data.training_prompts import training_prompts
 from src.errors import ConfigError
 from src.estimates.table_size import num_dataset_pairs
 from src.hardware import check_num_threads, visible_gpus
-from src.judges.prompt_file import load_judge_prompt
+from src.judges.prompt_file import CATEGORIES, LOADERS
 from src.model.files import check_model_files, local_tokens, why_not_supported, why_too_long
 from src.planning.content import locate
 from src.planning.gpus import find_gpu
@@ -65,13 +65,15 @@ def check_input_files(points: Sequence[Point]) -> None:
             _check_two_prompts(pair_data(point))
         judge = point.judge
         if judge.prompt_file is not None:
-            load_judge_prompt(judge.prompt_file)
+            LOADERS[judge.name](judge.prompt_file)
         baseline = None if judge.name == "none" or judge.baseline in BASELINES else judge.baseline
         # Prompts of the hub are not fetched here: planning needs no network.
         if point.evaluation.prompts_file is not None or (baseline is not None and point.dataset.source != "hub"):
             prompts = read_prompts(prompt_inputs(point))
             if judge.name == "math":
                 _check_answers(prompts, str(point.evaluation.prompts_file))
+            if judge.name == "arena_hard_v2":
+                _check_categories(prompts, str(point.evaluation.prompts_file))
             if baseline is not None:
                 read_answers(baseline, prompts, "judge.baseline")
     for point in {repr((p.dataset, p.pairs.num_prompts)): p for p in points if p.pairs.num_prompts}.values():
@@ -102,6 +104,15 @@ def _check_answers(prompts: Iterable[EvaluationPrompt], file: str) -> None:
             f"evaluation.prompts_file={file}: judge=math needs the answer to every problem (`answer`, or a \\boxed "
             f"in `solution`); there is none to {without.key[:60]!r}"
         )
+
+
+def _check_categories(prompts: Iterable[EvaluationPrompt], file: str) -> None:
+    for prompt in prompts:
+        if (category := prompt.prompt.facts.get("category")) not in CATEGORIES:
+            raise ConfigError(
+                f"evaluation.prompts_file={file}: judge=arena_hard_v2 needs questions of the category "
+                f"{' or '.join(CATEGORIES)}, that of {prompt.key[:60]!r} is {category}; give the questions of v2"
+            )
 
 
 def _check_template(model: Model) -> None:

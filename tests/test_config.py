@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from src.config.fields import choices_of
-from src.config.judge import Judge
-from src.config.judge_rules import JUDGES
+from src.config.judge import JUDGES, Judge
 from src.config.schema import CONF_DIR, Dataset, HubTable, method_options
 from src.config.validation import ANY_METHOD, build_point
 from src.data.adapters import ADAPTERS
@@ -61,7 +60,7 @@ def test_every_option_of_every_group_composes(group):
         needed = ["beta=1", "lr=1e-5"] if (group, option) == ("init", "base") else []
         needed += ["evaluation=preference"] if (group, option) == ("judge", "none") else []
         needed += ["judge.model=some/name"] if (group, option) == ("judge", "reward_model") else []
-        if option in ("alpaca_eval", "arena_hard"):  # of judge and of evaluation
+        if option in ("alpaca_eval", "arena_hard", "arena_hard_v2"):  # of judge and of evaluation
             needed += ["evaluation.prompts_file=README.md", "judge.baseline=README.md"]
             needed += ["judge=arena_hard"] if group == "evaluation" else []
         if option in ("math", "mini_math") and group in ("judge", "evaluation"):

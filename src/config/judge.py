@@ -7,6 +7,17 @@ from dataclasses import dataclass
 from src.config.fields import MAX_SECONDS, choice, number
 from src.config.tables import MAX_TOKENS
 
+# name -> config fields that its verdicts depend on (part of the identity); src/judges/NAME.py has the function NAME
+JUDGES: dict[str, tuple[str, ...]] = {
+    "gold": (),
+    "tldr": ("model", "temperature", "max_tokens"),
+    "alpaca_eval": ("model",),
+    "arena_hard": ("model", "temperature", "max_tokens", "prompt_file"),
+    "arena_hard_v2": ("model", "temperature", "max_tokens", "prompt_file"),
+    "reward_model": ("model",),
+    "math": (),
+}
+
 
 @dataclass
 class JudgeEndpoint:
@@ -26,7 +37,7 @@ class JudgeEndpoint:
 
 @dataclass
 class Judge(JudgeEndpoint):
-    name: str = choice("none", "gold", "tldr", "alpaca_eval", "arena_hard", "reward_model", "math")
+    name: str = choice("none", *JUDGES)
     baseline: str | None = "sft"  # sft | chosen | a file of answers: what a response is compared with
     model: str | None = None  # as the endpoint calls it; of alpaca_eval: an annotator; of reward_model: a model
     prompt_file: str | None = None  # the question in Arena-Hard's judge_config.yaml format

@@ -1,24 +1,15 @@
-"""The config fields of each judge and server, and the rules between them. No torch."""
+"""What judges are alike in, the fields of servers, and the rules between them. No torch."""
 
 from __future__ import annotations
 
 import shlex
 
 from src.config.endpoints import check_key_is_protected, check_key_name, check_url
+from src.config.judge import JUDGES
 from src.config.paths import is_file
 from src.config.placeholders import placeholders
 from src.config.schema import GENERATED, Point
 from src.errors import ConfigError
-
-# name -> config fields that its verdicts depend on (part of the identity); src/judges/NAME.py has the function NAME
-JUDGES: dict[str, tuple[str, ...]] = {
-    "gold": (),
-    "tldr": ("model", "temperature", "max_tokens"),
-    "alpaca_eval": ("model",),
-    "arena_hard": ("model", "temperature", "max_tokens", "prompt_file"),
-    "reward_model": ("model",),
-    "math": (),
-}
 
 # Judges of a response by itself: their verdict is whether it is right, not whether it is better than a baseline's.
 ABSOLUTE_JUDGES = ("math",)
@@ -27,7 +18,7 @@ ABSOLUTE_JUDGES = ("math",)
 BASELINES = ("sft", "chosen")
 
 # Judges that call an endpoint: OpenAI's, unless judge.base_url names another. The address is part of the identity.
-ENDPOINT_JUDGES = ("tldr", "alpaca_eval", "arena_hard")
+ENDPOINT_JUDGES = ("tldr", "alpaca_eval", "arena_hard", "arena_hard_v2")
 
 # Judges that compute a model themselves, which all processes of a job do together.
 MODEL_JUDGES = ("reward_model",)
@@ -97,6 +88,11 @@ def check_judge(point: Point) -> None:
     if judge.name == "math" and point.evaluation.prompts_file is None and point.dataset.source != "mini_math":
         raise ConfigError(
             "judge=math needs problems with their answers: evaluation.prompts_file=FILE, or dataset=mini_math"
+        )
+    if judge.name == "arena_hard_v2" and point.evaluation.prompts_file is None:
+        raise ConfigError(
+            "judge=arena_hard_v2 needs questions with their categories: evaluation=arena_hard_v2 "
+            "evaluation.prompts_file=FILE, Arena-Hard v2's question.jsonl"
         )
     if judge.name in ("none", *ABSOLUTE_JUDGES):
         return

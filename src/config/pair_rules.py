@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from src.config.judge import Judge
-from src.config.judge_rules import GRADING_JUDGES, JUDGES
+from src.config.judge import JUDGES, Judge
+from src.config.judge_rules import GRADING_JUDGES
 from src.config.schema import Pairs, Point
 from src.errors import ConfigError
 

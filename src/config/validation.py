@@ -23,8 +23,8 @@ from src.errors import ConfigError, one_line
 from src.methods import METHODS, SCORES, options_of, scores_of
 
 ANY_METHOD = "default"  # the entry of lr_grid for methods without a list of their own
-BENCHMARKS = ("alpaca_eval", "arena_hard", "math")  # evaluations that need a file of prompts
-SINGLE_ANSWER_JUDGES = ("alpaca_eval", "arena_hard")  # whose scores are of one answer to each question
+BENCHMARKS = ("alpaca_eval", "arena_hard", "arena_hard_v2", "math")  # evaluations that need a file of prompts
+SINGLE_ANSWER_JUDGES = ("alpaca_eval", "arena_hard", "arena_hard_v2")  # whose scores are of one answer to each question
 
 
 def build_point(cfg: DictConfig) -> Point:

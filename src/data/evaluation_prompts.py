@@ -1,7 +1,7 @@
 """The prompts that responses are sampled for, and a baseline's answers to them from a file.
 
 Prompts are held-out ones of the dataset, or a benchmark's: the files of AlpacaEval, Arena-Hard, GSM8K, MATH and AIME
-are read unchanged.
+are read unchanged, Arena-Hard's of both versions and in both layouts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from typing import Any, NamedTuple
 
 from src.data.boxes import last_box
@@ -25,6 +27,14 @@ _KEY_FIELDS = ("question_id", "uid", *_TEXT_FIELDS)  # what an answer is matched
 # The part of a benchmark that a prompt is of: AlpacaEval has dataset, MATH500 subject.
 _SOURCE_FIELDS = ("source", "dataset", "subject")
 _RESPONSE_FIELDS = ("output", "response", "completion", "answer")
+# Where Arena-Hard has an answer within a column: in files of 2024, and since then.
+_NESTED_ANSWERS: dict[str, tuple[Any, ...]] = {
+    "choices": (0, "turns", 0, "content"),
+    "messages": (-1, "content", "answer"),
+}
+_GENERATOR_FIELDS = ("generator", "model_id", "model")
+# Whose answer is the baseline's, by category of the question, where a file has those of several models (Arena-Hard v2).
+BASELINE_MODELS = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
 
 
 class EvaluationPrompt(NamedTuple):
@@ -59,16 +69,25 @@ def read_answers(file: str, prompts: Sequence[EvaluationPrompt], key: str) -> li
 
     Raises ConfigError naming file and line, or the prompt that has no answer.
     """
-    answers: dict[str, dict[str, Any]] = {}
+    answers: dict[str, dict[str, dict[str, Any]]] = {}  # prompt -> generator -> answer
     for where, row in read_rows(file, key):
-        generator = str(row.get("generator") or row.get("model_id") or "baseline")
+        generator = str(next((row[name] for name in _GENERATOR_FIELDS if row.get(name)), "baseline"))
         answer = {"response": _answer(row, where), "generator": generator}
-        if answers.setdefault(_key(row, where), answer) != answer:
+        if answers.setdefault(_key(row, where), {}).setdefault(generator, answer) != answer:
             raise ConfigError(f"{where}: a second, other answer to {_key(row, where)[:60]!r}; give one for each prompt")
-    for prompt in prompts:
-        if prompt.key not in answers:
-            raise ConfigError(f"{key}={file}: no answer to {prompt.key[:60]!r}")
-    return [answers[prompt.key] for prompt in prompts]
+    return [_baseline_answer(prompt, answers.get(prompt.key, {}), f"{key}={file}") for prompt in prompts]
+
+
+def _baseline_answer(prompt: EvaluationPrompt, answers: dict[str, dict[str, Any]], where: str) -> dict[str, Any]:
+    """Return the only answer, or that of the baseline of the prompt's category. answers: by generator."""
+    if not answers:
+        raise ConfigError(f"{where}: no answer to {prompt.key[:60]!r}")
+    model = next(iter(answers)) if len(answers) == 1 else BASELINE_MODELS.get(prompt.prompt.facts.get("category", ""))
+    if model not in answers:
+        raise ConfigError(
+            f"{where}: answers of {', '.join(answers)[:100]} to {prompt.key[:60]!r}; give one for each prompt"
+        )
+    return answers[model]
 
 
 def _prompt(row: dict[str, Any], where: str) -> EvaluationPrompt:
@@ -84,8 +103,8 @@ def _prompt(row: dict[str, Any], where: str) -> EvaluationPrompt:
             raise ConfigError(f"{where}: turns must be one user message, with its content") from None
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{where}: a prompt needs text")
-    answer = _expected_answer(row)
-    prompt = text_prompt(text, None if answer is None else {"answer": answer})
+    facts = {"answer": _expected_answer(row), "category": row.get("category")}
+    prompt = text_prompt(text, {name: fact for name, fact in facts.items() if isinstance(fact, str)})
     source = next((row[name] for name in _SOURCE_FIELDS if isinstance(row.get(name), str)), "")
     return EvaluationPrompt(_key(row, where), replace(prompt, source=source))
 
@@ -112,10 +131,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def _answer(row: dict[str, Any], where: str) -> str:
     text: Any = next((row[name] for name in _RESPONSE_FIELDS if name in row), None)
-    if "choices" in row:  # Arena-Hard's layout
+    if (column := next((name for name in _NESTED_ANSWERS if name in row), None)) is not None:
         text = None
-        with suppress(IndexError, KeyError, TypeError):
-            text = row["choices"][0]["turns"][0]["content"]
+        with suppress(LookupError, TypeError):
+            text = reduce(getitem, _NESTED_ANSWERS[column], row[column])
     if not isinstance(text, str):
-        raise ConfigError(f"{where}: needs the text of an answer in one of choices, {', '.join(_RESPONSE_FIELDS)}")
+        names = ", ".join((*_NESTED_ANSWERS, *_RESPONSE_FIELDS))
+        raise ConfigError(f"{where}: needs the text of an answer in one of {names}")
     return text

@@ -54,7 +54,8 @@ def arena_hard(
     texts = [answer["text"] for answer in answers]
     games = [parse_game(text, response_is="BA"[i % 2]) for i, text in enumerate(texts)]
     labeled = [game for game in games if game is not None]
-    verdicts = [_verdict(games[i : i + 2], texts[i : i + 2]) for i in range(0, len(games), 2)]
+    pairs = [slice(i, i + 2) for i in range(0, len(games), 2)]
+    verdicts = [average_games([game for game in games[pair] if game is not None], texts[pair]) for pair in pairs]
     usage = usage_of(resources.judge, answers, attempt, unparsable=len(games) - len(labeled))
     return Judged(verdicts, usage, {"arena_hard": win_rate(labeled)} if labeled else {})
 
@@ -62,7 +63,11 @@ def arena_hard(
 def parse_game(text: str, response_is: str) -> Game | None:
     """Return the game of a response that was assistant A or B; None without a label, or with two that differ."""
     labels = {label for label in _LABEL.findall(text) if label}
-    label = labels.pop() if len(labels) == 1 else ""
+    return play(labels.pop() if len(labels) == 1 else "", response_is)
+
+
+def play(label: str, response_is: str) -> Game | None:
+    """Return the game with this label, of a response that was assistant A or B; None for what is no label."""
     if label not in LABELS:
         return None
     points_of_a, weight = LABELS[label]
@@ -81,9 +86,12 @@ def win_rate(games: Sequence[Game]) -> dict[str, float]:
     return {"value": 100 * float(points.mean()), "low": 100 * float(low), "high": 100 * float(high)}
 
 
-def _verdict(games: Sequence[Game | None], texts: Sequence[str]) -> Verdict:
-    labeled = [game for game in games if game is not None]
-    value = sum(g.points * g.weight for g in labeled) / sum(g.weight for g in labeled) if labeled else 0.5
+def average_games(games: Sequence[Game], texts: Sequence[str]) -> Verdict:
+    """Return the weighted mean of games as a verdict, a tie without any.
+
+    texts: of the answers, first with the response as B.
+    """
+    value = sum(g.points * g.weight for g in games) / sum(g.weight for g in games) if games else 0.5
     answers = zip("BA", texts, strict=True)
     return Verdict(value, "\n".join(f"as {side}: {text.strip() or '(nothing)'}" for side, text in answers))
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from src.config.endpoints import normalize_url
-from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, JUDGES
+from src.config.judge import JUDGES
+from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES
 from src.config.schema import Dataset, Judge, Optimization, Point
 from src.config.tables import MAX_ROWS, HubTable, MixedTable, Table
 from src.config.template_rules import end_tokens_of, is_template_file

@@ -8,8 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from src.config.fields import typed_leaves
-from src.config.judge import Judge
-from src.config.judge_rules import JUDGES
+from src.config.judge import JUDGES, Judge
 from src.config.schema import Point, TensorboardTracking, WandbTracking
 from src.errors import ConfigError
 
