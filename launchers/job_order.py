@@ -13,6 +13,7 @@ MAX_RETRIES = 1  # of a stage whose process was killed
 _KINDS = tuple(reversed(KINDS))  # nearest to a point's result first
 # Seconds of a stage, by role, before one of its role has finished; generate takes half of what align took.
 _DEFAULT_SECONDS = {"evaluate": 0.5, "reference": 5.0, "baseline": 5.0, "sft": 30.0, "candidates": 60.0, "pairs": 5.0}
+_DEFAULT_SECONDS |= {"capability": 60.0, "sft_capability": 60.0}
 _MIN_FRACTION = 0.2  # of a running stage, from which its speed is extrapolated
 
 

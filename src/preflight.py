@@ -17,6 +17,7 @@ from src.config.packages import require_package
 from src.config.schema import Model, Point
 from src.config.template_rules import end_tokens_of, is_template_file
 from src.data.evaluation_prompts import EvaluationPrompt, read_answers, read_prompts
+from src.data.lm_eval_tasks import check_tasks
 from src.data.rows import name_of
 from src.data.sources import open_source
 from src.data.templates import missing_token, read_template, tokens_of
@@ -167,9 +168,12 @@ def _check_two_prompts(data: DataInputs) -> None:
 
 
 def check_packages(points: Iterable[Point]) -> None:
-    """Raise ConfigError when an optional package that a point needs is not installed."""
+    """Raise ConfigError when an optional package that a point needs is not installed, or lacks what it names there."""
     for point in points:
-        engine, judge, server = point.engine, point.judge, point.server
+        engine, judge, server, capability = point.engine, point.judge, point.server, point.capability
+        if capability.name != "none":
+            require_package("lm_eval", f"capability={capability.name}")
+            check_tasks(capability.tasks, capability.metrics, capability.task_files)
         if engine.strategy.startswith("zero"):
             require_package("deepspeed", f"engine.strategy={engine.strategy}")
         if point.model.attention == "flash_attention_2":

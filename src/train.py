@@ -23,7 +23,7 @@ from src.environment import read_integer
 from src.errors import ConfigError, report_errors
 from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
-from src.planning.plan import Plan, make_plan, warn_of_other_versions
+from src.planning.plan import Plan, make_plan, warn_of_other_versions, warn_of_removed_models
 from src.preflight import check_cpu_threads, check_input_files, check_key, check_packages, check_programs
 from src.progress import RunProgress
 from src.store.attempt import Report
@@ -76,6 +76,7 @@ def run(cfg: DictConfig) -> None:
         plan = make_plan([point], store)
         if rank == 0:
             warn_of_other_versions(plan, store)
+            warn_of_removed_models(plan)
             if line := describe_choice([point]):
                 print(line, flush=True)
             foresee(plan, store, point.dry_run)
@@ -103,10 +104,15 @@ def result_text(point: Point, result: dict[str, Any]) -> str:
     def value(entry: dict[str, float | None], form: str) -> str:
         if entry["value"] is None:
             return "-"
-        return format(entry["value"], form) + ("" if entry["se"] is None else f" ± {format(entry['se'], form)}")
+        error = "" if entry["se"] is None else f" ± {entry['se']:{form.lstrip('+')}}"
+        return format(entry["value"], form) + error
 
     quality = result["quality"]
     several = f" prompts, {quality['samples_per_prompt']} samples of each" if "samples_per_prompt" in quality else ""
+    capability = ""
+    if (scores := result.get("capability")) is not None:
+        change = f"{value(scores['change'], '+.3f')} from the SFT model's"
+        capability = f"\n  capability {value(scores, '.3f')}, {change}: {', '.join(scores['tasks'])}"
     return (
         f"{point.setup.name}: {point.label}\n"
         f"  {quality['metric']} {value(quality, '.3f')} (n = {quality['n']}{several})\n"
@@ -116,7 +122,7 @@ def result_text(point: Point, result: dict[str, Any]) -> str:
         f" {value(result['kl']['per_token_rb'], '.4f')} per token: Rao-Blackwellized, never negative\n"
         f"  reward accuracy {value(result['reward_accuracy'], '.3f')}, margin {value(result['reward_margin'], '.3f')}"
         f" on {result['reward_accuracy']['n']} validation pairs\n"
-        f"  response length {value(result['response_tokens'], '.1f')} tokens"
+        f"  response length {value(result['response_tokens'], '.1f')} tokens{capability}"
     )
 
 

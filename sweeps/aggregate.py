@@ -24,6 +24,7 @@ from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import sync_sweep
 from sweeps.analysis import reporting_split
+from sweeps.analysis.capability import capability_changes
 from sweeps.analysis.results import Results, collect
 from sweeps.analysis.selection import average_seeds, select_points
 from sweeps.analysis.significance import pairwise_against_pointwise
@@ -82,6 +83,7 @@ def write_results(
         "gains": reporting_split.gains(averages, best, prompts),
         "pareto": reporting_split.pareto_fronts(averages),
         "benchmark": benchmark_table(best, results.scores),
+        "capability": capability_changes(best, results),
         "sources": sources_table(best, results.sources),
         "sft": sft_table(results),
     }

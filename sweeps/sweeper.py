@@ -25,7 +25,7 @@ from src.config.validation import ANY_METHOD, build_point, check_grid
 from src.errors import CONFIG_ERRORS, ConfigError, one_line
 from src.methods import COMPARED
 from src.planning.content import digest
-from src.planning.plan import make_plan, warn_of_other_versions
+from src.planning.plan import make_plan, warn_of_other_versions, warn_of_removed_models
 from src.preflight import check_input_files
 from src.store.store import Store
 from sweeps.search.search import Search
@@ -81,6 +81,7 @@ class GridSweeper(Sweeper):
                 print(f"note: no result depends on {', '.join(keys)}: points that differ only there are run once")
             plan = make_plan([plan.points[plan.results.index(r)] for r in dict.fromkeys(plan.results)], store)
         warn_of_other_versions(plan, store)
+        warn_of_removed_models(plan)
         if line := describe_choice(plan.points):
             print(line, flush=True)
         points = plan.points

@@ -18,7 +18,7 @@ from src.model.files import check_model_files
 from src.model.loading import load_pretrained, save_checkpoint
 from src.model.numerics import FLOAT32, NumericsConfig, cast_for_inference_
 from src.planning.resources import Resources
-from src.stages.generate import _whole_model
+from src.stages.generate import whole_model
 from src.training.strategies import make_engine
 from tests.support.commands import SMALL, train
 from tests.support.training_runs import start, step
@@ -114,16 +114,16 @@ def test_adapters_are_no_model_path(tmp_path):
         check_model_files(str(tmp_path))
 
 
-def test_a_server_gets_a_whole_model_with_the_values_that_are_scored(tmp_path):
+def test_a_server_gets_awhole_model_with_the_values_that_are_scored(tmp_path):
     upstream = {"checkpoint": tmp_path / "adapter", "reference": tmp_path / "initial"}
     validated = published(upstream["checkpoint"], lora=Lora(rank=4))
     save_checkpoint(start(), Template, upstream["reference"])
     attempt = SimpleNamespace(checkpoints=tmp_path, is_main_process=True)
-    served = _whole_model(SimpleNamespace(model=None), None, upstream, Template, attempt)
+    served = whole_model(SimpleNamespace(model=None), None, upstream, Template, attempt)
     assert served == tmp_path / "merged" and not is_adapter(served)
     assert_equal(loaded(served), validated)
     upstream["checkpoint"] = upstream["reference"]  # the control: whole already
-    assert _whole_model(SimpleNamespace(), None, upstream, Template, attempt) == upstream["reference"]
+    assert whole_model(SimpleNamespace(), None, upstream, Template, attempt) == upstream["reference"]
 
 
 def test_in_a_bf16_computation_nothing_is_lost_by_publishing_bf16(tmp_path):

@@ -11,7 +11,7 @@ from launchers.slurm.cluster import QueuedJob
 from launchers.slurm.job_records import Submission, Task
 from src.errors import ConfigError
 from src.store.lease import in_use
-from src.store.store import SHARED_ROLES, StageName, Store
+from src.store.store import OF_SFT_MODEL, SHARED_ROLES, StageName, Store, kind_of
 
 STATES = ("failed", "cancelled", "running", "queued", "to do", "done")  # in the order of the table
 
@@ -67,8 +67,8 @@ class StatusReader:
             stages = list(point["stages"].items())
             for role, identity in stages:
                 if role in SHARED_ROLES:
-                    # Each may need those before it, but the samples of the baseline need the SFT model alone.
-                    before = ("sft",) if role == "baseline" else SHARED_ROLES[: SHARED_ROLES.index(role)]
+                    # Each may need those before it, but some need the SFT model alone.
+                    before = ("sft",) if role in OF_SFT_MODEL else SHARED_ROLES[: SHARED_ROLES.index(role)]
                     upstream = [stage for stage in stages if stage[0] in before]
                     self._shared.setdefault(identity, (f"{point['setup']} {role}", [*upstream, (role, identity)]))
 
@@ -140,7 +140,7 @@ class StatusReader:
     def _pending_reason(self, queued: QueuedJob, stages: Stages, task: Task) -> str:
         if queued.reason == "Dependency":
             only_aligns = [kind for kind, _ in task.stages] == ["align"]
-            waits_for = [role for role in SHARED_ROLES if not (only_aligns and role == "baseline")]
+            waits_for = [role for role in SHARED_ROLES if not (only_aligns and role in OF_SFT_MODEL)]
             roles = [stage[0] for stage in stages[:-1] if stage[0] in waits_for and not self._is_done(stage)]
             return f"after {' and '.join(roles)}" if roles else "Dependency"
         reason = queued.reason if queued.reason != "None" else ""
@@ -188,7 +188,7 @@ class StatusReader:
 def _stage_name(stage: tuple[str, str]) -> StageName:
     """Return where the stage of this (role, identity) is stored."""
     role, identity = stage
-    return StageName("generate" if role == "baseline" else role, identity)
+    return StageName(kind_of(role), identity)
 
 
 def last_line(log: Path) -> str:

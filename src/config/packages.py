@@ -16,6 +16,7 @@ INSTALL = {
     "liger_kernel": "pip install '.[fused]'",
     "math_verify": "pip install '.[math]'",
     "alpaca_eval": "pip install '.[alpaca]'",
+    "lm_eval": "pip install '.[capability]'",
     "wandb_workspaces": "pip install '.[dashboards]'",
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from src.config.capability import Capability
 from src.config.fields import MAX_SECONDS, choice, choices_of, folder_name, number, random_seed
 from src.config.judge import Judge
 from src.config.tables import MAX_ROWS, MAX_TOKENS, HubTable, ListedTable
@@ -246,6 +247,7 @@ class Point:
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: Server = field(default_factory=Server)
     judge: Judge = field(default_factory=Judge)
+    capability: Capability = field(default_factory=Capability)
     tracking: Tracking = field(default_factory=Tracking)
     beta_grid: dict[str, list[float]] = number(default_factory=dict, above=0, maximum=MAX_BETA)
     lr_grid: dict[str, list[float]] = number(default_factory=dict, above=0, maximum=MAX_LR)

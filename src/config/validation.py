@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from src.config.capability import check_capability
 from src.config.fields import check_value, shortened, typed_leaves
 from src.config.judge_rules import check_judge, check_server
 from src.config.overrides import MAX_VALUES
@@ -82,6 +83,7 @@ def check(point: Point) -> None:
     check_judge(point)
     check_pairs(point)
     check_server(point)
+    check_capability(point.capability)
 
 
 def check_folder(key: str, folder: str) -> None:

@@ -153,11 +153,14 @@ class Template:
 
         The system prompt comes before them where it is missing.
         """
-        messages = prompt.messages
-        if self.system_prompt is not None and [message["role"] for message in messages[:1]] != ["system"]:
-            messages = ({"role": "system", "content": self.system_prompt}, *messages)
+        messages = self._with_system_prompt(prompt.messages)
         marked = ({**message, "content": self._control.mark(message["content"])} for message in messages)
         return replace(prompt, messages=tuple(marked))
+
+    def _with_system_prompt(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if self.system_prompt is None or [message["role"] for message in messages[:1]] == ["system"]:
+            return messages
+        return {"role": "system", "content": self.system_prompt}, *messages
 
     def spells_control_token(self, row: Pair | Demonstration) -> bool:
         """Return whether a text of the row spells a control token, which then stays text."""
@@ -192,6 +195,13 @@ class Template:
                 )
             turns.append((self.response_ids(prompt.messages[i]["content"]), self._control.encode(next_prompt)))
         return self.prompt_ids(prompts[0]), turns
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """Return the text up to the start of the response, for a program that tokenizes it: marks nothing.
+
+        Raises ConfigError when the template cannot write it.
+        """
+        return self._render(replace(prompt, messages=self._with_system_prompt(prompt.messages)))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the tokens up to the start of the response, with the begin token of the format."""

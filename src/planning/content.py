@@ -24,8 +24,8 @@ from src.config.paths import naming
 from src.errors import ConfigError, StageError
 from src.store.files import atomic_write, status_of
 
-# What reads a folder: `from_pretrained`, `load_dataset` or `load_from_disk`, or the package alpaca-eval.
-Kind = Literal["model", "table", "annotator"]
+# What reads a folder: `from_pretrained`, `load_dataset` or `load_from_disk`, or the packages alpaca-eval and lm-eval.
+Kind = Literal["model", "table", "annotator", "task"]
 
 CACHE_DIGEST_ABOVE = 64 * 2**20  # bytes; digests of larger files are kept on disk, as reading 16 GB takes a minute
 

@@ -21,7 +21,8 @@ T = TypeVar("T")
 Mixture = tuple[MixedTable, ...]
 
 # Raise a stage's number when what it computes changes: artifacts of the old version are then not reused.
-VERSIONS = {"sft": 11, "candidates": 1, "pairs": 1, "reference": 10, "align": 10, "generate": 10, "evaluate": 6}
+VERSIONS = {"sft": 11, "candidates": 1, "pairs": 1, "reference": 10, "align": 10, "generate": 10}
+VERSIONS |= {"capability": 1, "evaluate": 6}
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,34 @@ class GenerateInputs:
 
 
 @dataclass(frozen=True)
+class TaskInputs:
+    """A task or group of lm-eval. metric: None for its first. num_fewshot: examples in a prompt, None for its own."""
+
+    name: str
+    metric: str | None
+    num_fewshot: int | None
+
+
+@dataclass(frozen=True)
+class CapabilityInputs:
+    """What a model can do by tasks of lm-eval. role: `policy`, or `sft` for the model that points are compared with.
+
+    limit: documents of each task, drawn by the seed; None: all. files: folder of tasks of one's own. server: as of
+    GenerationInputs.
+    """
+
+    kind: ClassVar[str] = "capability"
+    role: str
+    model: ModelInputs
+    tasks: tuple[TaskInputs, ...]
+    limit: int | None
+    seed: int
+    chat_template: bool
+    files: ContentPath | None
+    server: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
 class EvaluateInputs:
     """metric: what points are compared by, `win_rate`, `reward_accuracy` or `accuracy`. judge: None without one."""
 
@@ -230,9 +259,8 @@ class EvaluateInputs:
     split_seed: int
 
 
-StageInputs = (
-    SftInputs | CandidatesInputs | PairsInputs | ReferenceInputs | AlignInputs | GenerateInputs | EvaluateInputs
-)
+StageInputs = SftInputs | CandidatesInputs | PairsInputs | ReferenceInputs | AlignInputs | GenerateInputs
+StageInputs |= CapabilityInputs | EvaluateInputs
 
 
 def select_fields(cls: type[T], source: Any, **values: Any) -> T:

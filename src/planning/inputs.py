@@ -15,6 +15,7 @@ from src.config.template_rules import end_tokens_of, is_template_file
 from src.planning.content import ContentPath, Kind
 from src.planning.identity import (
     CandidatesInputs,
+    CapabilityInputs,
     DataInputs,
     GenerationInputs,
     JudgeInputs,
@@ -22,6 +23,7 @@ from src.planning.identity import (
     ModelInputs,
     PairsInputs,
     PromptInputs,
+    TaskInputs,
     TrainingPromptInputs,
     select_fields,
 )
@@ -127,6 +129,27 @@ def judge_inputs(judge: Judge) -> JudgeInputs | None:
     if judge.baseline is not None and judge.baseline not in BASELINES:
         baseline = ContentPath.of(judge.baseline, "judge.baseline")
     return JudgeInputs(judge.name, baseline, **options)
+
+
+def capability_inputs(point: Point, model: ModelInputs, role: str) -> CapabilityInputs | None:
+    """Return which tasks measure capability; None without any. Raises ConfigError when the folder of tasks is missing.
+
+    Only vllm's server gives the log-probs of a prompt, which most tasks need; without it the stage computes them.
+    """
+    options, server = point.capability, point.server
+    if options.name == "none":
+        return None
+    tasks = (TaskInputs(name, options.metrics.get(name), options.num_fewshot.get(name)) for name in options.tasks)
+    files, key = options.task_files, "capability.task_files"
+    return select_fields(
+        CapabilityInputs,
+        options,
+        role=role,
+        model=model,
+        tasks=tuple(tasks),
+        files=None if files is None else ContentPath.of(files, key, kind="task"),
+        server=(server.name, server.command or "") if server.name == "vllm" else None,
+    )
 
 
 def _table(data: Dataset, table: HubTable | None) -> Table | Mixture | None:

@@ -100,6 +100,23 @@ def warn_of_other_versions(plan: Plan, store: Store) -> None:
         warn(message)
 
 
+def warn_of_removed_models(plan: Plan) -> None:
+    """Print one line when models that keep_checkpoints has removed are made again for what needs the models themselves.
+
+    A stage that is done and needed nevertheless is such a model.
+    """
+    removed = plan.done & plan.needed
+    if not removed:
+        return
+    stages = [plan.stages[identity] for identity in plan.needed]
+    readers = {stage.kind for stage in stages for up in stage.upstream.values() if up.identity in removed}
+    count = f"{len(removed)} model{'s' if len(removed) > 1 else ''}"
+    warn(
+        f"{' and '.join(sorted(readers))} needs {count} of points that are done, whose weights keep_checkpoints has "
+        "removed: this command trains them again (dry_run=true says at what cost)"
+    )
+
+
 def make_plan(points: Iterable[Point], store: Store) -> Plan:
     """Plan the stages of the points and read from the store which of them are done.
 

@@ -26,6 +26,7 @@ class Resources:
     max_tokens_per_micro_batch: int | None = None
     checkpoint_minutes: float = 20.0
     sampling_batch_size: int = 64
+    capability_batch_size: int = 8
     server_timeout: float = 600.0
     server_concurrency: int = 64
     judge: JudgeEndpoint = field(default_factory=JudgeEndpoint)
@@ -71,6 +72,7 @@ def resources_of(point: Point, pairs: DataInputs) -> Resources:
         max_tokens_per_micro_batch=point.trainer.max_tokens_per_micro_batch,
         checkpoint_minutes=point.trainer.checkpoint_minutes,
         sampling_batch_size=generation.batch_size,
+        capability_batch_size=point.capability.batch_size,
         server_timeout=point.server.timeout,
         server_concurrency=point.server.concurrency,
         judge=select_fields(JudgeEndpoint, point.judge),

@@ -14,6 +14,7 @@ from src.planning.identity import (
     VERSIONS,
     AlignInputs,
     CandidatesInputs,
+    CapabilityInputs,
     EvaluateInputs,
     GenerateInputs,
     GenerationInputs,
@@ -27,6 +28,7 @@ from src.planning.identity import (
 )
 from src.planning.inputs import (
     candidates_inputs,
+    capability_inputs,
     judge_inputs,
     model_inputs,
     pair_data,
@@ -35,7 +37,7 @@ from src.planning.inputs import (
     sft_data,
 )
 from src.planning.resources import Resources, resources_of
-from src.store.store import SHARED_ROLES, partial_run_id
+from src.store.store import OF_SFT_MODEL, SHARED_ROLES, partial_run_id
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Stage:
                 return ("deepspeed",)
             case (CandidatesInputs() | GenerateInputs()) as inputs if inputs.generation.server is not None:
                 return inputs.generation.server[0], "openai"
+            case CapabilityInputs(server=server):
+                return "lm-eval", *(server or ())[:1]
             case EvaluateInputs(judge=JudgeInputs(name=name)) if name in ENDPOINT_JUDGES:
                 return ("alpaca-eval", "openai") if name == "alpaca_eval" else ("openai",)
             case EvaluateInputs(judge=JudgeInputs(name="math")) | PairsInputs(judge=JudgeInputs(name="math")):
@@ -107,16 +111,20 @@ class Stage:
 
     @property
     def role(self) -> str:
-        """The kind, or `baseline` for the samples that a judge compares with."""
-        is_baseline = isinstance(self.inputs, GenerateInputs) and self.inputs.role == "baseline"
-        return "baseline" if is_baseline else self.kind
+        """The kind, or `baseline` for the samples that a judge compares with, `sft_capability` for the SFT model's."""
+        match self.inputs:
+            case GenerateInputs(role="baseline"):
+                return "baseline"
+            case CapabilityInputs(role="sft"):
+                return "sft_capability"
+        return self.kind
 
     @property
     def label(self) -> str:
         """The name of the stage in progress lines."""
         if self.role in SHARED_ROLES:
             fraction = self.point.dataset.sft_fraction
-            suffix = "" if fraction == 1 or self.role == "baseline" else f" on {100 * fraction:g} %"
+            suffix = "" if fraction == 1 or self.role in OF_SFT_MODEL else f" on {100 * fraction:g} %"
             return f"{self.point.setup.name} {self.role}{suffix}"
         return f"{self.point.label} {self.kind}"
 
@@ -194,11 +202,16 @@ def stages_of(point: Point) -> list[Stage]:
         baseline = add(of_baseline, checkpoint=sft(1.0))
     of_policy = GenerateInputs("policy", model, init, prompts, generation, point.seed)
     samples = add(of_policy, checkpoint=align, reference=initial)
+    capability = sft_capability = None
+    if (of_sft := capability_inputs(point, model, "sft")) is not None:
+        sft_capability = add(of_sft, checkpoint=sft(1.0))  # of the same model for all points, as the baseline
+        capability = add(replace(of_sft, role="policy"), checkpoint=align, reference=initial)
     evaluate = select_fields(
         EvaluateInputs, point.evaluation, setup=point.setup.name, init=point.init.name, prompts=prompts, judge=judge
     )
     is_validated = initial is not None and point.dataset.sft_validation_size != 0
-    add(evaluate, align=align, samples=samples, baseline=baseline, sft=initial if is_validated else None)
+    measured = {"capability": capability, "sft_capability": sft_capability, "sft": initial if is_validated else None}
+    add(evaluate, align=align, samples=samples, baseline=baseline, **measured)
     return stages
 
 

@@ -17,11 +17,20 @@ from src.methods import METHODS
 from src.planning.content import ContentPath, reading
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
-from src.stages import generate, validation
+from src.stages import capability, generate, validation
 from src.store.attempt import Attempt
 from src.store.files import read_json, read_jsonl, write_json, write_jsonl
 from src.store.provenance import provenance
-from src.store.store import DONE, JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, STAGE_FILE, sample_key
+from src.store.store import (
+    CAPABILITY_FILE,
+    DONE,
+    JUDGEMENTS_FILE,
+    QUALITY_FILE,
+    RESULT_FILE,
+    RESULT_SCHEMA,
+    STAGE_FILE,
+    sample_key,
+)
 
 T = TypeVar("T")
 
@@ -88,6 +97,10 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     demonstrations = list(read_jsonl(upstream["sft"] / validation.FILE)) if "sft" in upstream else []
     if demonstrations:
         result["sft_validation_loss"] = _token_loss(demonstrations)
+    if "capability" in upstream:
+        tasks = capability.beside_sft(upstream["capability"], upstream["sft_capability"])
+        write_json(attempt.out / CAPABILITY_FILE, {"schema": RESULT_SCHEMA, "tasks": tasks})
+        result["capability"] = _capability_scores(tasks)
     items = pairs
     if inputs.metric != "reward_accuracy":
         items = [{"prompt": s["index"], "source": s.get("source"), "correct": v.value} for s, v in judged_samples]
@@ -222,6 +235,26 @@ def _mean_of_rows(name: str, rows: list[dict[str, Any]]) -> dict[str, float | No
 def _token_loss(demonstrations: list[dict[str, Any]]) -> dict[str, float | None]:
     """Return the mean loss of a supervised token, nats, with its standard error over demonstrations."""
     return ratio_and_error([-row["logp"] for row in demonstrations], [row["tokens"] for row in demonstrations])
+
+
+def _capability_scores(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the score of each task, its change from the SFT model's, paired by document, and the means over tasks."""
+    scores = {
+        name: {
+            "metric": task["metric"],
+            **mean_and_error(task["values"]),
+            "change": mean_and_error([a - b for a, b in zip(task["values"], task["sft"], strict=True)]),
+        }
+        for name, task in tasks.items()
+    }
+
+    def mean(entries: list[dict[str, Any]]) -> dict[str, float]:
+        # Tasks are given, and documents drawn: the error is that of the documents.
+        value = math.fsum(entry["value"] for entry in entries) / len(entries)
+        return {"value": value, "se": math.hypot(*(entry["se"] for entry in entries)) / len(entries)}
+
+    of_tasks = list(scores.values())
+    return {**mean(of_tasks), "change": mean([score["change"] for score in of_tasks]), "tasks": scores}
 
 
 def mean_and_error(values: list[float]) -> dict[str, float | None]:

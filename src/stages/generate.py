@@ -19,7 +19,7 @@ from src.model.loading import load_for_inference, load_template, load_weights, n
 from src.model.logprobs import iter_kl
 from src.model.sampling import sample
 from src.planning.content import digest
-from src.planning.identity import CandidatesInputs, GenerateInputs
+from src.planning.identity import CandidatesInputs, CapabilityInputs, GenerateInputs
 from src.planning.resources import Resources
 from src.serving.model_server import sample_through, served_folder, serving
 from src.stages.shared_rows import Row, SharedRows
@@ -95,7 +95,7 @@ def sample_responses(
     """
     release_accelerator()  # of what earlier stages of this process held: the cache of keys and values needs it
     model = _load(inputs, resources, upstream, "checkpoint") if inputs.generation.server is None else None
-    sampled = model or _whole_model(inputs, resources, upstream, template, attempt)
+    sampled = model or whole_model(inputs, resources, upstream, template, attempt)
     responses = _sample(inputs, resources, sampled, template, prompt_ids, seed, total, attempt)
     if attempt.is_main_process:
         remove(attempt.checkpoints / MERGED)  # a whole model that no process needs any more
@@ -128,8 +128,8 @@ def prompts_to_answer(
     return [row for row in rows for _ in range(inputs.generation.samples_per_prompt)]
 
 
-def _whole_model(
-    inputs: GenerateInputs | CandidatesInputs,
+def whole_model(
+    inputs: GenerateInputs | CandidatesInputs | CapabilityInputs,
     resources: Resources,
     upstream: dict[str, Path],
     template: Template,

@@ -189,8 +189,9 @@ def _selected(store: Store) -> set[str] | None:
 
 
 def _is_read(store: Store, model: str) -> bool:
-    """Return whether a process samples from the model, for a sweep or not."""
-    for path in find(store.root, f"generate/.work/*/attempt-*/{STAGE_FILE}"):
+    """Return whether a process reads the model, for a sweep or not: to sample from it, or to measure its capability."""
+    kinds = ("generate", "capability")
+    for path in (path for kind in kinds for path in find(store.root, f"{kind}/.work/*/attempt-*/{STAGE_FILE}")):
         try:
             checkpoint = read_json(path)["upstream"]["checkpoint"]
         except (FileNotFoundError, DamagedFile, KeyError, TypeError):  # given up, or not yet whole

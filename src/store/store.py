@@ -43,7 +43,10 @@ SAMPLES_FILE = "samples.jsonl"  # of a generate stage
 METRICS_FILE = "metrics.jsonl"  # of a stage that trains: one object per optimizer step; trackers are fed from it
 CHECKPOINT_FILE = "trainer.json"  # of a checkpoint: step, digests of its files, what the save took
 CHECKPOINTS = NumberedNames("step-", 8)  # of a stage that trains, by the step they were saved before
-SHARED_ROLES = ("sft", "candidates", "pairs", "reference", "baseline")  # of stages that points share, upstream first
+CAPABILITY_FILE = "capability.json"  # beside it, with capability=: scores of every document asked, and the SFT model's
+# Roles of stages that need the SFT model alone, and their kinds; all other roles are named as their kinds.
+OF_SFT_MODEL = {"baseline": "generate", "sft_capability": "capability"}
+SHARED_ROLES = ("sft", "candidates", "pairs", "reference", *OF_SFT_MODEL)  # of stages that points share, upstream first
 RESULT_SCHEMA = 2  # of result.json and quality.json
 # The small files of a stage, which suffice to aggregate without the store.
 SMALL_FILES = (
@@ -55,7 +58,13 @@ SMALL_FILES = (
     RESULT_FILE,
     QUALITY_FILE,
     JUDGEMENTS_FILE,
+    CAPABILITY_FILE,
 )
+
+
+def kind_of(role: str) -> str:
+    """Return the kind of the stages of a role."""
+    return OF_SFT_MODEL.get(role, role)
 
 
 def sample_key(row: dict[str, Any]) -> tuple[int, int]:

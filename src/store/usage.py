@@ -11,7 +11,7 @@ from typing import Any
 from src.errors import DamagedFile
 from src.store.files import read_checksummed_json
 from src.store.integrity import DONE
-from src.store.store import StageName, Store
+from src.store.store import StageName, Store, kind_of
 
 KINDS = (
     "sft",
@@ -20,6 +20,7 @@ KINDS = (
     "reference",
     "align",
     "generate",
+    "capability",
     "evaluate",
 )  # of stages, in the order of tables
 
@@ -57,7 +58,7 @@ def usage_by_kind(store: Store, stages: Iterable[tuple[str, str]]) -> dict[str, 
     """Return kind -> usage of the finished ones of these stages, (role, identity), each counted once."""
     usage: dict[str, Usage] = {}
     for role, identity in sorted(set(stages)):
-        kind = "generate" if role == "baseline" else role
+        kind = kind_of(role)
         if (one := _usage_in(store.dir(StageName(kind, identity)))) is not None:
             usage[kind] = usage.get(kind, Usage()) + one
     return {kind: usage[kind] for kind in KINDS if kind in usage}

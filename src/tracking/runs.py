@@ -18,7 +18,7 @@ from src.config.schema import Tracking
 from src.errors import ConfigError, DamagedFile, one_line, warn
 from src.planning.plan import Plan
 from src.store.files import read_json, write_json
-from src.store.store import METRICS_FILE, RUN_CONFIG_FILE, SHARED_ROLES, STAGE_FILE, StageName, Store
+from src.store.store import METRICS_FILE, RUN_CONFIG_FILE, SHARED_ROLES, STAGE_FILE, StageName, Store, kind_of
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sink import RunMetadata
 
@@ -123,7 +123,7 @@ class RunList:
         for point in record["points"]:
             upstream = {role: point["stages"][role] for role in SHARED_ROLES if role in point["stages"]}
             for role, identity in upstream.items():
-                stages = {"generate" if role == "baseline" else role: identity}
+                stages = {kind_of(role): identity}
                 runs.setdefault(identity, TrackedRun(identity, role, f"{point['setup']} {role}", group, stages))
             run = point.get("full_result", point["identity"])
             # The label of a rung before the last ends with `to 50 %`; the run continues in the next rung.

@@ -18,7 +18,15 @@ from src.methods import METHODS
 from src.store.files import read_bytes
 from src.store.integrity import find_damage
 from src.store.selectable import STUDY
-from src.store.store import JUDGEMENTS_FILE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, read_result
+from src.store.store import (
+    CAPABILITY_FILE,
+    JUDGEMENTS_FILE,
+    QUALITY_FILE,
+    RESULT_FILE,
+    RESULT_SCHEMA,
+    kind_of,
+    read_result,
+)
 from src.store.sweep_folder import SweepFolder
 from sweeps.search import successive_halving
 from sweeps.search.variants import disambiguating_settings, variant_text
@@ -34,8 +42,10 @@ COLUMNS = [
     *("kl_sequence", "kl_sequence_se", "kl_token", "kl_token_se"),  # mean log-ratio
     *("kl_sequence_rb", "kl_sequence_rb_se", "kl_token_rb", "kl_token_rb_se"),
     *("reward_accuracy", "reward_margin", "sft_validation_loss", "sft_validation_loss_se"),
+    *("capability", "capability_se", "capability_change", "capability_change_se"),  # means over the tasks
     *("response_tokens", "seconds", "identity", "checkpoint", "error"),
 ]
+RESULT_FILES = (RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE, CAPABILITY_FILE)
 NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
 
 
@@ -140,7 +150,7 @@ class Results:
     def artifacts(self, result: str, role: str) -> Path | None:
         """Return the directory of a stage of the point with this result; None when the point has no such stage."""
         store, stages = self._stages_of[result]
-        return store / ("generate" if role == "baseline" else role) / stages[role] if role in stages else None
+        return store / kind_of(role) / stages[role] if role in stages else None
 
     def identity_of(self, result: str, role: str) -> str | None:
         """Return the identity of a stage of the point with this result; None when the point has no such stage."""
@@ -170,7 +180,7 @@ class Results:
             folder = store / "evaluate" / identity
             try:
                 if (folder / RESULT_FILE).exists():
-                    if damage := find_damage(folder, identity, names=(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE)):
+                    if damage := find_damage(folder, identity, names=RESULT_FILES):
                         raise DamagedFile(damage)
                     results[identity] = read_result(folder)
                     read_quality(folder)
@@ -254,6 +264,8 @@ def _measurements(result: dict[str, Any], stages: dict[str, str]) -> dict[str, A
         "kl_sequence_rb": result["kl"].get("per_sequence_rb", unknown),
         "kl_token_rb": result["kl"].get("per_token_rb", unknown),
         "sft_validation_loss": result.get("sft_validation_loss", unknown),
+        "capability": result.get("capability", unknown),
+        "capability_change": result.get("capability", {}).get("change", unknown),
     }
     unshared = {stages[kind] for kind in ("align", "generate")}  # stages that no other point uses
     return {

@@ -18,6 +18,7 @@ GROUP = ["setup", "init", "variant"]  # methods are compared with each other wit
 MEANS = [
     *("quality", "quality_selection", "quality_reporting"),
     *("kl_sequence", "kl_token", "kl_sequence_rb", "kl_token_rb"),
+    *("capability", "capability_change"),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -29,9 +30,12 @@ from sweeps.report.plot_style import (
     style_axes,
     tooltip,
 )
+from sweeps.report.tables import change_with_error
 
 MAX_TICKS = 12  # on either axis of a heat map; with more values only some are labeled
 MAX_NUMBERS = 60  # cells of a heat map that show their value; more would not fit
+MIN_CHANGE = 0.01  # of capability, at either end of its colors: a smaller one is no more than noise
+CHANGE_COLORS = "RdBu"  # red: lost, white: as the SFT model, blue: gained; told apart by color-blind readers
 MAX_STEM = 150  # bytes of a file name
 
 
@@ -58,6 +62,8 @@ def draw(averages: pd.DataFrame, best: pd.DataFrame, verdicts: pd.DataFrame) -> 
         grid = averages[(averages[GROUP] == list(key)).all(axis=1)]
         if grid.groupby("method").lr.nunique().max() > 1:
             yield heat_map(stem, name, grid, selected)
+        if grid.capability_change.notna().any():
+            yield capability_over_kl(stem, name, grid, selected)
         if curves := selected_figures.training_curves(selected):
             yield selected_figures.training(stem, name, curves)
 
@@ -101,6 +107,36 @@ def quality_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame
         ax.set(title=kind, xlabel="KL(policy || initial policy), nats per sequence")
         ax.legend(frameon=False, loc="lower right")
     grid[0][0].set_ylabel(_quality_label(rows))
+    return drawing
+
+
+def capability_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
+    """Draw all points over KL as quality_over_kl does the best of each beta, colored by their change of capability."""
+    title = (
+        f"{name}: {metric_label(rows)} over KL, colored by the change of capability from the SFT model (ring: selected)"
+    )
+    drawing = Drawing(f"{stem}_capability_over_kl", title, 8.4, 4.6)
+    ax = drawing.figure.subplots()
+    style_axes(ax)
+    rows = rows[(rows.kl_sequence > 0) & rows.capability_change.notna()]
+    bound = max(MIN_CHANGE, rows.capability_change.abs().max()) if len(rows) else MIN_CHANGE
+    colors = ScalarMappable(Normalize(-bound, bound), CHANGE_COLORS)
+    selected = set(zip(best.method, best.beta, best.lr, strict=True))
+    for row in rows.to_dict("records"):
+        is_selected = (row["method"], row["beta"], row["lr"]) in selected
+        text = f"{tooltip(row, 'quality_reporting')}\ncapability {change_with_error(row)}"
+        style = {"color": colors.to_rgba(row["capability_change"]), "marker": STYLES[row["method"]][1]}
+        edge = {
+            "markeredgecolor": "#D55E00" if is_selected else "#555555",
+            "markeredgewidth": 2 if is_selected else 0.6,
+        }
+        drawing.plot_mark(ax, row["kl_sequence"], row["quality_reporting"], text, markersize=8, **style, **edge)
+    for method in dict.fromkeys(rows.method):
+        ax.plot([], [], color="#808080", marker=STYLES[method][1], linestyle="none", label=NAMES[method])
+    _set_log_x_axis(ax, rows.kl_sequence)
+    ax.set(xlabel="KL(policy || initial policy), nats per sequence", ylabel=metric_label(rows) if len(rows) else "")
+    ax.legend(frameon=False, loc="lower right")
+    drawing.figure.colorbar(colors, ax=ax, label="change of capability, mean of the tasks")
     return drawing
 
 

@@ -48,6 +48,7 @@ def write_report(
         gains=_gains(tables["gains"]),
         benchmark=tables["benchmark"].to_dict("split"),
         sources=tables["sources"].to_dict("split"),
+        capability=_capability(tables["capability"]).to_dict("split"),
         sft=tables["sft"].to_dict("split"),
         graphics=graphics,
         examples=examples(results, best),
@@ -110,6 +111,25 @@ def judge_usage(results: Results) -> dict[str, Any]:
     dates = sorted(date for usage in usages for date in usage.get("answered", ()))
     answered = [dates[0], dates[-1]] if dates else []
     return {"names": sorted({usage["name"] for usage in usages}), "models": models, "answered": answered, **total}
+
+
+def _capability(changes: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of capability as text. changes: of capability_changes."""
+    rows = []
+    for row in changes.to_dict("records"):
+        varying = {name.capitalize(): row[name] for name in GROUP if changes[name].nunique() > 1}
+        point = {
+            "Method": NAMES[row["method"]],
+            "beta": f"{row['beta']:g}",
+            "lr": f"{row['lr']:g}",
+            "Task": row["task"],
+        }
+        scores = {"Score": f"{row['score']:.3f}", "SFT model": f"{row['sft']:.3f}"}
+        change = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        rows.append(
+            varying | point | scores | {"Change": change, "p": f"{row['p']:.2g}", "Documents": str(row["documents"])}
+        )
+    return pd.DataFrame(rows)
 
 
 def _gains(gains: pd.DataFrame) -> list[dict[Hashable, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ BEST, NOT_SIGNIFICANT = "best", "n.s."  # values of the column "Gap to best"
 # Of all validation pairs; where quality is reward accuracy, that is the average by prompt on the reporting split.
 ALL_PAIRS = "Reward accuracy, all pairs"
 SFT_SETTINGS = ("dataset.", "model.", "trainer.sft.", "engine.precision")  # of a variant, those that SFT depends on
-OPTIONAL_COLUMNS = ("KL / sequence", "Shortlist", "Gap to best")  # dropped in this order on a narrow terminal
+CAPABILITY = "Capability change"
+OPTIONAL_COLUMNS = (
+    CAPABILITY,
+    "KL / sequence",
+    "Shortlist",
+    "Gap to best",
+)  # dropped in this order on a narrow terminal
 PER_TOKEN = ["KL / token", "KL (RB) / token"]  # too wide for the page too: in the table's files and points.csv
 NOT_ON_TERMINAL = ["Kind", "Top 3", *PER_TOKEN, "KL (RB) / sequence", ALL_PAIRS, "Length"]
 CAPTION = """selected on the selection split, measured on the reporting split (95 % interval)
@@ -55,8 +61,15 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
                 ALL_PAIRS: with_error(row["reward_accuracy"], None, 3),
                 "Length": with_error(row["response_tokens"], None, 1),
             }
+            | ({CAPABILITY: change_with_error(row)} if best.capability_change.notna().any() else {})
         )
     return pd.DataFrame(rows)
+
+
+def change_with_error(row: Mapping[Hashable, Any]) -> str:
+    """Return the change of capability from the SFT model's, with its sign."""
+    text = with_error(row["capability_change"], row["capability_change_se"], 3)
+    return text if text == "-" or text.startswith("-") else f"+{text}"
 
 
 def _varying(best: pd.DataFrame, row: dict[Hashable, Any], *keys: str) -> dict[str, str]:
@@ -248,7 +261,7 @@ def print_best(results: Results, folder: Path, tables: dict[str, pd.DataFrame]) 
         terminal_table = _terminal_table(results.name, table)
         for column in OPTIONAL_COLUMNS:
             if console.measure(terminal_table).minimum > console.width:
-                table = table.drop(columns=column)
+                table = table.drop(columns=column, errors="ignore")
                 terminal_table = _terminal_table(results.name, table)
         console.print(terminal_table, soft_wrap=False)
     for line in (*group_lines(tables["pairwise_pointwise"]), *results.searches):

@@ -20,6 +20,7 @@ _WITHOUT_EFFECT = {"sweep", "tracking", "output_dir", "keep_checkpoints", "dry_r
 _WITHOUT_EFFECT |= {"beta_grid", "lr_grid", "engine", "model.attention"}
 _WITHOUT_EFFECT |= {"trainer.checkpoint_minutes", "trainer.max_tokens_per_micro_batch"}
 _WITHOUT_EFFECT |= {"evaluation.generation.batch_size", "pairs.generation.batch_size"}
+_WITHOUT_EFFECT |= {"capability.batch_size"}
 _WITHOUT_EFFECT |= {"server.timeout", "server.concurrency", "server.is_automatic"}
 _JUDGING = {"name", "baseline", *(name for names in JUDGES.values() for name in names)}
 _WITHOUT_EFFECT |= {f"judge.{f.name}" for f in fields(Judge) if f.name not in _JUDGING}
