@@ -17,13 +17,21 @@ from src.estimates.disk import bytes_text, disk_of, free_bytes, number_text
 from src.estimates.forecast import ARITHMETIC, REHEARSED, Forecast
 from src.estimates.table_size import num_candidates, table_size
 from src.estimates.waiting import READ_RATE, START_SECONDS, WRITE_RATE, lasting_seconds, uneven_share
-from src.planning.identity import VERSIONS, AlignInputs, CandidatesInputs, GenerateInputs, ReferenceInputs, SftInputs
+from src.planning.identity import (
+    VERSIONS,
+    AlignInputs,
+    CandidatesInputs,
+    CapabilityInputs,
+    GenerateInputs,
+    ReferenceInputs,
+    SftInputs,
+)
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.store.store import Store
 from src.store.usage import Usage, usage_of
 
-_KINDS = ("sft", "candidates", "reference", "align", "generate")  # of stages that a model computes
+_KINDS = ("sft", "candidates", "reference", "align", "generate", "capability")  # of stages that a model computes
 MEASURED = "measured"
 _HEADER = "stage      to run     tokens  accelerator-hours  waiting  a point  source"
 _ASSUMED = f"weights are read at {READ_RATE / 1e9:g} GB/s and published at {WRITE_RATE / 1e9:g}"
@@ -104,6 +112,8 @@ class Cost:
         measured = [usage_of(done).in_use / done["tokens"] for done in self._of_same_model(stage) if done["tokens"]]
         if measured:
             return median(measured), MEASURED
+        if stage.kind == "capability":
+            return math.nan, ""
         rehearsed = self.forecast.seconds_per_token(stage)
         if not math.isnan(rehearsed):
             return rehearsed, REHEARSED
@@ -147,9 +157,15 @@ class Cost:
 
         for kind, e in self.estimates.items():
             lines.append(row(kind, str(e.num_stages), number_text(e.tokens), e.hours, e.waiting, e.source))
-        total, waiting = (sum(getattr(e, name) for e in self.estimates.values()) for name in ("hours", "waiting"))
+        unknown = "capability" in self.estimates and math.isnan(self.estimates["capability"].hours)
+        counted = [e for kind, e in self.estimates.items() if not (unknown and kind == "capability")]
+        total, waiting = (sum(getattr(e, name) for e in counted) for name in ("hours", "waiting"))
         if not math.isnan(total):
             lines.append(row("all", "", "", total, waiting))
+        if unknown:
+            lines.append(
+                "capability: known once these tasks have been asked of this model in this output_dir; not in `all`"
+            )
         if waiting > 0:
             start = f"; a job starts in {START_SECONDS:g} s" if any(map(self.starts_job, self.stages)) else ""
             lines.append(f"waiting: as finished stages did, or {_ASSUMED}{start}")
@@ -197,6 +213,8 @@ def _num_passes(inputs: dict[str, Any], kind: str) -> float:
         return trainer["epochs"] * data["sft_fraction"] * fraction if trainer["max_steps"] is None else math.nan
     if kind == "reference":
         return 1.0
+    if kind == "capability":
+        return float(inputs["limit"] or 1)
     generation = inputs["generation"]
     if kind == "candidates":
         return float(generation["samples_per_prompt"] * generation["max_new_tokens"])
@@ -207,6 +225,9 @@ def _num_passes(inputs: dict[str, Any], kind: str) -> float:
 def _data_key(description: dict[str, Any]) -> dict[str, Any]:
     """Return what is equal when two stages read the same rows with the same tokenizer. description: a stage.json."""
     inputs, pairs = description["inputs"], description["upstream"].get("pairs")
+    if description["stage"] == "capability":
+        asked = {name: inputs[name] for name in ("model", "tasks", "files", "chat_template")}
+        return {**asked, "all": inputs["limit"] is None}
     data = inputs["data"] if "data" in inputs else inputs["prompts"]
     kept = {name: value for name, value in data.items() if name != "sft_fraction"}
     return {"model": inputs["model"], "pairs": pairs, **kept}
@@ -215,6 +236,8 @@ def _data_key(description: dict[str, Any]) -> dict[str, Any]:
 def _expected_tokens(stage: Stage) -> float:
     """Return the tokens a stage processes by the size of the tables it reads."""
     inputs, point = stage.inputs, stage.point
+    if isinstance(inputs, CapabilityInputs):
+        return math.nan  # of documents that have not been read
     if isinstance(inputs, GenerateInputs):
         return float(inputs.num_samples * inputs.generation.max_new_tokens)
     if isinstance(inputs, CandidatesInputs):

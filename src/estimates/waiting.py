@@ -6,7 +6,7 @@ import math
 
 from src.estimates.disk import published_bytes
 from src.estimates.table_size import num_candidates
-from src.planning.identity import CandidatesInputs, GenerateInputs
+from src.planning.identity import CandidatesInputs, CapabilityInputs, GenerateInputs
 from src.planning.model_shape import model_shape
 from src.planning.stage import Stage
 
@@ -29,9 +29,13 @@ def lasting_seconds(stage: Stage) -> float:
     # Samples of a policy are scored under the model it started from, too.
     num_read = 2 if isinstance(stage.inputs, GenerateInputs) and stage.inputs.role == "policy" else 1
     published = published_bytes(stage) if stage.is_training else 0.0
-    has_server = (
-        isinstance(stage.inputs, CandidatesInputs | GenerateInputs) and stage.inputs.generation.server is not None
-    )
+    match stage.inputs:
+        case CandidatesInputs(generation=generation) | GenerateInputs(generation=generation):
+            has_server = generation.server is not None
+        case CapabilityInputs(server=server):
+            has_server = server is not None
+        case _:
+            has_server = False
     start = SERVER_START_SECONDS if has_server else 0.0
     return start + num_read * _FLOAT32 * shape.num_parameters / READ_RATE + published / WRITE_RATE
 

@@ -259,8 +259,16 @@ class EvaluateInputs:
     split_seed: int
 
 
-StageInputs = SftInputs | CandidatesInputs | PairsInputs | ReferenceInputs | AlignInputs | GenerateInputs
-StageInputs |= CapabilityInputs | EvaluateInputs
+StageInputs = (
+    SftInputs
+    | CandidatesInputs
+    | PairsInputs
+    | ReferenceInputs
+    | AlignInputs
+    | GenerateInputs
+    | CapabilityInputs
+    | EvaluateInputs
+)
 
 
 def select_fields(cls: type[T], source: Any, **values: Any) -> T:

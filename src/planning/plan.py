@@ -87,8 +87,9 @@ class Plan:
         lines.append("")
         lines += [f"{damage}; to be computed again" for damage in self.damaged.values()]
         lines.append(f"{len(self.points)} points: {finished} done, {len(self.points) - finished} to do")
-        lines.append("stage       to do  done or not needed")
-        lines += [f"{role:10} {todo[role]:6} {total - todo[role]:6}" for role, total in roles.items()]
+        width = max(10, *map(len, roles))
+        lines.append(f"{'stage':{width}}  to do  done or not needed")
+        lines += [f"{role:{width}} {todo[role]:6} {total - todo[role]:6}" for role, total in roles.items()]
         return "\n".join(lines)
 
 

@@ -210,8 +210,15 @@ def stages_of(point: Point) -> list[Stage]:
         EvaluateInputs, point.evaluation, setup=point.setup.name, init=point.init.name, prompts=prompts, judge=judge
     )
     is_validated = initial is not None and point.dataset.sft_validation_size != 0
-    measured = {"capability": capability, "sft_capability": sft_capability, "sft": initial if is_validated else None}
-    add(evaluate, align=align, samples=samples, baseline=baseline, **measured)
+    add(
+        evaluate,
+        align=align,
+        samples=samples,
+        baseline=baseline,
+        capability=capability,
+        sft_capability=sft_capability,
+        sft=initial if is_validated else None,
+    )
     return stages
 
 

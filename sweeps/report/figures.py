@@ -111,32 +111,33 @@ def quality_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame
 
 
 def capability_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
-    """Draw all points over KL as quality_over_kl does the best of each beta, colored by their change of capability."""
-    title = (
-        f"{name}: {metric_label(rows)} over KL, colored by the change of capability from the SFT model (ring: selected)"
-    )
-    drawing = Drawing(f"{stem}_capability_over_kl", title, 8.4, 4.6)
-    ax = drawing.figure.subplots()
-    style_axes(ax)
+    """Draw all points over KL in the panels of quality_over_kl, colored by their change of capability."""
+    title = f"{name}: {metric_label(rows)} over KL, colored by the change of capability (ring: selected)"
     rows = rows[(rows.kl_sequence > 0) & rows.capability_change.notna()]
-    bound = max(MIN_CHANGE, rows.capability_change.abs().max()) if len(rows) else MIN_CHANGE
+    kinds = [kind for kind in KINDS if kind in set(rows.kind)] or list(KINDS[:1])
+    drawing = Drawing(f"{stem}_capability_over_kl", title, max(8.4, 5.2 * len(kinds) + 1), 4.4)
+    axes = drawing.figure.subplots(1, len(kinds), sharey=True, sharex=True, squeeze=False)[0]
+    bound = max([MIN_CHANGE, *rows.capability_change.abs()])
     colors = ScalarMappable(Normalize(-bound, bound), CHANGE_COLORS)
     selected = set(zip(best.method, best.beta, best.lr, strict=True))
-    for row in rows.to_dict("records"):
-        is_selected = (row["method"], row["beta"], row["lr"]) in selected
-        text = f"{tooltip(row, 'quality_reporting')}\ncapability {change_with_error(row)}"
-        style = {"color": colors.to_rgba(row["capability_change"]), "marker": STYLES[row["method"]][1]}
-        edge = {
-            "markeredgecolor": "#D55E00" if is_selected else "#555555",
-            "markeredgewidth": 2 if is_selected else 0.6,
-        }
-        drawing.plot_mark(ax, row["kl_sequence"], row["quality_reporting"], text, markersize=8, **style, **edge)
-    for method in dict.fromkeys(rows.method):
-        ax.plot([], [], color="#808080", marker=STYLES[method][1], linestyle="none", label=NAMES[method])
-    _set_log_x_axis(ax, rows.kl_sequence)
-    ax.set(xlabel="KL(policy || initial policy), nats per sequence", ylabel=metric_label(rows) if len(rows) else "")
-    ax.legend(frameon=False, loc="lower right")
-    drawing.figure.colorbar(colors, ax=ax, label="change of capability, mean of the tasks")
+    for ax, kind in zip(axes, kinds, strict=True):
+        style_axes(ax)
+        of_kind = rows[rows.kind == kind]
+        for row in of_kind.to_dict("records"):
+            is_selected = (row["method"], row["beta"], row["lr"]) in selected
+            text = f"{tooltip(row, 'quality_reporting')}\ncapability {change_with_error(row)}"
+            style = {"color": colors.to_rgba(row["capability_change"]), "marker": STYLES[row["method"]][1]}
+            style |= {"markeredgecolor": "#D55E00" if is_selected else "#808080", "markeredgewidth": 1 + is_selected}
+            drawing.plot_mark(ax, row["kl_sequence"], row["quality_reporting"], text, markersize=8, **style)
+        for method in dict.fromkeys(of_kind.method):
+            ax.plot([], [], color="#808080", marker=STYLES[method][1], linestyle="none", label=NAMES[method])
+        _set_log_x_axis(ax, rows.kl_sequence)
+        ax.set(title=kind, xlabel="KL(policy || initial policy), nats per sequence")
+        if len(of_kind):
+            ax.legend(frameon=False, loc="lower right")
+    if len(rows):
+        axes[0].set_ylabel(metric_label(rows))
+    drawing.figure.colorbar(colors, ax=list(axes), label="change of capability from the SFT model")
     return drawing
 
 
