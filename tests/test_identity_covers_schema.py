@@ -4,7 +4,7 @@ import copy
 import json
 import re
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 
@@ -53,6 +53,9 @@ NOT_HASHED = {
     "engine.deterministic": "the order in which a GPU sums; equal to rounding",
     "evaluation.name": "a display name; its fields are hashed",
     "evaluation.generation.batch_size": "a sample depends on its prompt and seed, not on its batch",
+    "capability.metrics": "hashed for the tasks that are asked; tested by name below",
+    "capability.num_fewshot": "hashed for the tasks that are asked; tested by name below",
+    "capability.batch_size": "how many sequences are computed together; equal to rounding",
     "server.timeout": "how long to wait for a server to start",
     "server.concurrency": "how many samples are asked for at once",
     "server.is_automatic": "how the server was chosen; what was chosen is hashed",
@@ -80,6 +83,7 @@ CONFIGS = [
     ("method=cal_dpo", "init=base", "beta=0.1", "lr=1e-3"),
     ("setup=llama31_8b_uf", "dataset=ultrafeedback_hh"),
     ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt_file={prompt_file}"),
+    ("capability=subset",),
 ]
 
 JUDGE_PROMPT = {"system_prompt": "judge", "prompt_template": ["{question_1} {answer_1} {answer_2}"]}
@@ -182,8 +186,14 @@ def test_choices_that_are_hashed_under_another_name_change_identities(points):
         ["init=base", "beta=0.1", "lr=1e-3"],
         ["method=ipo", "beta=0.1", "lr=1e-3"],
         ["pairs=onpolicy"],
+        ["capability=subset"],
     ):
         assert identities(build_point(composed(*overrides))) != default
+    asked = points[-1]
+    for options in ({"metrics": {"mmlu": "acc"}}, {"num_fewshot": {"gsm8k": 0}}):
+        other = replace(asked, capability=replace(asked.capability, **options))
+        assert identities(other) != identities(asked)
+        assert identities(other)[:3] == identities(asked)[:3]  # of what is trained
     hub = points[1]
     pinned = with_value(hub, "model.revision", "abc")
     assert identities(pinned) != identities(hub)

@@ -166,17 +166,18 @@ def test_a_model_stays_while_a_point_of_another_sweep_waits_for_it(keep, tmp_pat
     assert (loser["identity"] in sweep.models()) == (keep == "best"), "it may be the other sweep's best"
 
 
-def test_a_model_from_which_a_stage_samples_stays(tmp_path):
+@pytest.mark.parametrize("kind", ["generate", "capability"])
+def test_a_model_that_a_stage_reads_stays(kind, tmp_path):
     sweep, _ = two_sweeps(tmp_path, keep="none")
     loser = next(point for point in sweep.points if point["identity"] not in sweep.selected())
-    work = sweep.store.work(StageName("generate", "reader"))
+    work = sweep.store.work(StageName(kind, "reader"))
     with Lease(work):
         (work / "attempt-x").mkdir()
         write_json(work / "attempt-x" / STAGE_FILE, {"upstream": {"checkpoint": loser["stages"]["align"]}})
         sweep.finalize()
         assert loser["identity"] in sweep.models() and len(sweep.models()) == len(METHODS) + 1
     sweep.finalize()
-    assert loser["identity"] not in sweep.models(), "the control: it has been sampled"
+    assert loser["identity"] not in sweep.models(), "the control: it has been read"
 
 
 @pytest.mark.parametrize("was_marked", [False, True], ids=["first", "after a removal that was killed"])
