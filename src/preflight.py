@@ -1,4 +1,4 @@
-"""Checks before anything runs or is submitted: files and models, packages, keys, programs, and hub names. No torch."""
+"""Checks before anything runs or is submitted: files and models, packages, programs, and hub names. No torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
-from src.config.endpoints import read_key
-from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES
+from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES, served_model, split_annotator
 from src.config.packages import require_package
 from src.config.schema import Model, Point
 from src.config.template_rules import end_tokens_of, is_template_file
@@ -25,6 +22,7 @@ from src.data.training_prompts import training_prompts
 from src.errors import ConfigError
 from src.estimates.table_size import num_dataset_pairs
 from src.hardware import check_num_threads, visible_gpus
+from src.judges.annotators import read_annotators
 from src.judges.prompt_file import CATEGORIES, LOADERS
 from src.model.files import check_model_files, local_tokens, why_not_supported, why_too_long
 from src.planning.content import locate
@@ -55,6 +53,9 @@ def check_input_files(points: Sequence[Point]) -> None:
     for name in dict.fromkeys(p.judge.model for p in points if p.judge.name == "reward_model"):
         if name is not None:
             check_model_files(name, "judge.model", causal=False)
+    for name in dict.fromkeys(served_model(p.judge) for p in points):
+        if name is not None:
+            check_model_files(name, "judge.model")
     for name in dict.fromkeys(p.pairs.model for p in points if p.pairs.judge == "reward_model"):
         if name is not None:
             check_model_files(name, "pairs.model", causal=False)
@@ -188,40 +189,7 @@ def check_packages(points: Iterable[Point]) -> None:
             if name == "math":
                 require_package("math_verify", f"{key}=math")
         if judge.name == "alpaca_eval":
-            annotators = require_package("alpaca_eval", "judge=alpaca_eval") / "evaluators_configs"
-            # Joining the absolute path of an annotator's folder gives that path.
-            if not (annotators / str(judge.model) / "configs.yaml").is_file():
-                raise ConfigError(
-                    f"judge.model={judge.model}: unknown annotator; use one of alpaca-eval's ({annotators}), "
-                    "or the absolute path of a folder with a configs.yaml"
-                )
-            if Path(str(judge.model)).is_absolute():
-                _check_annotator(Path(str(judge.model)))
-
-
-def _check_annotator(folder: Path) -> None:
-    """Raise ConfigError for an annotator that cannot be read, or whose prompt is not in its folder.
-
-    An annotator is identified by the content of its folder.
-    """
-    key = f"judge.model={folder}"
-    try:
-        annotators = yaml.safe_load((folder / "configs.yaml").read_text(encoding="utf-8"))
-        templates = [annotator["prompt_template"] for annotator in annotators.values()]
-        prompts = [folder.parent / template for template in templates if "{" not in template]  # others are no path
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(f"{key}: its configs.yaml needs NAME: {{prompt_template: FILE, ...}} ({reason})") from None
-    for prompt in prompts:
-        if folder.resolve() not in prompt.resolve().parents or not prompt.is_file():
-            raise ConfigError(f"{key}: prompt_template={prompt} is no file in this folder; copy it there")
-
-
-def check_key(points: Iterable[Point]) -> None:
-    """Raise ConfigError when the API key of a judge is not in the environment, which jobs inherit."""
-    for judge in (point.judge for point in points):
-        if judge.name in ENDPOINT_JUDGES:
-            read_key(judge)
+            read_annotators(split_annotator(str(judge.model))[0])
 
 
 def check_programs(points: Sequence[Point]) -> None:
@@ -264,8 +232,9 @@ def check_hub(points: Iterable[Point]) -> list[str]:
 def _hub_names(point: Point) -> Iterable[HubName]:
     if locate(point.model.path) is None:
         yield "model.path", point.model.path, "model", point.model.revision
-    if point.judge.name == "reward_model" and point.judge.model is not None and locate(point.judge.model) is None:
-        yield "judge.model", point.judge.model, "model", None
+    judge_model = point.judge.model if point.judge.name == "reward_model" else served_model(point.judge)
+    if judge_model is not None and locate(judge_model) is None:
+        yield "judge.model", judge_model, "model", None
     if point.pairs.judge == "reward_model" and point.pairs.model is not None and locate(point.pairs.model) is None:
         yield "pairs.model", point.pairs.model, "model", None
     data = point.dataset

@@ -23,8 +23,9 @@ from src.environment import read_integer
 from src.errors import ConfigError, report_errors
 from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
+from src.judges.endpoint_check import check_judges
 from src.planning.plan import Plan, make_plan, warn_of_other_versions, warn_of_removed_models
-from src.preflight import check_cpu_threads, check_input_files, check_key, check_packages, check_programs
+from src.preflight import check_cpu_threads, check_input_files, check_packages, check_programs
 from src.progress import RunProgress
 from src.store.attempt import Report
 from src.store.retention import discard_finished_work, remove_models
@@ -83,8 +84,10 @@ def run(cfg: DictConfig) -> None:
         if point.dry_run:
             return
         if plan.needed or "WORLD_SIZE" in os.environ:
-            for check in (check_packages, check_key, check_programs, check_cpu_threads):
+            for check in (check_packages, check_programs, check_cpu_threads):
                 check([point])
+            if rank == 0:  # which asks them
+                check_judges(plan, store, runs_here=True)
             with sync_run(plan, store) as sync, RunProgress() as report:
                 if rank == 0:
                     sync.start()

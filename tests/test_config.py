@@ -60,6 +60,7 @@ def test_every_option_of_every_group_composes(group):
         needed = ["beta=1", "lr=1e-5"] if (group, option) == ("init", "base") else []
         needed += ["evaluation=preference"] if (group, option) == ("judge", "none") else []
         needed += ["judge.model=some/name"] if (group, option) == ("judge", "reward_model") else []
+        needed += ["server=vllm"] if (group, option) == ("judge", "open") else []
         if option in ("alpaca_eval", "arena_hard", "arena_hard_v2"):  # of judge and of evaluation
             needed += ["evaluation.prompts_file=README.md", "judge.baseline=README.md"]
             needed += ["judge=arena_hard"] if group == "evaluation" else []
@@ -83,7 +84,7 @@ def test_the_papers_grids_have_the_papers_number_of_points():
 def test_every_key_of_every_config_has_a_comment():
     """Lists by method, names of groups and the columns of tables are explained at the top of their file."""
     explained_above = ("beta_grid", "lr_grid", "methods", "setup", "sweep")
-    tables = ("train.yaml", "gpus.yaml", "hub_configs.yaml")
+    tables = ("train.yaml", "gpus.yaml", "hub_configs.yaml", "retired_models.yaml")
     for path in CONF_DIR.rglob("*.yaml"):
         text = path.read_text()
         assert text.startswith("#"), f"{path}: must begin with a comment"

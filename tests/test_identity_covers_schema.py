@@ -62,6 +62,7 @@ NOT_HASHED = {
     "judge.api_key_env": "which variable holds the key",
     "judge.concurrency": "how many questions are asked at once",
     "judge.timeout": "how long to wait for an answer",
+    "judge.server_timeout": "how long to wait for the judge's server to start",
     "judge.max_retries": "how often a failed question is asked again",
     "judge.max_calls": "a budget: what is beyond it is an error, not another result",
     "judge.max_cost": "a budget: what is beyond it is an error, not another result",

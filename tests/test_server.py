@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import SMALL, run_in_process, start, train
+from tests.support.endpoint import smollm2_folder
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +103,25 @@ def test_a_server_that_does_not_start_is_one_line_with_its_last_log_line(in_proc
     done = train(*POINT, "server=vllm", broken, f"output_dir={tmp_path}", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "server.command exited with code 1: " in done.stderr and "no_such_module" in done.stderr
+
+
+def test_a_judge_that_the_job_serves_is_started_only_while_it_is_asked(in_process, tmp_path):
+    (tmp_path / "store").mkdir()
+    for kind in ("sft", "reference", "align"):
+        (tmp_path / "store" / kind).symlink_to(in_process / "store" / kind)
+    judge, starts, program = smollm2_folder(tmp_path / "smollm2"), tmp_path / "starts", tmp_path / "serve.sh"
+    program.write_text(f'echo "$1 $3" >> {starts}; exec {PROGRAM} serve "$1" --host 127.0.0.1 --port "$2" --dtype "$3"')
+    serve = ["server=transformers", f"server.command='sh {program} {{checkpoint}} {{port}} {{dtype}}'"]
+    options = ["judge=tldr", f"judge.model={judge}", "judge.base_url=server", "judge.max_tokens=2"]
+    train(*POINT, "evaluation.num_prompts=4", *serve, *options, f"output_dir={tmp_path}")
+    started = starts.read_text().splitlines()
+    assert len(started) == 3 and started[-1] == f"{judge} bfloat16"  # policy, baseline, judge
+    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "store" / "evaluate").glob("*/result.json"))
+    assert result["judge"]["answers"] == result["judge"]["calls"] == 8 and result["judge"]["prompt_tokens"] > 100
+    assert not servers(judge)
+    train(*POINT, "evaluation.num_prompts=4", *serve, *options, "evaluation.split_seed=1", f"output_dir={tmp_path}")
+    assert starts.read_text().splitlines() == started  # the answers are there: no server is started for nothing
+    assert len(list((tmp_path / "store" / "evaluate").glob("*/result.json"))) == 2
 
 
 def test_a_server_that_dies_while_sampling_is_one_line(in_process, tmp_path):

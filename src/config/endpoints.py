@@ -11,6 +11,7 @@ from src.config.judge import JudgeEndpoint
 from src.errors import ConfigError
 
 OPENAI_URL = "https://api.openai.com/v1"
+SERVED = "server"  # judge.base_url: the judging job itself serves the model, by server.command
 OPENAI_KEY = "OPENAI_API_KEY"  # the variable whose key OpenAI is sent without judge.api_key_env
 
 _ADDRESS = re.compile(r"(?i:https?)://(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?(/[!-~]*)?")

@@ -23,12 +23,14 @@ JUDGES: dict[str, tuple[str, ...]] = {
 class JudgeEndpoint:
     """How to reach a judge's endpoint and what may be spent on it."""
 
-    base_url: str | None = None  # of an OpenAI-compatible endpoint; null: OpenAI's
+    # Of an OpenAI-compatible endpoint; null: OpenAI's; server: one that the judging job starts by server.command.
+    base_url: str | None = None
     # Variable with the key, which is never written down; null: OPENAI_API_KEY for OpenAI, no key for a base_url.
     api_key_env: str | None = None
     concurrency: int = number(8, minimum=1, maximum=2**16)
     timeout: float = number(60.0, above=0, maximum=MAX_SECONDS)
     max_retries: int = number(8, minimum=0, maximum=1000)
+    server_timeout: float = number(900.0, above=0, maximum=MAX_SECONDS)  # until a server that the job starts is ready
     max_calls: int | None = number(None)
     max_cost: float | None = number(None)
     input_price: float | None = number(None)  # dollars per million tokens

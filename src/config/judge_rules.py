@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
-from src.config.endpoints import check_key_is_protected, check_key_name, check_url
-from src.config.judge import JUDGES
+from src.config.endpoints import SERVED, check_key_is_protected, check_key_name, check_url
+from src.config.judge import JUDGES, Judge
 from src.config.paths import is_file
 from src.config.placeholders import placeholders
 from src.config.schema import GENERATED, Point
@@ -66,13 +67,42 @@ def _check_metric(point: Point) -> None:
         )
 
 
+def split_annotator(name: str) -> tuple[str, str | None]:
+    """Return the annotator that judge.model of alpaca_eval names, and the model it asks; None for its own.
+
+    ANNOTATOR:MODEL asks another model; the name of a model may have colons of its own.
+    """
+    annotator, _, model = (name, "", "") if os.path.isdir(name) else name.partition(":")
+    return annotator, model or None
+
+
+def served_model(judge: Judge) -> str | None:
+    """Return the model that a judging job serves itself; None when the judge has an address."""
+    if judge.base_url != SERVED or judge.model is None:
+        return None
+    return split_annotator(judge.model)[1] if judge.name == "alpaca_eval" else judge.model
+
+
+def _check_served(point: Point) -> None:
+    """Raise ConfigError when the job cannot serve the judge's model itself."""
+    judge, key = point.judge, f"judge.base_url={SERVED}"
+    if point.server.name == "none":
+        raise ConfigError(f"{key}: the job serves the judge by server.command; add server=vllm, or give an address")
+    if judge.api_key_env is not None:
+        raise ConfigError(f"judge.api_key_env: {key} needs no key; remove the override")
+    if judge.model is not None and served_model(judge) is None:
+        raise ConfigError(f"judge.model={judge.model}: {key} needs to know the model: judge.model={judge.model}:MODEL")
+
+
 def check_judge(point: Point) -> None:
     """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
     judge, is_mini = point.judge, point.dataset.source == "mini_tldr"
     _check_metric(point)
     if judge.api_key_env is not None:
         check_key_name("judge.api_key_env", judge.api_key_env)
-    if judge.base_url is not None:
+    if judge.base_url == SERVED:
+        _check_served(point)
+    elif judge.base_url is not None:
         check_url("judge.base_url", judge.base_url)
         check_key_is_protected(judge)
     fields = JUDGES.get(judge.name, ())

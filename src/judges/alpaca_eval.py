@@ -22,7 +22,7 @@ from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import is_number
 from src.judges.judge_client import JudgeClient, Question, usage_of
 from src.planning.content import ContentPath, digest, reading
-from src.planning.identity import EvaluateInputs
+from src.planning.identity import EvaluateInputs, JudgeInputs
 from src.planning.resources import Resources
 from src.serving.http_client import EndpointHttpClient, MalformedResponse
 from src.store.attempt import Attempt
@@ -74,8 +74,8 @@ def alpaca_eval(
     for row in rows:
         texts = row["instruction"], row["output_1"], row["output_2"]
         keys.append(digest([judge.model.fingerprint, *texts]))
-        questions[keys[-1]] = Question(partial(_annotate, judge.model, row), sum(map(len, texts)))
-    _load_annotator(judge.model)  # in the main thread: the package changes the root logger while it is imported
+        questions[keys[-1]] = Question(partial(_annotate, judge, row), sum(map(len, texts)))
+    _load_annotator(judge)  # in the main thread: the package changes the root logger while it is imported
     for _ in range(MAX_ATTEMPTS):
         client.ask_missing(questions, partial(_parse_annotation, client), attempt)
     for key, row in zip(keys, rows, strict=True):
@@ -102,13 +102,18 @@ def is_preference(value: Any) -> bool:
     return is_number(value) and (value == 0 or 1 <= value <= 2)
 
 
-def _load_annotator(annotator: ContentPath) -> Any:
-    package = _import_alpaca_eval()
+def _load_annotator(judge: JudgeInputs) -> Any:
+    package, annotator = _import_alpaca_eval(), judge.model
+    assert isinstance(annotator, ContentPath)
     with reading(annotator):
         try:
-            return package.annotators.PairwiseAnnotator(
+            loaded = package.annotators.PairwiseAnnotator(
                 annotators_config=annotator.location, caching_path=None, is_avoid_reannotations=False
             )
+            for single in loaded.annotators.values() if judge.asked is not None else ():
+                # The package takes a model with "instruct" in its name for one that cannot chat.
+                single.completions_kwargs |= {"model_name": judge.asked_name, "requires_chatml": True}
+            return loaded
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise StageError(
@@ -116,14 +121,14 @@ def _load_annotator(annotator: ContentPath) -> Any:
             ) from None
 
 
-def _annotate(annotator: ContentPath, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
+def _annotate(judge: JudgeInputs, row: dict[str, Any], client: openai.OpenAI) -> dict[str, Any]:
     """Return the row with its preference, the name of the model, and as its price the number of tokens.
 
     Raises what the client does, and MalformedResponse for what the package cannot read.
     One row at a time: of many rows the package returns none before all are annotated. Its objects are not safe to share
     between threads, and it would cache the answers in its own folder.
     """
-    annotate = _load_annotator(annotator)
+    annotate = _load_annotator(judge)
     http_client = client._client
     assert isinstance(http_client, EndpointHttpClient)
     try:

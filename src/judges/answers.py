@@ -31,6 +31,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
 
 
+def answers_folder(judge: JudgeInputs, output_dir: Path) -> Path:
+    """Return the folder of the answers of a judge's model: of its whole name, or content, at its address."""
+    key = digest(hashable([judge.model, judge.base_url, *filter(None, (judge.asked, judge.server))]))
+    return Store(output_dir).answers(judge.name, judge.model_name, key)
+
+
 class Answers:
     """All answers of one judge model in an output_dir: key (a digest of the question) -> answer, a JSON object.
 
@@ -47,9 +53,8 @@ class Answers:
 
     @classmethod
     def of_judge(cls, judge: JudgeInputs, output_dir: Path, shape: Shape) -> Answers:
-        """Return those of the judge's model: of its whole name, or content, at its address."""
-        key = digest(hashable([judge.model, judge.base_url]))
-        return cls(Store(output_dir).answers(judge.name, judge.model_name, key), shape)
+        """Return those of the judge's model."""
+        return cls(answers_folder(judge, output_dir), shape)
 
     def refresh(self) -> None:
         """Read what other processes have written since the last call."""

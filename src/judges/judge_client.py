@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,12 @@ import openai
 from src.config.endpoints import read_key
 from src.config.judge import JudgeEndpoint
 from src.errors import ConfigError, StageError
+from src.hardware import release_accelerator
 from src.judges.answers import Answers, Shape, is_number, is_text
 from src.planning.content import digest
 from src.planning.identity import JudgeInputs
-from src.serving.http_client import MalformedResponse
+from src.serving.http_client import MalformedResponse, strike_out
+from src.serving.model_server import serving
 from src.serving.openai_client import ConcurrentClient
 from src.store.attempt import Attempt
 
@@ -53,11 +56,9 @@ class JudgeClient:
         self._judge, self._endpoint = judge, endpoint
         self.answers = Answers.of_judge(judge, output_dir, {**ENDPOINT_SHAPE, **shape})
         try:
-            key = read_key(endpoint)
+            self._key = read_key(endpoint)
         except ConfigError as error:  # the environment of the job is not that of the command
             raise StageError(str(error)) from None
-        limits = endpoint.timeout, endpoint.max_retries, endpoint.concurrency
-        self._client = ConcurrentClient(endpoint.base_url, key, *limits, grace=endpoint.timeout)
 
     def complete(self, chats: Sequence[Messages], attempt: Attempt) -> list[dict[str, Any]]:
         """Return one answer per chat: text, prompt_tokens, completion_tokens, model, date, `by`: the stage that asked.
@@ -83,12 +84,15 @@ class JudgeClient:
         raises. Answers that arrive until then are kept, also those of requests in flight: they are paid for.
         """
         known = self.answers.known
+        self.answers.refresh()
+        if all(key in known for key in questions):
+            return  # no server is started for nothing
 
-        def requests() -> Iterator[tuple[str, Callable[[openai.OpenAI], Any]]]:
+        def requests(client: ConcurrentClient) -> Iterator[tuple[str, Callable[[openai.OpenAI], Any]]]:
             for key, question in questions.items():
                 self.answers.refresh()  # another process may have asked meanwhile
                 if key not in known:
-                    self._check_budget(question.num_chars)
+                    self._check_budget(question.num_chars, client.num_in_flight)
                     yield key, question.request
 
         def on_result(key: str, answer: dict[str, Any] | None) -> None:
@@ -99,13 +103,35 @@ class JudgeClient:
         def num_known() -> int:
             return sum(key in known for key in questions)
 
+        def on_progress() -> None:
+            attempt.step(num_known(), len(questions))
+
         try:
-            self._client.map_concurrent(requests(), parse, on_result, lambda: attempt.step(num_known(), len(questions)))
+            with self._connected(attempt, on_progress) as client:
+                client.map_concurrent(requests(client), parse, on_result, on_progress)
         except StageError as error:
             raise StageError(
                 f"judge.model={self._judge.model_name}: {error}; {num_known()} of {len(questions)} answers were saved; "
                 "rerun to request the remaining ones"
             ) from None
+
+    @contextmanager
+    def _connected(self, attempt: Attempt, on_progress: Callable[[], None]) -> Iterator[ConcurrentClient]:
+        """Have a client of the endpoint in the body; where the job serves the model itself, its server runs meanwhile.
+
+        It computes in bf16: judges are served to be asked, and what they compute is no result of the run's precision.
+        """
+        judge, endpoint, url = self._judge, self._endpoint, self._endpoint.base_url
+        with ExitStack() as stack:
+            if judge.server is not None:
+                folder = attempt.checkpoints / "judge"
+                folder.mkdir(parents=True, exist_ok=True)
+                release_accelerator()  # a server allocates the memory that is free when it starts
+                command, timeout, model = judge.server[1], endpoint.server_timeout, judge.asked_name
+                with attempt.loading():
+                    url = stack.enter_context(serving(command, timeout, model, "bf16", folder, on_progress))
+            limits = endpoint.timeout, endpoint.max_retries, endpoint.concurrency
+            yield ConcurrentClient(url, self._key, *limits, grace=endpoint.timeout)
 
     def _request(self, chat: Messages, client: openai.OpenAI) -> Any:
         judge = self._judge
@@ -119,18 +145,18 @@ class JudgeClient:
 
     def _parse_completion(self, completion: Any) -> dict[str, Any]:
         text, tokens = read_content(completion.choices[0].message.content), read_usage(completion.usage)
-        return {"text": self._client.strike_out(text), **tokens, "model": self.read_model(completion.model)}
+        return {"text": strike_out(text, self._key), **tokens, "model": self.read_model(completion.model)}
 
     def read_model(self, model: Any) -> str | None:
         """Return the name that the endpoint gave its model; None without one."""
-        return self._client.strike_out(model)[:200] if isinstance(model, str) else None
+        return strike_out(model, self._key)[:200] if isinstance(model, str) else None
 
-    def _check_budget(self, num_chars: int) -> None:
+    def _check_budget(self, num_chars: int, in_flight: int) -> None:
         """Raise StageError when one more answer may exceed the budget, with requests in flight at their full length.
 
         Requests that other processes have in flight are not known here.
         """
-        endpoint, in_flight, num_calls = self._endpoint, self._client.num_in_flight, len(self.answers.known)
+        endpoint, num_calls = self._endpoint, len(self.answers.known)
         if endpoint.max_calls is not None and num_calls + in_flight >= endpoint.max_calls:
             raise StageError(f"judge.max_calls={endpoint.max_calls} reached; raise the limit to continue")
         if endpoint.max_cost is not None:

@@ -124,6 +124,10 @@ class CandidatesInputs:
     seed: int
 
 
+def _name(part: str | ContentPath) -> str:
+    return part.location if isinstance(part, ContentPath) else part
+
+
 @dataclass(frozen=True)
 class JudgeInputs:
     """What verdicts and grades depend on; a field the judge does not have is None.
@@ -138,12 +142,21 @@ class JudgeInputs:
     max_tokens: int | None = None
     prompt_file: ContentPath | None = None
     base_url: str | None = None  # of its endpoint, None for OpenAI's: two servers may call two models by one name
+    asked: str | ContentPath | None = added_field(field(default=None))  # by an annotator, instead of its own model
+    server: tuple[str, str] | None = added_field(field(default=None))  # name and command, when the job serves the model
 
     @property
     def model_name(self) -> str:
-        """The model as its endpoint, or its location, calls it."""
+        """The model as its endpoint, or its location, calls it; of an annotator ANNOTATOR:MODEL."""
         assert self.model is not None
-        return self.model.location if isinstance(self.model, ContentPath) else self.model
+        return ":".join(_name(part) for part in (self.model, self.asked) if part is not None)
+
+    @property
+    def asked_name(self) -> str:
+        """The model that the endpoint is asked for, where it is not an annotator that knows it."""
+        name = self.asked or self.model
+        assert name is not None
+        return _name(name)
 
 
 @dataclass(frozen=True)

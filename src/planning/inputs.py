@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from src.config.endpoints import normalize_url
+from src.config.endpoints import SERVED, normalize_url
 from src.config.judge import JUDGES
-from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES
+from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, split_annotator
 from src.config.schema import Dataset, Judge, Optimization, Point
 from src.config.tables import MAX_ROWS, HubTable, MixedTable, Table
 from src.config.template_rules import end_tokens_of, is_template_file
@@ -113,17 +113,27 @@ def pairs_inputs(point: Point, candidates: CandidatesInputs) -> PairsInputs:
     return PairsInputs(candidates.model, candidates.prompts, judge, pairs.selection, pairs.margin)
 
 
-def judge_inputs(judge: Judge) -> JudgeInputs | None:
-    """Return what verdicts depend on; None without a judge. Raises ConfigError when a local file does not exist."""
+def judge_inputs(judge: Judge, server: tuple[str, str] | None) -> JudgeInputs | None:
+    """Return what verdicts depend on; None without a judge. Raises ConfigError when a local file does not exist.
+
+    server: name and command of the program that serves models, None without one.
+    """
     if judge.name == "none":
         return None
     options: dict[str, Any] = {name: getattr(judge, name) for name in JUDGES[judge.name]}
-    if judge.name in CONTENT_HASHED_MODELS:
-        kind: Kind = "annotator" if judge.name == "alpaca_eval" else "model"
+    is_served = judge.base_url == SERVED
+    kind: Kind = "model"
+    if judge.name == "alpaca_eval":
+        kind = "annotator"
+        options["model"], asked = split_annotator(options["model"])
+        options["asked"] = ContentPath.of(asked, "judge.model") if is_served and asked is not None else asked
+    if judge.name in CONTENT_HASHED_MODELS or is_served:
         options["model"] = ContentPath.of(options["model"], "judge.model", kind=kind)
     if options.get("prompt_file") is not None:
         options["prompt_file"] = ContentPath.of(options["prompt_file"], "judge.prompt_file")
-    if judge.name in ENDPOINT_JUDGES and judge.base_url is not None:
+    if is_served:
+        options |= {"base_url": SERVED, "server": server}
+    elif judge.name in ENDPOINT_JUDGES and judge.base_url is not None:
         options["base_url"] = normalize_url(judge.base_url)
     baseline: str | ContentPath | None = judge.baseline
     if judge.baseline is not None and judge.baseline not in BASELINES:

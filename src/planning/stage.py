@@ -159,8 +159,8 @@ def stages_of(point: Point) -> list[Stage]:
     initial = sft(fraction) if point.init.name == "sft" and fraction > 0 else None
     init = "base" if initial is None else "sft"
 
-    judge = judge_inputs(point.judge)
     server = None if point.server.name == "none" else (point.server.name, point.server.command or "")
+    judge = judge_inputs(point.judge, server)
     made_pairs = None  # by a stage; None: those of the dataset
     if point.pairs.name == "onpolicy":
         inputs = candidates_inputs(point, model, server)

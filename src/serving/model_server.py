@@ -42,9 +42,14 @@ _LIBC = ctypes.CDLL(None)  # loaded at import time: dlopen between fork and exec
 
 @contextmanager
 def serving(
-    server_command: str, timeout: float, checkpoint: Path, precision: str, folder: Path, on_progress: Callable[[], None]
+    server_command: str,
+    timeout: float,
+    checkpoint: Path | str,
+    precision: str,
+    folder: Path,
+    on_progress: Callable[[], None],
 ) -> Iterator[str]:
-    """Run a server of the checkpoint and yield its base URL; the name of its model is the checkpoint's path.
+    """Run a server of the checkpoint and yield its base URL; the name of its model is the checkpoint's path or name.
 
     Its output goes to server.log in `folder`. on_progress is called while it starts. Raises StageError when the server
     does not start, or when it has died and the body therefore raises one.

@@ -121,9 +121,13 @@ class ConcurrentClient:
     def _failure(self, num_attempts: int, error: Exception) -> StageError:
         """Return the error to raise `from None`: its causes have the endpoint's words, and with them maybe the key."""
         attempts = "1 attempt" if num_attempts == 1 else f"{num_attempts} attempts"
+        return StageError(f"{self.url} failed after {attempts}: {self.describe(error)}")
+
+    def describe(self, error: Exception) -> str:
+        """Return an error in one line, without the key."""
         is_connection = isinstance(error, openai.APIConnectionError) and error.__cause__ is not None
         reason = f"{error} ({error.__cause__})" if is_connection else str(error)
-        return StageError(f"{self.url} failed after {attempts}: {' '.join(self.strike_out(reason).split())[:300]}")
+        return " ".join(self.strike_out(reason).split())[:300]
 
     def strike_out(self, text: str) -> str:
         """Return the endpoint's words without the key."""

@@ -12,8 +12,9 @@ from launchers.protocol import PlanLauncher
 from src.errors import ConfigError, PointFailure, StageError, warn
 from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
+from src.judges.endpoint_check import check_judges
 from src.planning.plan import Plan, make_plan
-from src.preflight import check_hub, check_key, check_packages
+from src.preflight import check_hub, check_packages
 from src.store.retention import discard_checkpoints, remove_models
 from src.store.store import StageName, Store, read_result
 from src.store.sweep_folder import SweepFolder
@@ -135,7 +136,8 @@ class Search:
         """Raise ConfigError for what would fail later, before anything is recorded."""
         if plan.needed:
             check_packages(plan.points)
-            check_key(plan.points)
+            if not self._warned:
+                check_judges(plan, self.store, launcher.runs_in_process)
             forecast = Forecast(plan, launcher.num_processes, launcher.on_gpus, all_rehearsed=False)
             forecast.check()
             if settled := launcher.settle(plan, forecast):

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from src.errors import ConfigError
+from src.judges.endpoint_check import QUESTION
 from src.planning.content import ContentPath, locate
 from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
@@ -101,10 +102,15 @@ class LoopbackServer:
 class FakeEndpoint(LoopbackServer):
     """Answers every request with `reply(question)`: a JSON value, or (status, headers, body).
 
-    A body is bytes; None closes the connection without a response, and `cut` sends half of what was announced.
+    A body is bytes; None closes the connection without a response, and `cut` sends half of what was announced. What is
+    asked before anything runs is not in `asked` but in `checks`, and answered by `check`; `models` is the list of
+    models, None for a server without one.
     """
 
     def __init__(self) -> None:
+        self.models: list[dict[str, Any]] | None = None
+        self.checks: list[dict[str, Any]] = []  # the questions of one token
+        self.check: Callable[[dict[str, Any]], Any] = lambda request: completion("A")
         self.headers: list[dict[str, str]] = []  # of every request, with lower-case names
         self.asked: list[str] = []
         self.cut, self.reason = False, None  # reason: of the status line, None for the usual one
@@ -112,11 +118,22 @@ class FakeEndpoint(LoopbackServer):
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                endpoint.headers.append({name.lower(): value for name, value in self.headers.items()})
+                has_list = self.path == "/v1/models" and endpoint.models is not None
+                self.send({"object": "list", "data": endpoint.models} if has_list else (404, {}, b"{}"))
+
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 endpoint.headers.append({name.lower(): value for name, value in self.headers.items()})
+                if request["messages"][-1]["content"] == QUESTION:
+                    endpoint.checks.append(request)
+                    self.send(endpoint.check(request))
+                    return
                 endpoint.asked.append(request["messages"][-1]["content"])
-                reply = endpoint.reply(endpoint.asked[-1])
+                self.send(endpoint.reply(endpoint.asked[-1]))
+
+            def send(self, reply: Any) -> None:
                 if not isinstance(reply, tuple):
                     reply = 200, {}, json.dumps(reply).encode()
                 status, headers, body = reply
@@ -160,8 +177,11 @@ class Proxy(LoopbackServer):
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                fault = proxy.faults.popleft() if proxy.faults else None
                 question = json.loads(body)["messages"][-1]["content"]
+                if question == QUESTION:  # of one token, before anything runs; SmolLM2 takes seconds to load for it
+                    self.reply(200, json.dumps(completion("A")).encode())
+                    return
+                fault = proxy.faults.popleft() if proxy.faults else None
                 proxy.asked.append(question)
                 if isinstance(fault, int):
                     more = {"Retry-After": "0"} if fault == 429 else {}
