@@ -23,6 +23,7 @@ from src.errors import ConfigError
 from src.estimates.table_size import num_dataset_pairs
 from src.hardware import check_num_threads, visible_gpus
 from src.judges.annotators import read_annotators
+from src.judges.difficulties import check_difficulties
 from src.judges.prompt_file import CATEGORIES, LOADERS
 from src.model.files import check_model_files, local_tokens, why_not_supported, why_too_long
 from src.planning.content import locate
@@ -68,6 +69,8 @@ def check_input_files(points: Sequence[Point]) -> None:
         judge = point.judge
         if judge.prompt_file is not None:
             LOADERS[judge.name](judge.prompt_file)
+        if judge.difficulties is not None:
+            check_difficulties(judge.difficulties, "judge.difficulties")
         baseline = None if judge.name == "none" or judge.baseline in BASELINES else judge.baseline
         # Prompts of the hub are not fetched here: planning needs no network.
         if point.evaluation.prompts_file is not None or (baseline is not None and point.dataset.source != "hub"):

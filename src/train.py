@@ -71,6 +71,8 @@ def run(cfg: DictConfig) -> None:
         point = build_point(cfg)
         if point.sweep.search != "grid":
             raise ConfigError(f"sweep.search={point.sweep.search} needs a sweep: add -m")
+        if point.judge.reporting == "selected":
+            raise ConfigError("judge.reporting=selected selects among the points of a sweep: add -m, or use all")
         rank, _ = read_integer("RANK", 0), read_integer("WORLD_SIZE", 1, minimum=1)
         store = Store(point.output_dir)
         check_input_files([point])

@@ -70,15 +70,15 @@ def write_results(
     select: how a point of each method is selected, by default `sweep.select` of the first sweep.
     """
     points, prompts = results.points, results.prompts
-    averages = average_seeds(points[points.candidate])
     rule = select or results.sweeps[0]["select"]
-    best = reporting_split.with_intervals(select_points(averages, rule, prompts), averages, prompts)
+    averages, best = selected(results, rule)
+    best = reporting_split.with_intervals(best, averages, prompts)
     differences = reporting_split.differences(best, prompts)
     verdicts = reporting_split.verdicts(best, prompts)
     tables = {
         "best": best_table(best, differences),
         "verdicts": verdict_table(verdicts),
-        "pairwise_pointwise": pairwise_against_pointwise(best),
+        "pairwise_pointwise": pairwise_against_pointwise(reporting_split.reported(best)),
         "differences": differences,
         "gains": reporting_split.gains(averages, best, prompts),
         "pareto": reporting_split.pareto_fronts(averages),
@@ -97,6 +97,12 @@ def write_results(
     if not quiet:
         print_best(results, target.path, tables)
     return best
+
+
+def selected(results: Results, rule: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the points averaged over seeds, and those of them that are selected by the rule of sweep.select."""
+    averages = average_seeds(results.points[results.points.candidate])
+    return averages, select_points(averages, rule, results.prompts)
 
 
 def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
@@ -125,7 +131,8 @@ def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
     failures |= {result: PointFailure("failed", reason) for result, reason in results.damaged.items()}
     best = write_results(results, folder)
     # Of every init and variant, of which best.yaml names one: these models are kept, here and by other sweeps.
-    record["selected"] = sorted({identity for seeds in best.identities for identity in seeds})
+    chosen = {identity for seeds in best.identities for identity in seeds}
+    record["selected"] = sorted(chosen | {p["identity"] for p in points if p.get("reporting") in chosen})
     write_states(folder, record, "aggregating", failures)
     discard_finished_work(store)
     if record["keep_checkpoints"] != "all":
@@ -133,6 +140,8 @@ def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
     record["cost"] = [{name: row[name] for name in COST_ENTRIES} for row in cost_table(results)]
     # The final state last, so that waiters find complete results.
     write_states(folder, record, "failed" if failures else "done", failures)
+    if waiting := sum("reporting" in point and point["identity"] in chosen for point in points):
+        print(f"{folder.name}: rerun the same command to judge {waiting} selected points on the reporting prompts")
     if failures:
         raise SweepFailed(f"{len(failures)} of {len(points)} points failed; rerun the same command to retry only those")
 

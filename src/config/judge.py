@@ -11,7 +11,7 @@ from src.config.tables import MAX_TOKENS
 JUDGES: dict[str, tuple[str, ...]] = {
     "gold": (),
     "tldr": ("model", "temperature", "max_tokens"),
-    "alpaca_eval": ("model",),
+    "alpaca_eval": ("model", "difficulties"),
     "arena_hard": ("model", "temperature", "max_tokens", "prompt_file"),
     "arena_hard_v2": ("model", "temperature", "max_tokens", "prompt_file"),
     "reward_model": ("model",),
@@ -42,6 +42,9 @@ class Judge(JudgeEndpoint):
     name: str = choice("none", *JUDGES)
     baseline: str | None = "sft"  # sft | chosen | a file of answers: what a response is compared with
     model: str | None = None  # as the endpoint calls it; of alpaca_eval: an annotator; of reward_model: a model
+    difficulties: str | None = None  # of alpaca_eval: its table df_gamed.csv; null: the hub's
+    # Which points are judged on the reporting prompts: all, or those that the selection prompts have selected.
+    reporting: str = choice("all", "selected", default="all")
     prompt_file: str | None = None  # the question in Arena-Hard's judge_config.yaml format
     temperature: float = number(0.0, maximum=100)
     max_tokens: int = number(256, minimum=1, maximum=MAX_TOKENS)  # of an answer

@@ -98,6 +98,11 @@ def check_judge(point: Point) -> None:
     """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
     judge, is_mini = point.judge, point.dataset.source == "mini_tldr"
     _check_metric(point)
+    if judge.reporting == "selected" and point.evaluation.metric == "reward_accuracy":
+        raise ConfigError(
+            "judge.reporting=selected: evaluation.metric=reward_accuracy compares points without the judge; use "
+            "judge.reporting=all, or another metric"
+        )
     if judge.api_key_env is not None:
         check_key_name("judge.api_key_env", judge.api_key_env)
     if judge.base_url == SERVED:
@@ -108,7 +113,7 @@ def check_judge(point: Point) -> None:
     fields = JUDGES.get(judge.name, ())
     if judge.name in ENDPOINT_JUDGES:
         fields = (*fields, "base_url")
-    for name in ("model", "base_url", "prompt_file"):
+    for name in ("model", "base_url", "prompt_file", "difficulties"):
         if getattr(judge, name) is not None and name not in fields:
             raise ConfigError(f"judge.{name}: judge={judge.name} has no such field; remove the override")
     if "model" in fields and judge.model is None:
@@ -145,7 +150,8 @@ def check_judge(point: Point) -> None:
         )
     if judge.baseline == "chosen" and point.evaluation.prompts_file is not None:
         raise ConfigError("judge.baseline=chosen: evaluation.prompts_file has no pairs; use a file of answers, or sft")
-    for key, file in (("judge.baseline", judge.baseline), ("judge.prompt_file", judge.prompt_file)):
+    files = {f"judge.{name}": getattr(judge, name) for name in ("baseline", "prompt_file", "difficulties")}
+    for key, file in files.items():
         if file is not None and file not in BASELINES and not is_file(key, file):
             choices = "; it is sft, chosen or a file of answers" if key == "judge.baseline" else ""
             raise ConfigError(f"{key}={file}: no such file{choices}")

@@ -20,6 +20,7 @@ from src.data.rows import read_rows
 from src.errors import ConfigError, StageError, report_errors
 from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import is_number
+from src.judges.difficulties import FILE, NUM_INSTRUCTIONS, NoDifficulties, check_difficulties, difficulties
 from src.judges.judge_client import JudgeClient, Question, usage_of
 from src.planning.content import ContentPath, digest, reading
 from src.planning.identity import EvaluateInputs, JudgeInputs
@@ -30,7 +31,6 @@ from src.store.files import write_json
 
 log = logging.getLogger(__name__)
 
-NUM_INSTRUCTIONS = 805  # of the evaluation set
 OUTPUTS_FILE = "model_outputs.json"
 ANNOTATIONS_FILE = "annotations.json"
 COLUMNS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
@@ -48,7 +48,7 @@ def alpaca_eval(
     judge = inputs.judge
     assert judge is not None and isinstance(judge.model, ContentPath)
     annotator = judge.model_name
-    if len(comparisons) != inputs.prompts.num_prompts:
+    if len(comparisons) != inputs.prompts.num_prompts and inputs.judged == "all":
         raise StageError(
             f"{len(comparisons)} of {inputs.prompts.num_prompts} instructions have a sample: none may be missing"
         )
@@ -86,7 +86,11 @@ def alpaca_eval(
     if missing == len(rows):
         raise StageError(f"judge.model={annotator}: not one of {len(rows)} annotations has a preference")
     usage = usage_of(resources.judge, [client.answers.known.get(key) for key in keys], attempt, missing)
-    return Judged([_verdict(row["preference"]) for row in rows], usage, win_rates(rows))
+    scores = {}
+    if inputs.judged == "all":  # they are of the whole benchmark
+        with reading(judge.difficulties):
+            scores = win_rates(rows, judge.difficulties and judge.difficulties.location)
+    return Judged([_verdict(row["preference"]) for row in rows], usage, scores)
 
 
 def _verdict(preference: float | None) -> Verdict:
@@ -163,12 +167,12 @@ def _to_float(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def win_rates(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def win_rates(rows: Sequence[dict[str, Any]], file: str | None) -> dict[str, dict[str, float]]:
     """Return win_rate and length_controlled_win_rate, each with value and se, in percent.
 
     rows: annotations in the order of the evaluation set, which is how the package finds an instruction's difficulty.
-    The win rate ignores rows without a preference. The length-controlled one is left out unless there are 805 rows and
-    the package can load its table of difficulties.
+    file: with the table of difficulties; None: the hub's. The win rate ignores rows without a preference. The
+    length-controlled one is left out, with a warning, unless there are 805 rows and the table can be loaded.
     """
     import pandas as pd
 
@@ -181,7 +185,11 @@ def win_rates(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         log.warning(warning, f"it is fitted to all {NUM_INSTRUCTIONS} instructions, there are {len(rows)}")
         return rates
     try:
-        metrics = package.metrics.get_length_controlled_winrate(table, save_weights_dir=None)
+        with difficulties(file):
+            metrics = package.metrics.get_length_controlled_winrate(table, save_weights_dir=None)
+    except NoDifficulties as error:
+        log.warning(warning, f"{error}; judge.difficulties=FILE, or --difficulties FILE, names the table {FILE}")
+        return rates
     except Exception as error:  # of huggingface_hub, or of a table that is damaged: the annotations are paid for
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning(warning, f"the table of difficulties could not be loaded: {reason}")
@@ -243,9 +251,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print win rate and length-controlled win rate of annotations, after a check of their number and order."""
     parser = argparse.ArgumentParser(prog="python -m src.judges.alpaca_eval", description=main.__doc__)
     parser.add_argument("annotations", help="annotations.json of alpaca-eval, or of judge=alpaca_eval")
+    parser.add_argument("--difficulties", help="the benchmark's df_gamed.csv, instead of the hub's")
     parser.add_argument("--questions", required=True, help="the evaluation set, alpaca_eval_gpt4_baseline.json")
     args = parser.parse_args(arguments)
     with report_errors():
+        if args.difficulties is not None:
+            check_difficulties(args.difficulties, "--difficulties")
         questions = [row for _, row in read_rows(args.questions, "--questions")]
         if not all("instruction" in row for row in questions):
             raise ConfigError(f"--questions {args.questions}: an entry has no instruction")
@@ -253,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = check_annotations(read_rows(args.annotations, "annotations"), instructions)
         num_preferences = sum(not math.isnan(_to_float(row["preference"])) for row in rows)
         print(f"{rows[0]['generator_2']} against {rows[0]['generator_1']}, {num_preferences} preferences")
-        for name, score in win_rates(rows).items():
+        for name, score in win_rates(rows, args.difficulties).items():
             print(f"{name:26} {score['value']:.2f} ± {score['se']:.2f}")
 
 

@@ -142,6 +142,7 @@ class JudgeInputs:
     max_tokens: int | None = None
     prompt_file: ContentPath | None = None
     base_url: str | None = None  # of its endpoint, None for OpenAI's: two servers may call two models by one name
+    difficulties: ContentPath | None = added_field(field(default=None))
     asked: str | ContentPath | None = added_field(field(default=None))  # by an annotator, instead of its own model
     server: tuple[str, str] | None = added_field(field(default=None))  # name and command, when the job serves the model
 
@@ -260,7 +261,10 @@ class CapabilityInputs:
 
 @dataclass(frozen=True)
 class EvaluateInputs:
-    """metric: what points are compared by, `win_rate`, `reward_accuracy` or `accuracy`. judge: None without one."""
+    """metric: what points are compared by, `win_rate`, `reward_accuracy` or `accuracy`. judge: None without one.
+
+    judged: the prompts whose responses it judges, `all` or those of the `selection` split.
+    """
 
     kind: ClassVar[str] = "evaluate"
     setup: str
@@ -270,6 +274,7 @@ class EvaluateInputs:
     metric: str
     selection_fraction: float
     split_seed: int
+    judged: str = added_field(field(default="all"))
 
 
 StageInputs = (

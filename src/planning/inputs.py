@@ -129,8 +129,9 @@ def judge_inputs(judge: Judge, server: tuple[str, str] | None) -> JudgeInputs | 
         options["asked"] = ContentPath.of(asked, "judge.model") if is_served and asked is not None else asked
     if judge.name in CONTENT_HASHED_MODELS or is_served:
         options["model"] = ContentPath.of(options["model"], "judge.model", kind=kind)
-    if options.get("prompt_file") is not None:
-        options["prompt_file"] = ContentPath.of(options["prompt_file"], "judge.prompt_file")
+    for name in ("prompt_file", "difficulties"):
+        if options.get(name) is not None:
+            options[name] = ContentPath.of(options[name], f"judge.{name}")
     if is_served:
         options |= {"base_url": SERVED, "server": server}
     elif judge.name in ENDPOINT_JUDGES and judge.base_url is not None:

@@ -206,9 +206,9 @@ def stages_of(point: Point) -> list[Stage]:
     if (of_sft := capability_inputs(point, model, "sft")) is not None:
         sft_capability = add(of_sft, checkpoint=sft(1.0))  # of the same model for all points, as the baseline
         capability = add(replace(of_sft, role="policy"), checkpoint=align, reference=initial)
-    evaluate = select_fields(
-        EvaluateInputs, point.evaluation, setup=point.setup.name, init=point.init.name, prompts=prompts, judge=judge
-    )
+    names = {"setup": point.setup.name, "init": point.init.name}
+    judged = "selection" if point.judge.reporting == "selected" else "all"
+    evaluate = select_fields(EvaluateInputs, point.evaluation, **names, prompts=prompts, judge=judge, judged=judged)
     is_validated = initial is not None and point.dataset.sft_validation_size != 0
     add(
         evaluate,
@@ -220,6 +220,11 @@ def stages_of(point: Point) -> list[Stage]:
         sft=initial if is_validated else None,
     )
     return stages
+
+
+def with_all_judged(point: Point) -> Point:
+    """Return the point with all its prompts judged."""
+    return replace(point, judge=replace(point.judge, reporting="all"))
 
 
 def _own_resources(inputs: StageInputs, point: Point) -> dict[str, Any]:

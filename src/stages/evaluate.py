@@ -40,31 +40,34 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     samples = generate.read(upstream["samples"])
     pairs = list(read_jsonl(upstream["align"] / validation.FILE))
     measured = by_prompt((line["prompt"], line["correct"]) for line in pairs)
+    is_judged = inputs.metric != "reward_accuracy"
+    prompts = list(dict.fromkeys(sample["index"] for sample in samples) if is_judged else measured)
+    if len(prompts) < 2:
+        raise StageError(
+            f"evaluation: {len(prompts)} prompt to compare points by; selection and reporting need one each, at least 2"
+        )
+    selection = selection_prompts(prompts, inputs.selection_fraction, inputs.split_seed)
     usage, several, judged_samples = None, {}, []
     if inputs.judge is not None:
-        comparisons = _comparisons(inputs, resources, samples, upstream)
+        asked = [sample for sample in samples if inputs.judged == "all" or sample["index"] in selection]
+        comparisons = _comparisons(inputs, resources, asked, upstream)
         judged = judge_function(inputs.judge.name)(inputs, resources, comparisons, attempt)
         if not attempt.is_main_process:
             return
-        usage = {"name": inputs.judge.name, **judged.usage, "scores": judged.scores}
+        # A benchmark's scores are of all its prompts.
+        usage = {"name": inputs.judge.name, **judged.usage, "scores": judged.scores if inputs.judged == "all" else {}}
         rows = (
             {name: s[name] for name in ("index", "sample") if name in s}
             | {"verdict": v.value, "reason": v.reason, "baseline": c.baseline.get("response")}
-            for s, c, v in zip(samples, comparisons, judged.verdicts, strict=True)
+            for s, c, v in zip(asked, comparisons, judged.verdicts, strict=True)
         )
         write_jsonl(attempt.out / JUDGEMENTS_FILE, rows)
-        judged_samples = list(zip(samples, judged.verdicts, strict=True))
-        if inputs.metric != "reward_accuracy":
+        judged_samples = list(zip(asked, judged.verdicts, strict=True))
+        if is_judged:
             measured = by_prompt((s["index"], v.value) for s, v in judged_samples)
             several = sampling_error(list(measured.values()))
     # Averaged by prompt, so that its pairs or samples are in one split and count as one observation.
     quality = {prompt: math.fsum(values) / len(values) for prompt, values in measured.items()}
-
-    if len(quality) < 2:
-        raise StageError(
-            f"evaluation: {len(quality)} prompt to compare points by; selection and reporting need one each, at least 2"
-        )
-    selection = selection_prompts(list(quality), inputs.selection_fraction, inputs.split_seed)
     columns = {"prompts": list(quality), "values": list(quality.values())}
     columns["selection"] = [prompt in selection for prompt in quality]
     write_json(attempt.out / QUALITY_FILE, {"schema": RESULT_SCHEMA, **columns})
@@ -102,7 +105,7 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         write_json(attempt.out / CAPABILITY_FILE, {"schema": RESULT_SCHEMA, "tasks": tasks})
         result["capability"] = _capability_scores(tasks)
     items = pairs
-    if inputs.metric != "reward_accuracy":
+    if is_judged:
         items = [{"prompt": s["index"], "source": s.get("source"), "correct": v.value} for s, v in judged_samples]
     reporting = [item for item in items if item["prompt"] not in selection]
     if sources := _by_source(reporting, pairs, demonstrations):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,19 @@ class SweepFolder:
         """Return the files that describe the points and their results; not jobs, code or logs."""
         files = (self.record, self.points_csv, self.best_yaml, self.report, self.tables, self.figures)
         return [path for path in files if path.exists()]
+
+
+def with_reporting(point: dict[str, Any], is_whole: Callable[[str], bool]) -> dict[str, Any]:
+    """Return a point of sweep.json with the result in which all its prompts are judged, where there is one.
+
+    With judge.reporting=selected that is another result, `reporting`, of points that were selected; is_whole: whether a
+    result is there and not damaged.
+    """
+    reporting = point.get("reporting")
+    if not isinstance(reporting, str) or not is_whole(reporting):
+        return point
+    earlier, stages = [*point.get("earlier", ()), point["identity"]], point["stages"] | {"evaluate": reporting}
+    return point | {"identity": reporting, "earlier": earlier, "stages": stages}
 
 
 def result_folders(output_dir: Path) -> set[Path]:

@@ -19,7 +19,7 @@ from src.errors import ConfigError, DamagedFile, one_line, warn
 from src.planning.plan import Plan
 from src.store.files import read_json, write_json
 from src.store.store import METRICS_FILE, RUN_CONFIG_FILE, SHARED_ROLES, STAGE_FILE, StageName, Store, kind_of
-from src.store.sweep_folder import SweepFolder
+from src.store.sweep_folder import SweepFolder, with_reporting
 from src.tracking.sink import RunMetadata
 
 _LISTED = ("setup", "label", "identity", "stages")  # of each point of a list
@@ -128,6 +128,7 @@ class RunList:
             run = point.get("full_result", point["identity"])
             # The label of a rung before the last ends with `to 50 %`; the run continues in the next rung.
             name = point["label"] if run == point["identity"] else point["label"].rpartition(" to ")[0]
+            point = with_reporting(point, lambda result: self.store.is_done(StageName("evaluate", result)))
             stages = {kind: identity for kind, identity in point["stages"].items() if kind not in SHARED_ROLES}
             earlier = tuple(point.get("earlier", ()))
             runs.setdefault(run, TrackedRun(run, "align", name, group, stages, upstream, earlier))

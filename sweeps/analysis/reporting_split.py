@@ -21,20 +21,26 @@ VERDICTS = ("win", "tie", "lose")
 NUM_TOP = 3  # points whose mean quality stands beside the selected one's
 
 
+def reported(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that were measured on the reporting split: with judge.reporting=selected not all are."""
+    return rows[rows.quality_reporting.notna()].copy()
+
+
 def with_intervals(best: pd.DataFrame, averages: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
     """Add quality_reporting_low and _high (95 % bootstrap interval over prompts) and top3_reporting to selected points.
 
     top3_reporting is the mean quality_reporting of the three points of the study that are best on the selection split
-    (missing with fewer points): one lucky point changes it less. averages: of average_seeds.
+    (missing with fewer points, or where one was not judged on it): one lucky point changes it less. averages: of
+    average_seeds.
     """
     best = best.assign(quality_reporting_low=float("nan"), quality_reporting_high=float("nan"))
-    for _, group in best.groupby(GROUP, sort=False, dropna=False):
+    for _, group in reported(best).groupby(GROUP, sort=False, dropna=False):
         means = bootstrap_means(prompts.reporting(list(group.identities)))
         for column, index in enumerate(group.index):
             best.loc[index, ["quality_reporting_low", "quality_reporting_high"]] = interval(means[:, column])
     rows = averages.sort_values("quality_selection", ascending=False, kind="stable")
     top_means = {
-        key: group.quality_reporting[:NUM_TOP].mean() if len(group) >= NUM_TOP else float("nan")
+        key: group.quality_reporting[:NUM_TOP].mean(skipna=False) if len(group) >= NUM_TOP else float("nan")
         for key, group in rows.groupby(STUDY, sort=False, dropna=False)
     }
     return best.assign(top3_reporting=[top_means[tuple(row)] for row in best[STUDY].itertuples(index=False)])
@@ -47,7 +53,7 @@ def verdicts(best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
     gives a win for anything above 0.5, so that win + tie / 2 is the win rate only of verdicts that are 0, 0.5 or 1.
     """
     rows = []
-    for row in best[best.metric == "win_rate"].to_dict("records"):
+    for row in reported(best[best.metric == "win_rate"]).to_dict("records"):
         seeds = [prompts.reporting([[identity]])[0] for identity in row["identities"]]
         shares = [[np.mean(values > 0.5), np.mean(values == 0.5), np.mean(values < 0.5)] for values in seeds]
         percent = dict(zip(VERDICTS, 100 * np.mean(shares, axis=0), strict=True))
@@ -59,7 +65,7 @@ def verdicts(best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
 def differences(best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
     """Compare the selected points of each setup, init and variant pairwise on the reporting prompts."""
     tables = []
-    for _, group in best.groupby(GROUP, sort=False, dropna=False):
+    for _, group in reported(best).groupby(GROUP, sort=False, dropna=False):
         table = paired_differences(list(group.method), prompts.reporting(list(group.identities)))
         tables.append(table.assign(**{name: group[name].iloc[0] for name in GROUP}))
     columns = [*GROUP, "method", "other", *COMPARISON, "p_holm"]
@@ -71,8 +77,8 @@ def gains(averages: pd.DataFrame, best: pd.DataFrame, prompts: PromptQuality) ->
 
     Each beta is taken at its own best lr. A beta that was not swept has no row. averages: of average_seeds.
     """
-    best_lrs, rows = best_lr_per_beta(averages), []
-    for row in best.to_dict("records"):
+    best_lrs, rows = reported(best_lr_per_beta(averages)), []
+    for row in reported(best).to_dict("records"):
         study = {name: row[name] for name in STUDY}
         untuned = best_lrs[(best_lrs[STUDY] == pd.Series(study)).all(axis=1)]
         for against, beta in (("beta = 1", 1.0), ("TRL's default", METHODS[row["method"]].trl_beta)):
@@ -89,7 +95,7 @@ def pareto_fronts(averages: pd.DataFrame) -> pd.DataFrame:
     A front maximizes quality_reporting and minimizes kl_sequence, among the points of the method (`front_of_method`)
     and among all methods of its kind, pairwise or pointwise (`front_of_kind`). averages: of average_seeds.
     """
-    rows = best_lr_per_beta(averages)
+    rows = reported(best_lr_per_beta(averages))
     for name, keys in (("front_of_method", STUDY), ("front_of_kind", [*GROUP, "kind"])):
         rows[name] = False
         for _, group in rows.groupby(keys, sort=False, dropna=False):

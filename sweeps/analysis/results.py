@@ -27,7 +27,7 @@ from src.store.store import (
     kind_of,
     read_result,
 )
-from src.store.sweep_folder import SweepFolder
+from src.store.sweep_folder import SweepFolder, with_reporting
 from sweeps.search import successive_halving
 from sweeps.search.variants import disambiguating_settings, variant_text
 
@@ -144,6 +144,11 @@ class Results:
         return [line for sweep in self.sweeps if (line := successive_halving.summary(sweep))]
 
     @property
+    def num_unreported(self) -> int:
+        """The number of finished points whose reporting prompts have not been judged."""
+        return int((self.points.quality_selection.notna() & self.points.quality_reporting.isna()).sum())
+
+    @property
     def prompts(self) -> PromptQuality:
         return PromptQuality(*self.stores)
 
@@ -165,6 +170,7 @@ class Results:
         self, store: Path, sweep: dict[str, Any], point: dict[str, Any], settings: dict[str, Any]
     ) -> dict[str, Any]:
         """Add the costs of a point of sweep.json and return its row; settings: to be added to its variant."""
+        point = with_reporting(point, lambda result: _is_whole(store / "evaluate" / result))
         self._stages_of[point["identity"]] = store, point["stages"]
         row: dict[str, Any] = {key: point.get(key) for key in COLUMNS}
         if "settings" in point:
@@ -233,6 +239,10 @@ def collect(folders: Sequence[SweepFolder]) -> Results:
         _check_conflicts(frame[frame.candidate])
     results.points = frame.astype(dict.fromkeys(NUMBERS, float))  # also where nothing is done and all are missing
     return results
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / RESULT_FILE).exists() and find_damage(folder, folder.name, names=RESULT_FILES) is None
 
 
 def _check_conflicts(points: pd.DataFrame) -> None:

@@ -38,6 +38,8 @@ def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
     rows = done.assign(seeds=count, seconds=groups.seconds.transform("sum"))
     averaged = [*MEANS, "reward_accuracy", "reward_margin", "response_tokens"]
     rows[averaged] = groups[averaged].transform("mean")
+    # Seeds of which one was not judged on the reporting prompts have no mean there.
+    rows["quality_reporting"] = rows.quality_reporting.where(groups.quality_reporting.transform("count") == count)
     for name in MEANS:
         seed_error = groups[name].transform("std") / count**0.5  # NaN with one seed
         variance = (done[f"{name}_se"] ** 2).groupby([done[key] for key in keys], dropna=False).transform("mean")

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from src.planning.content import digest
+from sweeps.analysis.reporting_split import reported
 from sweeps.analysis.selection import GROUP, best_lr_per_beta
 from sweeps.analysis.significance import on_pareto_front
 from sweeps.report import selected_figures
@@ -45,7 +46,7 @@ def draw(averages: pd.DataFrame, best: pd.DataFrame, verdicts: pd.DataFrame) -> 
     averages: of average_seeds; best: of with_intervals; verdicts: of reporting_split.verdicts.
     """
     best_lrs, stems = best_lr_per_beta(averages), set[str]()
-    for setup, rows in best.groupby("setup", sort=False):
+    for setup, rows in reported(best).groupby("setup", sort=False):
         if len(rows[GROUP].drop_duplicates()) > 1:
             yield selected_figures.side_by_side(_stem([str(setup)], stems), str(setup), rows)
     stems.clear()
@@ -54,8 +55,9 @@ def draw(averages: pd.DataFrame, best: pd.DataFrame, verdicts: pd.DataFrame) -> 
         parts = [setup, *([] if init == "sft" else [init]), *([variant] if variant else [])]
         stem, name = _stem(parts, stems), ", ".join(parts)
         selected = best[(best[GROUP] == list(key)).all(axis=1)]
-        yield quality_over_beta(stem, name, rows, selected)
-        yield quality_over_kl(stem, name, rows, selected)
+        if len(shown := reported(rows)):
+            yield quality_over_beta(stem, name, shown, reported(selected))
+            yield quality_over_kl(stem, name, shown, reported(selected))
         of_group = verdicts[(verdicts[GROUP] == list(key)).all(axis=1)]
         if len(of_group):
             yield selected_figures.win_tie_lose(stem, name, of_group)

@@ -17,7 +17,7 @@ from sweeps.analysis.results import Results, read_quality
 from sweeps.analysis.selection import GROUP
 from sweeps.report.plot_style import NAMES
 from sweeps.report.published import published_tables
-from sweeps.report.tables import PER_TOKEN, best_table, group_lines, quality_column, with_error
+from sweeps.report.tables import PER_TOKEN, best_table, group_lines, not_asked, quality_column, with_error
 from sweeps.search.successive_halving import points_per_rung
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,7 +40,7 @@ def write_report(
         results=results,
         counts=results.points.state.value_counts().to_dict(),
         rule=rule,
-        searches=results.searches,
+        searches=[*results.searches, *filter(None, [not_asked(results)])],
         points_per_rung=points_per_rung,
         headlines=_headlines(best, tables),
         metrics=[metric.split(" (")[0] for metric in best.metric.unique()],

@@ -20,6 +20,7 @@ from sweeps.search.variants import variant_text
 
 LEVEL = 0.05  # of significance: two methods differ when Holm's p of their difference is below
 BEST, NOT_SIGNIFICANT = "best", "n.s."  # values of the column "Gap to best"
+NOT_JUDGED = "not judged"  # the quality of a point on the reporting split, where its prompts have no verdict
 # Of all validation pairs; where quality is reward accuracy, that is the average by prompt on the reporting split.
 ALL_PAIRS = "Reward accuracy, all pairs"
 SFT_SETTINGS = ("dataset.", "model.", "trainer.sft.", "engine.precision")  # of a variant, those that SFT depends on
@@ -43,6 +44,7 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
     quality, rows = quality_column(best), []
     for row, gap in zip(best.to_dict("records"), gap_to_best(best, differences), strict=True):
         low, high = row["quality_reporting_low"], row["quality_reporting_high"]
+        interval = NOT_JUDGED if pd.isna(low) else f"{row['quality_reporting']:.3f} [{low:.3f}, {high:.3f}]"
         rows.append(
             _varying(best, row, "setup", "init", "variant", "seeds")
             | {
@@ -50,7 +52,7 @@ def best_table(best: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
                 "Kind": row["kind"],
                 "beta": f"{row['beta']:g}",
                 "lr": f"{row['lr']:g}",
-                quality: f"{row['quality_reporting']:.3f} [{low:.3f}, {high:.3f}]",
+                quality: interval,
                 "Gap to best": gap,
                 "Top 3": with_error(row["top3_reporting"], None, 3),
                 "Shortlist": str(row["shortlist"]),
@@ -171,7 +173,8 @@ def _score(score: pd.Series[float]) -> str:
 def gap_to_best(best: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
     """Return for each selected point its gap to the best method of its setup, init and variant.
 
-    `best` for that method itself, `n.s.` when not significantly different from it, else the difference.
+    `best` for that method itself, `n.s.` when not significantly different from it, else the difference; `-` where it
+    was not judged on the reporting split.
     """
     highest = best.groupby(GROUP, sort=False, dropna=False).quality_reporting.transform("max")
     best_methods = {_group(row): row["method"] for row in best[best.quality_reporting == highest].to_dict("records")}
@@ -183,6 +186,7 @@ def gap_to_best(best: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
     for row in best.to_dict("records"):
         best_method = best_methods.get(_group(row))
         gap = significant.get((*_group(row), frozenset((row["method"], best_method))), NOT_SIGNIFICANT)
+        gap = "-" if pd.isna(row["quality_reporting"]) else gap
         gaps.append(BEST if row["method"] == best_method else gap)
     return gaps
 
@@ -250,6 +254,17 @@ def _terminal_table(name: str, table: pd.DataFrame) -> Table:
     return terminal_table
 
 
+def not_asked(results: Results) -> str:
+    """Return one line about the points that were not judged on the reporting split; empty where all were."""
+    done = int(results.points.quality_selection.notna().sum())
+    if not (count := results.num_unreported):
+        return ""
+    return (
+        f"judge.reporting=selected: {count} of {done} points were judged on the selection prompts alone; what needs "
+        "their reporting prompts (top 3, gains, Pareto fronts, curves) is left out"
+    )
+
+
 def print_best(results: Results, folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Print the selected points, the points without a result, and where the files are. tables: of write_tables."""
     # No markup: [x] in a name is text.
@@ -264,7 +279,7 @@ def print_best(results: Results, folder: Path, tables: dict[str, pd.DataFrame]) 
                 table = table.drop(columns=column, errors="ignore")
                 terminal_table = _terminal_table(results.name, table)
         console.print(terminal_table, soft_wrap=False)
-    for line in (*group_lines(tables["pairwise_pointwise"]), *results.searches):
+    for line in (*group_lines(tables["pairwise_pointwise"]), *results.searches, *filter(None, [not_asked(results)])):
         console.print(line)
     for point in results.failed:
         label = f"{point['method']} beta={point['beta']:g} lr={point['lr']:g} {point['variant']}".rstrip()

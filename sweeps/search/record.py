@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launchers.slurm.job_records import all_submissions
+from src.config.schema import Point
 from src.errors import PointFailure
 from src.planning.plan import Plan
+from src.planning.stage import stages_of, with_all_judged
 from src.store.code_snapshot import revision
 from src.store.store import StageName, Store
 from src.store.sweep_folder import SweepFolder
@@ -93,10 +95,20 @@ class SweepRecord:
                 "label": point.label,
                 "identity": stages["evaluate"],
                 "stages": stages,
+                **self._reporting(point),
                 **self.rungs.describe_point(index),
             }
             for index, (point, stages) in enumerate(zip(self.plan.points, self.plan.stages_by_role, strict=True))
         ]
+
+    def _reporting(self, point: Point) -> dict[str, str]:
+        """Return the identity of the point's result with all prompts judged, where it is judged so once selected."""
+        return {"reporting": stages_of(with_all_judged(point))[-1].identity} if is_judged_in_part(point) else {}
+
+
+def is_judged_in_part(point: Point) -> bool:
+    """Return whether only the selection prompts are judged until the point is selected."""
+    return point.judge.reporting == "selected"
 
 
 def recorded_failures(record: dict[str, Any], store: Store) -> dict[str, PointFailure]:
@@ -123,7 +135,7 @@ def write_states(folder: SweepFolder, record: dict[str, Any], state: str, failur
     }
     for point in record["points"]:
         result = point["identity"]
-        failure = failures.get(result)
+        failure = failures.get(result) or failures.get(point.get("reporting", ""))
         if failure is not None:
             point_state, reason = failure.state, failure.reason
         elif store.is_done(StageName("evaluate", result)):

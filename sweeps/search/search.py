@@ -14,12 +14,13 @@ from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
 from src.judges.endpoint_check import check_judges
 from src.planning.plan import Plan, make_plan
+from src.planning.stage import with_all_judged
 from src.preflight import check_hub, check_packages
 from src.store.retention import discard_checkpoints, remove_models
 from src.store.store import StageName, Store, read_result
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import SyncProcess, sync_sweep
-from sweeps.search.record import SweepRecord
+from sweeps.search.record import SweepRecord, is_judged_in_part
 from sweeps.search.running import RunningSweep
 from sweeps.search.successive_halving import RungState, dry_run_table, entry_rungs, promote, with_stop
 
@@ -96,6 +97,11 @@ class Search:
                 self._finish_rung(plan)
             from sweeps.aggregate import finalize  # pandas: only when there is something to aggregate
 
+            new_failures = self._judge_selected(launcher, folder)
+            if new_failures is None:
+                record.write("submitted")
+                return
+            failures |= new_failures
             sync.start()
             finalize(folder.path, failures)
 
@@ -121,6 +127,26 @@ class Search:
         if failures is None:
             record.write("submitted")
         return failures
+
+    def _judge_selected(self, launcher: PlanLauncher, folder: SweepFolder) -> dict[str, PointFailure] | None:
+        """Judge the selected points on the prompts that have no verdict yet (judge.reporting=selected).
+
+        Return the failures; None when jobs do it.
+        """
+        if not is_judged_in_part(self.points[0]):
+            return {}
+        from sweeps.aggregate import selected
+        from sweeps.analysis.results import collect
+
+        _, best = selected(collect([folder]), self.points[0].sweep.select)
+        chosen = {identity for seeds in best.identities for identity in seeds}
+        points = [p for p, result in zip(self.points, self.state.results[-1], strict=True) if result in chosen]
+        plan = make_plan(map(with_all_judged, points), self.store)
+        if not plan.needed:
+            return {}
+        self._check(plan, launcher)
+        print(f"{folder.name}: judging {len(points)} selected points on the reporting prompts", flush=True)
+        return launcher.launch_plan(plan, folder, FINALIZE)
 
     def _plan(self, failures: dict[str, PointFailure]) -> Plan:
         """Return the plan of the current rung: each point truncated to its rung, without those that failed before."""

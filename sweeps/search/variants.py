@@ -27,7 +27,7 @@ _WITHOUT_EFFECT |= {f"judge.{f.name}" for f in fields(Judge) if f.name not in _J
 _SINKS = (("wandb", WandbTracking), ("tensorboard", TensorboardTracking))
 # A sweep has one folder and one record, and runs or does not, so its points must agree in these.
 _SWEEP_WIDE = (
-    *("output_dir", "keep_checkpoints", "dry_run"),
+    *("output_dir", "keep_checkpoints", "dry_run", "judge.reporting"),
     *(f"sweep.{name}" for name in ("name", "select", "search", "rungs", "keep_fraction")),
     *(f"tracking.{sink}.{f.name}" for sink, options in _SINKS for f in fields(options)),
 )
