@@ -89,7 +89,7 @@ def alpaca_eval(
     scores = {}
     if inputs.judged == "all":  # they are of the whole benchmark
         with reading(judge.difficulties):
-            scores = win_rates(rows, judge.difficulties and judge.difficulties.location)
+            scores = win_rates(rows, judge.difficulties.location if judge.difficulties else None)
     return Judged([_verdict(row["preference"]) for row in rows], usage, scores)
 
 

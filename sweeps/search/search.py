@@ -133,14 +133,14 @@ class Search:
 
         Return the failures; None when jobs do it.
         """
-        if not is_judged_in_part(self.points[0]):
+        if not is_judged_in_part(self.state.points[0]):
             return {}
         from sweeps.aggregate import selected
         from sweeps.analysis.results import collect
 
-        _, best = selected(collect([folder]), self.points[0].sweep.select)
+        _, best = selected(collect([folder]), self.state.points[0].sweep.select)
         chosen = {identity for seeds in best.identities for identity in seeds}
-        points = [p for p, result in zip(self.points, self.state.results[-1], strict=True) if result in chosen]
+        points = [p for p, result in zip(self.state.points, self.state.results[-1], strict=True) if result in chosen]
         plan = make_plan(map(with_all_judged, points), self.store)
         if not plan.needed:
             return {}
