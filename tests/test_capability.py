@@ -1,25 +1,22 @@
 """What a checkpoint can do by tasks of lm-eval: its own scores, the same documents for every point, asked once."""
 
 import json
-import math
+import sys
 from dataclasses import replace
 
-import numpy as np
-import pandas as pd
 import pytest
 
-from src.config import packages
 from src.data.lm_eval_tasks import load_task, task_manager
-from src.errors import ConfigError, StageError
+from src.errors import StageError
 from src.planning.stage import stages_of
-from src.preflight import check_packages
 from src.stages import capability, lm_eval_model
 from src.stages.evaluate import mean_and_error
 from src.stages.runner import compute_or_wait
-from src.store.files import write_json
-from src.store.store import CAPABILITY_FILE, RESULT_SCHEMA, Store
-from sweeps.analysis.capability import ALL_TASKS, capability_changes
+from src.stages.shared_rows import SharedRows
+from src.store.store import Store
+from tests.support.commands import ROOT
 from tests.support.configs import TINY, point
+from tests.support.ranks import on_ranks
 from tests.support.tasks import NUM_QUESTIONS, asking, write_tasks
 
 
@@ -47,6 +44,14 @@ def documents(folder):
 def asked(tasks, store):
     """The folder of all documents asked of the SFT model."""
     return compute_or_wait(stage_of(tasks, "sft_capability", "capability.limit=null"), store)
+
+
+@pytest.fixture
+def elsewhere(store, asked, tmp_path):
+    """A store with the same SFT model, of which nothing has been asked."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "sft").symlink_to(store.root / "sft")
+    return Store(tmp_path)
 
 
 def test_scores_are_those_of_lm_eval_on_the_published_checkpoint(tasks, store, asked):
@@ -81,13 +86,9 @@ def test_a_subset_is_drawn_once_by_its_seed_and_has_the_scores_of_the_whole_set(
     assert [*first["values"]] == [document for document in whole if document in first["values"]]
 
 
-def test_what_was_answered_before_an_attempt_ended_is_not_asked_again(tasks, store, asked, tmp_path, monkeypatch):
+def test_what_was_answered_before_an_attempt_ended_is_not_asked_again(tasks, asked, elsewhere, monkeypatch):
     monkeypatch.setattr(lm_eval_model, "CHUNK", 8)
     stage, num_asked, failing = stage_of(tasks, "sft_capability", "capability.limit=null"), [], [6]
-    elsewhere = Store(tmp_path)
-    for up in stage.upstream.values():
-        elsewhere.dir(up).parent.mkdir(parents=True)
-        elsewhere.dir(up).symlink_to(store.dir(up))
     loaded = lm_eval_model._loaded
 
     def counting(*arguments):
@@ -113,64 +114,38 @@ def test_what_was_answered_before_an_attempt_ended_is_not_asked_again(tasks, sto
     assert documents(folder) == documents(asked), "nor do chunks change a score"
 
 
-def test_the_sft_model_of_a_grid_is_asked_once_and_first_and_its_points_before_they_are_evaluated(tasks):
-    grid = [stages_of(point(*TINY, *asking(tasks, "sums"), f"method={m}", "beta=0.1")) for m in ("dpo", "simpo")]
-    of_sft = {stage.identity for stages in grid for stage in stages if stage.role == "sft_capability"}
-    policies = {stage.identity for stages in grid for stage in stages if stage.role == "capability"}
-    assert len(of_sft) == 1 and len(policies) == 2
-    for stages in grid:
-        assert stages[-1].kind == "evaluate"
-        assert {"capability", "sft_capability"} <= stages[-1].upstream.keys()
-    from_base = stages_of(point(*asking(tasks, "sums"), "init=base", "beta=0.1", "lr=1e-3"))
-    assert "sft_capability" in {stage.role for stage in from_base}, "compared with the SFT model, too"
-    without = {stage.identity for stage in stages_of(point(*TINY, "method=dpo", "beta=0.1"))}
-    assert without - {stage.identity for stage in grid[0]} == {
-        stage.identity for stage in stages_of(point(*TINY, "method=dpo", "beta=0.1")) if stage.kind == "evaluate"
-    }, "asking changes nothing but the evaluation"
+def compute(stage, store):
+    """Compute a stage on every rank; return how many rows this one has."""
+    counts, save = [], SharedRows.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval_model, "CHUNK", 16)
+        patch.setattr(SharedRows, "save", lambda self, rows: (counts.append(len(rows)), save(self, rows)))
+        compute_or_wait(stage, store)
+    return sum(counts)
 
 
-def test_a_task_of_ones_own_is_identified_by_its_content_and_not_by_its_place(tasks, tmp_path):
-    copied = write_tasks(tmp_path / "copy")
-    assert stage_of(copied, "capability").identity == stage_of(tasks, "capability").identity
-    with (copied / "sums.jsonl").open("a") as data:
-        data.write('{"question": "What is 1 plus 1? A: 2, B: 3, C: 4, D: 5.", "answer": 0}\n')
-    assert stage_of(copied, "capability").identity != stage_of(tasks, "capability").identity
+def test_ranks_share_the_questions_and_have_the_scores_of_one_process(tasks, asked, elsewhere):
+    stage = stage_of(tasks, "sft_capability", "capability.limit=null")
+    counts = on_ranks(2, "ddp", compute, stage, elsewhere)
+    assert documents(elsewhere.dir(stage)) == documents(asked)
+    assert min(counts) > 0 and sum(counts) == 4 * NUM_QUESTIONS + 6
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["capability.tasks=[sum]"], "capability.tasks: lm-eval has no task sum, nor has .*did you mean sums[?]"),
-        (["+capability.metrics.sums=accuracy"], "capability.metrics.sums=accuracy: its metrics are acc, acc_norm"),
-        (["capability.tasks=[]"], "name at least one task"),
-        (["capability.tasks=[sums,sums]"], "sums is named twice"),
-        (["capability.task_files=/nowhere"], "capability.task_files=/nowhere: no such folder"),
-        (["capability=none"], "capability.tasks=.*: capability=none measures nothing"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused_before_anything_runs(overrides, message, tasks, monkeypatch):
-    # lm-eval's own tasks take seconds to list; a task of the folder is as near.
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks / "manager.py"))
-    task_manager.cache_clear()
-    with pytest.raises(ConfigError, match=message):
-        check_packages([point(*asking(tasks, "sums"), *overrides)])
-
-
-def test_data_outside_the_folder_of_tasks_are_refused(tmp_path):
-    folder = write_tasks(tmp_path / "own")
-    (folder / "sums.jsonl").rename(tmp_path / "sums.jsonl")
-    text = (folder / "sums.yaml").read_text()
-    (folder / "sums.yaml").write_text(text.replace("sums.jsonl", str(tmp_path / "sums.jsonl")))
-    with pytest.raises(ConfigError, match="which is no file in that folder"):
-        check_packages([point(*asking(folder, "sums"))])
-
-
-def test_without_lm_eval_one_line_says_how_to_install_it(tasks, monkeypatch):
-    monkeypatch.setattr(packages, "package_folder", lambda package: None)
-    with pytest.raises(
-        ConfigError, match=r"capability=subset needs the package lm_eval: pip install '.\[capability\]'"
-    ):
-        check_packages([point(*asking(tasks, "sums"))])
+@pytest.mark.slow
+def test_a_vllm_server_is_asked_for_log_probs_and_texts_and_is_sent_no_key(tasks, asked, elsewhere, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    program = ROOT / "tests" / "support" / "completions_server.py"
+    command = f"server.command='{sys.executable} {program} {{checkpoint}} {{port}}'"
+    stage = stage_of(tasks, "sft_capability", "capability.limit=null", "server=vllm", command)
+    assert stage.packages == ("lm-eval", "vllm")
+    received = []
+    monkeypatch.setattr(
+        elsewhere, "clean_up_work_dir", lambda done: received.extend(elsewhere.work(done).rglob("requests.jsonl"))
+    )
+    folder = compute_or_wait(stage, elsewhere)
+    assert documents(folder) == documents(asked)
+    (log,) = received
+    assert len(log.read_text().splitlines()) == 4 * NUM_QUESTIONS + 6 and "canary" not in log.read_text()
 
 
 def test_a_metric_of_which_less_is_better_is_no_capability(tasks):
@@ -184,47 +159,3 @@ def test_a_metric_of_which_less_is_better_is_no_capability(tasks):
         capability._metric(inputs, rows, {"sums": Task()})
     both = [{"scores": {"perplexity,none": 9.0, "acc,none": 1.0}}]
     assert capability._metric(inputs, both, {"sums": Task()}) == "acc,none"
-
-
-class Results:
-    """Two seeds of a point, whose scores follow those of their SFT models."""
-
-    def __init__(self, folder):
-        self.folder, rng = folder, np.random.default_rng(0)
-        self.scores = {}
-        for seed in ("a", "b"):
-            tasks = {}
-            for name, size in (("easy", 300), ("hard", 30)):
-                sft = rng.random(size)
-                values = sft + 0.05 + 0.01 * rng.standard_normal(size)
-                scores = {"documents": [*map(str, range(size))], "values": values.tolist(), "sft": sft.tolist()}
-                tasks[name] = {"metric": "acc,none", **scores}
-            (folder / seed).mkdir()
-            write_json(folder / seed / CAPABILITY_FILE, {"schema": RESULT_SCHEMA, "tasks": tasks})
-            self.scores[seed] = tasks
-
-    def artifacts(self, result, role):
-        assert role == "evaluate"
-        return self.folder / result
-
-
-def test_the_change_of_a_point_is_paired_by_document_and_averaged_over_seeds(tmp_path):
-    results = Results(tmp_path)
-    row = {"setup": "s", "method": "dpo", "init": "sft", "variant": "", "beta": 0.1, "lr": 1e-6}
-    best = pd.DataFrame([row | {"identities": ["a", "b"]}])
-    table = capability_changes(best, results).set_index("task")
-    assert list(table.index) == ["easy", "hard", ALL_TASKS]
-    for name in ("easy", "hard"):
-        pairs = [np.subtract(seed[name]["values"], seed[name]["sft"]) for seed in results.scores.values()]
-        difference = np.mean(pairs, axis=0)
-        assert table.difference[name] == pytest.approx(difference.mean())
-        half_width = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
-        assert (table.high[name] - table.low[name]) / 2 == pytest.approx(half_width, rel=0.1)
-        unpaired = math.hypot(
-            *(np.mean([s[name][k] for s in results.scores.values()], axis=0).std() for k in ("values", "sft"))
-        )
-        assert half_width < 0.2 * 1.96 * unpaired / math.sqrt(len(difference)), "the control: unpaired it is wider"
-    # Both tasks weigh the same, though one has ten times the documents.
-    assert table.difference[ALL_TASKS] == pytest.approx((table.difference["easy"] + table.difference["hard"]) / 2)
-    assert table.low[ALL_TASKS] < table.difference[ALL_TASKS] < table.high[ALL_TASKS] and table.p[ALL_TASKS] < 1e-6
-    assert capability_changes(best.iloc[:0], results).columns.empty, "and without any there is no table"

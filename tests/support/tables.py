@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from sweeps.analysis.results import COLUMNS
+from sweeps.analysis.results import COLUMNS, NUMBERS
 
 
 def points(*rows):
@@ -14,4 +14,5 @@ def points(*rows):
     for name in ("quality", "quality_selection", "kl_sequence", "kl_token", "kl_sequence_rb", "kl_token_rb"):
         base |= {name: 0.5, f"{name}_se": 0.01}
     base |= {"reward_accuracy": 0.5, "reward_margin": 1.0, "response_tokens": 9.0}
-    return pd.DataFrame([base | row | {"identity": str(n)} for n, row in enumerate(rows)])
+    table = pd.DataFrame([base | row | {"identity": str(n)} for n, row in enumerate(rows)])
+    return table.astype(dict.fromkeys(NUMBERS, float))
