@@ -5,8 +5,13 @@ import sys
 from dataclasses import replace
 
 import pytest
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer
 
 from src.data.lm_eval_tasks import load_task, task_manager
+from src.data.rows import Prompt
+from src.data.templates import Template
 from src.errors import StageError
 from src.planning.stage import stages_of
 from src.stages import capability, lm_eval_model
@@ -14,6 +19,7 @@ from src.stages.evaluate import mean_and_error
 from src.stages.runner import compute_or_wait
 from src.stages.shared_rows import SharedRows
 from src.store.store import Store
+from tests.support.chat_model import write_chat_model
 from tests.support.commands import ROOT
 from tests.support.configs import TINY, point
 from tests.support.ranks import on_ranks
@@ -54,25 +60,54 @@ def elsewhere(store, asked, tmp_path):
     return Store(tmp_path)
 
 
-def test_scores_are_those_of_lm_eval_on_the_published_checkpoint(tasks, store, asked):
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
+def test_log_probs_texts_and_scores_are_those_of_lm_eval_on_the_published_checkpoint(
+    tasks, store, elsewhere, monkeypatch
+):
+    asked, answers = [], lm_eval_model.SharedModel._answers
 
-    sft = stage_of(tasks, "sft_capability").upstream["checkpoint"]
-    model = HFLM(pretrained=str(store.dir(sft)), device="cpu", dtype="float32", batch_size=3)
-    manager = task_manager(("sums", "echo"), str(tasks))
-    own = {name: task for n in ("sums", "echo") for name, task in load_task(manager, n, str(tasks), None, 1234).items()}
+    def noted(self, kind, requests):
+        asked.append((kind, requests, answers(self, kind, requests)))
+        return asked[-1][-1]
+
+    monkeypatch.setattr(lm_eval_model.SharedModel, "_answers", noted)
+    stage = stage_of(tasks, "sft_capability", "capability.limit=null", "capability.chat_template=false")
+    ours = capability.read(compute_or_wait(stage, elsewhere))
+
+    checkpoint = str(store.dir(stage.upstream["checkpoint"]))
+    model = HFLM(pretrained=checkpoint, device="cpu", dtype="float32", batch_size=3)
+    assert {kind for kind, _, _ in asked} == {"loglikelihood", "generate_until"}
+    for kind, requests, answered in asked:
+        expected = getattr(model, kind)(requests)
+        if kind == "loglikelihood":
+            expected, answered = ([logp for logp, _ in pairs] for pairs in (expected, answered))
+            assert len(set(answered)) > NUM_QUESTIONS, "the control: they differ"
+        assert answered == pytest.approx(expected, abs=1e-4) if kind == "loglikelihood" else answered == expected
+    monkeypatch.chdir(tasks.parent)  # the folder may be named relative to where the command is run
+    manager = task_manager(("sums", "echo"), "own")
+    own = {name: task for n in ("sums", "echo") for name, task in load_task(manager, n, "own", None, 1234).items()}
     expected = evaluate(model, {"tasks": own})["results"]
-    for name, task in capability.read(asked).items():
-        metric = {"sums": "acc,none", "echo": "exact_match,none"}[name]
-        values = list(task["values"].values())
-        assert task["metric"] == metric and len(values) == {"sums": NUM_QUESTIONS, "echo": 6}[name]
-        error = f"{metric.partition(',')[0]}_stderr,none"
-        assert mean_and_error(values)["value"] == pytest.approx(expected[name][metric], abs=1e-12)
-        assert mean_and_error(values)["se"] == pytest.approx(expected[name][error], abs=1e-12)
-    scores = [row["scores"]["acc,none"] for row in documents(asked) if row["task"] == "sums"]
-    assert 0 < sum(scores) < NUM_QUESTIONS, "the control: the scores of documents differ"
-    assert all(isinstance(row["answer"], str) for row in documents(asked) if row["task"] == "echo")
+    for name, metric in (("sums", "acc"), ("echo", "exact_match")):
+        scores = mean_and_error([*ours[name]["values"].values()])
+        assert ours[name]["metric"] == f"{metric},none" and scores["n"] == {"sums": NUM_QUESTIONS, "echo": 6}[name]
+        assert scores["value"] == pytest.approx(expected[name][f"{metric},none"], abs=1e-12)
+        assert scores["se"] == pytest.approx(expected[name][f"{metric}_stderr,none"], abs=1e-12)
+    assert 0 < expected["sums"]["acc,none"] < 1
+
+
+@pytest.mark.parametrize(("name", "system_prompt"), [("plain", None), ("tokenizer", None), ("tokenizer", "Be brief.")])
+def test_a_prompt_is_written_as_the_model_was_trained_on_it(name, system_prompt, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(write_chat_model(tmp_path / "model"))
+    template = Template(name, tokenizer, system_prompt=system_prompt)
+    model = lm_eval_model.SharedModel(None, template, None)
+    messages = [
+        {"role": "user", "content": "A?"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "C?"},
+    ]
+    text = model.apply_chat_template(messages)
+    assert tokenizer.encode(text, add_special_tokens=False) == template.prompt_ids(Prompt(tuple(messages)))
+    begun = model.apply_chat_template([*messages, {"role": "assistant", "content": "The"}], add_generation_prompt=False)
+    assert begun == f"{text}The"
 
 
 def test_a_subset_is_drawn_once_by_its_seed_and_has_the_scores_of_the_whole_set(tasks, store, asked):

@@ -22,11 +22,11 @@ def task_manager(names: tuple[str, ...], folder: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it warns of is decided here
-    if folder is not None:
-        own = TaskManager(include_path=folder, include_defaults=False)
-        if {*names} <= {*own.all_subtasks}:
-            return own
-    return TaskManager(include_path=folder)
+    if folder is None:
+        return TaskManager()
+    path = Path(folder).absolute()
+    own = TaskManager(include_path=path, include_defaults=False)
+    return own if {*names} <= {*own.all_subtasks} else TaskManager(include_path=path)
 
 
 def check_tasks(names: Sequence[str], metrics: dict[str, str], folder: str | None) -> None:

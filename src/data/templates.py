@@ -197,11 +197,13 @@ class Template:
         return self.prompt_ids(prompts[0]), turns
 
     def prompt_text(self, prompt: Prompt) -> str:
-        """Return the text up to the start of the response, for a program that tokenizes it: marks nothing.
+        """Return the text up to the start of the response, for a program that tokenizes it without adding tokens.
 
-        Raises ConfigError when the template cannot write it.
+        Control tokens that it spells are such there. Raises ConfigError when the template cannot write it.
         """
-        return self._render(replace(prompt, messages=self._with_system_prompt(prompt.messages)))
+        text = self._render(replace(prompt, messages=self._with_system_prompt(prompt.messages)))
+        begin = self.tokenizer.bos_token if self._format.adds_begin else None
+        return text if begin is None or text.startswith(begin) else begin + text
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the tokens up to the start of the response, with the begin token of the format."""

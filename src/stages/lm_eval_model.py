@@ -106,7 +106,18 @@ def _loaded(inputs: CapabilityInputs, resources: Resources, upstream: dict[str, 
     weights = load_weights(inputs.model, resources, upstream["checkpoint"], upstream.get("reference"))
     model = cast_for_inference_(weights, numerics_of(inputs.model, resources)).to(device_of(resources.device))
     model.generation_config.eos_token_id = [*template.end_ids]
-    return HFLM(pretrained=model, tokenizer=template.tokenizer, batch_size=resources.capability_batch_size)
+    return HFLM(
+        pretrained=model,
+        tokenizer=template.tokenizer,
+        add_bos_token=_adds_begin(inputs, template),
+        batch_size=resources.capability_batch_size,
+    )
+
+
+def _adds_begin(inputs: CapabilityInputs, template: Template) -> bool:
+    """Return whether lm-eval adds a begin token: not where the template writes it, else where the tokenizer does."""
+    tokenizer = template.tokenizer
+    return not inputs.chat_template and tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False)
 
 
 def _served(
@@ -131,6 +142,7 @@ def _served(
         model=str(folder),
         tokenizer=str(folder),
         tokenizer_backend="huggingface",
+        add_bos_token=_adds_begin(inputs, template),
         num_concurrent=max(2, resources.server_concurrency),  # with 1 it would go through a proxy
         max_length=resolve_max_length(AutoConfig.from_pretrained(folder), template.tokenizer, default=2048),
         timeout=REQUEST_TIMEOUT,
