@@ -67,6 +67,7 @@ def test_a_task_of_ones_own_is_identified_by_its_content_and_not_by_its_place(ta
         (["capability.tasks=[]"], "name at least one task"),
         (["capability.tasks=[sums,sums]"], "sums is named twice"),
         (["capability.task_files=/nowhere"], "capability.task_files=/nowhere: no such folder"),
+        (["capability.task_files=/"], "capability.task_files=/: no task, a file that ends in .yaml"),
         (["capability=none"], "capability.tasks=.*: capability=none measures nothing"),
     ],
 )

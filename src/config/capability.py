@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from src.config.fields import folder_name, number, random_seed
 from src.config.paths import is_dir
@@ -41,3 +42,5 @@ def check_capability(capability: Capability) -> None:
         raise ConfigError(f"capability.tasks={tasks}: {twice} is named twice")
     if folder is not None and not is_dir("capability.task_files", folder):
         raise ConfigError(f"capability.task_files={folder}: no such folder")
+    if folder is not None and not any(Path(folder).glob("*.yaml")):  # before all that is in a wrong one is read
+        raise ConfigError(f"capability.task_files={folder}: no task, a file that ends in .yaml, is in this folder")
