@@ -171,16 +171,17 @@ def test_a_vllm_server_is_asked_for_log_probs_and_texts_and_is_sent_no_key(tasks
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     program = ROOT / "tests" / "support" / "completions_server.py"
     command = f"server.command='{sys.executable} {program} {{checkpoint}} {{port}}'"
-    stage = stage_of(tasks, "sft_capability", "capability.limit=null", "server=vllm", command)
+    stage = stage_of(tasks, "sft_capability", "capability.limit=12", "server=vllm", command)
     assert stage.packages == ("lm-eval", "vllm")
     received = []
     monkeypatch.setattr(
         elsewhere, "clean_up_work_dir", lambda done: received.extend(elsewhere.work(done).rglob("requests.jsonl"))
     )
     folder = compute_or_wait(stage, elsewhere)
-    assert documents(folder) == documents(asked)
+    answered = documents(folder)
+    assert answered == [row for row in documents(asked) if row in answered]
     (log,) = received
-    assert len(log.read_text().splitlines()) == 4 * NUM_QUESTIONS + 6 and "canary" not in log.read_text()
+    assert len(log.read_text().splitlines()) == 4 * 12 + 6 and "canary" not in log.read_text()
 
 
 def test_a_metric_of_which_less_is_better_is_no_capability(tasks):

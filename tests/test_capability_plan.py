@@ -137,7 +137,7 @@ def test_a_removed_model_is_made_again_for_new_questions_and_one_line_says_so(pl
     assert {plan.stages[i].kind for i in plan.needed} == {"align", "capability", "evaluate"}
     warn_of_removed_models(plan)
     (line,) = capfd.readouterr().err.splitlines()
-    assert "capability needs 2 models of points that are done" in line and "this command trains them again" in line
+    assert "the weights of 2 models that capability must have: this command trains them again" in line
 
 
 def test_a_dry_run_knows_what_it_costs_once_the_same_was_asked_and_sums_up_the_rest_before(planned):
@@ -150,7 +150,7 @@ def test_a_dry_run_knows_what_it_costs_once_the_same_was_asked_and_sums_up_the_r
     (sft_capability,) = (s for s in make_plan(points, store).stages.values() if s.role == "sft_capability")
     assert math.isnan(cost().estimates["capability"].hours)
     for stage in make_plan(points, store).stages.values():
-        if stage.kind in ("sft", "reference", "generate", "align") and stage.point is points[0]:
+        if stage.kind in ("sft", "reference", "generate", "align") and stage.point.beta == 0.1:
             finish(store, stage, seconds=3.6, tokens=100)
     text = cost().text()
     assert re.search(r"^all ", text, re.M) and "capability: known once" in text

@@ -110,11 +110,10 @@ def warn_of_removed_models(plan: Plan) -> None:
     if not removed:
         return
     stages = [plan.stages[identity] for identity in plan.needed]
-    readers = {stage.kind for stage in stages for up in stage.upstream.values() if up.identity in removed}
-    count = f"{len(removed)} model{'s' if len(removed) > 1 else ''}"
+    readers = {s.kind for s in stages if (model := s.upstream.get("checkpoint")) and model.identity in removed}
     warn(
-        f"{' and '.join(sorted(readers))} needs {count} of points that are done, whose weights keep_checkpoints has "
-        "removed: this command trains them again (dry_run=true says at what cost)"
+        f"keep_checkpoints has removed the weights of {len(removed)} models that {' and '.join(sorted(readers))} must "
+        "have: this command trains them again (dry_run=true says at what cost)"
     )
 
 
