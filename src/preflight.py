@@ -13,8 +13,9 @@ from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES, served_model, spl
 from src.config.packages import require_package
 from src.config.schema import Model, Point
 from src.config.template_rules import end_tokens_of, is_template_file
-from src.data.evaluation_prompts import EvaluationPrompt, read_answers, read_prompts
+from src.data.evaluation_prompts import read_answers, read_prompts
 from src.data.lm_eval_tasks import check_tasks
+from src.data.prompt_rules import check_prompts
 from src.data.rows import name_of
 from src.data.sources import open_source
 from src.data.templates import missing_token, read_template, tokens_of
@@ -24,7 +25,7 @@ from src.estimates.table_size import num_dataset_pairs
 from src.hardware import check_num_threads, visible_gpus
 from src.judges.annotators import read_annotators
 from src.judges.difficulties import check_difficulties
-from src.judges.prompt_file import CATEGORIES, LOADERS
+from src.judges.prompt_file import LOADERS
 from src.model.files import check_model_files, local_tokens, why_not_supported, why_too_long
 from src.planning.content import locate
 from src.planning.gpus import find_gpu
@@ -75,10 +76,7 @@ def check_input_files(points: Sequence[Point]) -> None:
         # Prompts of the hub are not fetched here: planning needs no network.
         if point.evaluation.prompts_file is not None or (baseline is not None and point.dataset.source != "hub"):
             prompts = read_prompts(prompt_inputs(point))
-            if judge.name == "math":
-                _check_answers(prompts, str(point.evaluation.prompts_file))
-            if judge.name == "arena_hard_v2":
-                _check_categories(prompts, str(point.evaluation.prompts_file))
+            check_prompts(point, prompts)
             if baseline is not None:
                 read_answers(baseline, prompts, "judge.baseline")
     for point in {repr((p.dataset, p.pairs.num_prompts)): p for p in points if p.pairs.num_prompts}.values():
@@ -101,23 +99,6 @@ def _check_num_prompts(point: Point) -> None:
             f"pairs.num_prompts={count}: the dataset has at most {num_pairs:.0f} training pairs; give at most as many, "
             "or null for all"
         )
-
-
-def _check_answers(prompts: Iterable[EvaluationPrompt], file: str) -> None:
-    if (without := next((prompt for prompt in prompts if "answer" not in prompt.prompt.facts), None)) is not None:
-        raise ConfigError(
-            f"evaluation.prompts_file={file}: judge=math needs the answer to every problem (`answer`, or a \\boxed "
-            f"in `solution`); there is none to {without.key[:60]!r}"
-        )
-
-
-def _check_categories(prompts: Iterable[EvaluationPrompt], file: str) -> None:
-    for prompt in prompts:
-        if (category := prompt.prompt.facts.get("category")) not in CATEGORIES:
-            raise ConfigError(
-                f"evaluation.prompts_file={file}: judge=arena_hard_v2 needs questions of the category "
-                f"{' or '.join(CATEGORIES)}, that of {prompt.key[:60]!r} is {category}; give the questions of v2"
-            )
 
 
 def _check_template(model: Model) -> None:

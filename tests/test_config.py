@@ -64,6 +64,10 @@ def test_every_option_of_every_group_composes(group):
         if option in ("alpaca_eval", "arena_hard", "arena_hard_v2"):  # of judge and of evaluation
             needed += ["evaluation.prompts_file=README.md", "judge.baseline=README.md"]
             needed += ["judge=arena_hard"] if group == "evaluation" else []
+        if "mt_bench" in option:
+            needed += ["evaluation=mt_bench", "evaluation.prompts_file=README.md", "judge=mt_bench"]
+            needed += ["evaluation.metric=win_rate", "judge.baseline=sft"] if option == "mt_bench_pairwise" else []
+            needed.remove(f"{group}={option}" if option == "mt_bench" else "judge=mt_bench")
         if option in ("math", "mini_math") and group in ("judge", "evaluation"):
             needed += ["evaluation=mini_math"] if group == "judge" else ["judge=math"]
             needed += ["dataset=mini_math", "evaluation.prompts_file=README.md"]

@@ -85,6 +85,7 @@ CONFIGS = [
     ("setup=llama31_8b_uf", "dataset=ultrafeedback_hh"),
     ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt_file={prompt_file}"),
     ("capability=subset",),
+    ("judge=mt_bench", "evaluation=mt_bench", "evaluation.prompts_file={prompt_file}"),
 ]
 
 JUDGE_PROMPT = {"system_prompt": "judge", "prompt_template": ["{question_1} {answer_1} {answer_2}"]}

@@ -14,6 +14,8 @@ JUDGES: dict[str, tuple[str, ...]] = {
     "alpaca_eval": ("model", "difficulties"),
     "arena_hard": ("model", "temperature", "max_tokens", "prompt_file"),
     "arena_hard_v2": ("model", "temperature", "max_tokens", "prompt_file"),
+    "mt_bench": ("model", "temperature", "max_tokens", "prompt_file", "references"),
+    "mt_bench_pairwise": ("model", "temperature", "max_tokens", "prompt_file", "references"),
     "reward_model": ("model",),
     "math": (),
 }
@@ -45,6 +47,7 @@ class Judge(JudgeEndpoint):
     difficulties: str | None = None  # of alpaca_eval: its table df_gamed.csv; null: the hub's
     # Which points are judged on the reporting prompts: all, or those that the selection prompts have selected.
     reporting: str = choice("all", "selected", default="all")
-    prompt_file: str | None = None  # the question in Arena-Hard's judge_config.yaml format
+    prompt_file: str | None = None  # the judge's prompt in its benchmark's format
+    references: str | None = None  # a file of reference answers, in MT-Bench's format
     temperature: float = number(0.0, maximum=100)
     max_tokens: int = number(256, minimum=1, maximum=MAX_TOKENS)  # of an answer

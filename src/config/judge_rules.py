@@ -12,14 +12,20 @@ from src.config.placeholders import placeholders
 from src.config.schema import GENERATED, Point
 from src.errors import ConfigError
 
-# Judges of a response by itself: their verdict is whether it is right, not whether it is better than a baseline's.
-ABSOLUTE_JUDGES = ("math",)
+# Judges of a response by itself, which have no baseline -> evaluation.metric: whether it is right, or a rating.
+ABSOLUTE_JUDGES = {"math": "accuracy", "mt_bench": "rating"}
+
+# Judges of conversations: a response is the prompt of a second one.
+MULTI_TURN_JUDGES = ("mt_bench", "mt_bench_pairwise")
 
 # Values of judge.baseline that are not a file of answers.
 BASELINES = ("sft", "chosen")
 
 # Judges that call an endpoint: OpenAI's, unless judge.base_url names another. The address is part of the identity.
-ENDPOINT_JUDGES = ("tldr", "alpaca_eval", "arena_hard", "arena_hard_v2")
+ENDPOINT_JUDGES = ("tldr", "alpaca_eval", "arena_hard", "arena_hard_v2", *MULTI_TURN_JUDGES)
+
+# Judges whose prompts, or scores, depend on a benchmark's questions -> its evaluation.
+OF_QUESTIONS = {"arena_hard_v2": "arena_hard_v2", **dict.fromkeys(MULTI_TURN_JUDGES, "mt_bench")}
 
 # Judges that compute a model themselves, which all processes of a job do together.
 MODEL_JUDGES = ("reward_model",)
@@ -58,13 +64,18 @@ def _check_metric(point: Point) -> None:
     metric, judge = point.evaluation.metric, point.judge.name
     if metric == "win_rate" and judge == "none":
         raise ConfigError("evaluation.metric=win_rate needs a judge; without one use reward_accuracy")
-    if metric == "win_rate" and judge in ABSOLUTE_JUDGES:
-        raise ConfigError(f"evaluation.metric=win_rate: judge={judge} compares with no baseline; use accuracy")
-    if metric == "accuracy" and judge not in ABSOLUTE_JUDGES:
-        raise ConfigError(
-            f"evaluation.metric=accuracy: judge={judge} does not tell right from wrong; use "
-            f"{' or '.join(f'judge={name}' for name in ABSOLUTE_JUDGES)}, or another metric"
-        )
+    of_judge = ABSOLUTE_JUDGES.get(judge)
+    if metric == "win_rate" and of_judge is not None:
+        raise ConfigError(f"evaluation.metric=win_rate: judge={judge} compares with no baseline; use {of_judge}")
+    for name, of_other in ABSOLUTE_JUDGES.items():
+        if metric == of_other != of_judge:
+            lacks = "does not tell right from wrong" if metric == "accuracy" else "gives no ratings"
+            raise ConfigError(f"evaluation.metric={metric}: judge={judge} {lacks}; use judge={name}, or another metric")
+
+
+def num_turns(judge: str) -> int:
+    """Return the most answers that a judge wants to a question, each to what came before."""
+    return 2 if judge in MULTI_TURN_JUDGES else 1
 
 
 def split_annotator(name: str) -> tuple[str, str | None]:
@@ -96,7 +107,7 @@ def _check_served(point: Point) -> None:
 
 def check_judge(point: Point) -> None:
     """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
-    judge, is_mini = point.judge, point.dataset.source == "mini_tldr"
+    judge = point.judge
     _check_metric(point)
     if judge.reporting == "selected" and point.evaluation.metric == "reward_accuracy":
         raise ConfigError(
@@ -113,7 +124,7 @@ def check_judge(point: Point) -> None:
     fields = JUDGES.get(judge.name, ())
     if judge.name in ENDPOINT_JUDGES:
         fields = (*fields, "base_url")
-    for name in ("model", "base_url", "prompt_file", "difficulties"):
+    for name in ("model", "base_url", "prompt_file", "references", "difficulties"):
         if getattr(judge, name) is not None and name not in fields:
             raise ConfigError(f"judge.{name}: judge={judge.name} has no such field; remove the override")
     if "model" in fields and judge.model is None:
@@ -124,13 +135,24 @@ def check_judge(point: Point) -> None:
         raise ConfigError(
             "judge=math needs problems with their answers: evaluation.prompts_file=FILE, or dataset=mini_math"
         )
-    if judge.name == "arena_hard_v2" and point.evaluation.prompts_file is None:
+    if judge.name in OF_QUESTIONS and point.evaluation.prompts_file is None:
         raise ConfigError(
-            "judge=arena_hard_v2 needs questions with their categories: evaluation=arena_hard_v2 "
-            "evaluation.prompts_file=FILE, Arena-Hard v2's question.jsonl"
+            f"judge={judge.name} needs the benchmark's questions: evaluation={OF_QUESTIONS[judge.name]} "
+            "evaluation.prompts_file=FILE, its question.jsonl"
         )
-    if judge.name in ("none", *ABSOLUTE_JUDGES):
-        return
+    for name in ("prompt_file", "references", "difficulties"):
+        if (file := getattr(judge, name)) is not None and not is_file(f"judge.{name}", file):
+            raise ConfigError(f"judge.{name}={file}: no such file")
+    if judge.max_cost is not None and (judge.input_price is None or judge.output_price is None):
+        raise ConfigError(
+            "judge.max_cost needs judge.input_price and judge.output_price (dollars for a million tokens)"
+        )
+    if judge.name not in ("none", *ABSOLUTE_JUDGES):
+        _check_baseline(point)
+
+
+def _check_baseline(point: Point) -> None:
+    judge, is_mini = point.judge, point.dataset.source == "mini_tldr"
     if judge.name == "gold" and is_mini and (judge.baseline != "sft" or point.evaluation.prompts_file is not None):
         key = "judge.baseline" if judge.baseline != "sft" else "evaluation.prompts_file"
         raise ConfigError(
@@ -150,12 +172,5 @@ def check_judge(point: Point) -> None:
         )
     if judge.baseline == "chosen" and point.evaluation.prompts_file is not None:
         raise ConfigError("judge.baseline=chosen: evaluation.prompts_file has no pairs; use a file of answers, or sft")
-    files = {f"judge.{name}": getattr(judge, name) for name in ("baseline", "prompt_file", "difficulties")}
-    for key, file in files.items():
-        if file is not None and file not in BASELINES and not is_file(key, file):
-            choices = "; it is sft, chosen or a file of answers" if key == "judge.baseline" else ""
-            raise ConfigError(f"{key}={file}: no such file{choices}")
-    if judge.max_cost is not None and (judge.input_price is None or judge.output_price is None):
-        raise ConfigError(
-            "judge.max_cost needs judge.input_price and judge.output_price (dollars for a million tokens)"
-        )
+    if judge.baseline not in BASELINES and not is_file("judge.baseline", judge.baseline):
+        raise ConfigError(f"judge.baseline={judge.baseline}: no such file; it is sft, chosen or a file of answers")

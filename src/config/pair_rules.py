@@ -36,6 +36,8 @@ def check_pairs(point: Point) -> None:
     _check_grading(point)
     generation = pairs.generation
     assert generation is not None
+    if generation.temperatures:
+        raise ConfigError("pairs.generation.temperatures: prompts of pairs have no categories; remove the override")
     if generation.samples_per_prompt < 2:
         raise ConfigError(
             f"pairs.generation.samples_per_prompt={generation.samples_per_prompt}: a pair needs two responses to a "

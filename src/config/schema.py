@@ -156,6 +156,7 @@ class Engine(Option):
 @dataclass
 class Generation:
     temperature: float = number(1.0, maximum=100)
+    temperatures: dict[str, float] = number(default_factory=dict, maximum=100)  # category of a question -> its own
     top_k: int = number(0, maximum=10**7)
     top_p: float = number(1.0, above=0, maximum=1)
     max_new_tokens: int = number(256, minimum=1, maximum=MAX_TOKENS)
@@ -179,7 +180,7 @@ class Server(Option):  # none | vllm | transformers; auto is replaced when a run
 
 @dataclass
 class Evaluation(Option):
-    metric: str = choice("win_rate", "reward_accuracy", "accuracy")
+    metric: str = choice("win_rate", "reward_accuracy", "accuracy", "rating")
     prompts_file: str | None = None  # file of a benchmark's; null: held-out prompts
     num_prompts: int = number(500, minimum=2, maximum=MAX_ROWS)
     selection_fraction: float = number(0.5, above=0, maximum=0.999)

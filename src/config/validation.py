@@ -11,7 +11,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from src.config.capability import check_capability
 from src.config.fields import check_value, shortened, typed_leaves
-from src.config.judge_rules import check_judge, check_server
+from src.config.judge_rules import MULTI_TURN_JUDGES, check_judge, check_server
 from src.config.overrides import MAX_VALUES
 from src.config.pair_rules import check_pairs, resolve_pairs
 from src.config.paths import is_file
@@ -24,8 +24,15 @@ from src.errors import ConfigError, one_line
 from src.methods import METHODS, SCORES, options_of, scores_of
 
 ANY_METHOD = "default"  # the entry of lr_grid for methods without a list of their own
-BENCHMARKS = ("alpaca_eval", "arena_hard", "arena_hard_v2", "math")  # evaluations that need a file of prompts
-SINGLE_ANSWER_JUDGES = ("alpaca_eval", "arena_hard", "arena_hard_v2")  # whose scores are of one answer to each question
+BENCHMARKS = (
+    "alpaca_eval",
+    "arena_hard",
+    "arena_hard_v2",
+    "mt_bench",
+    "math",
+)  # evaluations that need a file of prompts
+# Whose scores are of one answer to each question.
+SINGLE_ANSWER_JUDGES = ("alpaca_eval", "arena_hard", "arena_hard_v2", *MULTI_TURN_JUDGES)
 
 
 def build_point(cfg: DictConfig) -> Point:
@@ -115,6 +122,11 @@ def _check_engine(point: Point) -> None:
 
 def _check_samples(point: Point) -> None:
     generation = point.evaluation.generation
+    if generation.temperatures and point.evaluation.prompts_file is None:
+        raise ConfigError(
+            "evaluation.generation.temperatures: only the questions of a file have categories; add "
+            "evaluation.prompts_file=FILE, or remove the override"
+        )
     if (count := generation.samples_per_prompt) == 1:
         return
     key = f"evaluation.generation.samples_per_prompt={count}"

@@ -38,6 +38,7 @@ class Prompt:
     # For judges: the facts of a post of mini TL;DR, or the `answer` of a problem.
     facts: dict[str, str] = field(default_factory=dict, compare=False)
     source: str = field(default="", compare=False)  # the table of a mixture, or the part of a benchmark, that it is of
+    follow_ups: tuple[str, ...] = field(default=(), compare=False)  # of the user, each after a response
 
     @property
     def key(self) -> tuple[str, ...]:

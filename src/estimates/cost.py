@@ -218,7 +218,8 @@ def _num_passes(inputs: dict[str, Any], kind: str) -> float:
     generation = inputs["generation"]
     if kind == "candidates":
         return float(generation["samples_per_prompt"] * generation["max_new_tokens"])
-    num_samples = inputs["prompts"]["num_prompts"] * generation.get("samples_per_prompt", 1)
+    prompts = inputs["prompts"]
+    num_samples = prompts["num_prompts"] * prompts.get("num_turns", 1) * generation.get("samples_per_prompt", 1)
     return float(num_samples * generation["max_new_tokens"])
 
 

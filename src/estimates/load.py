@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from src.config.judge_rules import num_turns
 from src.config.schema import Generation, Point
 from src.estimates.card import card_of
 from src.estimates.table_size import TableSize, table_size
 from src.planning.fit import BUDGET_MULTIPLE, MAX_BUDGET, TARGET_FRACTION, Held, held_by_process
 from src.planning.gpus import Gpu
 from src.planning.model_shape import ModelShape, model_shape
+from src.planning.resources import prompt_limit
 from src.planning.stage import Stage
 from src.rehearsal.request import Request, Result, draw_lengths, longest_lengths
 
@@ -76,7 +78,13 @@ class Load:
         if not self.is_sampling or self.point.server.name != "none":  # a server plans its own memory
             return 0
         generation = self.generation
-        return generation.batch_size * (self.point.dataset.max_prompt_tokens + generation.max_new_tokens)
+        return generation.batch_size * (self._prompt_tokens + generation.max_new_tokens)
+
+    @property
+    def _prompt_tokens(self) -> int:
+        """Tokens of the longest prompt that is sampled for."""
+        turns = num_turns(self.point.judge.name) if self.stage.kind == "generate" else 1
+        return prompt_limit(self.point.dataset.max_prompt_tokens, self.generation.max_new_tokens, turns)
 
     @property
     def computed_seconds_per_token(self) -> float:
@@ -189,7 +197,7 @@ class Load:
             max_tokens_per_micro_batch=point.trainer.max_tokens_per_micro_batch,
             batch_size=trainer.batch_size,
             rows=self.generation.batch_size,
-            prompt_tokens=data.max_prompt_tokens,
+            prompt_tokens=self._prompt_tokens if self.is_sampling else data.max_prompt_tokens,
             new_tokens=self.generation.max_new_tokens,
             layers=_REHEARSED_LAYERS if self.shape.num_layers > 2 * max(_REHEARSED_LAYERS) else (),
         )

@@ -44,7 +44,7 @@ class Response(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """value: 1 if the response wins or is right, 0 if the baseline wins or it is wrong, 0.5 for a tie."""
+    """value: 1 if the response wins or is right, 0 if the baseline wins or it is wrong, 0.5 for a tie; or a rating."""
 
     value: float
     reason: str
@@ -55,7 +55,8 @@ class Judged:
     """Verdicts in the order of the comparisons.
 
     usage: what they took (answers, calls, tokens, dollars, unparsable answers), which models answered, and when.
-    scores: the score of a benchmark by its own rules, in percent: name -> value, with se or with low and high.
+    scores: the score of a benchmark by its own rules: name -> value, with se or with low and high. In percent, but for
+    names that end with `rating`.
     """
 
     verdicts: list[Verdict]

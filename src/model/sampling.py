@@ -92,10 +92,11 @@ def sample(
     *,
     batch_size: int = 64,
     share: Share = EVERYTHING,
+    only: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[int], bool]]:
     """Yield (index, response ids, finished) for every prompt of the share's batches.
 
-    prompts: each generation.samples_per_prompt times in succession.
+    prompts: each generation.samples_per_prompt times in succession. only: the indices of those to sample; None: all.
     A finished response includes its end token. On a GPU a batch that might not fit into memory is sampled in parts.
     """
     model.eval()
@@ -108,7 +109,7 @@ def sample(
     tokens = {"bos_token_id": begin_id, "eos_token_id": end_ids, "pad_token_id": end_id}
     config = GenerationConfig(max_new_tokens=generation.max_new_tokens, do_sample=False, **tokens)
     # Sorted by length, so that there is little padding; samples do not depend on the order.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    order = sorted(range(len(prompts)) if only is None else only, key=lambda i: (len(prompts[i]), i))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     for indices in (part for batch in share.of(batches) for part in _parts(batch, model, prompts, generation, share)):
         prompt_length = max(len(prompts[i]) for i in indices)

@@ -80,6 +80,7 @@ class PromptInputs:
     data: DataInputs
     num_prompts: int
     file: ContentPath | None
+    num_turns: int = added_field(field(default=1))  # the most answers to a prompt, each to all that came before
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class GenerationInputs:
     seed: int
     server: tuple[str, str] | None
     samples_per_prompt: int = added_field(field(default=1))
+    temperatures: dict[str, float] = added_field(field(default_factory=dict))  # category of a prompt -> its own
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class JudgeInputs:
     difficulties: ContentPath | None = added_field(field(default=None))
     asked: str | ContentPath | None = added_field(field(default=None))  # by an annotator, instead of its own model
     server: tuple[str, str] | None = added_field(field(default=None))  # name and command, when the job serves the model
+    references: ContentPath | None = added_field(field(default=None))
 
     @property
     def model_name(self) -> str:
@@ -228,7 +231,7 @@ class GenerateInputs:
 
     @property
     def num_samples(self) -> int:
-        return self.prompts.num_prompts * self.generation.samples_per_prompt
+        return self.prompts.num_prompts * self.prompts.num_turns * self.generation.samples_per_prompt
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ class CapabilityInputs:
 
 @dataclass(frozen=True)
 class EvaluateInputs:
-    """metric: what points are compared by, `win_rate`, `reward_accuracy` or `accuracy`. judge: None without one.
+    """metric: what points are compared by, as evaluation.metric has it. judge: None without one.
 
     judged: the prompts whose responses it judges, `all` or those of the `selection` split.
     """

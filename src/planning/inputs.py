@@ -8,7 +8,13 @@ from typing import Any
 
 from src.config.endpoints import SERVED, normalize_url
 from src.config.judge import JUDGES
-from src.config.judge_rules import BASELINES, CONTENT_HASHED_MODELS, ENDPOINT_JUDGES, split_annotator
+from src.config.judge_rules import (
+    BASELINES,
+    CONTENT_HASHED_MODELS,
+    ENDPOINT_JUDGES,
+    num_turns,
+    split_annotator,
+)
 from src.config.schema import Dataset, Judge, Optimization, Point
 from src.config.tables import MAX_ROWS, HubTable, MixedTable, Table
 from src.config.template_rules import end_tokens_of, is_template_file
@@ -88,7 +94,7 @@ def max_examples(trainer: Optimization, num_rows: int | None) -> int | None:
 def prompt_inputs(point: Point) -> PromptInputs:
     file = point.evaluation.prompts_file
     path = None if file is None else ContentPath.of(file, "evaluation.prompts_file")
-    return PromptInputs(pair_data(point).held_out, point.evaluation.num_prompts, path)
+    return PromptInputs(pair_data(point).held_out, point.evaluation.num_prompts, path, num_turns(point.judge.name))
 
 
 def candidates_inputs(point: Point, model: ModelInputs, server: tuple[str, str] | None) -> CandidatesInputs:
@@ -129,7 +135,7 @@ def judge_inputs(judge: Judge, server: tuple[str, str] | None) -> JudgeInputs | 
         options["asked"] = ContentPath.of(asked, "judge.model") if is_served and asked is not None else asked
     if judge.name in CONTENT_HASHED_MODELS or is_served:
         options["model"] = ContentPath.of(options["model"], "judge.model", kind=kind)
-    for name in ("prompt_file", "difficulties"):
+    for name in ("prompt_file", "references", "difficulties"):
         if options.get(name) is not None:
             options[name] = ContentPath.of(options[name], f"judge.{name}")
     if is_served:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from src.config.judge import JudgeEndpoint
+from src.config.judge_rules import num_turns
 from src.config.schema import GENERATED, Point
 from src.planning.identity import DataInputs, select_fields
 
@@ -85,9 +86,15 @@ def resources_of(point: Point, pairs: DataInputs) -> Resources:
 
 def max_sequence_tokens(point: Point) -> int:
     """Return the tokens of the longest sequence that training and sampling may have."""
-    data, generations = point.dataset, (point.evaluation.generation, point.pairs.generation)
-    new_tokens = max(generation.max_new_tokens for generation in generations if generation is not None)
-    return max(data.max_tokens, data.max_prompt_tokens + new_tokens)
+    data, candidates, new_tokens = point.dataset, point.pairs.generation, point.evaluation.generation.max_new_tokens
+    sampled = prompt_limit(data.max_prompt_tokens, new_tokens, num_turns(point.judge.name)) + new_tokens
+    of_pairs = 0 if candidates is None else data.max_prompt_tokens + candidates.max_new_tokens
+    return max(data.max_tokens, sampled, of_pairs)
+
+
+def prompt_limit(max_prompt_tokens: int, max_new_tokens: int, turn: int) -> int:
+    """Return the tokens that the prompt of a turn may have, from 1: with all turns before, and the answers to them."""
+    return turn * max_prompt_tokens + (turn - 1) * max_new_tokens
 
 
 def splits_validation_prompts(point: Point) -> bool:

@@ -28,8 +28,8 @@ def run(inputs: CandidatesInputs, resources: Resources, upstream: dict[str, Path
     rows = generate.prompts_to_answer(inputs, template, prompts, attempt)
     prompt_ids, several = [ids for _, ids in rows], inputs.generation.samples_per_prompt
     seed = f"{inputs.seed}/{inputs.generation.seed}/{inputs.kind}"
-    count = len(prompt_ids)
-    responses, _ = generate.sample_responses(inputs, resources, upstream, template, prompt_ids, seed, count, attempt)
+    progress = generate.Progress(0, len(prompt_ids))
+    responses, _ = generate.sample_responses(inputs, resources, upstream, template, prompt_ids, seed, progress, attempt)
     if not attempt.is_main_process:
         return
 

@@ -9,15 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.data.evaluation_prompts import read_answers, read_prompts
-from src.data.sources import open_source
 from src.errors import StageError
-from src.judges import Comparison, judge_function
+from src.judges import judge_function
 from src.methods import METHODS
-from src.planning.content import ContentPath, reading
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
 from src.stages import capability, generate, validation
+from src.stages.comparisons import comparisons_of
 from src.store.attempt import Attempt
 from src.store.files import read_json, read_jsonl, write_json, write_jsonl
 from src.store.provenance import provenance
@@ -29,7 +27,6 @@ from src.store.store import (
     RESULT_FILE,
     RESULT_SCHEMA,
     STAGE_FILE,
-    sample_key,
 )
 
 T = TypeVar("T")
@@ -50,14 +47,14 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     usage, several, judged_samples = None, {}, []
     if inputs.judge is not None:
         asked = [sample for sample in samples if inputs.judged == "all" or sample["index"] in selection]
-        comparisons = _comparisons(inputs, resources, asked, upstream)
+        comparisons = comparisons_of(inputs, resources, asked, upstream)
         judged = judge_function(inputs.judge.name)(inputs, resources, comparisons, attempt)
         if not attempt.is_main_process:
             return
         # A benchmark's scores are of all its prompts.
         usage = {"name": inputs.judge.name, **judged.usage, "scores": judged.scores if inputs.judged == "all" else {}}
         rows = (
-            {name: s[name] for name in ("index", "sample") if name in s}
+            {name: s[name] for name in ("index", "sample", "turn") if name in s}
             | {"verdict": v.value, "reason": v.reason, "baseline": c.baseline.get("response")}
             for s, c, v in zip(asked, comparisons, judged.verdicts, strict=True)
         )
@@ -65,7 +62,7 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         judged_samples = list(zip(asked, judged.verdicts, strict=True))
         if is_judged:
             measured = by_prompt((s["index"], v.value) for s, v in judged_samples)
-            several = sampling_error(list(measured.values()))
+            several = sampling_error(list(measured.values())) if inputs.prompts.num_turns == 1 else {}
     # Averaged by prompt, so that its pairs or samples are in one split and count as one observation.
     quality = {prompt: math.fsum(values) / len(values) for prompt, values in measured.items()}
     columns = {"prompts": list(quality), "values": list(quality.values())}
@@ -112,34 +109,6 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         result["sources"] = sources
     write_json(attempt.out / RESULT_FILE, result)
     attempt.step(1, 1)
-
-
-def _comparisons(
-    inputs: EvaluateInputs, resources: Resources, samples: list[dict[str, Any]], upstream: dict[str, Path]
-) -> list[Comparison]:
-    """Pair each sample with the baseline's response to its prompt.
-
-    That is a sample of the SFT model, the chosen response of the prompt's first held-out pair, or a row of a file; for
-    a judge of a response by itself, nothing.
-    """
-    assert inputs.judge is not None
-    baseline, prompts = inputs.judge.baseline, read_prompts(inputs.prompts, resources.expected_rows)
-    baselines: dict[tuple[int, int], dict[str, Any]]
-    if "baseline" in upstream:
-        baselines = {sample_key(row): row for row in generate.read(upstream["baseline"])}
-    elif isinstance(baseline, ContentPath):
-        with reading(baseline):
-            answers = read_answers(baseline.location, prompts, "judge.baseline")
-        baselines = {sample_key(s): answers[s["index"]] for s in samples}
-    elif baseline is None:
-        baselines = {sample_key(s): {} for s in samples}
-    else:
-        chosen_responses: dict[tuple[str, ...], str] = {}
-        for pair in open_source(inputs.prompts.data, resources.expected_rows).pairs("validation"):
-            chosen_responses.setdefault(pair.prompt.key, pair.chosen)
-        keys = {sample_key(s): prompts[s["index"]].prompt.key for s in samples}
-        baselines = {place: {"response": chosen_responses[key]} for place, key in keys.items()}
-    return [Comparison(prompts[s["index"]].prompt, s, {"finished": True} | baselines[sample_key(s)]) for s in samples]
 
 
 def kl_estimates(samples: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -67,9 +67,9 @@ def kind_of(role: str) -> str:
     return OF_SFT_MODEL.get(role, role)
 
 
-def sample_key(row: dict[str, Any]) -> tuple[int, int]:
-    """Return the prompt of a row of samples.jsonl or judgements.jsonl, and which of its samples it is."""
-    return row["index"], row.get("sample", 0)
+def sample_key(row: dict[str, Any]) -> tuple[int, int, int]:
+    """Return the prompt of a row of samples.jsonl or judgements.jsonl, and which of its samples and turns it is."""
+    return row["index"], row.get("sample", 0), row.get("turn", 1)
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -35,7 +35,18 @@ log = logging.getLogger(__name__)
 
 SWEEP_JOB_TYPE = "aggregate"
 COMPUTED = ("host", "slurm_job", "commit", "seconds", "tokens", "processes", "finished")  # entries of DONE shown
-SAMPLE_COLUMNS = ("index", "sample", "prompt", "response", "tokens", "finished", "baseline", "verdict", "reason")
+SAMPLE_COLUMNS = (
+    "index",
+    "sample",
+    "turn",
+    "prompt",
+    "response",
+    "tokens",
+    "finished",
+    "baseline",
+    "verdict",
+    "reason",
+)
 
 
 class Sync(ABC):
@@ -242,5 +253,5 @@ def _samples(samples: Path, judgements: Path) -> tuple[list[str], list[list[Any]
     """
     verdicts = {sample_key(row): row for row in read_jsonl(judgements, ("index",))} if judgements.exists() else {}
     rows = [verdicts.get(sample_key(row), {}) | row for row in read_jsonl(samples, ("index",))]
-    columns = [name for name in SAMPLE_COLUMNS if name != "sample" or any(name in row for row in rows)]
+    columns = [name for name in SAMPLE_COLUMNS if name not in ("sample", "turn") or any(name in row for row in rows)]
     return columns, [[row.get(name) for name in columns] for row in rows]

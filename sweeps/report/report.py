@@ -152,17 +152,20 @@ def examples(results: Results, best: pd.DataFrame) -> dict[str, list[dict[str, A
         samples = [rows for rows in samples if rows]
         common = [index for index in samples[0] if all(index in other for other in samples)] if samples else []
         name = ", ".join(map(str, filter(None, key)))
-        table[name] = [_example(methods, [rows[index] for rows in samples]) for index in common[:NUM_PROMPTS]]
+        table[name] = [
+            _example(methods, [rows[index] for rows in samples], group.metric.iloc[0]) for index in common[:NUM_PROMPTS]
+        ]
     return table
 
 
-def _example(methods: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _example(methods: list[str], rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     baseline = rows[0].get("baseline")
     responses = [] if baseline is None else [("baseline", _truncate(baseline), None, "")]
     for method, row in zip(methods, rows, strict=True):
         responses.append((method, _truncate(row["response"]), row.get("verdict"), row.get("reason", "")))
-    won, lost = ("right", "wrong") if baseline is None else ("win", "loss")
-    return {"prompt": _truncate(rows[0]["prompt"]), "responses": responses, "won": won, "lost": lost}
+    words = {1: "right", 0: "wrong"} if baseline is None else {1: "win", 0.5: "tie", 0: "loss"}
+    words = {} if metric == "rating" else words
+    return {"prompt": _truncate(rows[0]["prompt"]), "responses": responses, "words": words}
 
 
 def _samples(results: Results, result: str, metric: str) -> dict[int, dict[str, Any]]:
@@ -174,7 +177,9 @@ def _samples(results: Results, result: str, metric: str) -> dict[int, dict[str, 
     if metric != "reward_accuracy":
         quality = read_quality(folder)
         selection = {i for i, selects in zip(quality["prompts"], quality["selection"], strict=True) if selects}
-    rows = [row for row in _rows(samples / SAMPLES_FILE, ("index", "prompt", "response")) if not sample_key(row)[1]]
+    rows = [
+        row for row in _rows(samples / SAMPLES_FILE, ("index", "prompt", "response")) if sample_key(row)[1:] == (0, 1)
+    ]
     shown = [row for row in rows[: 6 * NUM_PROMPTS] if row["index"] not in selection]
     return {row["index"]: row | judged.get(sample_key(row), {}) for row in shown}
 

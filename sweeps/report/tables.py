@@ -105,7 +105,8 @@ def benchmark_table(best: pd.DataFrame, scores: dict[str, dict[str, dict[str, fl
         columns = {}
         for name in dict.fromkeys(name for seed in by_seed for name in seed):
             mean = pd.DataFrame([seed[name] for seed in by_seed if name in seed]).mean()
-            columns[f"{name.replace('_', ' ').capitalize()} %"] = _score(mean)
+            unit = "" if name.endswith("rating") else " %"
+            columns[f"{name.replace('_', ' ').capitalize()}{unit}"] = _score(mean)
         if columns:
             point = {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
             rows.append(_varying(best, row, *GROUP) | point | columns)
