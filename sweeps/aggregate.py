@@ -31,7 +31,10 @@ from sweeps.analysis.significance import pairwise_against_pointwise
 from sweeps.arguments import ArgumentParser
 from sweeps.report import figures
 from sweeps.report.escapes import csv_text
+from sweeps.report.paper_tables import paper_tables
+from sweeps.report.published import published_points
 from sweeps.report.report import cost_table, write_report
+from sweeps.report.table_files import write_formats, write_tables
 from sweeps.report.tables import (
     benchmark_table,
     best_table,
@@ -39,7 +42,6 @@ from sweeps.report.tables import (
     sft_table,
     sources_table,
     verdict_table,
-    write_tables,
 )
 from sweeps.search.record import recorded_failures, write_states
 from sweeps.wandb.from_wandb import SCHEME, fetch
@@ -87,13 +89,16 @@ def write_results(
         "sources": sources_table(best, results.sources),
         "sft": sft_table(results),
     }
+    of_paper = paper_tables(results, best)
 
     target.figures.mkdir(parents=True, exist_ok=True)
     atomic_write(target.points_csv, csv_text(points))
     atomic_write(target.best_yaml, best_yaml(best, results.settings))
     write_tables(target.tables, tables)
-    graphics = [drawing.save(target.figures) for drawing in figures.draw(averages, best, verdicts)]
-    write_report(target.report, results, rule, best, tables, graphics)
+    write_formats(target.tables, {name: table.formats() for name, table in of_paper.items()})
+    published = published_points(results, best)
+    graphics = [drawing.save(target.figures) for drawing in figures.draw(averages, best, verdicts, published)]
+    write_report(target.report, results, rule, best, tables, of_paper, graphics)
     if not quiet:
         print_best(results, target.path, tables)
     return best

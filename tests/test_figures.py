@@ -17,7 +17,10 @@ NAN = float("nan")
 VERDICT_COLUMNS = ["setup", "method", "init", "variant", "beta", "lr", "win", "tie", "lose", "prompts"]
 
 
-def draw(folder, *rows, verdicts=()):
+PUBLISHED_COLUMNS = ["setup", "init", "variant", "method", "beta", "quality", "quality_se", "source"]
+
+
+def draw(folder, *rows, verdicts=(), published=()):
     """Draw and save every figure of these points, a warning being an error; return stem -> SVG."""
     table = points(*rows).assign(metric="win_rate", checkpoint="/nowhere")
     averages = average_seeds(table.assign(kind=[METHODS[method].kind for method in table.method]))
@@ -25,7 +28,8 @@ def draw(folder, *rows, verdicts=()):
     best = best_points(averages).assign(quality_reporting_low=quality - 0.1, quality_reporting_high=quality + 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawings = figures.draw(averages, best, pd.DataFrame(verdicts, columns=VERDICT_COLUMNS))
+        of_paper = pd.DataFrame(published, columns=PUBLISHED_COLUMNS)
+        drawings = figures.draw(averages, best, pd.DataFrame(verdicts, columns=VERDICT_COLUMNS), of_paper)
         return {drawing.name: drawing.save(folder) for drawing in drawings}
 
 
@@ -79,3 +83,23 @@ def test_wins_ties_and_losses_are_bars_with_most_wins_on_top_and_a_number_where_
     numbers = [text for text in texts if re.fullmatch(r"\d+\.\d", text)]
     assert numbers == ["55.5", "42.0", "60.0", "20.0", "20.0", "71.5", "28.5"]
     assert "DPO, beta 0.1, lr 0.001\ntie 2.5 %" in svg and "200 reporting prompts" in svg
+
+
+def test_published_results_are_faint_marks_over_beta_and_faint_lines_over_kl(tmp_path):
+    rows = [{"method": "orpo", "beta": beta} for beta in (0.1, 0.2)] + [{"method": "asft", "beta": 0.1}]
+    published = [
+        ("s", "sft", "", "orpo", 0.5, 0.905, NAN, "Table 2"),
+        ("s", "sft", "", "orpo", 1.0, 0.835, NAN, "gain"),
+    ]
+    published += [
+        ("s", "sft", "", "asft", 0.001, 0.2, 0.01, "Table 2"),
+        ("other", "sft", "", "orpo", 3.0, 0.7, NAN, ""),
+    ]
+    without, drawn = draw(tmp_path, *rows), draw(tmp_path, *rows, published=published)
+    faint = {name: drawn[name].count("opacity: 0.4") for name in drawn}
+    assert faint["s_quality_over_beta"] > faint["s_quality_over_kl"] == 2
+    assert not any("opacity: 0.4" in svg or "Table 2" in svg for svg in without.values())  # the control
+    for text in ("ORPO, beta 0.5\n0.905 (Table 2)", "ORPO, beta 1\n0.835 (gain)", "ASFT, beta 0.001\n0.200 (Table 2)"):
+        assert text in drawn["s_quality_over_beta"]
+    assert "ORPO\n0.905 (Table 2)" in drawn["s_quality_over_kl"] and "no KL published" in drawn["s_quality_over_kl"]
+    assert "beta 3" not in drawn["s_quality_over_beta"]

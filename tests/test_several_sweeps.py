@@ -57,6 +57,8 @@ def test_sweeps_that_differ_are_compared_side_by_side(sweeps):
     assert sorted(set(points.variant)) == ["dataset.sft_size=128", "dataset.sft_size=32"] and len(points) == 8
     best = pd.read_csv(sweeps / "full+quarter" / "tables" / "best.csv")
     assert list(best.groupby("Variant").size()) == [2, 2]
+    titles = list(pd.read_csv(sweeps / "full+quarter" / "tables" / "paper_table_7.csv"))
+    assert titles == ["Method", *(f"mini_tldr, sft_size={n} {name}" for n in (32, 128) for name in ("lr", "beta"))]
     report = (sweeps / "full+quarter" / "report.html").read_text()
     assert "full + quarter" in report and report.count("sweep.name=") >= 2
     assert set(yaml.safe_load((sweeps / "full+quarter" / "best.yaml").read_text())["mini_tldr"]) == {"dpo", "ipo"}

@@ -74,6 +74,12 @@ def test_a_sweep_writes_every_documented_file(swept):
     win_rate = verdicts["Win %"] + verdicts["Tie %"] / 2
     assert [win_rate["DPO"], win_rate["IPO"]] == pytest.approx([100 * best["dpo"], 100 * best["ipo"]])
     assert list(verdicts["Win rate"]) == pytest.approx(list(win_rate / 100))
+    quality = json.loads((folder.store.root / "evaluate" / points.identity[0] / "quality.json").read_text())
+    num_reporting = quality["selection"].count(False)
+    counts = verdicts[["Win %", "Tie %", "Lose %"]] * num_reporting / 100
+    assert (counts - counts.round()).abs().to_numpy().max() < 1e-9, "whole prompts"
+    assert list(counts.round().sum(axis=1)) == list(verdicts["Prompts"]) == [num_reporting, num_reporting]
+    assert list(pd.read_csv(folder.tables / "paper_table_2.csv")) == ["Method", "WR% (std)"]
     assert set(pd.read_csv(folder.tables / "gains.csv").against) == {"beta = 1", "TRL's default"}
     report = folder.report.read_text()
     assert report.count("<svg") == 4

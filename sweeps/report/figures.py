@@ -38,12 +38,16 @@ MAX_NUMBERS = 60  # cells of a heat map that show their value; more would not fi
 MIN_CHANGE = 0.01  # of capability, at either end of its colors: a smaller one is no more than noise
 CHANGE_COLORS = "RdBu"  # red: lost, white: as the SFT model, blue: gained; told apart by color-blind readers
 MAX_STEM = 150  # bytes of a file name
+FAINT = 0.4  # opacity of published results
 
 
-def draw(averages: pd.DataFrame, best: pd.DataFrame, verdicts: pd.DataFrame) -> Iterator[Drawing]:
+def draw(
+    averages: pd.DataFrame, best: pd.DataFrame, verdicts: pd.DataFrame, published: pd.DataFrame
+) -> Iterator[Drawing]:
     """Yield every figure of every setup, init and variant.
 
-    averages: of average_seeds; best: of with_intervals; verdicts: of reporting_split.verdicts.
+    averages: of average_seeds; best: of with_intervals; verdicts: of reporting_split.verdicts; published: of
+    published_points.
     """
     best_lrs, stems = best_lr_per_beta(averages), set[str]()
     for setup, rows in reported(best).groupby("setup", sort=False):
@@ -54,11 +58,12 @@ def draw(averages: pd.DataFrame, best: pd.DataFrame, verdicts: pd.DataFrame) -> 
         setup, init, variant = map(str, key)
         parts = [setup, *([] if init == "sft" else [init]), *([variant] if variant else [])]
         stem, name = _stem(parts, stems), ", ".join(parts)
-        selected = best[(best[GROUP] == list(key)).all(axis=1)]
+        selected, of_group, of_paper = (
+            table[(table[GROUP] == list(key)).all(axis=1)] for table in (best, verdicts, published)
+        )
         if len(shown := reported(rows)):
-            yield quality_over_beta(stem, name, shown, reported(selected))
-            yield quality_over_kl(stem, name, shown, reported(selected))
-        of_group = verdicts[(verdicts[GROUP] == list(key)).all(axis=1)]
+            yield quality_over_beta(stem, name, shown, reported(selected), of_paper)
+            yield quality_over_kl(stem, name, shown, reported(selected), of_paper)
         if len(of_group):
             yield selected_figures.win_tie_lose(stem, name, of_group)
         grid = averages[(averages[GROUP] == list(key)).all(axis=1)]
@@ -80,20 +85,39 @@ def _stem(parts: list[str], taken: set[str]) -> str:
     return stem
 
 
-def quality_over_beta(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
+def quality_over_beta(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame, published: pd.DataFrame) -> Drawing:
     """Draw one panel per method, since each has its own range of beta; all panels share the quality axis."""
-    title = f"{name}: {metric_label(rows)} over beta, each at its best lr (ring: selected on the selection split)"
+    title = f"{name}: {metric_label(rows)} over beta, each at its best lr (ring: selected on the selection split"
+    title += f"; faint: published, {published.source.iloc[0]})" if len(published) else ")"
     drawing, panels = _panels(f"{stem}_quality_over_beta", title, rows, _quality_label(rows), 2.7)
     for method, ax in panels.items():
-        line = rows[rows.method == method]
+        line, of_paper = rows[rows.method == method], published[published.method == method]
         _plot_line(drawing, ax, line, best, method, "beta")
-        _set_log_x_axis(ax, line.beta)
+        _plot_published_points(drawing, ax, of_paper)
+        _set_log_x_axis(ax, pd.concat([line.beta, of_paper.beta.astype(float)]))
     return drawing
 
 
-def quality_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame) -> Drawing:
-    """Draw pairwise and pointwise methods in one panel each, with the Pareto front of the kind."""
-    title = f"{name}: {metric_label(rows)} over KL, one point per beta (dashed: Pareto front; ring: selected)"
+def _plot_published_points(drawing: Drawing, ax: Axes, published: pd.DataFrame) -> None:
+    for row in published.to_dict("records"):
+        color, marker = STYLES[row["method"]]
+        text = f"{NAMES[row['method']]}, beta {row['beta']:g}\n{row['quality']:.3f} ({row['source']})"
+        style: dict[str, Any] = {"color": color, "alpha": FAINT}
+        ax.errorbar(row["beta"], row["quality"], Z95 * row["quality_se"], capsize=2, linewidth=1, **style)
+        drawing.plot_mark(
+            ax, row["beta"], row["quality"], text, marker=marker, markersize=9, markerfacecolor="none", **style
+        )
+
+
+def quality_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame, published: pd.DataFrame) -> Drawing:
+    """Draw pairwise and pointwise methods in one panel each, with the Pareto front of the kind.
+
+    Published results, whose KL is not published, are lines at their quality.
+    """
+    title = f"{name}: {metric_label(rows)} over KL, one point per beta (dashed: Pareto front; ring: selected"
+    title += (
+        f"; faint lines: published, {published.source.iloc[0]}, best beta; no KL published)" if len(published) else ")"
+    )
     kinds = [kind for kind in KINDS if kind in set(rows.kind)]
     drawing = Drawing(f"{stem}_quality_over_kl", title, max(7.5, 5.2 * len(kinds)), 4.4)
     grid = drawing.figure.subplots(1, len(kinds), sharey=True, sharex=True, squeeze=False)
@@ -105,6 +129,9 @@ def quality_over_kl(stem: str, name: str, rows: pd.DataFrame, best: pd.DataFrame
         ax.plot(front.kl_sequence, front.quality_reporting, "--", **style)
         for method, line in of_kind.sort_values("beta").groupby("method", sort=False):
             _plot_line(drawing, ax, line, best, str(method), "kl_sequence")
+            for row in published[published.method == method].head(1).to_dict("records"):
+                gid = drawing.add_tooltip(f"{NAMES[row['method']]}\n{row['quality']:.3f} ({row['source']})")
+                ax.axhline(row["quality"], color=STYLES[row["method"]][0], alpha=FAINT, linewidth=1.5, gid=gid)
         _set_log_x_axis(ax, rows.kl_sequence)
         ax.set(title=kind, xlabel="KL(policy || initial policy), nats per sequence")
         ax.legend(frameon=False, loc="lower right")

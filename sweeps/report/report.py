@@ -15,6 +15,7 @@ from src.store.store import JUDGEMENTS_FILE, SAMPLES_FILE, sample_key
 from src.store.usage import KINDS, usage_of
 from sweeps.analysis.results import Results, read_quality
 from sweeps.analysis.selection import GROUP
+from sweeps.report.paper_tables import PaperTable
 from sweeps.report.plot_style import NAMES
 from sweeps.report.published import published_tables
 from sweeps.report.tables import PER_TOKEN, best_table, group_lines, not_asked, quality_column, with_error
@@ -27,12 +28,18 @@ MAX_CHARS = 4000  # of a prompt or response on a page
 
 
 def write_report(
-    path: Path, results: Results, rule: str, best: pd.DataFrame, tables: dict[str, pd.DataFrame], graphics: list[str]
+    path: Path,
+    results: Results,
+    rule: str,
+    best: pd.DataFrame,
+    tables: dict[str, pd.DataFrame],
+    of_paper: dict[str, PaperTable],
+    graphics: list[str],
 ) -> None:
     """Write the report.
 
     rule: sweep.select, how one point of each method was selected. best: of with_intervals. tables: as aggregate writes
-    them. graphics: SVGs of Drawing.save.
+    them. of_paper: of paper_tables. graphics: SVGs of Drawing.save.
     """
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["with_error"] = with_error
@@ -55,6 +62,7 @@ def write_report(
         cost=cost_table(results),
         judge=judge_usage(results),
         published=published_tables(results, best),
+        of_paper=[table for table in of_paper.values() if table.rows],
         all_points=results.points.head(MAX_ROWS).to_dict("records"),
         selected={identity for seeds in best.identities for identity in seeds},
         names=NAMES,

@@ -82,7 +82,9 @@ def side_by_side(stem: str, setup: str, best: pd.DataFrame) -> Drawing:
 
     Points are connected when the variants differ in a single setting. best: of with_intervals, one setup.
     """
-    groups = sorted({(row["init"], row["variant"]) for row in best.to_dict("records")}, key=_numeric_key)
+    groups = sorted(
+        {(row["init"], row["variant"]) for row in best.to_dict("records")}, key=lambda g: numeric_key(" ".join(g))
+    )
     settings = {variant.rpartition("=")[0] for _, variant in groups}
     one_setting = len(settings) == 1 and len({init for init, _ in groups}) == 1 and " " not in "".join(settings)
     labels = [v.rpartition("=")[2] if one_setting else ", ".join([i, *map(_short, v.split())]) for i, v in groups]
@@ -134,9 +136,9 @@ def training_curves(best: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return curves
 
 
-def _numeric_key(group: tuple[str, str]) -> list[tuple[bool, float, str]]:
-    """Return a sort key by which 0.3 precedes 1 and 1 precedes 10 wherever the number stands."""
-    parts = re.split(r"(?<==)([\d.e+-]+)(?= |$)", " ".join(group))
+def numeric_key(text: str) -> list[tuple[bool, float, str]]:
+    """Return a sort key by which `x=0.3` precedes `x=1` and that `x=10`, wherever the number stands."""
+    parts = re.split(r"(?<==)([\d.e+-]+)(?=,? |$)", text)
     return [(i % 2 == 0, float(part) if i % 2 else 0.0, "" if i % 2 else part) for i, part in enumerate(parts)]
 
 

@@ -1,4 +1,4 @@
-"""The tables of a sweep: on the terminal, as Markdown, CSV and LaTeX."""
+"""The tables of a sweep, and the best one on the terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from src.store.files import atomic_write
 from sweeps.analysis.reporting_split import VERDICTS
 from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
-from sweeps.report.escapes import csv_text, latex_cell, markdown_cell
 from sweeps.report.plot_style import NAMES
 from sweeps.search.variants import variant_text
 
@@ -101,16 +99,20 @@ def benchmark_table(best: pd.DataFrame, scores: dict[str, dict[str, dict[str, fl
     """
     rows = []
     for row in best.to_dict("records"):
-        by_seed = [scores.get(identity, {}) for identity in row["identities"]]
-        columns = {}
-        for name in dict.fromkeys(name for seed in by_seed for name in seed):
-            mean = pd.DataFrame([seed[name] for seed in by_seed if name in seed]).mean()
-            unit = "" if name.endswith("rating") else " %"
-            columns[f"{name.replace('_', ' ').capitalize()}{unit}"] = _score(mean)
+        means = mean_scores(row["identities"], scores)
+        units = {name: "" if name.endswith("rating") else " %" for name in means}
+        columns = {f"{name.replace('_', ' ').capitalize()}{unit}": _score(means[name]) for name, unit in units.items()}
         if columns:
             point = {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
             rows.append(_varying(best, row, *GROUP) | point | columns)
     return pd.DataFrame(rows).fillna("-")
+
+
+def mean_scores(identities: list[str], scores: dict[str, dict[str, dict[str, float]]]) -> dict[str, pd.Series[float]]:
+    """Return the benchmark scores of a point, averaged over its seeds: name -> value, and se or low and high."""
+    by_seed = [scores.get(identity, {}) for identity in identities]
+    names = dict.fromkeys(name for seed in by_seed for name in seed)
+    return {name: pd.DataFrame([seed[name] for seed in by_seed if name in seed]).mean() for name in names}
 
 
 def sources_table(best: pd.DataFrame, sources: dict[str, dict[str, dict[str, Any]]]) -> pd.DataFrame:
@@ -218,30 +220,6 @@ def group_lines(groups: pd.DataFrame) -> list[str]:
             f"{row['difference']:+.3f}, p = {row['p']:.3f} (permutation test, one-sided, {row['splits']} splits)"
         )
     return lines
-
-
-def write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """Write NAME.csv, .md and .tex (booktabs): numbers in full precision in CSV, with four digits in the others.
-
-    A table without columns is left out, also where an earlier one is: no benchmark was run, or no judge.
-    """
-    folder.mkdir(exist_ok=True)
-    for name, table in tables.items():
-        if table.columns.empty:
-            for path in folder.glob(f"{name}.*"):
-                path.unlink()
-            continue
-        atomic_write(folder / f"{name}.csv", csv_text(table))
-        text = table.astype(object).map(_cell)
-        rows = [text.columns, ["---"] * len(text.columns), *text.map(markdown_cell).to_numpy()]
-        atomic_write(folder / f"{name}.md", "".join(f"| {' | '.join(row)} |\n" for row in rows))
-        tex = text.map(latex_cell).rename(columns=latex_cell)
-        atomic_write(folder / f"{name}.tex", tex.to_latex(index=False, column_format="l" * len(text.columns)))
-
-
-def _cell(value: Any) -> str:
-    """Return a number with four digits, a missing value as a dash."""
-    return "-" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _terminal_table(name: str, table: pd.DataFrame) -> Table:
