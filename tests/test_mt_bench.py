@@ -241,6 +241,30 @@ def test_a_pairwise_judge_plays_both_orders_with_the_baselines_own_conversation(
     assert not any("own cat" in text for text in coding) and not any("not used" in text for text in endpoint.asked)
 
 
+@pytest.mark.slow
+def test_the_sft_model_as_baseline_has_conversations_of_its_own(run):
+    folder, *_ = run
+    policy = samples_of(folder)
+    endpoint = FakeEndpoint()
+    endpoint.reply = lambda question: completion("[[C]]")
+    command = [*overrides(folder, folder / "question.jsonl"), "evaluation.metric=win_rate", "judge=mt_bench_pairwise"]
+    done = run_in_process(*command, "judge.baseline=sft", f"judge.base_url={endpoint.url}")
+    endpoint.close()
+    assert done.returncode == 0, done.stderr
+    assert samples_of(folder) == policy  # rated, and compared: the same samples
+    baseline = samples_of(folder, "baseline")
+    assert [(row["index"], row["turn"]) for row in baseline] == [(row["index"], row["turn"]) for row in policy]
+    for n, category in enumerate(CATEGORIES):
+        if category in ("math", "coding", "reasoning"):
+            continue
+        prompt = load_mt_bench_prompts("pair", PROMPT_FILE)["pair-v2-multi-turn"][1]
+        (a_1, a_2), (b_1, b_2) = ([row["response"] for row in rows if row["index"] == n] for rows in (policy, baseline))
+        texts = {"question_1": f"Name {n} animals.", "question_2": f"Name {n} plants."}
+        own = texts | {"answer_a_1": a_1, "answer_a_2": a_2, "answer_b_1": b_1, "answer_b_2": b_2}
+        swapped = texts | {"answer_a_1": b_1, "answer_a_2": b_2, "answer_b_1": a_1, "answer_b_2": a_2}
+        assert {prompt.format(**own), prompt.format(**swapped)} <= set(endpoint.asked)
+
+
 @pytest.mark.parametrize(
     ("text", "rating"),
     [

@@ -99,6 +99,25 @@ def test_log_probs_samples_and_rewards_of_several_ranks_are_those_of_one_process
     assert not list((folder / "store").glob("*/.work/*"))
 
 
+def test_both_turns_of_conversations_of_several_ranks_are_those_of_one_process(alone, tmp_path):
+    questions = tmp_path / "question.jsonl"
+    rows = ({"question_id": n, "category": "abc"[n % 3], "turns": [f"Name {n}.", f"Why {n}?"]} for n in range(6))
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    overrides = [
+        *("evaluation=mt_bench", f"evaluation.prompts_file={questions}", "evaluation.num_prompts=6"),
+        *("evaluation.generation.max_new_tokens=8", "+evaluation.generation.temperatures.a=0", "judge=mt_bench"),
+        *("evaluation.generation.batch_size=2", "judge.base_url=http://127.0.0.1:9/v1"),
+    ]
+    samples = []
+    for num_ranks, strategy in ((1, "none"), (2, "ddp")):
+        folder = trained_copy(alone, tmp_path / strategy, "generate", "evaluate")
+        counts = on_ranks(num_ranks, strategy, compute, stages_in(folder, *overrides), folder, ("generate",))
+        assert sum(count["generate"] for count in counts) == 2 * 12 and all(count["generate"] for count in counts)
+        (file,) = (folder / "store" / "generate").glob("*/samples.jsonl")
+        samples.append(file.read_text())
+    assert samples[0] == samples[1] and samples[0].count('"turn": 2') == 6
+
+
 def test_a_judge_without_a_model_is_left_to_rank_0(alone, tmp_path):
     folder = trained_copy(alone, tmp_path, "evaluate")
     on_ranks(2, "ddp", compute, stages_in(folder), folder, ("evaluate",))
