@@ -82,6 +82,7 @@ CONFIGS = [
     *((f"method={name}",) for name in ("simpo", "robust_dpo", "exo_pair", "discopop", "dpop", "r_dpo", "alphapo")),
     ("pairs=onpolicy", "pairs.judge=reward_model", "pairs.model=org/rewards"),
     ("method=cal_dpo", "init=base", "beta=0.1", "lr=1e-3"),
+    ("judge=alpaca_eval", "judge.baseline=sft"),
     ("setup=llama31_8b_uf", "dataset=ultrafeedback_hh"),
     ("setup=llama31_8b_uf", "server=vllm", "judge=arena_hard", "judge.baseline=sft", "judge.prompt_file={prompt_file}"),
     ("capability=subset",),
