@@ -83,7 +83,7 @@ def test_log_probs_texts_and_scores_are_those_of_lm_eval_on_the_published_checkp
             assert len(set(answered)) > NUM_QUESTIONS, "the control: they differ"
         assert answered == pytest.approx(expected, abs=1e-4) if kind == "loglikelihood" else answered == expected
     monkeypatch.chdir(tasks.parent)  # the folder may be named relative to where the command is run
-    manager = task_manager(("sums", "echo"), "own")
+    manager = task_manager(["sums", "echo"], "own")
     own = {name: task for n in ("sums", "echo") for name, task in load_task(manager, n, "own", None, 1234).items()}
     expected = evaluate(model, {"tasks": own})["results"]
     for name, metric in (("sums", "acc"), ("echo", "exact_match")):

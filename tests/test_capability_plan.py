@@ -10,7 +10,6 @@ import pytest
 
 from launchers.slurm.graph import job_arrays
 from src.config import packages
-from src.data.lm_eval_tasks import task_manager
 from src.errors import ConfigError
 from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
@@ -74,7 +73,6 @@ def test_a_task_of_ones_own_is_identified_by_its_content_and_not_by_its_place(ta
 def test_what_cannot_be_asked_is_refused_before_anything_runs(overrides, message, tasks, monkeypatch):
     # lm-eval's own tasks take seconds to list; a task of the folder is as near.
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks / "manager.py"))
-    task_manager.cache_clear()
     with pytest.raises(ConfigError, match=message):
         check_packages([point(*asking(tasks, "sums"), *overrides)])
 

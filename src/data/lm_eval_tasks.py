@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,27 @@ from src.config.overrides import did_you_mean
 from src.errors import ConfigError, StageError, describe_failure
 
 
-@lru_cache(maxsize=4)
-def task_manager(names: tuple[str, ...], folder: str | None) -> Any:
+def task_manager(names: Collection[str], folder: str | None) -> Any:
     """Return lm-eval's index of tasks, with those of a folder: of these alone where all the names are tasks there.
 
     Reading the thousands of files that lm-eval brings takes seconds.
     """
+    if folder is not None and {*names} <= {*(own := _index(folder, include_defaults=False)).all_subtasks}:
+        return own
+    return _index(folder, include_defaults=True)
+
+
+@lru_cache(maxsize=4)
+def _index(folder: str | None, include_defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it warns of is decided here
-    if folder is None:
-        return TaskManager()
-    path = Path(folder).absolute()
-    own = TaskManager(include_path=path, include_defaults=False)
-    return own if {*names} <= {*own.all_subtasks} else TaskManager(include_path=path)
+    return TaskManager(include_path=folder and Path(folder).absolute(), include_defaults=include_defaults)
 
 
 def check_tasks(names: Sequence[str], metrics: dict[str, str], folder: str | None) -> None:
     """Raise ConfigError for a name that no task, group or tag has, and for a metric that a task does not list."""
-    manager = task_manager(tuple(names), folder)
+    manager = task_manager(names, folder)
     for name in names:
         if (entry := manager.task_index.get(name)) is None:
             where = "" if folder is None else f", nor has capability.task_files={folder}"

@@ -58,7 +58,7 @@ def run(inputs: CapabilityInputs, resources: Resources, upstream: dict[str, Path
 
     template = load_template(inputs.model)
     folder = None if inputs.files is None else inputs.files.location
-    manager = task_manager(tuple(task.name for task in inputs.tasks), folder)
+    manager = task_manager([task.name for task in inputs.tasks], folder)
     rows: list[dict[str, Any]] = []
     described: dict[str, dict[str, Any]] = {}
     with shared_model(inputs, resources, upstream, template, attempt) as model:
