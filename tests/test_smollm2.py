@@ -63,9 +63,9 @@ def asked(finished, tmp_path_factory):
     for kind in ("sft", "reference"):  # the same
         (folder / "store" / kind).symlink_to(finished / kind)
     tasks = write_tasks(folder / "tasks")
-    grid = ["-m", "method=dpo,simpo", "beta=0.1,1", "lr=1e-4", "keep_checkpoints=none", "sweep.name=four"]
+    grid = ["-m", "method=dpo,simpo", "beta=0.1,1", "lr=1e-3", "keep_checkpoints=none", "sweep.name=four"]
     data = [f"dataset.path={finished.parent / 'pairs.json'}", f"output_dir={folder}"]
-    done = train(*grid, *SHORT, *asking(tasks, "sums"), "evaluation.generation.max_new_tokens=8", *data)
+    done = train(*grid, *SHORT, *asking(tasks, "sums"), "evaluation.generation.max_new_tokens=8", *data, timeout=900)
     return SweepFolder(folder / "sweeps" / "four"), done.stdout
 
 
