@@ -165,6 +165,16 @@ def test_a_table_without_rows_has_no_files_and_one_row_no_marks(two_setups):
     assert "**" not in synthetic.tables()["paper_table_2"].formats()["md"]
 
 
+def test_a_point_that_was_not_judged_on_the_reporting_split_has_a_dash_and_no_mark():
+    synthetic = Synthetic()
+    for method in ("dpo", "ipo", "orpo"):
+        synthetic.add("s", method, {})
+    synthetic.points[0]["quality_reporting"] = float("nan")
+    synthetic.points[2]["quality_reporting"] = 0.5
+    cells = [row[1] for row in synthetic.tables()["paper_table_2"].marked]
+    assert cells == [("-", ""), ("75.00 (1.25)", "best"), ("50.00 (1.25)", "second")]
+
+
 @pytest.mark.skipif(
     shutil.which("pdflatex") is None, reason="needs pdflatex: apt-get install texlive-latex-recommended"
 )
