@@ -180,7 +180,7 @@ def test_a_point_that_was_not_judged_on_the_reporting_split_has_a_dash_and_no_ma
 )
 def test_pdflatex_compiles_the_tables(two_setups, two_inits, tmp_path):
     odd = Synthetic()
-    odd.add("50%_a&b$c", "dpo", {}, **{"dataset.sft_fraction": 0.1})
+    odd.add("50%_a&b#c", "dpo", {}, **{"dataset.sft_fraction": 0.1})
     odd.add("[x]", "ipo", {"hard_prompt": {"value": 1.0, "low": 0.5, "high": 2.0}})
     tables = {
         f"{name}_{number}": table.formats()["tex"]
