@@ -138,7 +138,7 @@ def test_the_second_turn_is_asked_with_the_first_response_in_the_models_template
     stages = {stage.role: stage for stage in stages_of(point)}
     inputs = stages["generate"].inputs
     template = load_template(inputs.model)
-    (checkpoint,) = (folder / "out" / "store" / "align").glob("*/")
+    checkpoint = folder / "out" / "store" / "align" / stages["align"].identity
     model = load_for_inference(inputs.model, Resources(device="cpu"), checkpoint)
     for first, second in zip(samples[::2], samples[1::2], strict=True):
         n = first["index"]
