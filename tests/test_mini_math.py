@@ -13,9 +13,9 @@ from src.planning.identity import DataInputs
 from tests.support.commands import train
 
 SMALL_MATH = [
-    *("setup=mini_math", "method=dpo,ipo", "beta=0.1", "dataset.sft_size=128", "dataset.train_size=32"),
+    *("setup=mini_math", "method=dpo,ipo", "beta=0.1", "dataset.sft_size=3200", "dataset.train_size=32"),
     *("dataset.validation_size=16", "evaluation.num_prompts=12", "trainer.align.batch_size=16"),
-    *("evaluation.generation.samples_per_prompt=2", "sweep.name=small"),
+    *("evaluation.generation.samples_per_prompt=2", "lr=1e-3", "sweep.name=small"),
 ]
 
 
