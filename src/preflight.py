@@ -19,10 +19,10 @@ from src.config.template_rules import end_tokens_of, is_template_file
 from src.data.evaluation_prompts import EvaluationPrompt, read_answers, read_prompts
 from src.data.rows import name_of
 from src.data.sources import open_source
+from src.data.table_size import num_dataset_pairs
 from src.data.templates import missing_token, read_template, tokens_of
 from src.data.training_prompts import training_prompts
 from src.errors import ConfigError
-from src.estimates.table_size import num_dataset_pairs
 from src.hardware import check_num_threads, visible_gpus
 from src.judges.prompt_file import load_judge_prompt
 from src.model.files import check_model_files, local_tokens, why_not_supported, why_too_long
