@@ -174,6 +174,8 @@ def worker_main(pipe: Connection, slot: WorkerSlot) -> None:
             outcome = Outcome("failed", prefix + describe_failure(exception))
         with contextlib.suppress(OSError):  # the launcher wants to know nothing any more
             pipe.send(outcome)
+    # The signal of `Worker.end` would interrupt what Python does at its end, such as to release semaphores.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _handle_signals(in_job: bool) -> None:

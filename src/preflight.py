@@ -18,10 +18,10 @@ from src.data.lm_eval_tasks import check_tasks
 from src.data.prompt_rules import check_prompts
 from src.data.rows import name_of
 from src.data.sources import open_source
+from src.data.table_size import num_dataset_pairs
 from src.data.templates import missing_token, read_template, tokens_of
 from src.data.training_prompts import training_prompts
 from src.errors import ConfigError
-from src.estimates.table_size import num_dataset_pairs
 from src.hardware import check_num_threads, visible_gpus
 from src.judges.annotators import read_annotators
 from src.judges.difficulties import check_difficulties

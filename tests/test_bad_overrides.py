@@ -49,7 +49,7 @@ def test_every_number_of_the_schema_has_finite_bounds(schema):
 
 L = "1" * 5000
 REFUSED = [
-    (["trainer=null"], "trainer=null: must be trainer=NAME; there are mini_tldr"),
+    (["trainer=null"], "trainer=null: must be trainer=NAME; there are mini_math, mini_tldr"),
     (["method=1"], "method=1: must be method=NAME"),
     (["+sweep=null"], "+sweep=null: must be sweep=NAME"),
     (["beta_grid=true"], "beta_grid=true: must be beta_grid=NAME"),
@@ -180,7 +180,7 @@ REFUSED_LATER = [
     (["model.lora.rank=0"], "model.lora.rank=0: must be >= 1"),
     (["best_from=/nowhere.yaml"], "best_from=/nowhere.yaml"),
     (["-m", "method=dpo,ipo", "beta=0.1,-1"], "beta=-1: must be > 0"),
-    (["-m", "method=dpo", "lr=grid", "~lr_grid.dpo"], "no list for method=dpo"),
+    (["-m", "method=dpo", "beta=grid", "~beta_grid.dpo"], "no list for method=dpo"),
     (["-m", "beta=choice()"], "beta"),
     (["-m", "hydra.launcher.workers=0", "beta=1,2"], "hydra.launcher.workers=0"),
     (["-m", "hydra/launcher=basic", "beta=1,2"], "hydra/launcher"),

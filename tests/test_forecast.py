@@ -57,7 +57,8 @@ def test_what_is_rehearsed_as_a_strategy_that_holds_more_is_not_refused_by_its_r
 
 def test_a_model_that_does_not_fit_is_refused_also_where_no_length_of_a_row_is_known(rehearsals, tmp_path):
     """Such stages and their remedies cannot be rehearsed."""
-    done = dry_run(tmp_path, *UF, "dataset=hh_rlhf", "judge=none", "evaluation=preference")
+    unknown = [f"dataset.{table}.{key}=null" for table in ("sft", "preference") for key in ("tokens", "prompt_tokens")]
+    done = dry_run(tmp_path, *UF, "dataset=hh_rlhf", *unknown, "judge=none", "evaluation=preference")
     assert done.returncode == 2 and "does not fit on one h100" in done.stderr, done.stderr
     assert "hydra.launcher.gpus_per_node=2 fits" in done.stderr
     assert not any(request.stage == "sft" for requests in rehearsals[0] for request in requests)

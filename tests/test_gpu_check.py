@@ -236,4 +236,4 @@ def test_a_cpu_tensor_left_in_the_loss_fails_the_parts_that_rehearse(tmp_path):
     copy = with_bug(tmp_path / "copy", "src/stages/align.py", old, new)
     done = gpu_check(tmp_path / "out", "--only", "memory", "head", cwd=copy)
     assert done.returncode == 1 and "FAILED: memory without a card" in done.stdout, done.stdout + done.stderr
-    assert "head: passed" in done.stdout and "src/losses.py" in done.stdout
+    assert "head: passed" in done.stdout and "src/scores.py" in done.stdout

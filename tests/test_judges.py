@@ -189,7 +189,7 @@ def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
         (["judge=gold", "judge.base_url=http://x"], "judge=gold has no such field"),
         (["judge=reward_model"], "judge.model is not set"),
         (["judge=reward_model", "judge.model=./nowhere"], "judge.model=./nowhere: no such file or folder"),
-        (["judge=tldr", "judge.baseline=chosen"], "has no pairs on its held-out posts"),
+        (["judge=tldr", "judge.baseline=chosen"], "has no pairs on its held-out prompts"),
         (["judge=none"], "evaluation.metric=win_rate needs a judge"),
     ],
 )

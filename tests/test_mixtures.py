@@ -10,9 +10,9 @@ from src.config.schema import Dataset, HubTable, ListedTable, Point
 from src.data import tokenization
 from src.data.row_samples import rows_of_each
 from src.data.sources import open_source, training_rows
+from src.data.table_size import table_size
 from src.data.tokenization import load_examples
 from src.errors import ConfigError
-from src.estimates.table_size import table_size
 from src.model.loading import load_template
 from src.planning.content import ContentPath
 from src.planning.identity import ModelInputs, hashable

@@ -133,7 +133,7 @@ def test_a_kill_at_any_single_file_operation_loses_nothing_and_publishes_nothing
 
 
 # Compute the SFT stage with checkpoints after steps 1 and 2, and die in the middle of writing the second one, when
-# training has taken the two steps after it.
+# training has taken the third of its four steps.
 DIE_WHILE_SAVING = """
 import os, signal, sys, threading, time
 sys.path.insert(0, {root!r})
@@ -152,7 +152,7 @@ def fsync_or_die(handle):
     if thread.name == "checkpoint" and thread not in writers:
         writers.append(thread)
         if len(writers) == 2:
-            while len(ends_of_steps) < 4:
+            while len(ends_of_steps) < 3:
                 time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGKILL)
     fsync(handle)
@@ -165,7 +165,8 @@ def test_kill_9_in_the_middle_of_a_save_that_training_has_passed_and_the_same_ag
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     assert sft_process(calm, [10**9]) == [0]
     script = DIE_WHILE_SAVING.format(root=str(ROOT), folder=str(killed))
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == -9, done.stderr
     (checkpoints,) = (killed / "store").glob("sft/.work/*/checkpoints/sharded")
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000001"]

@@ -11,8 +11,8 @@ from src.config.schema import Dataset, HubTable, Point
 from src.config.validation import build_point
 from src.data.row_counts import MAX_BYTES_OF_LINES, count_rows
 from src.data.sources import SOURCES, open_source, training_rows
+from src.data.table_size import table_size
 from src.data.tokenization import tokenize
-from src.estimates.table_size import table_size
 from src.model.loading import load_template
 from src.planning.identity import ModelInputs
 from src.planning.inputs import pair_data, sft_data

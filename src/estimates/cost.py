@@ -12,10 +12,10 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
+from src.data.table_size import num_candidates, table_size
 from src.estimates.card import card_of
 from src.estimates.disk import bytes_text, disk_of, free_bytes, number_text
 from src.estimates.forecast import ARITHMETIC, REHEARSED, Forecast
-from src.estimates.table_size import num_candidates, table_size
 from src.estimates.waiting import READ_RATE, START_SECONDS, WRITE_RATE, lasting_seconds, uneven_share
 from src.planning.identity import (
     VERSIONS,

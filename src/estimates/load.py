@@ -9,8 +9,8 @@ from typing import Any
 
 from src.config.judge_rules import num_turns
 from src.config.schema import Generation, Point
+from src.data.table_size import TableSize, table_size
 from src.estimates.card import card_of
-from src.estimates.table_size import TableSize, table_size
 from src.planning.fit import BUDGET_MULTIPLE, MAX_BUDGET, TARGET_FRACTION, Held, held_by_process
 from src.planning.gpus import Gpu
 from src.planning.model_shape import ModelShape, model_shape

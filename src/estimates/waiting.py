@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from src.data.table_size import num_candidates
 from src.estimates.disk import published_bytes
-from src.estimates.table_size import num_candidates
 from src.planning.identity import CandidatesInputs, CapabilityInputs, GenerateInputs
 from src.planning.model_shape import model_shape
 from src.planning.stage import Stage
