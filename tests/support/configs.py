@@ -16,6 +16,10 @@ TINY = [
     *("evaluation.generation.max_new_tokens=8", "trainer.align.batch_size=8", "trainer.sft.max_steps=2"),
     "trainer.checkpoint_minutes=0",
 ]
+ON_POLICY = [
+    *(*TINY, "pairs=onpolicy", "pairs.generation.samples_per_prompt=3", "pairs.generation.batch_size=8", "beta=0.1"),
+    *("dataset.train_size=24", "engine.cpu_threads=1", "evaluation.generation.max_new_tokens=16"),
+]
 
 
 def composed(*overrides: str) -> DictConfig:
