@@ -40,7 +40,6 @@ EDGES = {
     "no KL": [{"beta": 0.1, "kl_sequence": NAN, "kl_sequence_se": NAN}],
     "negative KL": [{"beta": 0.1, "kl_sequence": -0.1}, {"beta": 1.0, "kl_sequence": 0.0}],
     "negative KL of one kind": [{"beta": 0.1, "kl_sequence": -1.0}, {"beta": 0.1, "method": "asft"}],
-    "no reporting split": [{"beta": 0.1, "quality_reporting": NAN, "quality_reporting_se": NAN}],
     "no errors": [{"beta": 0.1, "quality_reporting_se": NAN, "kl_sequence_se": NAN}],
 }
 
@@ -53,8 +52,10 @@ def test_one_value_or_none_is_drawn_without_a_warning(rows, tmp_path):
     assert ("no value above 0" in drawn["s_quality_over_kl"]) == (not has_kl)
 
 
-def test_without_a_finished_point_there_is_no_figure(tmp_path):
-    assert draw(tmp_path, {"beta": 0.1, "state": "failed"}) == {}
+def test_points_that_failed_or_were_not_judged_on_the_reporting_prompts_are_not_drawn(tmp_path):
+    unjudged = {"beta": 0.1, "quality_reporting": NAN, "quality_reporting_se": NAN}
+    assert draw(tmp_path, {"beta": 0.1, "state": "failed"}, unjudged) == {}
+    assert draw(tmp_path, unjudged, {"beta": 1.0})
 
 
 @pytest.mark.parametrize("name", ["a$x_{$", "\\$", "_<b>&amp;", "😀", "שלום\u202e", "\x00\n", "s" * 3000, "漢" * 300])

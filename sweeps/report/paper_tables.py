@@ -6,7 +6,7 @@ Table 1 has scores by init and SFT term, Table 2 by setup, Table 7 the selected 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ class Study(NamedTuple):
     evaluation: str  # how it was evaluated, where the sweeps differ in that
     row: PaperRow
     settings: dict[str, Any]  # tuned ones, besides beta and lr
-    point: dict[str, Any]
+    point: dict[Hashable, Any]
 
 
 class Column(NamedTuple):
@@ -153,7 +153,8 @@ def paper_tables(results: Results, best: pd.DataFrame) -> dict[str, PaperTable]:
 def _studies(results: Results, best: pd.DataFrame) -> list[Study]:
     """Return the best point of every row, group and evaluation."""
     studies: dict[tuple[str, str, PaperRow], Study] = {}
-    for point in best.sort_values(["setup", "quality_selection"], kind="stable").to_dict("records"):
+    rows = best.sort_values(["setup", "quality_selection"], kind="stable").to_dict("records")
+    for point in rows:
         # Points of a sweep before version 0.3 have the name of their variant alone.
         varied = results.settings.get(point["identities"][0], {"variant": point["variant"]} if point["variant"] else {})
         tuned = {key: value for key, value in varied.items() if key in TUNED or key.startswith("method.")}
@@ -171,7 +172,7 @@ def _label(settings: dict[str, Any]) -> str:
     return ", ".join(dict.fromkeys(words))
 
 
-def _scores(point: dict[str, Any], scores: dict[str, dict[str, dict[str, float]]]) -> Iterator[tuple[str, Cell]]:
+def _scores(point: dict[Hashable, Any], scores: dict[str, dict[str, dict[str, float]]]) -> Iterator[tuple[str, Cell]]:
     """Yield the scores of a point in percent, as `LC% (std)` or `AH% (CI)`: the ends of the interval as offsets."""
     means = mean_scores(point["identities"], scores)
     if not means:
