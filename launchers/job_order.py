@@ -14,6 +14,7 @@ _KINDS = tuple(reversed(KINDS))  # nearest to a point's result first
 # Seconds of a stage, by role, before one of its role has finished; generate takes half of what align took.
 _DEFAULT_SECONDS = {"evaluate": 0.5, "reference": 5.0, "baseline": 5.0, "sft": 30.0, "candidates": 60.0, "pairs": 5.0}
 _DEFAULT_SECONDS |= {"capability": 60.0, "sft_capability": 60.0}
+_OTHER_SECONDS = 1.0  # of a stage that judges
 _MIN_FRACTION = 0.2  # of a running stage, from which its speed is extrapolated
 
 
@@ -109,6 +110,7 @@ class Schedule:
         if "align" not in mean:
             return None
         mean = {"generate": mean["align"] / 2, **_DEFAULT_SECONDS, **mean}
-        remaining = sum(mean[stage.role] for stage in self.waiting.values())
-        remaining += sum(mean[stage.role] * (1 - fractions.get(i, 0.0)) for i, stage in self.running.items())
+        remaining = sum(mean.get(stage.role, _OTHER_SECONDS) for stage in self.waiting.values())
+        running = ((mean.get(stage.role, _OTHER_SECONDS), fractions.get(i, 0.0)) for i, stage in self.running.items())
+        remaining += sum(seconds * (1 - fraction) for seconds, fraction in running)
         return remaining / max(1, num_workers)

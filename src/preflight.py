@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES, served_model, split_annotator
+from src.config.judge_rules import BASELINES, ENDPOINT_JUDGES, by_judge, naming_judge, served_model, split_annotator
 from src.config.packages import require_package
 from src.config.schema import Model, Point
 from src.config.template_rules import end_tokens_of, is_template_file
@@ -43,7 +43,7 @@ HubName = tuple[str, str, str, str | None]
 def check_input_files(points: Sequence[Point]) -> None:
     """Read every row of the local files that points name, and what their models say about themselves.
 
-    Raises ConfigError naming file and line, or model and file; also for a GPU that conf/gpus.yaml does not have.
+    Raises ConfigError naming_judge file and line, or model and file; also for a GPU that conf/gpus.yaml does not have.
     """
     for gpu in dict.fromkeys(point.engine.gpu for point in points):
         if gpu is not None:
@@ -52,33 +52,22 @@ def check_input_files(points: Sequence[Point]) -> None:
         check_model_files(path)
     for model in {(p.model.path, p.model.template, repr(p.model.end_token)): p.model for p in points}.values():
         _check_template(model)
-    for name in dict.fromkeys(p.judge.model for p in points if p.judge.name == "reward_model"):
+    judged = [(key, of_one) for point in points for key, of_one in by_judge(point)]
+    for key, name in dict.fromkeys((key, p.judge.model) for key, p in judged if p.judge.name == "reward_model"):
         if name is not None:
-            check_model_files(name, "judge.model", causal=False)
-    for name in dict.fromkeys(served_model(p.judge) for p in points):
+            check_model_files(name, f"{key}.model", causal=False)
+    for key, name in dict.fromkeys((key, served_model(p.judge)) for key, p in judged):
         if name is not None:
-            check_model_files(name, "judge.model")
+            check_model_files(name, f"{key}.model")
     for name in dict.fromkeys(p.pairs.model for p in points if p.pairs.judge == "reward_model"):
         if name is not None:
             check_model_files(name, "pairs.model", causal=False)
     for point in {repr(p.dataset): p for p in points}.values():
         for data in (sft_data(point), pair_data(point)):
             open_source(data).check()
-    for point in {repr((p.dataset, p.evaluation, p.judge)): p for p in points}.values():
-        if point.dataset.source == "jsonl" and splits_validation_prompts(point):
-            _check_two_prompts(pair_data(point))
-        judge = point.judge
-        if judge.prompt_file is not None:
-            LOADERS[judge.name](judge.prompt_file)
-        if judge.difficulties is not None:
-            check_difficulties(judge.difficulties, "judge.difficulties")
-        baseline = None if judge.name == "none" or judge.baseline in BASELINES else judge.baseline
-        # Prompts of the hub are not fetched here: planning needs no network.
-        if point.evaluation.prompts_file is not None or (baseline is not None and point.dataset.source != "hub"):
-            prompts = read_prompts(prompt_inputs(point))
-            check_prompts(point, prompts)
-            if baseline is not None:
-                read_answers(baseline, prompts, "judge.baseline")
+    for key, point in {repr((p.dataset, p.evaluation, p.judge)): (key, p) for key, p in judged}.values():
+        with naming_judge(key):
+            _check_judge_files(point)
     for point in {repr((p.dataset, p.pairs.num_prompts)): p for p in points if p.pairs.num_prompts}.values():
         if point.dataset.source != "hub":
             training_prompts(training_prompt_inputs(point))
@@ -89,6 +78,24 @@ def check_input_files(points: Sequence[Point]) -> None:
         _check_hub_config(path, revision)
     for point in {(p.model.path, p.model.revision, max_sequence_tokens(p)): p for p in points}.values():
         _check_sequence_length(point)
+
+
+def _check_judge_files(point: Point) -> None:
+    """Read the prompts of the evaluation, and the files of its judge."""
+    if point.dataset.source == "jsonl" and splits_validation_prompts(point):
+        _check_two_prompts(pair_data(point))
+    judge = point.judge
+    if judge.prompt_file is not None:
+        LOADERS[judge.name](judge.prompt_file)
+    if judge.difficulties is not None:
+        check_difficulties(judge.difficulties, "judge.difficulties")
+    baseline = None if judge.name == "none" or judge.baseline in BASELINES else judge.baseline
+    # Prompts of the hub are not fetched here: planning needs no network.
+    if point.evaluation.prompts_file is not None or (baseline is not None and point.dataset.source != "hub"):
+        prompts = read_prompts(prompt_inputs(point))
+        check_prompts(point, prompts)
+        if baseline is not None:
+            read_answers(baseline, prompts, "judge.baseline")
 
 
 def _check_num_prompts(point: Point) -> None:
@@ -155,7 +162,7 @@ def _check_two_prompts(data: DataInputs) -> None:
 def check_packages(points: Iterable[Point]) -> None:
     """Raise ConfigError when an optional package that a point needs is not installed, or lacks what it names there."""
     for point in points:
-        engine, judge, server, capability = point.engine, point.judge, point.server, point.capability
+        engine, server, capability = point.engine, point.server, point.capability
         if capability.name != "none":
             require_package("lm_eval", f"capability={capability.name}")
             check_tasks(capability.tasks, capability.metrics, capability.task_files)
@@ -165,15 +172,18 @@ def check_packages(points: Iterable[Point]) -> None:
             require_package("flash_attn", "model.attention=flash_attention_2")
         if engine.fused is True:
             require_package("liger_kernel", "engine.fused=true")
-        if judge.name in ENDPOINT_JUDGES:
-            require_package("openai", f"judge={judge.name}")
         if server.name != "none":
             require_package("openai", f"server={server.name}")
-        for key, name in (("judge", judge.name), ("pairs.judge", point.pairs.judge)):
-            if name == "math":
-                require_package("math_verify", f"{key}=math")
-        if judge.name == "alpaca_eval":
-            read_annotators(split_annotator(str(judge.model))[0])
+        if point.pairs.judge == "math":
+            require_package("math_verify", "pairs.judge=math")
+        for _, of_one in by_judge(point):
+            judge = of_one.judge
+            if judge.name in ENDPOINT_JUDGES:
+                require_package("openai", f"judge={judge.name}")
+            if judge.name == "math":
+                require_package("math_verify", "judge=math")
+            if judge.name == "alpaca_eval":
+                read_annotators(split_annotator(str(judge.model))[0])
 
 
 def check_programs(points: Sequence[Point]) -> None:
@@ -216,9 +226,10 @@ def check_hub(points: Iterable[Point]) -> list[str]:
 def _hub_names(point: Point) -> Iterable[HubName]:
     if locate(point.model.path) is None:
         yield "model.path", point.model.path, "model", point.model.revision
-    judge_model = point.judge.model if point.judge.name == "reward_model" else served_model(point.judge)
-    if judge_model is not None and locate(judge_model) is None:
-        yield "judge.model", judge_model, "model", None
+    for key, of_one in by_judge(point):
+        judge_model = of_one.judge.model if of_one.judge.name == "reward_model" else served_model(of_one.judge)
+        if judge_model is not None and locate(judge_model) is None:
+            yield f"{key}.model", judge_model, "model", None
     if point.pairs.judge == "reward_model" and point.pairs.model is not None and locate(point.pairs.model) is None:
         yield "pairs.model", point.pairs.model, "model", None
     data = point.dataset

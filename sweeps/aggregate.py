@@ -23,7 +23,7 @@ from src.store.retention import discard_finished_work, remove_models
 from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import sync_sweep
-from sweeps.analysis import reporting_split
+from sweeps.analysis import judges, reporting_split
 from sweeps.analysis.capability import capability_changes
 from sweeps.analysis.results import Results, collect
 from sweeps.analysis.selection import average_seeds, select_points
@@ -76,7 +76,7 @@ def write_results(
     averages, best = selected(results, rule)
     best = reporting_split.with_intervals(best, averages, prompts)
     differences = reporting_split.differences(best, prompts)
-    verdicts = reporting_split.verdicts(best, prompts)
+    verdicts, by_judge = reporting_split.verdicts(best, prompts), judges.read_verdicts(results)
     tables = {
         "best": best_table(best, differences),
         "verdicts": verdict_table(verdicts),
@@ -86,6 +86,10 @@ def write_results(
         "pareto": reporting_split.pareto_fronts(averages),
         "benchmark": benchmark_table(best, results.scores),
         "capability": capability_changes(best, results),
+        "judges": judges.leanings(by_judge, results),
+        "judge_agreement": judges.agreement(by_judge),
+        "judge_rankings": judges.rankings(by_judge, best),
+        "judge_disagreements": judges.disagreements(by_judge, best),
         "sources": sources_table(best, results.sources),
         "sft": sft_table(results),
     }

@@ -6,7 +6,7 @@ from src.config.validation import build_point
 from src.errors import ConfigError
 from src.judges.annotators import models_asked
 from src.judges.endpoint_check import QUESTION, Unreachable, check_endpoint, check_judges, retired_models
-from src.planning.identity import hashable
+from src.planning.content import hashable
 from src.planning.plan import make_plan
 from src.store.store import Store
 from tests.support.commands import SMALL, run_in_process

@@ -8,7 +8,7 @@ import pytest
 
 from src.config.endpoints import check_key_name, check_url
 from src.config.judge import Judge, JudgeEndpoint
-from src.config.judge_rules import check_judge
+from src.config.judge_rules import check_judges
 from src.config.schema import Dataset, Point
 from src.data.rows import text_prompt
 from src.errors import ConfigError, StageError, one_line
@@ -178,12 +178,12 @@ def judged_by(**options):
 
 def test_a_key_crosses_a_network_encrypted_only():
     for host in ("localhost", "127.0.0.1", "127.8.9.1", "[::1]", "a.localhost"):
-        check_judge(judged_by(base_url=f"http://{host}:8000/v1", api_key_env="MY_KEY"))
-    check_judge(judged_by(base_url="https://node7/v1", api_key_env="MY_KEY"))
-    check_judge(judged_by(base_url="http://node7/v1"))
+        check_judges(judged_by(base_url=f"http://{host}:8000/v1", api_key_env="MY_KEY"))
+    check_judges(judged_by(base_url="https://node7/v1", api_key_env="MY_KEY"))
+    check_judges(judged_by(base_url="http://node7/v1"))
     for host in ("node7", "10.0.0.1", "localhost.example.org", "[2001:db8::1]", "128.0.0.1"):
         with pytest.raises(ConfigError, match="would be sent unencrypted"):
-            check_judge(judged_by(base_url=f"http://{host}:8000/v1", api_key_env="MY_KEY"))
+            check_judges(judged_by(base_url=f"http://{host}:8000/v1", api_key_env="MY_KEY"))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from src.data.table_size import table_size
 from src.data.tokenization import load_examples
 from src.errors import ConfigError
 from src.model.loading import load_template
-from src.planning.content import ContentPath
-from src.planning.identity import ModelInputs, hashable
+from src.planning.content import ContentPath, hashable
+from src.planning.identity import ModelInputs
 from src.planning.inputs import pair_data, sft_data
 from src.planning.stage import stages_of
 from src.store.attempt import Attempt

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
 from src.errors import ConfigError
+
+T = TypeVar("T")
 
 LARGEST = 10**15  # of a number that has no smaller maximum of its own
 MAX_SECONDS = 604_800  # a week
@@ -173,8 +175,17 @@ def typed_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any],
         elif isinstance(value, list) and value and all(map(is_dataclass, value)):
             for index, item in enumerate(value):
                 yield from typed_leaves(item, f"{prefix}{name}.{index}.")
+        elif isinstance(value, dict) and value and all(map(is_dataclass, value.values())):
+            for key, item in value.items():
+                yield from typed_leaves(item, f"{prefix}{name}.{key}.")
         elif (container := _container(types[name])) and value is not None and not isinstance(value, container):
             kind = "a list" if container is list else "a mapping"
             raise ConfigError(f"{prefix}{name}={shortened(str(value))}: must be {kind}")
         else:
             yield prefix + name, spec, value
+
+
+def select_fields(cls: type[T], source: Any, **values: Any) -> T:
+    """Return a dataclass whose fields are `values` and, for all others, the attributes of `source` with their names."""
+    names = {f.name for f in fields(cls)} - values.keys()  # type: ignore[arg-type]
+    return cls(**values, **{name: getattr(source, name) for name in names})

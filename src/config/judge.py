@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from src.config.fields import MAX_SECONDS, choice, number
-from src.config.tables import MAX_TOKENS
+from src.config.tables import MAX_ROWS, MAX_TOKENS
 
 # name -> config fields that its verdicts depend on (part of the identity); src/judges/NAME.py has the function NAME
 JUDGES: dict[str, tuple[str, ...]] = {
@@ -51,3 +51,4 @@ class Judge(JudgeEndpoint):
     references: str | None = None  # a file of reference answers, in MT-Bench's format
     temperature: float = number(0.0, maximum=100)
     max_tokens: int = number(256, minimum=1, maximum=MAX_TOKENS)  # of an answer
+    repeated_prompts: int = number(0, maximum=MAX_ROWS)  # whose questions are asked a second time, to see the noise

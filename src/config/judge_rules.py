@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 from src.config.endpoints import SERVED, check_key_is_protected, check_key_name, check_url
 from src.config.judge import JUDGES, Judge
@@ -73,9 +77,38 @@ def _check_metric(point: Point) -> None:
             raise ConfigError(f"evaluation.metric={metric}: judge={judge} {lacks}; use judge={name}, or another metric")
 
 
-def num_turns(judge: str) -> int:
-    """Return the most answers that a judge wants to a question, each to what came before."""
-    return 2 if judge in MULTI_TURN_JUDGES else 1
+def metric_of(judge: Judge) -> str:
+    """Return what the verdicts of a judge are the mean of, as evaluation.metric has it."""
+    return ABSOLUTE_JUDGES.get(judge.name, "win_rate")
+
+
+def by_judge(point: Point) -> Iterator[tuple[str, Point]]:
+    """Yield the key of every judge, `judge` first, and the point as if it had this one alone."""
+    yield "judge", replace(point, judges={})
+    for name, judge in point.judges.items():
+        evaluation = replace(point.evaluation, metric=metric_of(judge))
+        yield f"judges.{name}", replace(point, judge=judge, judges={}, evaluation=evaluation)
+
+
+@contextmanager
+def naming_judge(key: str) -> Iterator[None]:
+    """In messages of errors in the body, call the judge by this key, where it is not `judge`."""
+    try:
+        yield
+    except ConfigError as error:
+        if key == "judge":
+            raise
+        raise ConfigError(re.sub(r"\bjudge\.", f"{key}.", str(error))) from None
+
+
+def num_turns(point: Point) -> int:
+    """Return the most answers that the judges want to a question, each to what came before."""
+    return max(2 if of_one.judge.name in MULTI_TURN_JUDGES else 1 for _, of_one in by_judge(point))
+
+
+def is_judged_in_part(point: Point) -> bool:
+    """Return whether a judge is asked about the selection prompts alone until the point is selected."""
+    return any(of_one.judge.reporting == "selected" for _, of_one in by_judge(point))
 
 
 def split_annotator(name: str) -> tuple[str, str | None]:
@@ -105,8 +138,33 @@ def _check_served(point: Point) -> None:
         raise ConfigError(f"judge.model={judge.model}: {key} needs to know the model: judge.model={judge.model}:MODEL")
 
 
-def check_judge(point: Point) -> None:
-    """Raise ConfigError when `judge` does not fit its own fields, the dataset or the evaluation."""
+def check_judges(point: Point) -> None:
+    """Raise ConfigError when a judge does not fit its own fields, the other judges, the dataset or the evaluation."""
+    seen: dict[str, str] = {}  # what verdicts depend on -> key
+    for key, of_one in by_judge(point):
+        judge, name = of_one.judge, key.removeprefix("judges.")
+        with naming_judge(key):
+            _check_judge(of_one)
+        if key != "judge":
+            if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
+                raise ConfigError(f"{key}: a name is of letters, digits, _ and -, at most 40 of them")
+            if name == point.judge.name:
+                raise ConfigError(f"{key}: is the name of the judge that selects, judge={name}; choose another name")
+            if judge.name == "none":
+                raise ConfigError(f"{key}.name=none: judges nothing; remove it")
+        depends_on = (*JUDGES.get(judge.name, ()), "name", "base_url", "baseline")
+        settings = repr([getattr(judge, field) for field in depends_on])
+        if (other := seen.setdefault(settings, key)) != key:
+            raise ConfigError(f"{key}: is the same judge as {other}; give it another model, prompt or baseline")
+    turns = {key: num_turns(of_one) for key, of_one in by_judge(point) if of_one.judge.name != "none"}
+    if len(set(turns.values())) > 1:
+        key = next(key for key, count in turns.items() if count != turns[next(iter(turns))])
+        raise ConfigError(
+            f"{key}: judges of conversations need other samples than judges of single responses; use one kind"
+        )
+
+
+def _check_judge(point: Point) -> None:
     judge = point.judge
     _check_metric(point)
     if judge.reporting == "selected" and point.evaluation.metric == "reward_accuracy":
@@ -122,6 +180,8 @@ def check_judge(point: Point) -> None:
         check_url("judge.base_url", judge.base_url)
         check_key_is_protected(judge)
     fields = JUDGES.get(judge.name, ())
+    if judge.repeated_prompts and judge.name not in ENDPOINT_JUDGES:
+        raise ConfigError(f"judge.repeated_prompts: judge={judge.name} never changes a verdict; remove the override")
     if judge.name in ENDPOINT_JUDGES:
         fields = (*fields, "base_url")
     for name in ("model", "base_url", "prompt_file", "references", "difficulties"):

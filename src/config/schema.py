@@ -231,6 +231,7 @@ class Sweep:
         default_factory=lambda: [0.25, 0.5, 1.0], above=0, maximum=1
     )
     keep_fraction: float = number(0.5, above=0, maximum=1)  # of a method's points, promoted to the next rung
+    judge_only: bool = False  # refuse to train or sample; set by sweeps.rejudge
 
 
 @dataclass
@@ -247,7 +248,8 @@ class Point:
     engine: Engine = field(default_factory=Engine)
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: Server = field(default_factory=Server)
-    judge: Judge = field(default_factory=Judge)
+    judge: Judge = field(default_factory=Judge)  # that points are compared and selected by
+    judges: dict[str, Judge] = field(default_factory=dict)  # others of the same samples, by names of their own
     capability: Capability = field(default_factory=Capability)
     tracking: Tracking = field(default_factory=Tracking)
     beta_grid: dict[str, list[float]] = number(default_factory=dict, above=0, maximum=MAX_BETA)

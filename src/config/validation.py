@@ -11,7 +11,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from src.config.capability import check_capability
 from src.config.fields import check_value, shortened, typed_leaves
-from src.config.judge_rules import MULTI_TURN_JUDGES, check_judge, check_server
+from src.config.judge_rules import MULTI_TURN_JUDGES, by_judge, check_judges, check_server
 from src.config.overrides import MAX_VALUES
 from src.config.pair_rules import check_pairs, resolve_pairs
 from src.config.paths import is_file
@@ -58,9 +58,6 @@ def check(point: Point) -> None:
     for key, spec, value in typed_leaves(point):
         check_secret(key, value)
         check_value(key, spec, value)
-    for method, best in point.setup.best.items():
-        for key, spec, value in typed_leaves(best, f"setup.best.{method}."):
-            check_value(key, spec, value)
     check_folder("output_dir", point.output_dir)
     for stage in ("sft", "align"):
         betas = getattr(point.trainer, stage).adam_betas
@@ -87,7 +84,7 @@ def check(point: Point) -> None:
     if prompts_file is not None and not is_file("evaluation.prompts_file", prompts_file):
         raise ConfigError(f"evaluation.prompts_file={prompts_file}: no such file")
     _check_samples(point)
-    check_judge(point)
+    check_judges(point)
     check_pairs(point)
     check_server(point)
     check_capability(point.capability)
@@ -133,8 +130,9 @@ def _check_samples(point: Point) -> None:
     if generation.is_greedy:
         setting = "temperature=0" if generation.temperature == 0 else "top_k=1"
         raise ConfigError(f"{key}: at evaluation.generation.{setting} they are all the same; use one, or sample")
-    if point.judge.name in SINGLE_ANSWER_JUDGES:
-        raise ConfigError(f"{key}: judge={point.judge.name} scores one answer to each question; use one")
+    for _, of_one in by_judge(point):
+        if of_one.judge.name in SINGLE_ANSWER_JUDGES:
+            raise ConfigError(f"{key}: judge={of_one.judge.name} scores one answer to each question; use one")
 
 
 def _check_search(point: Point) -> None:

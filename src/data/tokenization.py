@@ -20,8 +20,8 @@ from src.data.rows import Demonstration, ExpectedRows, Pair, name_of
 from src.data.sources import open_source, rows_of, training_rows
 from src.data.templates import Template
 from src.errors import ConfigError, DamagedFile
-from src.planning.content import digest, reading
-from src.planning.identity import DataInputs, ModelInputs, hashable
+from src.planning.content import digest, hashable, reading
+from src.planning.identity import DataInputs, ModelInputs
 from src.store.attempt import Attempt
 from src.store.files import fsync_tree, publish_folder, read_checksummed_json, with_checksum, write_json
 from src.store.integrity import describe_files

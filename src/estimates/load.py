@@ -83,7 +83,7 @@ class Load:
     @property
     def _prompt_tokens(self) -> int:
         """Tokens of the longest prompt that is sampled for."""
-        turns = num_turns(self.point.judge.name) if self.stage.kind == "generate" else 1
+        turns = num_turns(self.point) if self.stage.kind == "generate" else 1
         return prompt_limit(self.point.dataset.max_prompt_tokens, self.generation.max_new_tokens, turns)
 
     @property

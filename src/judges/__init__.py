@@ -44,10 +44,15 @@ class Response(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """value: 1 if the response wins or is right, 0 if the baseline wins or it is wrong, 0.5 for a tie; or a rating."""
+    """value: 1 if the response wins or is right, 0 if the baseline wins or it is wrong, 0.5 for a tie; or a rating.
+
+    first: for each question that showed both answers, 1 if the one shown first was preferred, 0 if the other was, 0.5
+    for a tie; empty where the judge knows no order, or does not say which it was.
+    """
 
     value: float
     reason: str
+    first: tuple[float, ...] = ()
 
 
 @dataclass

@@ -22,7 +22,7 @@ from src.judges import Comparison, Judged, Verdict
 from src.judges.answers import is_number
 from src.judges.difficulties import FILE, NUM_INSTRUCTIONS, NoDifficulties, check_difficulties, difficulties
 from src.judges.judge_client import JudgeClient, Question, usage_of
-from src.planning.content import ContentPath, digest, reading
+from src.planning.content import ContentPath, reading
 from src.planning.identity import EvaluateInputs, JudgeInputs
 from src.planning.resources import Resources
 from src.serving.http_client import EndpointHttpClient, MalformedResponse
@@ -73,7 +73,7 @@ def alpaca_eval(
     keys, questions = [], {}
     for row in rows:
         texts = row["instruction"], row["output_1"], row["output_2"]
-        keys.append(digest([judge.model.fingerprint, *texts]))
+        keys.append(client.key(judge.model.fingerprint, *texts))
         questions[keys[-1]] = Question(partial(_annotate, judge, row), sum(map(len, texts)))
     _load_annotator(judge)  # in the main thread: the package changes the root logger while it is imported
     for _ in range(MAX_ATTEMPTS):

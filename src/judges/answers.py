@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from src.planning.content import digest
-from src.planning.identity import JudgeInputs, hashable
+from src.planning.content import digest, hashable
+from src.planning.identity import JudgeInputs
 from src.store.store import Store
 
 log = logging.getLogger(__name__)

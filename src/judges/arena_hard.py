@@ -55,7 +55,7 @@ def arena_hard(
     games = [parse_game(text, response_is="BA"[i % 2]) for i, text in enumerate(texts)]
     labeled = [game for game in games if game is not None]
     pairs = [slice(i, i + 2) for i in range(0, len(games), 2)]
-    verdicts = [average_games([game for game in games[pair] if game is not None], texts[pair]) for pair in pairs]
+    verdicts = [average_games(games[pair], texts[pair]) for pair in pairs]
     usage = usage_of(resources.judge, answers, attempt, unparsable=len(games) - len(labeled))
     return Judged(verdicts, usage, {"arena_hard": win_rate(labeled)} if labeled else {})
 
@@ -86,14 +86,17 @@ def win_rate(games: Sequence[Game]) -> dict[str, float]:
     return {"value": 100 * float(points.mean()), "low": 100 * float(low), "high": 100 * float(high)}
 
 
-def average_games(games: Sequence[Game], texts: Sequence[str]) -> Verdict:
-    """Return the weighted mean of games as a verdict, a tie without any.
+def average_games(games: Sequence[Game | None], texts: Sequence[str]) -> Verdict:
+    """Return the weighted mean of the games that have a label as a verdict, a tie without any.
 
-    texts: of the answers, first with the response as B.
+    games: and texts of the answers, first with the response as B.
     """
-    value = sum(g.points * g.weight for g in games) / sum(g.weight for g in games) if games else 0.5
+    played = [game for game in games if game is not None]
+    value = sum(g.points * g.weight for g in played) / sum(g.weight for g in played) if played else 0.5
+    sides = list(zip("BA", games, strict=True))
+    first = tuple(game.points if side == "A" else 1 - game.points for side, game in sides if game is not None)
     answers = zip("BA", texts, strict=True)
-    return Verdict(value, "\n".join(f"as {side}: {text.strip() or '(nothing)'}" for side, text in answers))
+    return Verdict(value, "\n".join(f"as {side}: {text.strip() or '(nothing)'}" for side, text in answers), first)
 
 
 def _chats(comparison: Comparison, system: str, template: str) -> list[Messages]:

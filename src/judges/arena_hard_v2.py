@@ -60,7 +60,7 @@ def arena_hard_v2(
         _, response, baseline = comparison.texts
         match = Match(both, style_difference(response, baseline))
         matches.setdefault(comparison.prompt.facts["category"], []).append(match)
-        verdicts.append(average_games(both, texts[number : number + 2]))
+        verdicts.append(average_games(both or (None, None), texts[number : number + 2]))
     scores = {name: score for category, rows in matches.items() for name, score in category_scores(category, rows)}
     return Judged(verdicts, usage, scores)
 

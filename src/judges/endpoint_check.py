@@ -47,7 +47,7 @@ def check_judges(plan: Plan, store: Store, runs_here: bool) -> None:
     whether this machine computes the plan. Raises ConfigError, also when an endpoint does not answer here.
     """
     groups: dict[str, list[Stage]] = {}
-    for stage in (plan.stages[result] for result in plan.results if result in plan.needed):
+    for stage in (stage for identity, stage in plan.stages.items() if identity in plan.needed):
         judge, endpoint = judge_of(stage), stage.resources.judge
         if judge is not None and judge.name in ENDPOINT_JUDGES and judge.server is None:
             read_key(endpoint)

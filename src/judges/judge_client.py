@@ -65,13 +65,20 @@ class JudgeClient:
 
         Equal chats have the same answer. Raises what `ask_missing` does.
         """
-        keys = [digest([self._judge.temperature, self._judge.max_tokens, chat]) for chat in chats]
+        keys = [self.key(self._judge.temperature, self._judge.max_tokens, chat) for chat in chats]
         questions = {
             key: Question(partial(self._request, chat), sum(len(message["content"]) for message in chat))
             for key, chat in zip(keys, chats, strict=True)
         }
         self.ask_missing(questions, self._parse_completion, attempt)
         return [self.answers.known[key] for key in keys]
+
+    def key(self, *question: Any) -> str:
+        """Return the key of an answer. question: all that it depends on, besides the model.
+
+        Asked again, a question has another key.
+        """
+        return digest([*question, *([self._judge.repeat] if self._judge.repeat else [])])
 
     def ask_missing(
         self, questions: Mapping[str, Question], parse: Callable[[Any], dict[str, Any] | None], attempt: Attempt

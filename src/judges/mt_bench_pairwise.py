@@ -16,6 +16,7 @@ from src.planning.resources import Resources
 from src.store.attempt import Attempt
 
 _LABEL = re.compile(r"\[\[([ABC])\]\]")
+PREFERENCES = {"A": 1.0, "B": 0.0, "C": 0.5}  # for the answer that is shown first
 
 
 def mt_bench_pairwise(
@@ -41,8 +42,11 @@ def mt_bench_pairwise(
         f"as A: {as_a.strip() or '(nothing)'}\nas B: {as_b.strip() or '(nothing)'}"
         for as_a, as_b in zip(texts[::2], texts[1::2], strict=True)
     )
+    first = [PREFERENCES[label] if (label := parse_label(text)) else None for text in texts]
+    orders = (tuple(value for value in pair if value is not None) for pair in zip(first[::2], first[1::2], strict=True))
     verdicts = [
-        Verdict(0.5 if value is None else value, reason) for value, reason in zip(outcomes, reasons, strict=True)
+        Verdict(0.5 if value is None else value, reason, order)
+        for value, reason, order in zip(outcomes, reasons, orders, strict=True)
     ]
     of_question: dict[int, list[float]] = {}
     for comparison, value in zip(comparisons, outcomes, strict=True):

@@ -59,4 +59,5 @@ def average_games(as_a: str, as_b: str) -> Verdict:
     games = [values[winner_as_a]] if winner_as_a else []
     games += [1 - values[winner_as_b]] if winner_as_b else []
     value = sum(games) / len(games) if games else 0.5
-    return Verdict(value, f"as A: {as_a.strip() or '(nothing)'}\nas B: {as_b.strip() or '(nothing)'}")
+    first = tuple(values[winner] for winner in (winner_as_a, winner_as_b) if winner)
+    return Verdict(value, f"as A: {as_a.strip() or '(nothing)'}\nas B: {as_b.strip() or '(nothing)'}", first)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from src.config.fields import is_hashed
 from src.config.packages import package_folder
 from src.config.paths import naming
 from src.errors import ConfigError, StageError
@@ -260,3 +261,14 @@ def _cached_sha256(file: str, status: tuple[int, ...]) -> str:
             cache.mkdir(parents=True, exist_ok=True)
             atomic_write(entry, value)
     return value
+
+
+def hashable(value: Any) -> Any:
+    """Return inputs as JSON values, every file by its content alone."""
+
+    def content(inputs: Any) -> Any:
+        if isinstance(inputs, ContentPath):
+            return inputs.fingerprint
+        return {f.name: getattr(inputs, f.name) for f in fields(inputs) if is_hashed(f, getattr(inputs, f.name))}
+
+    return json.loads(json.dumps(value, default=content))

@@ -6,23 +6,20 @@ being hashed. What results do not depend on (device, threads, budgets, addresses
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
-from src.config.fields import added_field, is_hashed
+from src.config.fields import added_field
 from src.config.schema import Lora, Training
 from src.config.tables import MixedTable, Table
 from src.methods import METHODS
 from src.planning.content import ContentPath
 
-T = TypeVar("T")
-
 Mixture = tuple[MixedTable, ...]
 
 # Raise a stage's number when what it computes changes: artifacts of the old version are then not reused.
 VERSIONS = {"sft": 11, "candidates": 1, "pairs": 1, "reference": 10, "align": 10, "generate": 10}
-VERSIONS |= {"capability": 1, "evaluate": 6}
+VERSIONS |= {"capability": 1, "judge": 1, "evaluate": 6}
 
 
 @dataclass(frozen=True)
@@ -148,6 +145,7 @@ class JudgeInputs:
     asked: str | ContentPath | None = added_field(field(default=None))  # by an annotator, instead of its own model
     server: tuple[str, str] | None = added_field(field(default=None))  # name and command, when the job serves the model
     references: ContentPath | None = added_field(field(default=None))
+    repeat: int = added_field(field(default=0))  # which time its questions are asked, from 0
 
     @property
     def model_name(self) -> str:
@@ -266,7 +264,8 @@ class CapabilityInputs:
 class EvaluateInputs:
     """metric: what points are compared by, as evaluation.metric has it. judge: None without one.
 
-    judged: the prompts whose responses it judges, `all` or those of the `selection` split.
+    judged: the prompts whose responses it judges, `all` or those of the `selection` split. repeated_prompts: whose
+    questions it is asked a second time.
     """
 
     kind: ClassVar[str] = "evaluate"
@@ -278,6 +277,15 @@ class EvaluateInputs:
     selection_fraction: float
     split_seed: int
     judged: str = added_field(field(default="all"))
+    repeated_prompts: int = added_field(field(default=0))
+
+
+@dataclass(frozen=True)
+class FurtherJudgeInputs(EvaluateInputs):
+    """What verdicts of a judge beside the one that points are compared by depend on; name: NAME in judges.NAME."""
+
+    kind: ClassVar[str] = "judge"
+    name: str = ""
 
 
 StageInputs = (
@@ -290,20 +298,3 @@ StageInputs = (
     | CapabilityInputs
     | EvaluateInputs
 )
-
-
-def select_fields(cls: type[T], source: Any, **values: Any) -> T:
-    """Return a dataclass whose fields are `values` and, for all others, the attributes of `source` with their names."""
-    names = {f.name for f in fields(cls)} - values.keys()  # type: ignore[arg-type]
-    return cls(**values, **{name: getattr(source, name) for name in names})
-
-
-def hashable(value: Any) -> Any:
-    """Return inputs as JSON values, every file by its content alone."""
-
-    def content(inputs: Any) -> Any:
-        if isinstance(inputs, ContentPath):
-            return inputs.fingerprint
-        return {f.name: getattr(inputs, f.name) for f in fields(inputs) if is_hashed(f, getattr(inputs, f.name))}
-
-    return json.loads(json.dumps(value, default=content))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from src.config.endpoints import SERVED, normalize_url
+from src.config.fields import select_fields
 from src.config.judge import JUDGES
 from src.config.judge_rules import (
     BASELINES,
@@ -31,7 +32,6 @@ from src.planning.identity import (
     PromptInputs,
     TaskInputs,
     TrainingPromptInputs,
-    select_fields,
 )
 
 
@@ -94,7 +94,7 @@ def max_examples(trainer: Optimization, num_rows: int | None) -> int | None:
 def prompt_inputs(point: Point) -> PromptInputs:
     file = point.evaluation.prompts_file
     path = None if file is None else ContentPath.of(file, "evaluation.prompts_file")
-    return PromptInputs(pair_data(point).held_out, point.evaluation.num_prompts, path, num_turns(point.judge.name))
+    return PromptInputs(pair_data(point).held_out, point.evaluation.num_prompts, path, num_turns(point))
 
 
 def candidates_inputs(point: Point, model: ModelInputs, server: tuple[str, str] | None) -> CandidatesInputs:
@@ -119,10 +119,11 @@ def pairs_inputs(point: Point, candidates: CandidatesInputs) -> PairsInputs:
     return PairsInputs(candidates.model, candidates.prompts, judge, pairs.selection, pairs.margin)
 
 
-def judge_inputs(judge: Judge, server: tuple[str, str] | None) -> JudgeInputs | None:
+def judge_inputs(judge: Judge, key: str, server: tuple[str, str] | None) -> JudgeInputs | None:
     """Return what verdicts depend on; None without a judge. Raises ConfigError when a local file does not exist.
 
-    server: name and command of the program that serves models, None without one.
+    key: of the config that has it, for messages. server: name and command of the program that serves models, None
+    without one.
     """
     if judge.name == "none":
         return None
@@ -132,19 +133,19 @@ def judge_inputs(judge: Judge, server: tuple[str, str] | None) -> JudgeInputs | 
     if judge.name == "alpaca_eval":
         kind = "annotator"
         options["model"], asked = split_annotator(options["model"])
-        options["asked"] = ContentPath.of(asked, "judge.model") if is_served and asked is not None else asked
+        options["asked"] = ContentPath.of(asked, f"{key}.model") if is_served and asked is not None else asked
     if judge.name in CONTENT_HASHED_MODELS or is_served:
-        options["model"] = ContentPath.of(options["model"], "judge.model", kind=kind)
+        options["model"] = ContentPath.of(options["model"], f"{key}.model", kind=kind)
     for name in ("prompt_file", "references", "difficulties"):
         if options.get(name) is not None:
-            options[name] = ContentPath.of(options[name], f"judge.{name}")
+            options[name] = ContentPath.of(options[name], f"{key}.{name}")
     if is_served:
         options |= {"base_url": SERVED, "server": server}
     elif judge.name in ENDPOINT_JUDGES and judge.base_url is not None:
         options["base_url"] = normalize_url(judge.base_url)
     baseline: str | ContentPath | None = judge.baseline
     if judge.baseline is not None and judge.baseline not in BASELINES:
-        baseline = ContentPath.of(judge.baseline, "judge.baseline")
+        baseline = ContentPath.of(judge.baseline, f"{key}.baseline")
     return JudgeInputs(judge.name, baseline, **options)
 
 

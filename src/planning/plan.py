@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from src.config.schema import Point
-from src.errors import warn
+from src.errors import ConfigError, warn
 from src.planning.stage import Stage, stages_of
 from src.store.provenance import describe_other_versions
-from src.store.store import Store
+from src.store.store import Store, kind_of
 
 
 @dataclass
@@ -99,6 +99,18 @@ def warn_of_other_versions(plan: Plan, store: Store) -> None:
     reused = plan.done & (used | set(plan.results))
     if message := describe_other_versions(store.dir(plan.stages[identity]) for identity in sorted(reused)):
         warn(message)
+
+
+def check_only_judges(plan: Plan) -> None:
+    """Raise ConfigError when something else must be computed than verdicts, or samples to compare with."""
+    roles = Counter(plan.stages[identity].role for identity in plan.needed)
+    others = {r: count for r, count in roles.items() if kind_of(r) not in ("judge", "evaluate") and r != "baseline"}
+    if others:
+        counts = ", ".join(f"{role} {count}" for role, count in others.items())
+        raise ConfigError(
+            f"sweep.judge_only=true: other stages are missing ({counts}): their artifacts are gone, or a file or key "
+            "that they depend on is another one now; run the sweep's own command first"
+        )
 
 
 def warn_of_removed_models(plan: Plan) -> None:

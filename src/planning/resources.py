@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from src.config.fields import select_fields
 from src.config.judge import JudgeEndpoint
 from src.config.judge_rules import num_turns
 from src.config.schema import GENERATED, Point
-from src.planning.identity import DataInputs, select_fields
+from src.planning.identity import DataInputs
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def resources_of(point: Point, pairs: DataInputs) -> Resources:
 def max_sequence_tokens(point: Point) -> int:
     """Return the tokens of the longest sequence that training and sampling may have."""
     data, candidates, new_tokens = point.dataset, point.pairs.generation, point.evaluation.generation.max_new_tokens
-    sampled = prompt_limit(data.max_prompt_tokens, new_tokens, num_turns(point.judge.name)) + new_tokens
+    sampled = prompt_limit(data.max_prompt_tokens, new_tokens, num_turns(point)) + new_tokens
     of_pairs = 0 if candidates is None else data.max_prompt_tokens + candidates.max_new_tokens
     return max(data.max_tokens, sampled, of_pairs)
 

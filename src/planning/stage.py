@@ -6,16 +6,19 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from src.config.judge_rules import ENDPOINT_JUDGES, MODEL_JUDGES
+from src.config.fields import select_fields
+from src.config.judge import Judge, JudgeEndpoint
+from src.config.judge_rules import ENDPOINT_JUDGES, MODEL_JUDGES, metric_of
 from src.config.schema import Point, Training, method_options
 from src.methods import METHODS, SCORES
-from src.planning.content import digest
+from src.planning.content import digest, hashable
 from src.planning.identity import (
     VERSIONS,
     AlignInputs,
     CandidatesInputs,
     CapabilityInputs,
     EvaluateInputs,
+    FurtherJudgeInputs,
     GenerateInputs,
     GenerationInputs,
     JudgeInputs,
@@ -23,8 +26,6 @@ from src.planning.identity import (
     ReferenceInputs,
     SftInputs,
     StageInputs,
-    hashable,
-    select_fields,
 )
 from src.planning.inputs import (
     candidates_inputs,
@@ -37,7 +38,7 @@ from src.planning.inputs import (
     sft_data,
 )
 from src.planning.resources import Resources, resources_of
-from src.store.store import OF_SFT_MODEL, SHARED_ROLES, partial_run_id
+from src.store.store import FURTHER_JUDGE, OF_SFT_MODEL, SHARED_ROLES, partial_run_id
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,13 @@ class Stage:
 
     @property
     def role(self) -> str:
-        """The kind, or `baseline` for the samples that a judge compares with, `sft_capability` for the SFT model's."""
+        """The kind, but `baseline` for the samples that a judge compares with, `sft_capability` for the SFT model's.
+
+        Of a further judge `judge_NAME`.
+        """
         match self.inputs:
+            case FurtherJudgeInputs(name=name):
+                return FURTHER_JUDGE + name
             case GenerateInputs(role="baseline"):
                 return "baseline"
             case CapabilityInputs(role="sft"):
@@ -126,7 +132,7 @@ class Stage:
             fraction = self.point.dataset.sft_fraction
             suffix = "" if fraction == 1 or self.role in OF_SFT_MODEL else f" on {100 * fraction:g} %"
             return f"{self.point.setup.name} {self.role}{suffix}"
-        return f"{self.point.label} {self.kind}"
+        return f"{self.point.label} {self.role}"
 
 
 def stages_of(point: Point) -> list[Stage]:
@@ -160,7 +166,7 @@ def stages_of(point: Point) -> list[Stage]:
     init = "base" if initial is None else "sft"
 
     server = None if point.server.name == "none" else (point.server.name, point.server.command or "")
-    judge = judge_inputs(point.judge, server)
+    judge = judge_inputs(point.judge, "judge", server)
     made_pairs = None  # by a stage; None: those of the dataset
     if point.pairs.name == "onpolicy":
         inputs = candidates_inputs(point, model, server)
@@ -195,11 +201,15 @@ def stages_of(point: Point) -> list[Stage]:
 
     prompts = prompt_inputs(point)
     generation = select_fields(GenerationInputs, point.evaluation.generation, server=server)
-    baseline = None
-    if judge is not None and judge.baseline == "sft":
+
+    def baseline_of(judge: JudgeInputs | None) -> Stage | None:
+        if judge is None or judge.baseline != "sft":
+            return None
         # The baseline is the SFT model's whatever the point starts from: all points are compared with the same one.
         of_baseline = GenerateInputs("baseline", model, "sft", prompts, generation, point.seed)
-        baseline = add(of_baseline, checkpoint=sft(1.0))
+        return add(of_baseline, checkpoint=sft(1.0))
+
+    baseline = baseline_of(judge)
     of_policy = GenerateInputs("policy", model, init, prompts, generation, point.seed)
     samples = add(of_policy, checkpoint=align, reference=initial)
     capability = sft_capability = None
@@ -207,8 +217,15 @@ def stages_of(point: Point) -> list[Stage]:
         sft_capability = add(of_sft, checkpoint=sft(1.0))  # of the same model for all points, as the baseline
         capability = add(replace(of_sft, role="policy"), checkpoint=align, reference=initial)
     names = {"setup": point.setup.name, "init": point.init.name}
-    judged = "selection" if point.judge.reporting == "selected" else "all"
-    evaluate = select_fields(EvaluateInputs, point.evaluation, **names, prompts=prompts, judge=judge, judged=judged)
+    evaluate = select_fields(
+        EvaluateInputs, point.evaluation, **names, **_asked(point.judge), prompts=prompts, judge=judge
+    )
+    further: dict[str, Any] = {}
+    for name, other in point.judges.items():
+        asked = judge_inputs(other, f"judges.{name}", server)
+        values = {"name": name, "judge": asked, "metric": metric_of(other), **_asked(other)}
+        further_inputs = select_fields(FurtherJudgeInputs, evaluate, **values)
+        further[FURTHER_JUDGE + name] = add(further_inputs, samples=samples, baseline=baseline_of(asked))
     is_validated = initial is not None and point.dataset.sft_validation_size != 0
     add(
         evaluate,
@@ -218,18 +235,29 @@ def stages_of(point: Point) -> list[Stage]:
         capability=capability,
         sft_capability=sft_capability,
         sft=initial if is_validated else None,
+        **further,
     )
     return stages
 
 
 def with_all_judged(point: Point) -> Point:
-    """Return the point with all its prompts judged."""
-    return replace(point, judge=replace(point.judge, reporting="all"))
+    """Return the point with all its prompts judged, by all of its judges."""
+    judges = {name: replace(judge, reporting="all") for name, judge in point.judges.items()}
+    return replace(point, judge=replace(point.judge, reporting="all"), judges=judges)
+
+
+def _asked(judge: Judge) -> dict[str, Any]:
+    """Return the fields of EvaluateInputs that say what a judge is asked."""
+    judged = "selection" if judge.reporting == "selected" else "all"
+    return {"judged": judged, "repeated_prompts": judge.repeated_prompts}
 
 
 def _own_resources(inputs: StageInputs, point: Point) -> dict[str, Any]:
     """Return the resources of a stage that differ from those of the point's other stages."""
-    if not isinstance(inputs, CandidatesInputs):
-        return {}
-    assert point.pairs.generation is not None
-    return {"sampling_batch_size": point.pairs.generation.batch_size}
+    match inputs:
+        case CandidatesInputs():
+            assert point.pairs.generation is not None
+            return {"sampling_batch_size": point.pairs.generation.batch_size}
+        case FurtherJudgeInputs(name=name):
+            return {"judge": select_fields(JudgeEndpoint, point.judges[name])}
+    return {}

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from src.errors import StageError
-from src.judges import judge_function
 from src.methods import METHODS
 from src.planning.identity import EvaluateInputs
 from src.planning.resources import Resources
-from src.stages import capability, generate, validation
-from src.stages.comparisons import comparisons_of
+from src.stages import capability, generate, judge, validation
+from src.stages.averages import by_prompt, mean_and_error, ratio_and_error, selection_prompts
 from src.store.attempt import Attempt
-from src.store.files import read_json, read_jsonl, write_json, write_jsonl
+from src.store.files import read_json, read_jsonl, write_json
 from src.store.provenance import provenance
 from src.store.store import (
     CAPABILITY_FILE,
     DONE,
-    JUDGEMENTS_FILE,
+    FURTHER_JUDGE,
     QUALITY_FILE,
     RESULT_FILE,
     RESULT_SCHEMA,
     STAGE_FILE,
+    VERDICTS_FILE,
 )
-
-T = TypeVar("T")
 
 
 def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path], attempt: Attempt) -> None:
@@ -44,22 +41,14 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
             f"evaluation: {len(prompts)} prompt to compare points by; selection and reporting need one each, at least 2"
         )
     selection = selection_prompts(prompts, inputs.selection_fraction, inputs.split_seed)
-    usage, several, judged_samples = None, {}, []
+    usage, several, judged_samples, verdicts = None, {}, [], {}
     if inputs.judge is not None:
-        asked = [sample for sample in samples if inputs.judged == "all" or sample["index"] in selection]
-        comparisons = comparisons_of(inputs, resources, asked, upstream)
-        judged = judge_function(inputs.judge.name)(inputs, resources, comparisons, attempt)
-        if not attempt.is_main_process:
+        judgements = judge.judge_samples(inputs, resources, samples, selection, upstream, attempt)
+        if judgements is None:
             return
-        # A benchmark's scores are of all its prompts.
-        usage = {"name": inputs.judge.name, **judged.usage, "scores": judged.scores if inputs.judged == "all" else {}}
-        rows = (
-            {name: s[name] for name in ("index", "sample", "turn") if name in s}
-            | {"verdict": v.value, "reason": v.reason, "baseline": c.baseline.get("response")}
-            for s, c, v in zip(asked, comparisons, judged.verdicts, strict=True)
-        )
-        write_jsonl(attempt.out / JUDGEMENTS_FILE, rows)
-        judged_samples = list(zip(asked, judged.verdicts, strict=True))
+        judgements.write(attempt.out)
+        usage, verdicts[inputs.judge.name] = judgements.usage, {"metric": inputs.metric, **judgements.columns}
+        judged_samples = list(zip(judgements.samples, judgements.verdicts, strict=True))
         if is_judged:
             measured = by_prompt((s["index"], v.value) for s, v in judged_samples)
             several = sampling_error(list(measured.values())) if inputs.prompts.num_turns == 1 else {}
@@ -97,6 +86,17 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     demonstrations = list(read_jsonl(upstream["sft"] / validation.FILE)) if "sft" in upstream else []
     if demonstrations:
         result["sft_validation_loss"] = _token_loss(demonstrations)
+    further = {name: judge.read(folder) for name, folder in upstream.items() if name.startswith(FURTHER_JUDGE)}
+    if further:
+        result["judges"] = {
+            one["name"]: {name: one[name] for name in ("metric", "usage", "quality", "splits")}
+            for one in further.values()
+        }
+        verdicts |= {one["name"]: {"metric": one["metric"], **one["verdicts"]} for one in further.values()}
+    if verdicts:
+        sampled = list(dict.fromkeys(sample["index"] for sample in samples))
+        selecting = sorted(selection_prompts(sampled, inputs.selection_fraction, inputs.split_seed))
+        write_json(attempt.out / VERDICTS_FILE, {"schema": RESULT_SCHEMA, "selection": selecting, "judges": verdicts})
     if "capability" in upstream:
         tasks = capability.beside_sft(upstream["capability"], upstream["sft_capability"])
         write_json(attempt.out / CAPABILITY_FILE, {"schema": RESULT_SCHEMA, "tasks": tasks})
@@ -153,21 +153,6 @@ def response_tokens(samples: list[dict[str, Any]]) -> dict[str, float | None]:
     """Return the mean length of a response, with its error over prompts."""
     lengths = list(by_prompt((sample["index"], sample["tokens"]) for sample in samples).values())
     return ratio_and_error([sum(prompt) for prompt in lengths], [len(prompt) for prompt in lengths])
-
-
-def by_prompt(rows: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
-    """Return prompt -> what its rows have, in their order. rows: (prompt, what it has)."""
-    grouped: dict[int, list[T]] = {}
-    for prompt, value in rows:
-        grouped.setdefault(prompt, []).append(value)
-    return grouped
-
-
-def selection_prompts(items: list[int], fraction: float, seed: int) -> set[int]:
-    """Return the prompts that select hyper-parameters; the others report. The same for every point of a setup."""
-    shuffled = sorted(items)
-    random.Random(seed).shuffle(shuffled)
-    return set(shuffled[: min(len(items) - 1, max(1, round(fraction * len(items))))])
 
 
 def _by_source(
@@ -227,26 +212,6 @@ def _capability_scores(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     of_tasks = list(scores.values())
     return {**mean(of_tasks), "change": mean([score["change"] for score in of_tasks]), "tasks": scores}
-
-
-def mean_and_error(values: list[float]) -> dict[str, float | None]:
-    """Return the mean, its standard error (ddof 1; None for fewer than two values), and n."""
-    return ratio_and_error(values, [1] * len(values))
-
-
-def ratio_and_error(totals: list[float], counts: list[int]) -> dict[str, float | None]:
-    """Return the sum of totals over the sum of counts, with its standard error by the delta method over their entries.
-
-    Without a count the ratio is None, and for fewer than two entries its error is.
-    """
-    n, tokens = len(totals), sum(counts)
-    if tokens == 0:
-        return {"value": None, "se": None, "n": n}
-    ratio = math.fsum(totals) / tokens
-    if n < 2:
-        return {"value": ratio, "se": None, "n": n}
-    residual = math.fsum((t - ratio * c) ** 2 for t, c in zip(totals, counts, strict=True)) / (n - 1)
-    return {"value": ratio, "se": math.sqrt(residual / n) / (tokens / n), "n": n}
 
 
 def _stages(upstream: dict[str, Path], attempt: Attempt) -> list[dict[str, Any]]:

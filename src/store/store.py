@@ -38,13 +38,16 @@ if TYPE_CHECKING:
 RESULT_FILE = "result.json"  # of an evaluate stage: the measurements that points are compared by
 QUALITY_FILE = "quality.json"  # beside it: quality per prompt, and which prompts select hyper-parameters
 JUDGEMENTS_FILE = "judgements.jsonl"  # beside it, with a judge: verdict and reason for every prompt
+VERDICTS_FILE = "verdicts.json"  # beside it, with a judge: the verdicts of this one and of further ones, for analyses
 RUN_CONFIG_FILE = "run_config.json"  # beside stage.json: the resolved config of the run that computed the stage
 SAMPLES_FILE = "samples.jsonl"  # of a generate stage
 METRICS_FILE = "metrics.jsonl"  # of a stage that trains: one object per optimizer step; trackers are fed from it
 CHECKPOINT_FILE = "trainer.json"  # of a checkpoint: step, digests of its files, what the save took
 CHECKPOINTS = NumberedNames("step-", 8)  # of a stage that trains, by the step they were saved before
 CAPABILITY_FILE = "capability.json"  # beside it, with capability=: scores of every document asked, and the SFT model's
-# Roles of stages that need the SFT model alone, and their kinds; all other roles are named as their kinds.
+FURTHER_JUDGE = "judge_"  # how the roles of stages that judge by judges.NAME begin, before NAME
+# Roles of stages that need the SFT model alone, and their kinds; all other roles, but for that of further
+# judges, are named as their kinds.
 OF_SFT_MODEL = {"baseline": "generate", "sft_capability": "capability"}
 SHARED_ROLES = ("sft", "candidates", "pairs", "reference", *OF_SFT_MODEL)  # of stages that points share, upstream first
 RESULT_SCHEMA = 2  # of result.json and quality.json
@@ -58,13 +61,14 @@ SMALL_FILES = (
     RESULT_FILE,
     QUALITY_FILE,
     JUDGEMENTS_FILE,
+    VERDICTS_FILE,
     CAPABILITY_FILE,
 )
 
 
 def kind_of(role: str) -> str:
     """Return the kind of the stages of a role."""
-    return OF_SFT_MODEL.get(role, role)
+    return "judge" if role.startswith(FURTHER_JUDGE) else OF_SFT_MODEL.get(role, role)
 
 
 def sample_key(row: dict[str, Any]) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ KINDS = (
     "align",
     "generate",
     "capability",
+    "judge",
     "evaluate",
 )  # of stages, in the order of tables
 

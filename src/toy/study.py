@@ -17,11 +17,10 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import MISSING
 
-from src.config.fields import check_value, choice, number
+from src.config.fields import check_value, choice, number, select_fields
 from src.errors import ConfigError
 from src.methods import METHODS
 from src.planning.content import digest
-from src.planning.identity import select_fields
 from src.store.files import atomic_write
 from src.toy.networks import OBJECTIVES, OPTIMIZERS, NetworkSettings, train
 

@@ -25,6 +25,7 @@ from src.store.store import (
     StageName,
     Store,
     full_run_id,
+    kind_of,
     sample_key,
 )
 from src.store.sweep_folder import SweepFolder
@@ -161,7 +162,7 @@ class RunSync(Sync):
         return rows
 
     def _write_result(self, writer: RunWriter, done: dict[str, str]) -> None:
-        folders = {kind: self.store.dir(StageName(kind, identity)) for kind, identity in done.items()}
+        folders = {role: self.store.dir(StageName(kind_of(role), identity)) for role, identity in done.items()}
         result = done.get("evaluate")
         if result is not None and result != writer.result:
             columns, rows = _samples(folders["generate"] / SAMPLES_FILE, folders["evaluate"] / JUDGEMENTS_FILE)

@@ -24,6 +24,7 @@ from src.store.store import (
     QUALITY_FILE,
     RESULT_FILE,
     RESULT_SCHEMA,
+    VERDICTS_FILE,
     kind_of,
     read_result,
 )
@@ -45,7 +46,8 @@ COLUMNS = [
     *("capability", "capability_se", "capability_change", "capability_change_se"),  # means over the tasks
     *("response_tokens", "seconds", "identity", "checkpoint", "error"),
 ]
-RESULT_FILES = (RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE, CAPABILITY_FILE)
+RESULT_FILES = (RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE, VERDICTS_FILE, CAPABILITY_FILE)
+OF_JUDGE = ": "  # between the name of a further judge and that of its score of a benchmark
 NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
 
 
@@ -118,7 +120,9 @@ class Results:
     points: pd.DataFrame = field(default_factory=pd.DataFrame)  # COLUMNS, one row a point, done or not
     # Every stage that a result was computed from: identity -> stage, seconds, tokens, processes.
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    judges: list[dict[str, Any]] = field(default_factory=list)  # of each judged result: the judge's name and usage
+    usages: list[tuple[str, dict[str, Any]]] = field(
+        default_factory=list
+    )  # of each judge of each result: name and usage
     # result -> the settings that its variant is made of; none of a sweep before version 0.3
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     # result -> name of a benchmark -> its score by the benchmark's own rules
@@ -201,7 +205,8 @@ class Results:
             exclude = () if number == len(results) else ("align",)
             self.stages.update((s["identity"], s) for s in result["stages"] if s["stage"] not in exclude)
             if result.get("judge"):
-                self.judges.append(result["judge"])
+                self.usages.append((result["judge"]["name"], result["judge"]))
+            self.usages += [(name, one["usage"]) for name, one in result.get("judges", {}).items()]
         if (reason := self.damaged.get(point["identity"])) is not None:
             row |= {"state": "failed", "error": reason}
         elif point["identity"] not in results and row["state"] == "done":
@@ -210,7 +215,12 @@ class Results:
             warn(f"{label}: its result was deleted; the tables are without it, run the sweep again to remake it")
         if (final := results.get(point["identity"])) is not None:
             row |= {"state": "done", "error": None} | _measurements(final, point["stages"])
-            self.scores[point["identity"]] = (final.get("judge") or {}).get("scores", {})
+            scores = (final.get("judge") or {}).get("scores", {})
+            for name, other in final.get("judges", {}).items():
+                scores = scores | {
+                    f"{name}{OF_JUDGE}{score}": value for score, value in other["usage"]["scores"].items()
+                }
+            self.scores[point["identity"]] = scores
             self.sources[point["identity"]] = final.get("sources", {})
         # A name typed in another encoding has surrogates, which pandas and files in UTF-8 cannot have.
         return {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in row.items()}

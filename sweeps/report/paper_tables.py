@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from sweeps.analysis.results import Results
+from sweeps.analysis.results import OF_JUDGE, Results
 from sweeps.report.escapes import csv_text, latex_cell, markdown_cell
 from sweeps.report.graphics import shorten
 from sweeps.report.paper_rows import TUNED, PaperRow, paper_row, settings_of
@@ -174,7 +174,8 @@ def _label(settings: dict[str, Any]) -> str:
 
 def _scores(point: dict[Hashable, Any], scores: dict[str, dict[str, dict[str, float]]]) -> Iterator[tuple[str, Cell]]:
     """Yield the scores of a point in percent, as `LC% (std)` or `AH% (CI)`: the ends of the interval as offsets."""
-    means = mean_scores(point["identities"], scores)
+    # Of the judge that selects, as in the paper.
+    means = {n: s for n, s in mean_scores(point["identities"], scores).items() if OF_JUDGE not in n}
     if not means:
         value, error = 100 * point["quality_reporting"], 100 * point["quality_reporting_se"]
         means = {point["metric"]: pd.Series({"value": value, "se": error})}

@@ -15,6 +15,7 @@ from src.store.store import JUDGEMENTS_FILE, SAMPLES_FILE, sample_key
 from src.store.usage import KINDS, usage_of
 from sweeps.analysis.results import Results, read_quality
 from sweeps.analysis.selection import GROUP
+from sweeps.report.judge_tables import judge_sentences, judge_tables
 from sweeps.report.paper_tables import PaperTable
 from sweeps.report.plot_style import NAMES
 from sweeps.report.published import published_tables
@@ -56,6 +57,8 @@ def write_report(
         benchmark=tables["benchmark"].to_dict("split"),
         sources=tables["sources"].to_dict("split"),
         capability=_capability(tables["capability"]).to_dict("split"),
+        judge_sentences=judge_sentences(tables["judges"], tables["judge_agreement"], tables["judge_disagreements"]),
+        judge_tables=[table.to_dict("split") for table in judge_tables(tables) if len(table)],
         sft=tables["sft"].to_dict("split"),
         graphics=graphics,
         examples=examples(results, best),
@@ -112,7 +115,7 @@ def cost_table(results: Results) -> list[dict[Hashable, Any]]:
 
 def judge_usage(results: Results) -> dict[str, Any]:
     """Return the total usage of all judges that asked a model."""
-    usages = [usage for usage in results.judges if usage.get("answers")]
+    usages = [usage for _, usage in results.usages if usage.get("answers")]
     names = ("answers", "calls", "unparsable", "prompt_tokens", "completion_tokens", "cost")
     total: dict[str, Any] = {name: sum(usage.get(name, 0) for usage in usages) for name in names}
     models = sorted({model for usage in usages for model in usage.get("models", ())})

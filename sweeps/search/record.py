@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launchers.slurm.job_records import all_submissions
+from src.config.judge_rules import is_judged_in_part
 from src.config.schema import Point
 from src.errors import PointFailure
 from src.planning.plan import Plan
@@ -104,11 +105,6 @@ class SweepRecord:
     def _reporting(self, point: Point) -> dict[str, str]:
         """Return the identity of the point's result with all prompts judged, where it is judged so once selected."""
         return {"reporting": stages_of(with_all_judged(point))[-1].identity} if is_judged_in_part(point) else {}
-
-
-def is_judged_in_part(point: Point) -> bool:
-    """Return whether only the selection prompts are judged until the point is selected."""
-    return point.judge.reporting == "selected"
 
 
 def recorded_failures(record: dict[str, Any], store: Store) -> dict[str, PointFailure]:

@@ -9,18 +9,19 @@ import sys
 from dataclasses import replace
 
 from launchers.protocol import PlanLauncher
+from src.config.judge_rules import is_judged_in_part
 from src.errors import ConfigError, PointFailure, StageError, warn
 from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
 from src.judges.endpoint_check import check_judges
-from src.planning.plan import Plan, make_plan
+from src.planning.plan import Plan, check_only_judges, make_plan
 from src.planning.stage import with_all_judged
 from src.preflight import check_hub, check_packages
 from src.store.retention import discard_checkpoints, remove_models
 from src.store.store import StageName, Store, read_result
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import SyncProcess, sync_sweep
-from sweeps.search.record import SweepRecord, is_judged_in_part
+from sweeps.search.record import SweepRecord
 from sweeps.search.running import RunningSweep
 from sweeps.search.successive_halving import RungState, dry_run_table, entry_rungs, promote, with_stop
 
@@ -161,6 +162,8 @@ class Search:
     def _check(self, plan: Plan, launcher: PlanLauncher) -> None:
         """Raise ConfigError for what would fail later, before anything is recorded."""
         if plan.needed:
+            if plan.points[0].sweep.judge_only:
+                check_only_judges(plan)
             check_packages(plan.points)
             if not self._warned:
                 check_judges(plan, self.store, launcher.runs_in_process)

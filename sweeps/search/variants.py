@@ -22,7 +22,8 @@ _WITHOUT_EFFECT |= {"trainer.checkpoint_minutes", "trainer.max_tokens_per_micro_
 _WITHOUT_EFFECT |= {"evaluation.generation.batch_size", "pairs.generation.batch_size"}
 _WITHOUT_EFFECT |= {"capability.batch_size"}
 _WITHOUT_EFFECT |= {"server.timeout", "server.concurrency", "server.is_automatic"}
-_JUDGING = {"name", "baseline", *(name for names in JUDGES.values() for name in names)}
+_WITHOUT_EFFECT |= {"judges"}  # by which nothing is compared
+_JUDGING = {"name", "baseline", "repeated_prompts", *(name for names in JUDGES.values() for name in names)}
 _WITHOUT_EFFECT |= {f"judge.{f.name}" for f in fields(Judge) if f.name not in _JUDGING}
 _SINKS = (("wandb", WandbTracking), ("tensorboard", TensorboardTracking))
 # A sweep has one folder and one record, and runs or does not, so its points must agree in these.
@@ -38,7 +39,7 @@ _SOURCES = {"beta_grid", "lr_grid", "best_from"}
 def check_sweep_wide_settings(points: list[Point]) -> None:
     """Raise ConfigError for a setting that must be equal for all points of a sweep but is not."""
     for key, values in _values_by_key(points).items():
-        if key in _SWEEP_WIDE and len(values) > 1:
+        if (key in _SWEEP_WIDE or key.startswith("judges.")) and len(values) > 1:
             raise ConfigError(f"{key}: must be one value for a whole sweep, not {' and '.join(sorted(values)[:2])}")
 
 
