@@ -1,7 +1,6 @@
 """judge.reporting=selected: reporting prompts are judged for selected points alone, and nothing else changes."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import yaml
 
 from src.config.validation import build_point
 from src.data.evaluation_prompts import read_prompts
-from src.data.mini_tldr import gold_score
 from src.planning.inputs import prompt_inputs
 from src.planning.stage import stages_of, with_all_judged
 from src.store.store import QUALITY_FILE, RESULT_SCHEMA
@@ -21,6 +19,7 @@ from sweeps.report.tables import best_table
 from tests.support.commands import SMALL, run_in_process, train
 from tests.support.configs import composed
 from tests.support.endpoint import completion
+from tests.support.gold import gold_verdict
 from tests.support.tables import points
 
 JUDGE = ["judge=tldr", "judge.model=gold"]
@@ -105,13 +104,6 @@ def test_seeds_of_which_one_is_not_judged_have_no_mean_on_the_reporting_split(re
     assert np.isnan(row["quality_reporting"]) and not np.isnan(row["quality_selection"])
     (control,) = average_seeds(seeds.assign(quality_reporting=0.5)).to_dict("records")
     assert control["quality_reporting"] == 0.5
-
-
-def gold_verdict(question, facts):
-    """Return the verdict of the gold judge, which knows the facts of the post."""
-    post, a, b = re.search(r"<post>\n(.*)\n</post>.*\"A\">\n(.*)\n</s.*\"B\">\n(.*)\n</s", question, re.S).groups()
-    difference = gold_score(facts[post], a, True) - gold_score(facts[post], b, True)
-    return "C" if abs(difference) < 1e-9 else "A" if difference > 0 else "B"
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def warn_of_other_versions(plan: Plan, store: Store) -> None:
 
 def check_only_judges(plan: Plan) -> None:
     """Raise ConfigError when something else must be computed than verdicts, or samples to compare with."""
-    roles = Counter(plan.stages[identity].role for identity in plan.needed)
+    roles = Counter(stage.role for identity, stage in plan.stages.items() if identity in plan.needed)
     others = {r: count for r, count in roles.items() if kind_of(r) not in ("judge", "evaluate") and r != "baseline"}
     if others:
         counts = ", ".join(f"{role} {count}" for role, count in others.items())
