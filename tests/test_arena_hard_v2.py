@@ -240,7 +240,7 @@ def test_questions_of_other_categories_are_refused_by_name(tmp_path):
     questions.write_text(questions.read_text().replace("creative_writing", "arena-hard-v0.1"))
     with pytest.raises(ConfigError, match=r"needs questions of the category hard_prompt or creative_writing, that of"):
         check_input_files([build_point(composed(*overrides))])
-    with pytest.raises(ConfigError, match="needs questions with their categories: evaluation=arena_hard_v2"):
+    with pytest.raises(ConfigError, match="needs the benchmark's questions: evaluation=arena_hard_v2"):
         build_point(composed("judge=arena_hard_v2", "judge.baseline=sft"))
 
 
