@@ -107,7 +107,7 @@ def test_a_judge_that_takes_the_first_answer_is_named_and_a_fair_one_is_not():
     late = table("late", np.full(200, 0.5), first=np.zeros(200))
     rows = judges.leanings(pd.concat([fair, biased, late]), NoUsage)
     assert rows["first"].tolist() == [0.5, 1, 0] and rows.questions.tolist() == [400] * 3
-    said = [s for s in judge_sentences(rows, pd.DataFrame(), pd.DataFrame()) if "reads" in s or "second" in s]
+    said = [s for s in judge_sentences("one", rows, pd.DataFrame(), pd.DataFrame()) if "reads" in s or "second" in s]
     assert said == [
         "biased prefers the answer it reads first: in 100.0 % [100.0, 100.0] of 400 questions.",
         "late prefers the second one: in 100.0 % [100.0, 100.0] of 400 questions.",
@@ -142,12 +142,17 @@ def test_ranks_agreement_and_disagreement_of_two_judges():
         ("one", "opposite"),
         ("opposite", "same"),
     }
-    said = judge_sentences(judges.leanings(verdicts, NoUsage), judges.agreement(verdicts), against[:1])
+    said = judge_sentences("one", judges.leanings(verdicts, NoUsage), judges.agreement(verdicts), against[:1])
     assert any("DPO against IPO: the judges disagree beyond noise (one by +" in sentence for sentence in said)
     alike = verdicts[verdicts.judge != "opposite"]
     assert judges.disagreements(alike, best).empty
-    said = judge_sentences(judges.leanings(alike, NoUsage), judges.agreement(alike), judges.disagreements(alike, best))
-    assert said == ["No two methods are ordered oppositely by two judges beyond noise."]
+    said = judge_sentences(
+        "one", judges.leanings(alike, NoUsage), judges.agreement(alike), judges.disagreements(alike, best)
+    )
+    assert said == [
+        "Points were selected by one alone.",
+        "No two methods are ordered oppositely by two judges beyond noise.",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +201,7 @@ def test_the_report_names_the_judge_that_always_takes_the_first_answer_and_the_o
     assert leanings.repeated["noisy"] == 4 * 4 and leanings.equal["noisy"] == 1 and leanings.repeated["tldr"] == 0
     asked = endpoints["noisy"].asked
     assert 0 < len(asked) - len(set(asked)) <= 2 * 4 * 4  # both questions of the prompts that were asked twice
-    assert "Points were selected by the first judge alone" in page and "tldr (rank)" in page
+    assert "Points were selected by tldr alone." in page and "tldr (rank)" in page
     best = yaml.safe_load((panel / "best.yaml").read_text())["mini_tldr"]["dpo"]
     ranking = pd.read_csv(panel / "tables" / "judge_rankings.csv").set_index(["judge", "method"])
     assert ranking.quality["tldr", "dpo"] == pytest.approx(best["quality_reporting"])

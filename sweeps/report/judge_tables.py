@@ -13,13 +13,18 @@ from sweeps.report.plot_style import NAMES
 STRONG = 0.55  # share of wins of the first or the longer answer that is called a preference, when its interval is above
 
 
-def judge_sentences(leanings: pd.DataFrame, agreement: pd.DataFrame, disagreements: pd.DataFrame) -> list[str]:
-    """Return what is to be known before a ranking is believed, one sentence each."""
-    sentences = []
+def judge_sentences(
+    selecting: str, leanings: pd.DataFrame, agreement: pd.DataFrame, disagreements: pd.DataFrame
+) -> list[str]:
+    """Return what is to be known before a ranking is believed, one sentence each.
+
+    selecting: the judge, or the measure, that points were selected by.
+    """
+    sentences = [f"Points were selected by {selecting} alone."] if len(leanings) > 1 else []
     for row in leanings.to_dict("records"):
         of_order, of_length = ("the answer it reads first", "the second one"), ("the longer answer", "the shorter one")
         sentences += _preference(row, "first", "questions", of_order)
-        explained = "Better answers may be so, unless another judge sees it differently."
+        explained = "Longer answers may be the better ones: compare with other judges."
         sentences += [f"{s} {explained}" for s in _preference(row, "longer", "decided", of_length)]
     if len(agreement) and disagreements.empty:
         sentences.append("No two methods are ordered oppositely by two judges beyond noise.")

@@ -57,7 +57,10 @@ def write_report(
         benchmark=tables["benchmark"].to_dict("split"),
         sources=tables["sources"].to_dict("split"),
         capability=_capability(tables["capability"]).to_dict("split"),
-        judge_sentences=judge_sentences(tables["judges"], tables["judge_agreement"], tables["judge_disagreements"]),
+        judge_sentences=judge_sentences(
+            _selecting(best, tables["judges"]),
+            *(tables[name] for name in ("judges", "judge_agreement", "judge_disagreements")),
+        ),
         judge_tables=[table.to_dict("split") for table in judge_tables(tables) if len(table)],
         sft=tables["sft"].to_dict("split"),
         graphics=graphics,
@@ -71,6 +74,12 @@ def write_report(
         names=NAMES,
     )
     atomic_write(path, html.encode(errors="backslashreplace"))
+
+
+def _selecting(best: pd.DataFrame, leanings: pd.DataFrame) -> str:
+    """Return by which judge points were selected; its verdicts are the first of each point's."""
+    by_accuracy = (best.metric == "reward_accuracy").any()
+    return "reward accuracy" if by_accuracy or leanings.empty else str(leanings.judge.iloc[0])
 
 
 def _headlines(best: pd.DataFrame, all_tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
