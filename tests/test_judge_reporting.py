@@ -108,7 +108,7 @@ def test_seeds_of_which_one_is_not_judged_have_no_mean_on_the_reporting_split(re
 
 @pytest.mark.slow
 def test_selected_points_alone_are_asked_for_and_best_yaml_stays(fake_endpoint, tmp_path):
-    sweep = ["-m", "method=dpo", "beta=0.01,0.05,0.1,0.3,1,3", *SMALL, *JUDGE, "sweep.name=s"]
+    sweep = ["-m", "method=dpo", "beta=0.01,0.05,0.1,0.3,1,3", "lr=1e-2", *SMALL, *JUDGE, "sweep.name=s"]
     sweep += ["hydra.launcher.workers=1"]  # of several, two may ask the same question at the same time
     prompts = read_prompts(prompt_inputs(build_point(composed(*SMALL))))
     facts = {entry.prompt.text: entry.prompt.facts for entry in prompts}

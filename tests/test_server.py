@@ -117,7 +117,7 @@ def test_a_judge_that_the_job_serves_is_started_only_while_it_is_asked(in_proces
     started = starts.read_text().splitlines()
     assert len(started) == 3 and started[-1] == f"{judge} bfloat16"  # policy, baseline, judge
     (result,) = (json.loads(path.read_text()) for path in (tmp_path / "store" / "evaluate").glob("*/result.json"))
-    assert result["judge"]["answers"] == result["judge"]["calls"] == 8 and result["judge"]["prompt_tokens"] > 100
+    assert result["judge"]["answers"] == 8 >= result["judge"]["calls"] > 0 and result["judge"]["prompt_tokens"] > 100
     assert not servers(judge)
     train(*POINT, "evaluation.num_prompts=4", *serve, *options, "evaluation.split_seed=1", f"output_dir={tmp_path}")
     assert starts.read_text().splitlines() == started  # the answers are there: no server is started for nothing
