@@ -76,7 +76,8 @@ def write_results(
     averages, best = selected(results, rule)
     best = reporting_split.with_intervals(best, averages, prompts)
     differences = reporting_split.differences(best, prompts)
-    verdicts, by_judge = reporting_split.verdicts(best, prompts), judges.read_verdicts(results)
+    by_judge = judges.read_verdicts(results)
+    verdicts = judges.with_outcomes(reporting_split.verdicts(best, prompts), by_judge, best)
     tables = {
         "best": best_table(best, differences),
         "verdicts": verdict_table(verdicts),

@@ -14,7 +14,7 @@ from tests.support.tables import points
 NAN = float("nan")
 
 
-VERDICT_COLUMNS = ["setup", "method", "init", "variant", "beta", "lr", "win", "tie", "lose", "prompts"]
+VERDICT_COLUMNS = ["setup", "method", "init", "variant", "beta", "lr", "win", "tie", "lose", "prompts", "judge"]
 
 
 PUBLISHED_COLUMNS = ["setup", "init", "variant", "method", "beta", "quality", "quality_se", "source"]
@@ -76,7 +76,7 @@ def test_names_that_make_equal_file_names_do_not_overwrite_each_other(tmp_path):
 def test_wins_ties_and_losses_are_bars_with_most_wins_on_top_and_a_number_where_it_fits(tmp_path):
     shares = {"dpo": (55.5, 2.5, 42.0), "asft": (71.5, 28.5, 0.0), "ipo": (60.0, 20.0, 20.0)}
     points = [{"method": method, "beta": 0.1} for method in shares]
-    verdicts = [("s", method, "sft", "", 0.1, 1e-3, *share, 200) for method, share in shares.items()]
+    verdicts = [("s", method, "sft", "", 0.1, 1e-3, *share, 200, "gold") for method, share in shares.items()]
     assert "s_win_tie_lose" not in draw(tmp_path, *points)  # the control
     svg = draw(tmp_path, *points, verdicts=verdicts)["s_win_tie_lose"]
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)

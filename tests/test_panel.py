@@ -206,6 +206,10 @@ def test_the_report_names_the_judge_that_always_takes_the_first_answer_and_the_o
     ranking = pd.read_csv(panel / "tables" / "judge_rankings.csv").set_index(["judge", "method"])
     assert ranking.quality["tldr", "dpo"] == pytest.approx(best["quality_reporting"])
     assert ranking.quality["first", "dpo"] == 0.5
+    outcomes = pd.read_csv(panel / "tables" / "verdicts.csv").set_index(["Judge", "Method"])
+    assert outcomes["Tie %"]["first", "DPO"] == 100 and outcomes["Win rate"]["tldr", "DPO"] == best["quality_reporting"]
+    assert len(outcomes) == 3 * 2 and (outcomes[["Win %", "Tie %", "Lose %"]].sum(axis=1).round(9) == 100).all()
+    assert (panel / "figures" / "mini_tldr_win_tie_lose_first.png").exists()
 
 
 def rejudge(*arguments):

@@ -77,16 +77,16 @@ def _check_metric(point: Point) -> None:
             raise ConfigError(f"evaluation.metric={metric}: judge={judge} {lacks}; use judge={name}, or another metric")
 
 
-def metric_of(judge: Judge) -> str:
-    """Return what the verdicts of a judge are the mean of, as evaluation.metric has it."""
-    return ABSOLUTE_JUDGES.get(judge.name, "win_rate")
+def metric_of(judge: str) -> str:
+    """Return what the mean verdict of a judge is, as evaluation.metric has it."""
+    return ABSOLUTE_JUDGES.get(judge, "win_rate")
 
 
 def by_judge(point: Point) -> Iterator[tuple[str, Point]]:
     """Yield the key of every judge, `judge` first, and the point as if it had this one alone."""
     yield "judge", replace(point, judges={})
     for name, judge in point.judges.items():
-        evaluation = replace(point.evaluation, metric=metric_of(judge))
+        evaluation = replace(point.evaluation, metric=metric_of(judge.name))
         yield f"judges.{name}", replace(point, judge=judge, judges={}, evaluation=evaluation)
 
 

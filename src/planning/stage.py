@@ -223,7 +223,7 @@ def stages_of(point: Point) -> list[Stage]:
     further: dict[str, Any] = {}
     for name, other in point.judges.items():
         asked = judge_inputs(other, f"judges.{name}", server)
-        values = {"name": name, "judge": asked, "metric": metric_of(other), **_asked(other)}
+        values = {"name": name, "judge": asked, "metric": metric_of(other.name), **_asked(other)}
         further_inputs = select_fields(FurtherJudgeInputs, evaluate, **values)
         further[FURTHER_JUDGE + name] = add(further_inputs, samples=samples, baseline=baseline_of(asked))
     is_validated = initial is not None and point.dataset.sft_validation_size != 0

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from src.config.judge_rules import metric_of
 from src.errors import StageError
 from src.methods import METHODS
 from src.planning.identity import EvaluateInputs
@@ -47,7 +48,8 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         if judgements is None:
             return
         judgements.write(attempt.out)
-        usage, verdicts[inputs.judge.name] = judgements.usage, {"metric": inputs.metric, **judgements.columns}
+        usage, metric = judgements.usage, metric_of(inputs.judge.name)
+        verdicts[inputs.judge.name] = {"metric": metric, **judgements.columns}
         judged_samples = list(zip(judgements.samples, judgements.verdicts, strict=True))
         if is_judged:
             measured = by_prompt((s["index"], v.value) for s, v in judged_samples)

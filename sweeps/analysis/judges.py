@@ -11,7 +11,8 @@ import pandas as pd
 from src.errors import DamagedFile, warn
 from src.store.files import read_versioned_json
 from src.store.store import RESULT_SCHEMA, VERDICTS_FILE
-from sweeps.analysis.selection import GROUP
+from sweeps.analysis.reporting_split import win_tie_lose
+from sweeps.analysis.selection import GROUP, STUDY
 from sweeps.analysis.significance import bootstrap_means, interval, paired_differences
 
 if TYPE_CHECKING:
@@ -153,6 +154,27 @@ def rankings(verdicts: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
                 entry |= {"judge": judge, "metric": table.metric.iloc[0], "quality": mean, "rank": rank}
                 rows.append(entry | {"beta_of_judge": beta, "lr_of_judge": lr})
     return pd.DataFrame(rows)
+
+
+def with_outcomes(of_selecting: pd.DataFrame, verdicts: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """Return the wins, ties and losses of the selected points by every pairwise judge, with the column `judge`.
+
+    of_selecting: of reporting_split.verdicts, by the judge that selects; other judges have rows below it.
+    """
+    selecting = "" if verdicts.empty else verdicts.judge.iloc[0]
+    pairwise = verdicts[verdicts.reporting.astype(bool) & (verdicts.metric == "win_rate")]
+    rows = []
+    for judge, table in pairwise.groupby("judge", sort=False):
+        if judge == selecting and len(of_selecting):
+            continue
+        by_prompt = table.groupby(["identity", "index"]).value.mean()
+        for point in best.to_dict("records"):
+            seeds = [by_prompt[identity].to_numpy() for identity in point["identities"] if identity in by_prompt]
+            if seeds and len(seeds) == len(point["identities"]):
+                row = {name: point[name] for name in (*STUDY, "beta", "lr", "seeds")} | win_tie_lose(seeds)
+                rows.append(row | {"quality_reporting": np.mean([np.mean(values) for values in seeds]), "judge": judge})
+    tables = [of_selecting.assign(judge=selecting), pd.DataFrame(rows)]
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
 def disagreements(verdicts: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 
@@ -16,6 +18,9 @@ from sweeps.analysis.significance import (
     on_pareto_front,
     paired_differences,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 VERDICTS = ("win", "tie", "lose")
 NUM_TOP = 3  # points whose mean quality stands beside the selected one's
@@ -55,11 +60,15 @@ def verdicts(best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:
     rows = []
     for row in reported(best[best.metric == "win_rate"]).to_dict("records"):
         seeds = [prompts.reporting([[identity]])[0] for identity in row["identities"]]
-        shares = [[np.mean(values > 0.5), np.mean(values == 0.5), np.mean(values < 0.5)] for values in seeds]
-        percent = dict(zip(VERDICTS, 100 * np.mean(shares, axis=0), strict=True))
-        counts = {"prompts": len(seeds[0]), "quality_reporting": row["quality_reporting"]}
-        rows.append({name: row[name] for name in (*STUDY, "beta", "lr", "seeds")} | percent | counts)
+        measured = win_tie_lose(seeds) | {"quality_reporting": row["quality_reporting"]}
+        rows.append({name: row[name] for name in (*STUDY, "beta", "lr", "seeds")} | measured)
     return pd.DataFrame(rows, columns=[*STUDY, "beta", "lr", "seeds", *VERDICTS, "prompts", "quality_reporting"])
+
+
+def win_tie_lose(seeds: list[NDArray[np.float64]]) -> dict[str, float]:
+    """Return the percent of prompts above, at and below 0.5, averaged over seeds, and the number of `prompts`."""
+    shares = [[np.mean(values > 0.5), np.mean(values == 0.5), np.mean(values < 0.5)] for values in seeds]
+    return dict(zip(VERDICTS, 100 * np.mean(shares, axis=0), strict=True)) | {"prompts": len(seeds[0])}
 
 
 def differences(best: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:

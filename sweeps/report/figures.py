@@ -46,7 +46,7 @@ def draw(
 ) -> Iterator[Drawing]:
     """Yield every figure of every setup, init and variant.
 
-    averages: of average_seeds; best: of with_intervals; verdicts: of reporting_split.verdicts; published: of
+    averages: of average_seeds; best: of with_intervals; verdicts: of judges.with_outcomes; published: of
     published_points.
     """
     best_lrs, stems = best_lr_per_beta(averages), set[str]()
@@ -64,8 +64,9 @@ def draw(
         if len(shown := reported(rows)):
             yield quality_over_beta(stem, name, shown, reported(selected), of_paper)
             yield quality_over_kl(stem, name, shown, reported(selected), of_paper)
-        if len(of_group):
-            yield selected_figures.win_tie_lose(stem, name, of_group)
+        for number, (judge, by_one) in enumerate(of_group.groupby("judge", sort=False)):
+            whose = f"{name} by {judge}" if of_group.judge.nunique() > 1 else name
+            yield selected_figures.win_tie_lose(f"{stem}_win_tie_lose{f'_{judge}' if number else ''}", whose, by_one)
         grid = averages[(averages[GROUP] == list(key)).all(axis=1)]
         if grid.groupby("method").lr.nunique().max() > 1:
             yield heat_map(stem, name, grid, selected)

@@ -26,9 +26,9 @@ SMOOTHING = 10  # a training curve is the running mean over 1 / SMOOTHING of its
 
 
 def win_tie_lose(stem: str, name: str, verdicts: pd.DataFrame) -> Drawing:
-    """Draw one stacked bar per method, most wins first. verdicts: of reporting_split.verdicts, one group."""
+    """Draw one stacked bar per method, most wins first. verdicts: of one group and judge."""
     title = f"{name}: the selected points against the baseline, on {verdicts.prompts.iloc[0]} reporting prompts"
-    drawing = Drawing(f"{stem}_win_tie_lose", title, 7.5, 1.5 + 0.34 * len(verdicts))
+    drawing = Drawing(stem, title, 7.5, 1.5 + 0.34 * len(verdicts))
     ax = drawing.figure.subplots()
     rows = verdicts.sort_values("win", kind="stable").to_dict("records")
     for y, row in enumerate(rows):

@@ -80,7 +80,7 @@ def _varying(best: pd.DataFrame, row: dict[Hashable, Any], *keys: str) -> dict[s
 def verdict_table(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Return the wins, ties and losses of the selected points against the baseline; empty without any.
 
-    verdicts: of reporting_split.verdicts.
+    verdicts: of judges.with_outcomes.
     """
     names = {verdict: f"{verdict.capitalize()} %" for verdict in VERDICTS}
     rows = []
@@ -88,7 +88,7 @@ def verdict_table(verdicts: pd.DataFrame) -> pd.DataFrame:
         point = {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
         numbers = {name: row[verdict] for verdict, name in names.items()}
         numbers |= {"Win rate": row["quality_reporting"], "Prompts": row["prompts"]}
-        rows.append(_varying(verdicts, row, *GROUP, "seeds") | point | numbers)
+        rows.append(_varying(verdicts, row, *GROUP, "seeds", "judge") | point | numbers)
     return pd.DataFrame(rows)
 
 
