@@ -120,6 +120,21 @@ def test_a_preference_for_length_is_of_decided_comparisons_with_answers_of_diffe
     assert row["decided"] == 4 and row["longer"] == 0.75  # one of four shorter ones has won
 
 
+def test_a_judge_would_select_another_point_only_where_it_is_better():
+    rows = points({"beta": 0.1}, {"beta": 0.01}, {"beta": 1.0})
+    qualities = {"0": (0.5, 0.7), "1": (0.5, 0.7), "2": (0.9, 0.2)}  # by the judges `one` and `other`
+    verdicts = pd.concat(
+        [
+            table(judge, [quality[number]] * 6, identity=identity, beta=beta)
+            for (identity, quality), beta in zip(qualities.items(), rows.beta, strict=True)
+            for number, judge in enumerate(("one", "other"))
+        ]
+    )
+    best = rows[:1].assign(identities=[["0"]])
+    would = judges.rankings(verdicts, best).set_index("judge").beta_of_judge
+    assert would.to_dict() == {"one": 1.0, "other": 0.1}  # of two that are as good the one that is selected
+
+
 def test_ranks_agreement_and_disagreement_of_two_judges():
     rng = np.random.default_rng(0)
     better, worse = (rng.random(400) < 0.8).astype(float), (rng.random(400) < 0.3).astype(float)

@@ -138,7 +138,8 @@ def cohen_kappa(tables: NDArray[Any]) -> NDArray[np.float64]:
 def rankings(verdicts: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     """Return for each selected point and judge its `quality` and `rank` on the reporting prompts.
 
-    `beta_of_judge` and `lr_of_judge`: the method's best point on the selection prompts by this judge.
+    `beta_of_judge` and `lr_of_judge`: the method's best point on the selection prompts by this judge, the selected one
+    where it is as good.
     """
     rows = []
     for key, group in best.groupby(GROUP, sort=False, dropna=False):
@@ -150,10 +151,23 @@ def rankings(verdicts: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
             of_points = table[~table.reporting].groupby(["method", "beta", "lr"]).value.mean()
             for point, mean, rank in zip(group.to_dict("records"), means, ranks, strict=True):
                 entry = {name: point[name] for name in (*GROUP, "method", "beta", "lr")}
-                beta, lr = of_points[point["method"]].idxmax() if point["method"] in of_points else (np.nan, np.nan)
+                beta, lr = _best_of(of_points, point)
                 entry |= {"judge": judge, "metric": table.metric.iloc[0], "quality": mean, "rank": rank}
                 rows.append(entry | {"beta_of_judge": beta, "lr_of_judge": lr})
     return pd.DataFrame(rows)
+
+
+def _best_of(means: pd.Series[float], point: dict[Hashable, Any]) -> tuple[float, float]:
+    """Return beta and lr of the method's highest mean, those of the selected point where it is as high.
+
+    means: of points, by method, beta and lr. NaN without any.
+    """
+    if point["method"] not in means:
+        return np.nan, np.nan
+    of_method, selected = means[point["method"]], (point["beta"], point["lr"])
+    is_best = selected in of_method and np.isclose(of_method[selected], of_method.max(), rtol=0, atol=1e-12)
+    beta, lr = selected if is_best else of_method.idxmax()
+    return float(beta), float(lr)
 
 
 def with_outcomes(of_selecting: pd.DataFrame, verdicts: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
