@@ -17,6 +17,7 @@ from src.planning.inputs import prompt_inputs
 from src.planning.stage import stages_of, with_all_judged
 from sweeps.analysis import judges
 from sweeps.report.judge_tables import judge_sentences
+from sweeps.search.successive_halving import with_stop
 from tests.support.commands import SMALL, environment, run_in_process, train
 from tests.support.configs import composed, point
 from tests.support.endpoint import FakeEndpoint, completion
@@ -42,6 +43,12 @@ def test_all_judges_of_a_selected_point_judge_all_its_prompts():
     selected = build_point(composed(*options))
     assert stages_of(with_all_judged(selected)) == stages_of(point("beta=0.1", *PANEL))
     assert stages_of(selected)[-1] != stages_of(point("beta=0.1", *PANEL))[-1]
+
+
+def test_further_judges_are_asked_of_points_that_were_trained_to_their_end():
+    panel = point("beta=0.1", *PANEL)
+    assert stages_of(with_stop(panel, 1.0)) == stages_of(panel)
+    assert stages_of(with_stop(panel, 0.5)) == stages_of(with_stop(point("beta=0.1"), 0.5))
 
 
 @pytest.mark.parametrize(

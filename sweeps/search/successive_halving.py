@@ -16,9 +16,10 @@ from src.config.schema import Point
 
 
 def with_stop(point: Point, stop_fraction: float) -> Point:
-    """Return the point trained to that fraction of its alignment steps."""
+    """Return the point trained to that fraction of its alignment steps; before its end no further judge is asked."""
     align = replace(point.trainer.align, stop_fraction=stop_fraction)
-    return replace(point, trainer=replace(point.trainer, align=align))
+    judges = point.judges if stop_fraction == 1 else {}
+    return replace(point, trainer=replace(point.trainer, align=align), judges=judges)
 
 
 def entry_rungs(
