@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import SMALL, run_in_process, start, train
-from tests.support.endpoint import smollm2_folder
+from tests.support.endpoint import completion, smollm2_folder
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +58,28 @@ def test_greedy_samples_of_a_server_equal_those_without_one(in_process, tmp_path
             assert row["response"] == other["response"] and row["finished"] == other["finished"]
             assert row["logp"] == pytest.approx(other["logp"], abs=1e-4)
             assert row["reference_logp"] == pytest.approx(other["reference_logp"], abs=1e-4)
+    assert not servers(tmp_path)
+
+
+def test_a_second_turn_of_a_server_answers_its_own_first_one(in_process, fake_endpoint, tmp_path):
+    fake_endpoint.reply = lambda question: completion("[[5]]")
+    rows = ({"question_id": n, "category": "ab"[n % 2], "turns": [f"Name {n}.", f"Why {n}?"]} for n in range(4))
+    (tmp_path / "question.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = [
+        *("evaluation=mt_bench", f"evaluation.prompts_file={tmp_path}/question.jsonl", "evaluation.num_prompts=4"),
+        *("evaluation.generation.max_new_tokens=8", "+evaluation.generation.temperatures.a=0"),
+        *("judge=mt_bench", f"judge.base_url={fake_endpoint.url}"),
+    ]
+    turns = []
+    for name, server in (("none", []), ("served", SERVED)):
+        (tmp_path / name / "store").mkdir(parents=True)
+        for kind in ("sft", "reference", "align"):
+            (tmp_path / name / "store" / kind).symlink_to(in_process / "store" / kind)
+        done = run_in_process(*POINT, *questions, *server, f"output_dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        turns.append([(row["prompt"], row["response"]) for row in samples(tmp_path / name)["policy"]])
+    assert turns[0] == turns[1] and len(turns[0]) == 8
+    assert turns[1][1][0] == f"{turns[1][0][0]}\n\n{turns[1][0][1]}\n\nWhy 0?"
     assert not servers(tmp_path)
 
 
