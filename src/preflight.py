@@ -43,7 +43,7 @@ HubName = tuple[str, str, str, str | None]
 def check_input_files(points: Sequence[Point]) -> None:
     """Read every row of the local files that points name, and what their models say about themselves.
 
-    Raises ConfigError naming_judge file and line, or model and file; also for a GPU that conf/gpus.yaml does not have.
+    Raises ConfigError naming file and line, or model and file; also for a GPU that conf/gpus.yaml does not have.
     """
     for gpu in dict.fromkeys(point.engine.gpu for point in points):
         if gpu is not None:

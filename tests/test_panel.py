@@ -89,7 +89,9 @@ def table(judge, values, first=None, identity="0", **columns):
     rows = {"judge": judge, "metric": "win_rate", "identity": identity, "index": range(count), "sample": 0, "turn": 1}
     rows |= {"value": values, "reporting": [i % 2 == 1 for i in range(count)], "length": 1, "setup": "s", "init": "sft"}
     rows |= {"first": [0] * count if first is None else first, "questions": 0 if first is None else 2}
-    return pd.DataFrame(rows | {"variant": "", "method": "dpo", "beta": 0.1, "lr": 1e-3} | columns)
+    return pd.DataFrame(
+        rows | {"variant": "", "further": judge != "one", "method": "dpo", "beta": 0.1, "lr": 1e-3} | columns
+    )
 
 
 class NoUsage:

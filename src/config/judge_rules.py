@@ -7,14 +7,14 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from src.config.endpoints import SERVED, check_key_is_protected, check_key_name, check_url
 from src.config.judge import JUDGES, Judge
 from src.config.paths import is_file
 from src.config.placeholders import placeholders
 from src.config.schema import GENERATED, Point
-from src.errors import ConfigError
+from src.errors import ConfigError, StageError
 
 # Judges of a response by itself, which have no baseline -> evaluation.metric: whether it is right, or a rating.
 ABSOLUTE_JUDGES = {"math": "accuracy", "mt_bench": "rating"}
@@ -95,10 +95,12 @@ def naming_judge(key: str) -> Iterator[None]:
     """In messages of errors in the body, call the judge by this key, where it is not `judge`."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, StageError) as error:
         if key == "judge":
             raise
-        raise ConfigError(re.sub(r"\bjudge\.", f"{key}.", str(error))) from None
+        names = "|".join(field.name for field in fields(Judge))
+        message = re.sub(rf"(?<![\w./])judge\.(?=({names})\b)", lambda _: f"{key}.", str(error))
+        raise type(error)(message) from None
 
 
 def num_turns(point: Point) -> int:

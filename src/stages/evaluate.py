@@ -42,7 +42,8 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
             f"evaluation: {len(prompts)} prompt to compare points by; selection and reporting need one each, at least 2"
         )
     selection = selection_prompts(prompts, inputs.selection_fraction, inputs.split_seed)
-    usage, several, judged_samples, verdicts = None, {}, [], {}
+    usage, several, judged_samples = None, {}, []
+    verdicts: dict[str, dict[str, Any]] = {}  # by judge
     if inputs.judge is not None:
         judgements = judge.judge_samples(inputs, resources, samples, selection, upstream, attempt)
         if judgements is None:
@@ -91,10 +92,14 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
     further = {name: judge.read(folder) for name, folder in upstream.items() if name.startswith(FURTHER_JUDGE)}
     if further:
         result["judges"] = {
-            one["name"]: {name: one[name] for name in ("metric", "usage", "quality", "splits")}
-            for one in further.values()
+            one["name"]: {
+                "stage": upstream[role].name,
+                **{key: one[key] for key in ("metric", "usage", "quality", "splits")},
+            }
+            for role, one in further.items()
         }
-        verdicts |= {one["name"]: {"metric": one["metric"], **one["verdicts"]} for one in further.values()}
+        for one in further.values():
+            verdicts[one["name"]] = {"metric": one["metric"], "further": True, **one["verdicts"]}
     if verdicts:
         sampled = list(dict.fromkeys(sample["index"] for sample in samples))
         selecting = sorted(selection_prompts(sampled, inputs.selection_fraction, inputs.split_seed))

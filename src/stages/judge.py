@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from src.config.judge_rules import naming_judge
 from src.judges import Comparison, Judged, Verdict, judge_function
 from src.planning.identity import EvaluateInputs, FurtherJudgeInputs
 from src.planning.resources import Resources
@@ -71,7 +72,8 @@ def run(inputs: FurtherJudgeInputs, resources: Resources, upstream: dict[str, Pa
     samples = generate.read(upstream["samples"])
     prompts = list(dict.fromkeys(sample["index"] for sample in samples))
     selection = selection_prompts(prompts, inputs.selection_fraction, inputs.split_seed)
-    judgements = judge_samples(inputs, resources, samples, selection, upstream, attempt)
+    with naming_judge(f"judges.{inputs.name}"):
+        judgements = judge_samples(inputs, resources, samples, selection, upstream, attempt)
     if judgements is None:
         return
     judgements.write(attempt.out)
@@ -114,7 +116,7 @@ def judge_samples(
     judge = judge_function(inputs.judge.name)
     asked = [sample for sample in samples if inputs.judged == "all" or sample["index"] in selection]
     comparisons = comparisons_of(inputs, resources, asked, dict(upstream))
-    again, second = _to_repeat(inputs, asked), None
+    again, second = _to_repeat(inputs, samples, asked), None
     if again:
         # Less than the whole benchmark: its scores are left out.
         repeated = replace(inputs, judge=replace(inputs.judge, repeat=1), judged="selection")
@@ -130,9 +132,9 @@ def judge_samples(
     return Judgements(asked, comparisons, judged.verdicts, usage)
 
 
-def _to_repeat(inputs: EvaluateInputs, asked: list[dict[str, Any]]) -> list[int]:
-    """Return which of the samples are judged twice: all of their prompts."""
-    prompts = sorted({sample["index"] for sample in asked})
+def _to_repeat(inputs: EvaluateInputs, samples: list[dict[str, Any]], asked: list[dict[str, Any]]) -> list[int]:
+    """Return which of the samples that are asked about are judged twice: those of the first prompts of the split."""
+    prompts = sorted({sample["index"] for sample in samples})
     random.Random(inputs.split_seed).shuffle(prompts)
     chosen = set(prompts[: inputs.repeated_prompts])
     return [i for i, sample in enumerate(asked) if sample["index"] in chosen]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05  # of p adjusted by Holm: two judges disagree about two methods when both are below it
 SAMPLE = ["identity", "index", "sample", "turn"]  # columns that name a sample of a point
-COLUMNS = ["judge", "metric", *SAMPLE, "value", "reporting", "first", "questions", "length"]
+COLUMNS = ["judge", "further", "metric", *SAMPLE, "value", "reporting", "first", "questions", "length"]
 MEASURES = {"first": "questions", "longer": "decided"}  # a share -> the column of how many there are
 
 
@@ -50,6 +50,7 @@ def read_verdicts(results: Results) -> pd.DataFrame:
             table = pd.DataFrame({name: entry[name] for name in ("index", "sample", "turn", "value", "length")})
             first = [sum(several) for several in entry["first"]], [len(several) for several in entry["first"]]
             table = table.assign(judge=judge, metric=entry["metric"], first=first[0], questions=first[1])
+            table["further"] = entry.get("further", False)
             point = {name: row[name] for name in (*GROUP, "method", "beta", "lr", "identity")}
             tables.append(table.assign(reporting=~table["index"].isin(selection), **point))
     columns = [*COLUMNS, *GROUP, "method", "beta", "lr"]
@@ -65,14 +66,15 @@ def leanings(verdicts: pd.DataFrame, results: Results) -> pd.DataFrame:
     rows = []
     for judge, table in verdicts.groupby("judge", sort=False):
         metric = table.metric.iloc[0]
-        row: dict[str, Any] = {"judge": judge, "metric": metric, "verdicts": len(table)}
+        row: dict[str, Any] = {"judge": judge, "further": bool(table.further.all())}
+        row |= {"metric": metric, "verdicts": len(table)}
         decided = table[(table.value != 0.5) & (table.length != 0)] if metric == "win_rate" else table[:0]
         wins = ((decided.value > 0.5) == (decided.length > 0)).astype(float)
         longer = decided.assign(longer=wins, decided=1)
         for (name, count), rows_of in zip(MEASURES.items(), (table, longer), strict=True):
             row |= {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan, count: int(rows_of[count].sum())}
             if row[count]:
-                sums = rows_of.groupby("index")[[name, count]].sum().to_numpy(float)
+                sums = rows_of.groupby(["setup", "index"])[[name, count]].sum().to_numpy(float)
                 means = bootstrap_means(sums.T)
                 low, high = interval(means[:, 0] / np.maximum(means[:, 1], 1e-12))
                 row |= {name: sums[:, 0].sum() / sums[:, 1].sum(), f"{name}_low": low, f"{name}_high": high}
@@ -152,7 +154,13 @@ def rankings(verdicts: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
             for point, mean, rank in zip(group.to_dict("records"), means, ranks, strict=True):
                 entry = {name: point[name] for name in (*GROUP, "method", "beta", "lr")}
                 beta, lr = _best_of(of_points, point)
-                entry |= {"judge": judge, "metric": table.metric.iloc[0], "quality": mean, "rank": rank}
+                entry |= {
+                    "judge": judge,
+                    "further": bool(table.further.iloc[0]),
+                    "metric": table.metric.iloc[0],
+                    "quality": mean,
+                    "rank": rank,
+                }
                 rows.append(entry | {"beta_of_judge": beta, "lr_of_judge": lr})
     return pd.DataFrame(rows)
 
@@ -175,19 +183,21 @@ def with_outcomes(of_selecting: pd.DataFrame, verdicts: pd.DataFrame, best: pd.D
 
     of_selecting: of reporting_split.verdicts, by the judge that selects; other judges have rows below it.
     """
-    selecting = "" if verdicts.empty else verdicts.judge.iloc[0]
-    pairwise = verdicts[verdicts.reporting.astype(bool) & (verdicts.metric == "win_rate")]
+    of_further = verdicts.further.astype(bool)
+    selecting = verdicts[~of_further].drop_duplicates(GROUP).set_index(GROUP).judge.to_dict()
+    judges = [selecting.get(key, "") for key in of_selecting[GROUP].itertuples(index=False, name=None)]
+    # Of several samples the mean of a prompt is no verdict.
+    single = of_further & verdicts.reporting.astype(bool) & (verdicts.metric == "win_rate")
+    pairwise = verdicts[single] if (verdicts["sample"] == 0).all() else verdicts[:0]
     rows = []
     for judge, table in pairwise.groupby("judge", sort=False):
-        if judge == selecting and len(of_selecting):
-            continue
         by_prompt = table.groupby(["identity", "index"]).value.mean()
         for point in best.to_dict("records"):
             seeds = [by_prompt[identity].to_numpy() for identity in point["identities"] if identity in by_prompt]
             if seeds and len(seeds) == len(point["identities"]):
                 row = {name: point[name] for name in (*STUDY, "beta", "lr", "seeds")} | win_tie_lose(seeds)
                 rows.append(row | {"quality_reporting": np.mean([np.mean(values) for values in seeds]), "judge": judge})
-    tables = [of_selecting.assign(judge=selecting), pd.DataFrame(rows)]
+    tables = [of_selecting.assign(judge=judges), pd.DataFrame(rows)]
     return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 

@@ -120,9 +120,7 @@ class Results:
     points: pd.DataFrame = field(default_factory=pd.DataFrame)  # COLUMNS, one row a point, done or not
     # Every stage that a result was computed from: identity -> stage, seconds, tokens, processes.
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    usages: list[tuple[str, dict[str, Any]]] = field(
-        default_factory=list
-    )  # of each judge of each result: name and usage
+    usages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # of all judges, by name
     # result -> the settings that its variant is made of; none of a sweep before version 0.3
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     # result -> name of a benchmark -> its score by the benchmark's own rules
@@ -130,6 +128,7 @@ class Results:
     # result -> table of a mixture, or part of a benchmark -> its measurements
     sources: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)  # results of points that cannot be read -> why
+    _judging: set[str] = field(default_factory=set)  # stages of further judges whose usage is among `usages`
     # result -> its store, and role -> identity of the stages of its point
     _stages_of: dict[str, tuple[Path, dict[str, str]]] = field(default_factory=dict)
 
@@ -206,7 +205,10 @@ class Results:
             self.stages.update((s["identity"], s) for s in result["stages"] if s["stage"] not in exclude)
             if result.get("judge"):
                 self.usages.append((result["judge"]["name"], result["judge"]))
-            self.usages += [(name, one["usage"]) for name, one in result.get("judges", {}).items()]
+            # One stage of a further judge may be upstream of several results.
+            others = {one["stage"]: (name, one["usage"]) for name, one in result.get("judges", {}).items()}
+            self.usages += [usage for stage, usage in others.items() if stage not in self._judging]
+            self._judging.update(others)
         if (reason := self.damaged.get(point["identity"])) is not None:
             row |= {"state": "failed", "error": reason}
         elif point["identity"] not in results and row["state"] == "done":

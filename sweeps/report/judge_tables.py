@@ -89,17 +89,16 @@ def agreement_text(agreement: pd.DataFrame) -> pd.DataFrame:
 
 def rankings_text(rankings: pd.DataFrame) -> pd.DataFrame:
     """Return the selected points with quality and rank under each judge, and what another judge would select."""
-    if rankings.empty or rankings.judge.nunique() < 2:
+    if rankings.empty or not rankings.further.any():
         return pd.DataFrame()
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
-    selects = rankings.judge.iloc[0]
     for row in rankings.to_dict("records"):
         key = tuple(row[name] for name in (*GROUP, "method"))
         point = {"Method": NAMES[row["method"]], "beta": f"{row['beta']:g}", "lr": f"{row['lr']:g}"}
         cells = rows.setdefault(key, _varying(rankings, row) | point)
         quality = "-" if pd.isna(row["quality"]) else f"{row['quality']:.3f} ({row['rank']:.0f})"
         cells[f"{row['judge']} (rank)"] = quality
-        if row["judge"] != selects:
+        if row["further"]:
             cells[f"{row['judge']} would select"] = f"beta {row['beta_of_judge']:g}, lr {row['lr_of_judge']:g}"
     return pd.DataFrame(list(rows.values())).fillna("-")
 

@@ -77,9 +77,10 @@ def write_report(
 
 
 def _selecting(best: pd.DataFrame, leanings: pd.DataFrame) -> str:
-    """Return by which judge points were selected; its verdicts are the first of each point's."""
+    """Return by which judge points were selected, or by which measure."""
     by_accuracy = (best.metric == "reward_accuracy").any()
-    return "reward accuracy" if by_accuracy or leanings.empty else str(leanings.judge.iloc[0])
+    names = [] if by_accuracy or leanings.empty else leanings.judge[~leanings.further].astype(str).tolist()
+    return " and ".join(names) or "reward accuracy"
 
 
 def _headlines(best: pd.DataFrame, all_tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
