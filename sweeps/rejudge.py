@@ -1,7 +1,7 @@
 """Let a further judge judge the samples of a sweep: `python -m sweeps.rejudge DIR judge=NAME [judge.KEY=VALUE ...]`.
 
-Nothing is trained or sampled. The results are those of a sweep beside it, DIR_NAME: all that DIR has, and the verdicts
-of the other judge as `judges.NAME`, by which nothing is selected.
+Nothing is trained, and the samples of the points stay. The results are those of a sweep beside it, DIR_NAME: all that
+DIR has, and the verdicts of the other judge as `judges.NAME`, by which nothing is selected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def rejudge_command(folder: SweepFolder, overrides: Sequence[str], name: str | N
             f"makes them: {record['command']}"
         )
     options = [override.partition("=")[2] for override in overrides if override.startswith("judge=")]
-    if len(options) != 1 or not options[0]:
+    if len(options) != 1 or not options[0] or "," in options[0]:
         raise ConfigError("which judge? Add judge=NAME, of conf/judge; several are given one after the other")
     name = name or options[0]
     own = [override for override in recorded[recorded.index("src.train") + 1 :] if _key(override) not in REPLACED]

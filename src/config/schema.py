@@ -231,7 +231,7 @@ class Sweep:
         default_factory=lambda: [0.25, 0.5, 1.0], above=0, maximum=1
     )
     keep_fraction: float = number(0.5, above=0, maximum=1)  # of a method's points, promoted to the next rung
-    judge_only: bool = False  # refuse to train or sample; set by sweeps.rejudge
+    judge_only: bool = False  # refuse to train, or to sample points; set by sweeps.rejudge
 
 
 @dataclass
