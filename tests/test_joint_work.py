@@ -115,6 +115,15 @@ def fail_while_others_wait():
     work.wait(lambda num_done: None)
 
 
+def fail_while_one_looks_up_late():
+    ranks = get_distributed()
+    if ranks.rank == 1:
+        raise ConfigError("dataset: row 7 is broken")
+    # Rank 0 has heard of it long before, and serves the keys and values that tell rank 2.
+    time.sleep(ranks.rank * 0.5)
+    JointWork(ranks).wait(lambda num_done: None)
+
+
 class NotPickled(Exception):
     def __init__(self, one, two):
         super().__init__(f"{one} and {two}")
@@ -126,7 +135,9 @@ def fail_in_a_way_that_cannot_be_sent():
     JointWork(get_distributed()).wait(lambda num_done: None)
 
 
-@pytest.mark.parametrize("function", [fail_while_others_compute, fail_while_others_wait])
+@pytest.mark.parametrize(
+    "function", [fail_while_others_compute, fail_while_others_wait, fail_while_one_looks_up_late]
+)
 def test_an_error_of_one_rank_is_raised_by_all_within_seconds(function):
     errors = on_ranks(3, "ddp", error_of, function)
     assert [error[:2] for error in errors] == [(ConfigError, "dataset: row 7 is broken")] * 3
