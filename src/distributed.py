@@ -33,9 +33,9 @@ CONTROL_TIMEOUT = timedelta(days=7)
 # others is while weights are read, or DeepSpeed writes its files, on a slow disk.
 STEP_TIMEOUT = timedelta(minutes=30)
 POLL_SECONDS = 0.1  # between two looks at what other ranks have done
-HEARD_SECONDS = 3.0  # for which rank 0 lets the others read its store after an error: many looks at what others do
+ERROR_SECONDS = 3.0  # for which rank 0 waits after an error, at most, until the other ranks have read it
 _FAILURE = "failure"  # key of the first error of any rank
-_HEARD = "heard"  # key of the number of ranks that know it
+_NUM_READERS = "readers"  # key of the number of ranks that have read it
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class DistributedContext:
             return error
         try:
             content = self.store.compare_set(_FAILURE, "", _pickled(self.rank, error))
-            self._wait_until_all_have_heard()
+            self._wait_until_all_have_read_it()
         except Exception:  # of any type: the process that serves the store, rank 0 or torchrun, has ended
             if type(error) is RuntimeError or isinstance(error, dist.DistError):  # of a collective, because of that
                 return StageError("process 0 of the run has ended, and with it the run: its own message says why")
@@ -143,15 +143,16 @@ class DistributedContext:
         rank, first = pickle.loads(base64.b85decode(content))
         return error if rank == self.rank else first
 
-    def _wait_until_all_have_heard(self) -> None:
-        """Count this rank as one that knows the first error; on rank 0, which may serve the store, wait for the others.
+    def _wait_until_all_have_read_it(self) -> None:
+        """Say that this rank has read the first error; on rank 0, wait until the other ranks have said so, too.
 
-        Not for long: a rank that waits for this one in a collective hears nothing until this one has ended.
+        Without torchrun the store is served by rank 0 and ends with it. The wait is short, because a rank that is in a
+        collective reads the error only when the collective fails, which may be when rank 0 has ended.
         """
-        num_heard, give_up_at = self.store.add(_HEARD, 1), time.monotonic() + HEARD_SECONDS
-        while self.is_main_process and num_heard < self.size and time.monotonic() < give_up_at:
+        num_readers, deadline = self.store.add(_NUM_READERS, 1), time.monotonic() + ERROR_SECONDS
+        while self.is_main_process and num_readers < self.size and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 4)
-            num_heard = self.store.add(_HEARD, 0)
+            num_readers = self.store.add(_NUM_READERS, 0)
 
     def raise_failure(self) -> None:
         """Raise the error of a rank that has failed, if there is one."""

@@ -115,11 +115,11 @@ def fail_while_others_wait():
     work.wait(lambda num_done: None)
 
 
-def fail_while_one_looks_up_late():
+def fail_while_one_reads_the_error_late():
     ranks = get_distributed()
     if ranks.rank == 1:
         raise ConfigError("dataset: row 7 is broken")
-    # Rank 0 has heard of it long before, and serves the keys and values that tell rank 2.
+    # Rank 0, which serves the store, reads the error at once, rank 2 a second later.
     time.sleep(ranks.rank * 0.5)
     JointWork(ranks).wait(lambda num_done: None)
 
@@ -136,7 +136,7 @@ def fail_in_a_way_that_cannot_be_sent():
 
 
 @pytest.mark.parametrize(
-    "function", [fail_while_others_compute, fail_while_others_wait, fail_while_one_looks_up_late]
+    "function", [fail_while_others_compute, fail_while_others_wait, fail_while_one_reads_the_error_late]
 )
 def test_an_error_of_one_rank_is_raised_by_all_within_seconds(function):
     errors = on_ranks(3, "ddp", error_of, function)
