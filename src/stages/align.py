@@ -149,8 +149,9 @@ def _validate(
 ) -> list[Row]:
     """Return one line per validation pair: prompt, loss, reward margin, and whether the score prefers the chosen one.
 
-    Of a mixture also the table. Prompts are numbered by first appearance, so that pairs of one prompt have the same
-    number. Equal scores are half a point: which of the two is higher then says nothing.
+    Also the log-probs of chosen and rejected response, nats, `logps` and, where the score has a reference,
+    `reference_logps`; of a mixture also the table. Prompts are numbered by first appearance, so that pairs of one
+    prompt have the same number. Equal scores are half a point: which of the two is higher then says nothing.
     """
     sources: list[Row] = [{"source": example.source} if example.source else {} for example in data.examples]
     numbers: dict[tuple[int, ...], int] = {}
@@ -163,9 +164,19 @@ def _validate(
         margins = inputs.beta * (pairs.chosen_score - pairs.rejected_score)
         ties = margins.abs() <= inputs.beta * score_rounding(inputs, logps, tokens, references, indices)
         correct = torch.where(ties, 0.5, (margins > 0).float())
-        columns = zip(indices, pairs.loss.tolist(), margins.tolist(), correct.tolist(), strict=True)
+        columns = {
+            "loss": pairs.loss.tolist(),
+            "margin": margins.tolist(),
+            "correct": correct.tolist(),
+            "logps": logps.view(-1, 2).tolist(),
+        }
+        if references is not None:
+            columns["reference_logps"] = references[indices].tolist()
         rows.save(
-            {i: sources[i] | {"prompt": prompts[i], "loss": a, "margin": b, "correct": c} for i, a, b, c in columns}
+            {
+                index: sources[index] | {"prompt": prompts[index]} | {name: of[i] for name, of in columns.items()}
+                for i, index in enumerate(indices)
+            }
         )
     lines = rows.gather()
     return [lines[i] for i in sorted(lines)]
