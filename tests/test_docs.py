@@ -7,6 +7,7 @@ import re
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -145,3 +146,21 @@ def test_the_changelog_lists_stage_versions_and_renamed_keys():
         assert re.search(rf"^\| `{kind}` \|.*\b{version}\b", newest, re.M), kind
     for old, new in {**RENAMED_KEYS, **RENAMED_VALUES}.items():
         assert f"| `{old}` | `{new}` |" in CHANGELOG
+
+
+def pages_of(nav: list[dict[str, Any]]) -> set[str]:
+    """Return the files that the navigation of mkdocs.yml names, in all of its sections."""
+    entries = [entry for item in nav for entry in item.values()]
+    return {e for e in entries if isinstance(e, str)}.union(*(pages_of(e) for e in entries if isinstance(e, list)))
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    text = (ROOT / "mkdocs.yml").read_text()
+    named = pages_of(yaml.safe_load(text.partition("\nnav:\n")[2].partition("\nvalidation:")[0]))
+    missing = sorted({page.name for page in PAGES} - named)
+    assert not missing, f"add to a section of `nav` in mkdocs.yml: {'; '.join(f'- TITLE: {name}' for name in missing)}"
+    assert pages_of([{"Home": "a.md"}, {"Use": [{"One": "b.md"}, {"More": [{"Two": "c.md"}]}]}]) == {
+        "a.md",
+        "b.md",
+        "c.md",
+    }

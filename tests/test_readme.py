@@ -1,4 +1,4 @@
-"""Every command in the README and the reference does what it says."""
+"""Every command in the README, the quickstart and the reference does what it says."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from tests.support.commands import ROOT, SMALL, environment, run_in_process
+from tests.support.fake_sweep import FakeSweep
 from tests.support.slurm_cluster import missing
 
 
@@ -21,13 +23,19 @@ def commands(page: str) -> list[str]:
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
-README, REFERENCE = commands("README.md"), commands("docs/reference.md")
-COMMANDS = README + REFERENCE
+README, REFERENCE, QUICKSTART = map(commands, ("README.md", "docs/reference.md", "docs/quickstart.md"))
+COMMANDS = list(dict.fromkeys(README + REFERENCE + QUICKSTART))
 CLUSTER = REFERENCE[REFERENCE.index("make slurm-install") : REFERENCE.index("make slurm-down") + 1]
-RUNS = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m src.train")]
+PLANS = [c.removesuffix(" dry_run=true") for c in COMMANDS if c.startswith("python -m src.train")]
+RUNS = [shlex.split(c)[3:] for c in dict.fromkeys(PLANS)]
+# The others, of the quickstart's sweep on a cluster, are run as the reference has them.
+OF_A_SWEEP = [
+    shlex.split(c)[2:] for c in QUICKSTART if "sweeps." in c and c.replace("/cluster", "/demo") not in CLUSTER
+]
 
 # Targets are up to date when these tests run; make must not install anything for them.
-MAKE = ["make", "-o", ".venv/.run", "-o", ".venv/.dev", f"PY={sys.executable}"]
+BUILT = (".venv/.run", ".venv/.dev", ".venv-docs/.done")
+MAKE = ["make", *(word for target in BUILT for word in ("-o", target)), f"PY={sys.executable}"]
 
 
 def make(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -37,10 +45,10 @@ def make(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[s
 
 
 def test_no_command_is_left_out_of_these_tests():
-    others = {c for c in COMMANDS if not c.startswith("python -m src.train")}
-    tested = {"make demo", "make test", "make test-all", "make lint", ".ci/run"}
+    others = {c for c in COMMANDS if not c.startswith(("python -m src.train", "python -m sweeps."))}
+    tested = {"make demo", "make test", "make test-all", "make lint", ".ci/run", "make gpu-check"}  # test_gpu_check.py
     assert others - set(CLUSTER) == tested | {"make smollm2", "source .venv/bin/activate"}
-    assert len(RUNS) == 11
+    assert len(RUNS) == 15 and OF_A_SWEEP == [["sweeps.status", "outputs/sweeps/first"]]
 
 
 def test_a_shell_takes_every_command_as_it_is_written():
@@ -52,9 +60,15 @@ def test_a_shell_takes_every_command_as_it_is_written():
 def test_every_run_of_the_readme_is_accepted(arguments, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(20)))
-    arguments = [a.replace("pairs.jsonl", str(pairs)) for a in arguments if a != "dry_run=true"]
+    arguments = [a.replace("pairs.jsonl", str(pairs)) for a in arguments if not a.startswith("engine.gpu=")]
     done = run_in_process(*arguments, "engine.gpu=null", f"output_dir={tmp_path}", "dry_run=true")  # not rehearsed
     assert re.search(r"^\d+ points: 0 done, \d+ to do$", done.stdout, re.M), done.stderr
+
+
+def test_the_status_command_of_the_quickstart_is_accepted(tmp_path):
+    ((module, _),) = OF_A_SWEEP
+    done = run_in_process(FakeSweep(tmp_path, Random(0)).folder.path, module=module)
+    assert done.returncode == 0 and "12 to do" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
