@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -63,6 +64,20 @@ def find_secret(key: str, value: str) -> str | None:
     if any(not _is_reference(text) for text in _FLAG.findall(value)):
         return "a key, token or password"
     return None
+
+
+def find_key(text: str) -> str | None:
+    """Return the first word of any text, as of a sample, that has the form of a service's key or token; None without.
+
+    Only forms that nothing else has: prose may well say what a password is.
+    """
+    found = _KEYS.search(text) or _HEADER.search(text)
+    return None if found is None else found[0]
+
+
+def secrets_of_environment() -> dict[str, str]:
+    """Return the environment variables whose names say that they are secret, without values too short to be one."""
+    return {name: value for name, value in os.environ.items() if len(value) >= 8 and _is_secret_name(name)}
 
 
 def _is_secret_name(name: str) -> bool:

@@ -29,6 +29,7 @@ from src.stages.shared_rows import Row, SharedRows
 from src.stages.validation import published_model
 from src.store.attempt import Attempt
 from src.store.files import write_json, write_jsonl
+from src.store.store import COUNTS_FILE
 from src.training.loop import GlobalBatch, LossFn, Trained, train
 
 ROUNDING_ULPS = 8  # units in the last place of the summed log-probs; differences of training are thousands of them
@@ -125,7 +126,7 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
         "spelling_control_tokens": {split: c.spelling_control_tokens for split, c in counts.items()},
         "validation_leaks": leaks._asdict(),
     }
-    write_json(attempt.out / "data.json", content)
+    write_json(attempt.out / COUNTS_FILE, content)
 
 
 def _publish(

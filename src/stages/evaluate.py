@@ -20,6 +20,7 @@ from src.store.files import read_json, read_jsonl, write_json
 from src.store.provenance import provenance
 from src.store.store import (
     CAPABILITY_FILE,
+    COUNTS_FILE,
     DONE,
     FURTHER_JUDGE,
     QUALITY_FILE,
@@ -83,7 +84,7 @@ def run(inputs: EvaluateInputs, resources: Resources, upstream: dict[str, Path],
         "reward_margin": mean_and_error([line["margin"] for line in pairs]),
         "response_tokens": response_tokens(samples),
         "finished": sum(s["finished"] for s in samples) / len(samples),
-        "dropped": read_json(upstream["align"] / "data.json")["dropped"],
+        "dropped": read_json(upstream["align"] / COUNTS_FILE)["dropped"],
         "stages": _stages(upstream, attempt),
     }
     demonstrations = list(read_jsonl(upstream["sft"] / validation.FILE)) if "sft" in upstream else []

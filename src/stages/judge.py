@@ -18,9 +18,7 @@ from src.stages.averages import by_prompt, mean_and_error, selection_prompts
 from src.stages.comparisons import comparisons_of
 from src.store.attempt import Attempt
 from src.store.files import read_json, write_json, write_jsonl
-from src.store.store import JUDGEMENTS_FILE, RESULT_SCHEMA
-
-FILE = "judge.json"
+from src.store.store import JUDGE_FILE, JUDGEMENTS_FILE, RESULT_SCHEMA
 
 SUMS = ("answers", "calls", "unparsable", "prompt_tokens", "completion_tokens", "cost")  # of usage, over both rounds
 
@@ -90,13 +88,13 @@ def run(inputs: FurtherJudgeInputs, resources: Resources, upstream: dict[str, Pa
         },
         "verdicts": judgements.columns,
     }
-    write_json(attempt.out / FILE, result)
+    write_json(attempt.out / JUDGE_FILE, result)
     attempt.step(1, 1)
 
 
 def read(folder: Path) -> dict[str, Any]:
     """Return what `run` has written."""
-    return read_json(folder / FILE)
+    return read_json(folder / JUDGE_FILE)
 
 
 def judge_samples(

@@ -23,11 +23,10 @@ from src.planning.resources import Resources
 from src.stages import candidates
 from src.store.attempt import Attempt
 from src.store.files import read_checksummed_json, read_json, status_of, write_json, write_jsonl
-from src.store.store import DONE
+from src.store.store import COUNTS_FILE, DONE
 
 TOKENS_FILE = "pairs.arrow"  # Examples, as training reads them
 TEXTS_FILE = "pairs.jsonl"  # the same pairs as rows that dataset=jsonl reads, with their grades
-COUNTS_FILE = "data.json"
 
 log = logging.getLogger(__name__)
 

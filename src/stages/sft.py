@@ -17,6 +17,7 @@ from src.stages import validation
 from src.stages.shared_rows import Row, SharedRows
 from src.store.attempt import Attempt
 from src.store.files import write_json, write_jsonl
+from src.store.store import COUNTS_FILE
 from src.training.loop import log_metrics, sft_loss, train
 from src.training.lr_schedule import total_steps
 
@@ -38,7 +39,7 @@ def run(inputs: SftInputs, resources: Resources, upstream: dict[str, Path], atte
         with attempt.alone():
             save_checkpoint(trained.model, template, attempt.out)
         counts = {"dropped": data.counts.dropped, "spelling_control_tokens": data.counts.spelling_control_tokens}
-        write_json(attempt.out / "data.json", {"rows": len(data.examples), **counts})
+        write_json(attempt.out / COUNTS_FILE, {"rows": len(data.examples), **counts})
     if held_out is None:
         return
     model = validation.published_model(trained, inputs, resources, None, attempt)

@@ -11,9 +11,10 @@ from src.model.numerics import cast_for_inference_
 from src.planning.identity import AlignInputs, SftInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
+from src.store.store import VALIDATION_FILE
 from src.training.loop import Trained
 
-FILE = "validation.jsonl"  # one line per held-out row
+FILE = VALIDATION_FILE
 
 
 def published_model(

@@ -51,8 +51,7 @@ def snapshot(folder: Path, exclude: Set[Path]) -> Path:
             path = file.relative_to(ROOT)
             (draft / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, draft / path)
-            content = (draft / path).read_bytes()
-            digest.update(f"{path}\0{len(content)}\0".encode() + content)
+            _add_to_digest(digest, path, (draft / path).read_bytes())
         write_json(draft / REVISION_FILE, revision())
         final = folder / digest.hexdigest()[:12]
         publish_folder(draft, final)
@@ -61,12 +60,25 @@ def snapshot(folder: Path, exclude: Set[Path]) -> Path:
     return final
 
 
+def code_digest() -> str:
+    """Return a digest of the code that runs now: of this project's packages alone, whatever else is in the checkout."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in _package_files() if path.is_file() and path.suffix != ".pyc"):
+        _add_to_digest(digest, file.relative_to(ROOT), file.read_bytes())
+    return digest.hexdigest()
+
+
+def _add_to_digest(digest: Any, path: Path, content: bytes) -> None:
+    digest.update(f"{path.as_posix()}\0{len(content)}\0".encode() + content)
+
+
+def _package_files() -> set[Path]:
+    return {p for package in PACKAGES for p in (ROOT / package).rglob("*") if "__pycache__" not in p.parts}
+
+
 def _code_files(exclude: Set[Path]) -> list[Path]:
     listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    if listed is not None:
-        paths = {ROOT / name for name in listed.split("\0") if name}
-    else:
-        paths = {p for package in PACKAGES for p in (ROOT / package).rglob("*") if "__pycache__" not in p.parts}
+    paths = _package_files() if listed is None else {ROOT / name for name in listed.split("\0") if name}
     return sorted(p for p in paths if p.is_file() and exclude.isdisjoint(p.resolve().parents))
 
 

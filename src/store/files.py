@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -131,10 +131,17 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Replace `path`: readers, also on other machines, see the old content or the new, never a part of it."""
+    with atomic_open(path) as handle:
+        handle.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that replaces `path` when the body ends, as in `atomic_write`; none is left when the body raises."""
     draft = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
-        with draft.open("wb") as handle:
-            handle.write(content.encode() if isinstance(content, str) else content)
+        with draft.open("w+b") as handle:
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(draft, path)

@@ -45,6 +45,9 @@ METRICS_FILE = "metrics.jsonl"  # of a stage that trains: one object per optimiz
 CHECKPOINT_FILE = "trainer.json"  # of a checkpoint: step, digests of its files, what the save took
 CHECKPOINTS = NumberedNames("step-", 8)  # of a stage that trains, by the step they were saved before
 CAPABILITY_FILE = "capability.json"  # beside it, with capability=: scores of every document asked, and the SFT model's
+VALIDATION_FILE = "validation.jsonl"  # of a stage that trains: one line per held-out row
+COUNTS_FILE = "data.json"  # of a stage that trains or makes pairs: how many rows it has read, and dropped
+JUDGE_FILE = "judge.json"  # of a stage of a further judge
 FURTHER_JUDGE = "judge_"  # how the roles of stages that judge by judges.NAME begin, before NAME
 # Roles of stages that need the SFT model alone, and their kinds; all other roles, but for that of further
 # judges, are named as their kinds.

@@ -27,9 +27,11 @@ _POINT_OF_RUNGS = {"rung": int, "earlier": list, "full_result": str}
 class SweepFolder:
     """`<output_dir>/sweeps/<name>`: sweep.json (points, their stages and states), results, logs, jobs and code."""
 
+    RECORD = "sweep.json"
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.record = path / "sweep.json"
+        self.record = path / self.RECORD
         self.points_csv = path / "points.csv"
         self.best_yaml = path / "best.yaml"
         self.report = path / "report.html"
@@ -67,6 +69,13 @@ class SweepFolder:
     @property
     def store(self) -> Store:
         return Store(self.output_dir)
+
+    def results_root(self, record: Mapping[str, Any]) -> Path:
+        """Return the folder of the results of its sweep.json: the store beside this folder, else the recorded one.
+
+        The folder may have been moved, with its store or without.
+        """
+        return self.store.root if self.store.root.is_dir() else Path(record["store"])
 
     def exists(self) -> bool:
         return os.path.isfile(self.record)  # False also for a name that no file can have

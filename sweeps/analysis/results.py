@@ -235,9 +235,7 @@ def collect(folders: Sequence[SweepFolder]) -> Results:
     different results.
     """
     sweeps = [folder.read() for folder in folders]
-    # A sweep's folder may have moved: the store next to it, else the recorded one.
-    beside = [folder.store.root for folder in folders]
-    stores = [s if s.is_dir() else Path(sweep["store"]) for s, sweep in zip(beside, sweeps, strict=True)]
+    stores = [folder.results_root(sweep) for folder, sweep in zip(folders, sweeps, strict=True)]
     additions = disambiguating_settings([sweep["studies"] for sweep in sweeps])
     results = Results(sweeps, list(dict.fromkeys(stores)))
     rows: dict[str, dict[str, Any]] = {}
