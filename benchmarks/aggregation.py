@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import tempfile
@@ -13,12 +14,22 @@ from typing import Any
 
 from src.methods import COMPARED
 from src.stages.evaluate import mean_and_error, selection_prompts
-from src.store.files import with_checksum, write_json
+from src.store.files import with_checksum, write_json, write_jsonl
 from src.store.integrity import describe_files
-from src.store.store import DONE, QUALITY_FILE, RESULT_FILE, RESULT_SCHEMA, Store
+from src.store.store import (
+    DONE,
+    METRICS_FILE,
+    QUALITY_FILE,
+    RESULT_FILE,
+    RESULT_SCHEMA,
+    SAMPLES_FILE,
+    VALIDATION_FILE,
+    Store,
+)
 from src.store.sweep_folder import SweepFolder
 
 NUM_PROMPTS = 512
+NUM_PAIRS, NUM_STEPS, NUM_WORDS = 256, 300, 60  # held out; of training; of a response
 
 
 def make_sweep(
@@ -89,11 +100,41 @@ def _write_result(stage: Path, values: list[float], selection: set[int], beta: i
     write_json(stage / DONE, with_checksum({"identity": stage.name, "seconds": 1.0, "files": describe_files(stage)}))
 
 
+def write_artifacts(folder: SweepFolder) -> None:
+    """Add the files of training and sampling that the diagnosis reads: the same ones for every point, as links."""
+    rng, store = random.Random(1), folder.store.root
+    logps = [[[rng.gauss(-90, 9), rng.gauss(-90, 9)] for _ in range(2)] for _ in range(NUM_PAIRS)]
+    words = [f"word{i}" for i in range(1000)]
+    files = {
+        "align": {
+            VALIDATION_FILE: [
+                {"prompt": i, "loss": 0.6, "margin": 0.1, "correct": 1.0, "logps": pair[0], "reference_logps": pair[1]}
+                for i, pair in enumerate(logps)
+            ],
+            METRICS_FILE: [{"step": i, "loss": 0.7 - i / 1000, "grad_norm": 1.0} for i in range(NUM_STEPS)],
+        },
+        "generate": {
+            SAMPLES_FILE: [
+                {"index": i, "prompt": "p", "response": " ".join(rng.choices(words, k=NUM_WORDS)), "finished": True}
+                for i in range(NUM_PROMPTS)
+            ]
+        },
+    }
+    for kind, tables in files.items():
+        for name, rows in tables.items():
+            write_jsonl(store / name, rows)
+            for point in folder.read()["points"]:
+                stage = store / kind / point["stages"][kind]
+                stage.mkdir(parents=True, exist_ok=True)
+                os.link(store / name, stage / name)
+
+
 def main() -> int:
     from sweeps.aggregate import aggregate
 
     with tempfile.TemporaryDirectory() as output_dir:
         folder = make_sweep(Path(output_dir))
+        write_artifacts(folder)
         start = time.perf_counter()
         aggregate([folder], quiet=True)
         print(f"{len(folder.read()['points'])} points: {time.perf_counter() - start:.1f} s")

@@ -25,6 +25,7 @@ from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import sync_sweep
 from sweeps.analysis import judges, reporting_split
 from sweeps.analysis.capability import capability_changes
+from sweeps.analysis.diagnosis.diagnose import diagnose
 from sweeps.analysis.results import Results, collect
 from sweeps.analysis.selection import average_seeds, select_points
 from sweeps.analysis.significance import pairwise_against_pointwise
@@ -91,6 +92,7 @@ def write_results(
         "judge_agreement": judges.agreement(by_judge),
         "judge_rankings": judges.rankings(by_judge, best),
         "judge_disagreements": judges.disagreements(by_judge, best),
+        "diagnosis": diagnose(results, averages, best, differences, by_judge),
         "sources": sources_table(best, results.sources),
         "sft": sft_table(results),
     }

@@ -56,7 +56,7 @@ SHARED_ROLES = ("sft", "candidates", "pairs", "reference", *OF_SFT_MODEL)  # of 
 RESULT_SCHEMA = 2  # of result.json and quality.json
 # The small files of a stage, which suffice to aggregate without the store.
 SMALL_FILES = (
-    *(DONE, STAGE_FILE, RUN_CONFIG_FILE, METRICS_FILE, SAMPLES_FILE),
+    *(DONE, STAGE_FILE, RUN_CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE),
     *(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE, VERDICTS_FILE, CAPABILITY_FILE),
 )
 

@@ -123,10 +123,10 @@ class Results:
     usages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # of all judges, by name
     # result -> the settings that its variant is made of; none of a sweep before version 0.3
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # result -> name of a benchmark -> its score by the benchmark's own rules
-    scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # result -> benchmark's score -> value
     # result -> table of a mixture, or part of a benchmark -> its measurements
     sources: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    finished: dict[str, float] = field(default_factory=dict)  # result -> share of the responses that end
     damaged: dict[str, str] = field(default_factory=dict)  # results of points that cannot be read -> why
     _judging: set[str] = field(default_factory=set)  # stages of further judges whose usage is among `usages`
     # result -> its store, and role -> identity of the stages of its point
@@ -224,6 +224,7 @@ class Results:
                 }
             self.scores[point["identity"]] = scores
             self.sources[point["identity"]] = final.get("sources", {})
+            self.finished[point["identity"]] = final.get("finished", np.nan)
         # A name typed in another encoding has surrogates, which pandas and files in UTF-8 cannot have.
         return {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in row.items()}
 

@@ -15,6 +15,7 @@ from src.store.store import JUDGEMENTS_FILE, SAMPLES_FILE, sample_key
 from src.store.usage import KINDS, usage_of
 from sweeps.analysis.results import Results, read_quality
 from sweeps.analysis.selection import GROUP
+from sweeps.report.diagnosis import diagnosis_sections
 from sweeps.report.judge_tables import judge_sentences, judge_tables
 from sweeps.report.paper_tables import PaperTable
 from sweeps.report.plot_style import NAMES
@@ -62,6 +63,7 @@ def write_report(
             *(tables[name] for name in ("judges", "judge_agreement", "judge_disagreements")),
         ),
         judge_tables=[table.to_dict("split") for table in judge_tables(tables) if len(table)],
+        diagnosis=diagnosis_sections(tables["diagnosis"]),
         sft=tables["sft"].to_dict("split"),
         graphics=graphics,
         examples=examples(results, best),

@@ -13,6 +13,7 @@ from rich.table import Table
 from sweeps.analysis.reporting_split import VERDICTS
 from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
+from sweeps.report.diagnosis import diagnosis_lines
 from sweeps.report.plot_style import NAMES
 from sweeps.search.variants import variant_text
 
@@ -259,6 +260,8 @@ def print_best(results: Results, folder: Path, tables: dict[str, pd.DataFrame]) 
                 terminal_table = _terminal_table(results.name, table)
         console.print(terminal_table, soft_wrap=False)
     for line in (*group_lines(tables["pairwise_pointwise"]), *results.searches, *filter(None, [not_asked(results)])):
+        console.print(line)
+    for line in diagnosis_lines(tables["diagnosis"]):
         console.print(line)
     for point in results.failed:
         label = f"{point['method']} beta={point['beta']:g} lr={point['lr']:g} {point['variant']}".rstrip()

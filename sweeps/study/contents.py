@@ -10,12 +10,12 @@ from typing import Any
 from src.errors import ConfigError, DamagedFile
 from src.store.files import find, read_checksummed_json, read_json
 from src.store.integrity import DONE, STAGE_FILE, WEIGHTS, WEIGHTS_REMOVED, find_damage
-from src.store.store import COUNTS_FILE, JUDGE_FILE, SMALL_FILES, VALIDATION_FILE
+from src.store.store import COUNTS_FILE, JUDGE_FILE, SMALL_FILES
 from src.store.sweep_folder import SweepFolder, with_reporting
 
 # Not among them: weights, tokenizers and configs of models, rows and tokens that were trained on, log-probs of a
 # reference. A command that needs one of these computes it again.
-STAGE_FILES = (*SMALL_FILES, COUNTS_FILE, VALIDATION_FILE, JUDGE_FILE)
+STAGE_FILES = (*SMALL_FILES, COUNTS_FILE, JUDGE_FILE)
 MODEL_KINDS = ("sft", "align")  # of stages that publish a model
 # Says in the archive that a model was there, as `keep_checkpoints` says it in a store.
 REMOVED_MARK = (json.dumps({"removed": "left out of the study"}, indent=1) + "\n").encode()
