@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -65,6 +66,21 @@ def read_template(file: str) -> str:
     if not text.strip():
         raise ConfigError(f"model.template={file}: the file is empty")
     return text
+
+
+def published_chat_template(name: str, system_prompt: str | None = None) -> str | None:
+    """Return the chat template that writes for transformers what model.template=`name` writes; None for plain text.
+
+    With the begin token and the system prompt, which the study adds itself. Not for `tokenizer`, which has its own.
+    """
+    if name == "plain":
+        return None
+    text = read_template(name) if is_template_file(name) else _CHAT_TEMPLATES[name]
+    before = "{{- bos_token -}}\n" if _FORMATS.get(name, _Format()).adds_begin else ""
+    if system_prompt is not None:
+        message = f"[{{'role': 'system', 'content': {json.dumps(system_prompt, ensure_ascii=False)}}}]"
+        before += "{% if messages[0]['role'] != 'system' %}{% set messages = " + message + " + messages %}{% endif %}\n"
+    return before + text
 
 
 @dataclass

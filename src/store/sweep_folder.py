@@ -37,6 +37,7 @@ class SweepFolder:
         self.report = path / "report.html"
         self.tables = path / "tables"
         self.figures = path / "figures"
+        self.hub = path / "hub"
         self.logs = path / "logs"
         self.jobs = path / "jobs"
         self.code = path / "code"
