@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from src.methods import COMPARED
-from src.stages.evaluate import mean_and_error, selection_prompts
+from src.stages.averages import mean_and_error, selection_prompts
 from src.store.files import with_checksum, write_json, write_jsonl
 from src.store.integrity import describe_files
 from src.store.store import (

@@ -1,12 +1,14 @@
 """Results of sweeps -> points.csv, best.yaml, tables, figures, report.html: `python -m sweeps.aggregate DIR ...`.
 
 A sweep is given by its folder, or where its store is not available by its group in W&B,
-`wandb://ENTITY/PROJECT/GROUP`, which is downloaded into outputs/wandb/ENTITY/PROJECT first.
+`wandb://ENTITY/PROJECT/GROUP`, which is downloaded into outputs/wandb/ENTITY/PROJECT first, or as a study.zip of
+`sweeps.pack`, beside which the results are then written.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import yaml
 from src.config.fields import choices_of
 from src.config.schema import Sweep
 from src.config.validation import check_folder
-from src.errors import PointFailure, StageError, SweepFailed, report_errors
+from src.errors import ConfigError, PointFailure, StageError, SweepFailed, report_errors
 from src.store.files import atomic_write
 from src.store.retention import discard_finished_work, remove_models
 from src.store.store import StageName
@@ -45,6 +47,7 @@ from sweeps.report.tables import (
     verdict_table,
 )
 from sweeps.search.record import recorded_failures, write_states
+from sweeps.study.archive import SUFFIX, unpack
 from sweeps.wandb.from_wandb import SCHEME, fetch
 
 COST_ENTRIES = ("stage", "computed", "hours", "waiting", "tokens")  # of a row of the report's Cost, in sweep.json
@@ -99,8 +102,8 @@ def write_results(
     of_paper = paper_tables(results, best)
 
     target.figures.mkdir(parents=True, exist_ok=True)
-    atomic_write(target.points_csv, csv_text(points))
-    atomic_write(target.best_yaml, best_yaml(best, results.settings))
+    atomic_write(target.points_csv, csv_text(_without_temporary(points, results.temporary)))
+    atomic_write(target.best_yaml, best_yaml(_without_temporary(best, results.temporary), results.settings))
     write_tables(target.tables, tables)
     write_formats(target.tables, {name: table.formats() for name, table in of_paper.items()})
     published = published_points(results, best)
@@ -109,6 +112,14 @@ def write_results(
     if not quiet:
         print_best(results, target.path, tables)
     return best
+
+
+def _without_temporary(points: pd.DataFrame, temporary: Path | None) -> pd.DataFrame:
+    """Return rows of points without the checkpoints in a folder that will not be there: a study has none."""
+    if temporary is None:
+        return points
+    is_temporary = [Path(path).is_relative_to(temporary) for path in points.checkpoint]
+    return points.assign(checkpoint=points.checkpoint.mask(pd.Series(is_temporary, points.index, dtype=bool)))
 
 
 def selected(results: Results, rule: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -178,25 +189,30 @@ def best_yaml(best: pd.DataFrame, settings: Mapping[str, dict[str, Any]]) -> str
 
 def main() -> int:
     parser = ArgumentParser(prog="python -m sweeps.aggregate", description=__doc__)
-    parser.add_argument("dir", nargs="+", help="a sweep's folder, such as outputs/sweeps/demo, or wandb://E/P/GROUP")
+    parser.add_argument(
+        "dir", nargs="+", help="a sweep's folder, such as outputs/sweeps/demo, a study.zip, or wandb://E/P/GROUP"
+    )
     parser.add_argument(
         "--select", choices=choices_of(Sweep, "select"), help="how one point of each method is selected"
     )
-    parser.add_argument("--out", type=Path, help="output folder; default for several sweeps A and B: A+B beside A")
+    parser.add_argument(
+        "--out", type=Path, help="output folder; default for several sweeps A and B: A+B beside A; of study.zip: study"
+    )
     arguments = parser.parse_args()
-    with report_errors():
-        paths = [fetch(name) if name.startswith(SCHEME) else Path(name) for name in arguments.dir]
-        folders = [SweepFolder.open(path) for path in {path.resolve(): path for path in paths}.values()]
-        out = arguments.out or folders[0].path.with_name("+".join(folder.name for folder in folders))
+    with report_errors(), tempfile.TemporaryDirectory(prefix="study-") as unpacked:
+        names: list[str] = list(dict.fromkeys(arguments.dir))
+        folders = list({(f := _folder(name, Path(unpacked))).path.resolve(): f for name in names}.values())
+        out = arguments.out or _default_out(names[0], folders)
         check_folder("--out", str(out))
         results = collect(folders)
+        results.temporary = Path(unpacked).resolve()
         try:
             write_results(results, SweepFolder(out), select=arguments.select)
         except OSError as error:
             raise StageError(
                 f"{error.filename or out}: {error.strerror}; --out=FOLDER names another folder for the results"
             ) from None
-        if out == folders[0].path and not arguments.dir[0].startswith(SCHEME):
+        if out == folders[0].path and not names[0].startswith(SCHEME):
             with sync_sweep(folders[0]) as sync:  # the trackers that the sweep was started with
                 sync.start()
         if results.damaged:
@@ -204,6 +220,39 @@ def main() -> int:
             others = f" ({count - 1} more points have damaged results)" if count > 1 else ""
             raise SweepFailed(f"{first}{others}; run the sweep again to remake it")
     return 0
+
+
+def _folder(name: str, unpacked: Path) -> SweepFolder:
+    """Return the folder of a sweep that is given by its folder, a study.zip or a group in W&B."""
+    if not name.endswith(SUFFIX) or Path(name).is_dir():
+        path = (fetch(name) if name.startswith(SCHEME) else Path(name)).resolve()
+        return SweepFolder.open(path)
+    target = unpacked / str(len(list(unpacked.iterdir())))
+    study = unpack(Path(name), target)
+    if study.changes:
+        more = f" ({len(study.changes) - 1} more files are not as they were packed)" if len(study.changes) > 1 else ""
+        raise ConfigError(
+            f"{name}: {study.changes[0]}{more}; python -m sweeps.reproduce {name} says what else is different then"
+        )
+    return SweepFolder.open(study.folder.path.resolve())
+
+
+def _default_out(first: str, folders: Sequence[SweepFolder]) -> Path:
+    """Return where results go: the sweep's folder, A+B beside A for several, and for study.zip `study` beside it.
+
+    Raises ConfigError where the folder is another sweep's.
+    """
+    is_study = first.endswith(SUFFIX) and Path(first).is_file()
+    beside = Path(first).absolute() if is_study else folders[0].path
+    if len(folders) > 1:
+        beside = beside.with_name("+".join(folder.name for folder in folders))
+    elif is_study:
+        beside = beside.with_suffix("")
+    else:
+        return beside
+    if SweepFolder(beside).exists():
+        raise ConfigError(f"{beside}: is the folder of a sweep; name another one for the results, --out FOLDER")
+    return beside
 
 
 if __name__ == "__main__":

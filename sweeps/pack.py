@@ -25,12 +25,13 @@ def main() -> int:
         folder = SweepFolder.open(arguments.dir)
         path = arguments.out or folder.path / "study.zip"
         try:
-            write_archive(folder, path)
+            study = write_archive(folder, path)
         except OSError as error:
             raise StageError(f"{error.filename or path}: {error.strerror}; --out FILE names another file") from None
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
+        points = f"{study['points']['done']} of {study['points']['all']} points"
+        print(f"{path}: {points}, {path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
     return 0
 
 

@@ -28,6 +28,10 @@ def rejudge_command(folder: SweepFolder, overrides: Sequence[str], name: str | N
     """
     record = folder.read()
     recorded = shlex.split(record["command"])
+    if "src.train" not in recorded:
+        raise ConfigError(
+            f"{folder.path}: was not made by src.train, but by {record['command']}; judge the study's sweep"
+        )
     lacking = [p for p in record["points"] if not folder.store.is_done(StageName("generate", p["stages"]["generate"]))]
     if lacking:
         raise ConfigError(

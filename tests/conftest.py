@@ -26,6 +26,10 @@ def _on_cluster(nodeid: str) -> bool:
 SLOW_FIXTURES = {"cluster", "served", "browser"}
 
 
+# Files whose tests share a sweep that takes seconds to compute.
+OF_STUDIES = {"tests/test_pack.py", "tests/test_reproduce.py"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that use the cluster, a server or a browser as slow, and run those on the cluster first."""
     for item in items:
@@ -36,12 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep each file on one process for its fixtures, and all files that use the cluster on one."""
+    """Keep each file on one process for its fixtures, all files that use the cluster on one, and those of studies."""
     from xdist.scheduler import LoadFileScheduling
 
     class Together(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "the cluster" if _on_cluster(nodeid.partition("::")[0]) else super()._split_scope(nodeid)
+            file = nodeid.partition("::")[0]
+            group = "the cluster" if _on_cluster(file) else "studies" if file in OF_STUDIES else None
+            return group or super()._split_scope(nodeid)
 
     return Together(config, log)
 

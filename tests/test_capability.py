@@ -15,7 +15,7 @@ from src.data.templates import Template
 from src.errors import StageError
 from src.planning.stage import stages_of
 from src.stages import capability, lm_eval_model
-from src.stages.evaluate import mean_and_error
+from src.stages.averages import mean_and_error
 from src.stages.runner import compute_or_wait
 from src.stages.shared_rows import SharedRows
 from src.store.store import Store

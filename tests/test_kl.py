@@ -8,7 +8,7 @@ import torch
 from src.data.examples import Example
 from src.model.logprobs import iter_kl
 from src.model.numerics import FLOAT32, NumericsConfig
-from src.stages.evaluate import kl_estimates
+from src.stages.measurements import kl_estimates
 from tests.support.small_models import make_model
 
 END, VOCABULARY, LONGEST = 0, 4, 3

@@ -13,7 +13,7 @@ from src.data import mini_tldr
 from src.data.sources import open_source
 from src.model.loading import load_template
 from src.planning.inputs import sft_data
-from src.stages.evaluate import _by_source
+from src.stages.measurements import _by_source
 from src.stages.runner import compute_or_wait
 from src.store.files import read_json, read_jsonl
 from src.store.store import Store

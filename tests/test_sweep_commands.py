@@ -7,7 +7,7 @@ import pytest
 from benchmarks.aggregation import make_sweep
 from tests.support.commands import run_in_process
 
-TOOLS = ("aggregate", "pack", "status", "cancel", "dashboard", "wandb_sync")
+TOOLS = ("aggregate", "pack", "reproduce", "status", "cancel", "dashboard", "wandb_sync")
 
 
 @pytest.fixture

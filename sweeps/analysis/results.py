@@ -128,6 +128,7 @@ class Results:
     sources: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     finished: dict[str, float] = field(default_factory=dict)  # result -> share of the responses that end
     damaged: dict[str, str] = field(default_factory=dict)  # results of points that cannot be read -> why
+    temporary: Path | None = None  # the folder of unpacked studies, which is deleted once the results are written
     _judging: set[str] = field(default_factory=set)  # stages of further judges whose usage is among `usages`
     # result -> its store, and role -> identity of the stages of its point
     _stages_of: dict[str, tuple[Path, dict[str, str]]] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from src.config.validation import check_folder
 from src.errors import ConfigError, DamagedFile
 from src.store.files import atomic_open, has_valid_checksum, with_checksum
 from src.store.sweep_folder import SweepFolder
+from sweeps.study.comparison import compare_with_store
 from sweeps.study.contents import Content, StudyContents
 from sweeps.study.description import SCHEMA, describe_study
 from sweeps.study.secret_check import SecretCheck
@@ -38,16 +39,21 @@ study.json says what it was made from, and has the SHA-256 of every file. There 
 """
 
 
-def write_archive(folder: SweepFolder, path: Path) -> None:
-    """Pack a sweep with all that its results are made of, but no model, into one zip file.
+def write_archive(folder: SweepFolder, path: Path) -> dict[str, Any]:
+    """Pack a sweep with all that its results are made of, but no model, into one zip file; return its study.json.
 
     The file appears when it is complete and checked. Equal sweeps give equal bytes. Raises ConfigError for a sweep that
     cannot be packed, naming the file with a secret where there is one, and DamagedFile naming a damaged stage file.
     """
     contents = StudyContents(folder)
     description = describe_study(contents)
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; name a file, such as {path / 'study.zip'}")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: is no file; name one, such as {path.parent / 'study.zip'}")
+    if outdated := compare_with_store(folder):
+        raise ConfigError(
+            f"{folder.points_csv}: not of the results that the store has now ({outdated[0]}); "
+            f"python -m sweeps.aggregate {folder.path} brings it up to date"
+        )
     check_folder("--out", str(path.absolute().parent))
     path.parent.mkdir(parents=True, exist_ok=True)
     secrets = SecretCheck()
@@ -63,6 +69,7 @@ def write_archive(folder: SweepFolder, path: Path) -> None:
         with zipfile.ZipFile(draft) as archive:
             if changes := StudyArchive(path, archive).changes():
                 raise DamagedFile(f"{path}: {changes[0]} while it was packed; run the same command again")
+    return description
 
 
 def _add_file(archive: zipfile.ZipFile, name: str, content: Content, secrets: SecretCheck) -> dict[str, Any]:

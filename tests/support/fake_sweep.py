@@ -6,7 +6,7 @@ from itertools import product
 
 import yaml
 
-from src.stages.evaluate import mean_and_error
+from src.stages.averages import mean_and_error
 from src.store.files import with_checksum, write_json
 from src.store.integrity import DONE, STAGE_FILE, WEIGHTS_REMOVED, describe_files
 from src.store.retention import remove_models

@@ -1,0 +1,168 @@
+"""Compare tables, best.yaml and figures of a study with those that were computed again from its rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from src.store.sweep_folder import SweepFolder
+from sweeps.analysis.results import collect
+from sweeps.report.escapes import csv_text
+
+# Columns that say which row of a table one is.
+KEYS = ("setup", "method", "against", "other", "judge", "task", "init", "variant", "beta", "lr", "seed", "Method")
+ROUNDING = 1e-9  # share of a number by which sums on another processor may differ
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+
+@dataclass
+class Comparison:
+    """What was compared, and where the new files differ. figures: names of those that differ, numbers apart."""
+
+    numbers: int = 0
+    rounded: int = 0  # of the numbers, those that differ by rounding alone
+    files: Counter[str] = field(default_factory=Counter)  # by kind
+    lines: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+
+    def value(self, where: str, old: Any, new: Any) -> None:
+        """Compare a cell of a table, or a leaf of best.yaml."""
+        one, other = _number(old), _number(new)
+        if one is not None and other is not None:
+            self.numbers += 1
+            if one == other or (math.isnan(one) and math.isnan(other)):
+                return
+            if math.isclose(one, other, rel_tol=ROUNDING, abs_tol=1e-12):
+                self.rounded += 1
+                return
+        elif old == new or _without_store(where, old) == _without_store(where, new):
+            return
+        self.lines.append(f"{where}: {_shown(old)} in the study, {_shown(new)} computed again")
+
+
+def compare(packed: SweepFolder, again: SweepFolder) -> Comparison:
+    """Compare points.csv, best.yaml, all tables and all figures of a study with those computed again."""
+    comparison = Comparison()
+    _compare_csv(comparison, packed.points_csv, again.points_csv, packed.points_csv.name)
+    comparison.files["points.csv"] += 1
+    old, new = (dict(_leaves(yaml.safe_load(f.best_yaml.read_text(encoding="utf-8")))) for f in (packed, again))
+    for key in dict.fromkeys((*old, *new)):
+        comparison.value(f"best.yaml, {key}", old.get(key), new.get(key))
+    comparison.files["best.yaml"] += 1
+    for kind, one, other in (("tables", packed.tables, again.tables), ("figures", packed.figures, again.figures)):
+        names = {path.name for folder in (one, other) for path in folder.glob("*") if path.suffix != ".png"}
+        for name in sorted(names):
+            _compare_file(comparison, kind, one / name, other / name)
+    return comparison
+
+
+def compare_with_store(folder: SweepFolder) -> list[str]:
+    """Return which cells of a sweep's points.csv are not what the results of its store are now."""
+    points = csv_text(collect([folder]).points).decode()
+    comparison = Comparison()
+    _compare_tables(
+        comparison, _read_csv(folder.points_csv.read_text(encoding="utf-8")), _read_csv(points), "points.csv"
+    )
+    return [line.partition(": ")[0].removeprefix("points.csv, ") for line in comparison.lines]
+
+
+def _compare_file(comparison: Comparison, kind: str, old: Path, new: Path) -> None:
+    name = f"{kind}/{old.name}"
+    if not old.exists() or not new.exists():
+        where = "not in the study, but" if new.exists() else "in the study, but not"
+        comparison.lines.append(f"{name}: {where} among those that were made again")
+        return
+    comparison.files["tables" if old.suffix == ".csv" else kind if kind == "figures" else "other formats"] += 1
+    if old.suffix == ".csv":
+        _compare_csv(comparison, old, new, name)
+    elif old.read_bytes() != new.read_bytes():
+        if kind == "figures" and not _same_drawing(old, new):
+            comparison.figures.append(name)
+        elif kind == "tables":
+            comparison.lines.append(f"{name}: another text")
+
+
+def _compare_csv(comparison: Comparison, old: Path, new: Path, name: str) -> None:
+    one, other = (_read_csv(path.read_text(encoding="utf-8")) for path in (old, new))
+    _compare_tables(comparison, one, other, name)
+
+
+def _compare_tables(comparison: Comparison, one: list[list[str]], other: list[list[str]], name: str) -> None:
+    """Compare tables by the labels of their rows where these are unique, else by position."""
+    if one[:1] != other[:1]:
+        comparison.lines.append(f"{name}: other columns")
+        return
+    header = one[0] if one else []
+    tables = [_by_label(header, rows[1:]) for rows in (one, other)]
+    for label in dict.fromkeys((*tables[0], *tables[1])):
+        old_row, new_row = (table.get(label) for table in tables)
+        if old_row is None or new_row is None:
+            where = "not in the study, but" if old_row is None else "in the study, but not"
+            comparison.lines.append(f"{name}, {label}: {where} in the one that was made again")
+            continue
+        for column, old_cell, new_cell in zip(header, old_row, new_row, strict=True):
+            comparison.value(f"{name}, {label}, {column}", old_cell, new_cell)
+
+
+def _read_csv(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text, newline="")))
+
+
+def _by_label(header: list[str], rows: list[list[str]]) -> dict[str, list[str]]:
+    """Return rows by what says which one each is; with its number where that is not unique."""
+    places = [(column, header.index(column)) for column in KEYS if column in header]
+    labels = [" ".join(_labeled(column, row[place]) for column, place in places if row[place]) for row in rows]
+    counts = Counter(labels)
+    return {
+        label if label and counts[label] == 1 else f"row {number} {label}".rstrip(): row
+        for number, (label, row) in enumerate(zip(labels, rows, strict=True), 1)
+    }
+
+
+def _labeled(column: str, cell: str) -> str:
+    return f"{column}={cell}" if column in ("beta", "lr", "seed", "variant") else cell
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _leaves(item, f"{place}.{key}".lstrip("."))
+    else:
+        yield place, value
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _without_store(where: str, value: Any) -> Any:
+    """Return a checkpoint without the path of its store, which is another one here."""
+    return PurePosixPath(value).parts[-2:] if where.endswith("checkpoint") and isinstance(value, str) else value
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value in (None, "") else str(value)
+
+
+def _same_drawing(old: Path, new: Path) -> bool:
+    """Return whether two SVGs are equal but for numbers that differ by less than a hundredth of a point."""
+    one, other = (path.read_text(encoding="utf-8") for path in (old, new))
+    if NUMBER.sub("#", one) != NUMBER.sub("#", other):
+        return False
+    numbers = zip(NUMBER.findall(one), NUMBER.findall(other), strict=True)
+    return all(a == b or math.isclose(float(a), float(b), abs_tol=0.01) for a, b in numbers)
