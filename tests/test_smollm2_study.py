@@ -1,16 +1,21 @@
-"""The data of the study of SmolLM2: the shortest rows of Anthropic/hh-rlhf, and MMLU's worked examples as a task."""
+"""The data of the study of SmolLM2, of Anthropic/hh-rlhf and MMLU's worked examples, and the page made from its zip."""
 
+import csv
 import gzip
 import json
+import zipfile
 
 import pytest
 
 from benchmarks.smollm2_study.prepare import NUM_HELD_OUT, NUM_TRAIN
 from src.errors import ConfigError
 from src.planning.content import locate
+from src.store.sweep_folder import SweepFolder
+from sweeps.study.archive import write_archive
 from tests.support.commands import dry_run, run_in_process
+from tests.support.studies import edited
 
-MODULE = "benchmarks.smollm2_study.prepare"
+MODULE, PAGE = "benchmarks.smollm2_study.prepare", "benchmarks.smollm2_study.page"
 
 
 def write_rows(path, count):
@@ -68,3 +73,33 @@ def test_a_file_that_has_no_such_rows_is_refused_in_one_line_and_nothing_written
     done = run_in_process(tmp_path / "rows.jsonl", tmp_path / "data", module=MODULE)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "data").exists()
+
+
+def test_the_page_has_every_point_of_the_study_and_the_findings_of_its_diagnosis(local_four_points, tmp_path):
+    write_archive(SweepFolder(local_four_points / "sweeps" / "four"), tmp_path / "study.zip")
+    pages = [tmp_path / "one.md", tmp_path / "two.md"]
+    for page in pages:
+        done = run_in_process(tmp_path / "study.zip", page, module=PAGE)
+        assert done.returncode == 0, done.stderr
+    text = pages[0].read_text()
+    assert pages[1].read_text() == text, "equal studies give equal pages"
+    with zipfile.ZipFile(tmp_path / "study.zip") as archive:
+        points, diagnosis = (
+            list(csv.DictReader(archive.read(f"sweeps/four/{name}.csv").decode().splitlines()))
+            for name in ("points", "tables/diagnosis")
+        )
+    for point in points:
+        beta, accuracy = float(point["beta"]), float(point["quality_reporting"])
+        row = f"| {point['method'].upper().replace('SIMPO', 'SimPO')} | {beta:g} |"
+        assert any(line.startswith(row) and f"| {accuracy:.3f} |" in line for line in text.splitlines())
+    about_selected = [row["finding"] for row in diagnosis if row["selected"] == "True"]
+    assert about_selected and all(finding in text for finding in about_selected)
+
+
+def test_a_study_that_was_changed_gives_no_page(local_four_points, tmp_path):
+    write_archive(SweepFolder(local_four_points / "sweeps" / "four"), tmp_path / "study.zip")
+    points = "sweeps/four/points.csv"
+    changed = edited(tmp_path / "study.zip", tmp_path / "changed.zip", {points: lambda text: text.replace("0.", "1.")})
+    done = run_in_process(changed, tmp_path / "page.md", module=PAGE)
+    assert done.returncode == 2 and f"{points} was changed" in done.stderr
+    assert not (tmp_path / "page.md").exists()
