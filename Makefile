@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 LINT := .venv-lint
 DOCS := .venv-docs
+STUDY ?= outputs/sweeps/demo
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all style lint format docs bench gpu-check chaos fuzz smollm2 slurm-install slurm-up slurm-down clean
+.PHONY: help demo test test-all style lint format docs notebook bench gpu-check chaos fuzz smollm2 slurm-install slurm-up slurm-down clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -37,6 +38,10 @@ format: $(LINT)/.done ## let ruff rewrite what it can
 docs: $(DOCS)/.done ## the documentation as a site with search, in site/; a broken link fails (seconds; ARGS="--site-dir DIR")
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build $(ARGS)
 	@echo "to read it with search: python3 -m http.server --directory site"
+
+notebook: $(VENV)/.dev ## run docs/study.ipynb on a sweep, into outputs/study.ipynb (STUDY=outputs/sweeps/demo)
+	@mkdir -p outputs
+	STUDY=$(abspath $(STUDY)) $(VENV)/bin/jupyter-execute docs/study.ipynb --output=$(abspath outputs/study.ipynb)
 
 bench: $(VENV)/.dev ## the measured promises, each row regenerable alone
 	$(PY) -m benchmarks.planning

@@ -1,12 +1,13 @@
 """What mkdocs does beside its own work: pages from outside docs/, links between these and docs/, and formulas.
 
 The pages are written to be read in the repository, too. README.md, CONTRIBUTING.md and CHANGELOG.md are pages of the
-site; another file that a page links, such as a config, becomes a page with its text.
+site; a notebook becomes a page with its cells, another file that a page links, such as a config, one with its text.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     root = Path(config.config_file_path).parent
     for name in ROOT_PAGES:
         files.append(File.generated(config, name, content=(root / name).read_text(encoding="utf-8")))
+    for path in sorted((root / "docs").glob("*.ipynb")):
+        files.append(File.generated(config, f"{path.name}.md", content=_cells(path)))
     for source in [file.src_uri for file in files.documentation_pages()]:
         text = _file(files, source).content_string
         for _, target, _ in LINK.findall(text):
@@ -44,7 +47,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def rewritten(match: re.Match[str]) -> str:
         start, target, end = match.groups()
         path = _in_repository(page.file.src_uri, target)
-        for candidate in (path.removeprefix("docs/"), f"{path}.md"):
+        for candidate in (f"{path.removeprefix('docs/')}.md", path.removeprefix("docs/")):
             if "://" not in target and files.get_file_from_path(candidate) is not None:
                 up = "../" * page.file.src_uri.count("/")
                 return f"{start}{up}{candidate}{end}"
@@ -76,6 +79,13 @@ def _in_repository(source: str, target: str) -> str:
         else:
             parts.append(part)
     return "/".join(parts)
+
+
+def _cells(notebook: Path) -> str:
+    """Return the cells of a notebook, without outputs."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in texts)
 
 
 def _add_file_page(files: Files, config: MkDocsConfig, path: Path, source: str) -> None:

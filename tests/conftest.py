@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from src.errors import ConfigError
-from tests.support.commands import train
+from src.store.sweep_folder import SweepFolder
+from tests.support.commands import SMALL_SWEEP, train
 from tests.support.slurm_cluster import Cluster, missing
 
 # A suite that a shell started in the background inherits an ignored SIGINT, and so would the commands it interrupts.
@@ -27,7 +28,8 @@ SLOW_FIXTURES = {"cluster", "served", "browser"}
 
 
 # Files whose tests share a sweep that takes seconds to compute.
-OF_STUDIES = {"tests/test_pack.py", "tests/test_reproduce.py"}
+SHARING = dict.fromkeys(("tests/test_pack.py", "tests/test_reproduce.py"), "studies")
+SHARING |= dict.fromkeys(("tests/test_sweep.py", "tests/test_notebook.py"), "the small sweep")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,13 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep each file on one process for its fixtures, all files that use the cluster on one, and those of studies."""
+    """Keep each file on one process for its fixtures, and on one those that use the cluster, or share a sweep."""
     from xdist.scheduler import LoadFileScheduling
 
     class Together(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            group = "the cluster" if _on_cluster(file) else "studies" if file in OF_STUDIES else None
+            group = "the cluster" if _on_cluster(file) else SHARING.get(file)
             return group or super()._split_scope(nodeid)
 
     return Together(config, log)
@@ -116,6 +118,13 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 def shared_outputs(tmp_path_factory) -> Path:
     """Return an output_dir for tests that may reuse each other's finished stages."""
     return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="session")
+def swept(shared_outputs) -> tuple[SweepFolder, str]:
+    """Compute a small sweep of four points; return its folder and what the command printed."""
+    output = train(*SMALL_SWEEP, f"output_dir={shared_outputs}", "sweep.name=four").stdout
+    return SweepFolder(shared_outputs / "sweeps" / "four"), output
 
 
 @pytest.fixture(scope="session")

@@ -14,20 +14,13 @@ import yaml
 from src.store.store import RESULT_SCHEMA
 from src.store.sweep_folder import SweepFolder
 from src.store.usage import usage_by_kind
-from tests.support.commands import SMALL, dry_run, kill_when, run_in_process, start, train
+from tests.support.commands import SMALL, SMALL_SWEEP, dry_run, kill_when, run_in_process, start, train
 
-FOUR = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
 COLUMNS = [
     *("setup", "method", "init", "beta", "lr", "seed", "state"),
     *("quality", "quality_se", "quality_selection", "quality_reporting"),
     *("kl_sequence", "kl_sequence_se", "kl_token", "reward_accuracy", "seconds", "identity"),
 ]
-
-
-@pytest.fixture(scope="module")
-def swept(shared_outputs):
-    output = train(*FOUR, f"output_dir={shared_outputs}", "sweep.name=four").stdout
-    return SweepFolder(shared_outputs / "sweeps" / "four"), output
 
 
 def store_counts(folder):
@@ -139,14 +132,14 @@ def modification_times(folder):
 def test_the_same_sweep_again_computes_nothing(swept):
     folder, _ = swept
     before = modification_times(folder)
-    train(*FOUR, f"output_dir={folder.output_dir}", "sweep.name=four")
+    train(*SMALL_SWEEP, f"output_dir={folder.output_dir}", "sweep.name=four")
     assert modification_times(folder) == before
 
 
 @pytest.mark.timing
 def test_the_same_sweep_again_takes_at_most_ten_seconds(swept):
     start_time = time.monotonic()
-    train(*FOUR, f"output_dir={swept[0].output_dir}", "sweep.name=four")
+    train(*SMALL_SWEEP, f"output_dir={swept[0].output_dir}", "sweep.name=four")
     assert time.monotonic() - start_time < 10
 
 

@@ -33,13 +33,25 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
+class PageFigure(Figure):
+    """A figure that a notebook shows as report.html does: an SVG in the colors of the page, light or dark."""
+
+    drawing: Drawing
+
+    def _repr_html_(self) -> str:
+        # What report.html's style sheet and script do for its figures: text in the page's color, and tooltips.
+        svg = self.drawing.inline_svg().replace("<svg", '<svg fill="currentColor"', 1)
+        return re.sub(r'(<g class="mark"[^>]*) data-tip="([^"]*)">', r"\1><title>\2</title>", svg)
+
+
 class Drawing:
     """A figure with a title and tooltips; name: stem of its files."""
 
     def __init__(self, name: str, title: str, width: float, height: float) -> None:
         """Create an empty figure; width, height: in inches."""
         self.name, self.title, self.tooltips = name, shorten(title, _MAX_TITLE), list[str]()
-        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.figure = PageFigure(figsize=(width, height), layout="constrained")
+        self.figure.drawing = self
         self.figure.suptitle(textwrap.fill(self.title, round(_CHARS_PER_INCH * width)))
 
     def plot_mark(self, ax: Axes, x: float, y: float, tooltip: str, **style: Any) -> None:
@@ -60,17 +72,24 @@ class Drawing:
             if layout is not None:
                 layout.execute(self.figure)
                 self.figure.set_layout_engine("none")  # not again for each format
-            # Text stays text: small and searchable. With a fixed salt and no date equal results give equal bytes.
-            with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
-                self._save(folder / f"{self.name}.svg", metadata={"Date": None})
-            self._save(folder / f"{self.name}.png", dpi=150)
-        return self._inline((folder / f"{self.name}.svg").read_text(encoding="utf-8"))
+            svg = self._render("svg", metadata={"Date": None})
+            # Replaced, whatever is there: readers see the old figure or the new.
+            atomic_write(folder / f"{self.name}.svg", svg)
+            atomic_write(folder / f"{self.name}.png", self._render("png", dpi=150))
+        return self._inline(svg.decode())
 
-    def _save(self, path: Path, **options: Any) -> None:
-        """Replace the file, whatever is there: readers see the old figure or the new."""
+    def inline_svg(self) -> str:
+        """Return the SVG for a page, as `save` does, without writing a file."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            return self._inline(self._render("svg", metadata={"Date": None}).decode())
+
+    def _render(self, file_format: str, **options: Any) -> bytes:
         content = io.BytesIO()
-        self.figure.savefig(content, format=path.suffix[1:], **options)
-        atomic_write(path, content.getvalue())
+        # Text stays text: small and searchable. With a fixed salt and no date equal results give equal bytes.
+        with rc_context({"svg.hashsalt": "alignment-sweep", "svg.fonttype": "none"}):
+            self.figure.savefig(content, format=file_format, **options)
+        return content.getvalue()
 
     def _inline(self, svg: str) -> str:
         svg = svg[svg.index("<svg") :]

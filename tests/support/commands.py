@@ -34,6 +34,8 @@ SMALL = [
     "trainer.sft.batch_size=32",
 ]
 
+SMALL_SWEEP = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
+
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "src.train", *arguments]
