@@ -28,6 +28,7 @@ from src.planning.content import digest
 from src.planning.plan import make_plan, warn_of_other_versions, warn_of_removed_models
 from src.preflight import check_input_files
 from src.store.store import Store
+from sweeps.analysis.power import power_report
 from sweeps.search.search import Search
 from sweeps.search.variants import check_sweep_wide_settings, keys_without_effect, name_variants
 
@@ -89,11 +90,16 @@ class GridSweeper(Sweeper):
         name_variants(points)
         for point in points:
             point.sweep.name = name  # trackers group by it; no stage depends on it
-        search = Search(plan, store)
-        if points[0].dry_run:
+        self._use(Search(plan, store))
+
+    def _use(self, search: Search) -> None:
+        """Run the search, or print what it would run."""
+        first = search.full_plan.points[0]
+        if first.dry_run:
             search.dry_run(self.launcher)
             return
-        search.run(self.launcher, name, shlex.join(["python", "-m", "src.train", *decode_keywords(sys.argv[1:])]))
+        command = shlex.join(["python", "-m", "src.train", *decode_keywords(sys.argv[1:])])
+        search.run(self.launcher, str(first.sweep.name), command)
 
     def _merged(self, arguments: list[str]) -> list[list[str]]:
         """Return the overrides of each part: those of +sweep=NAME, replaced by those of the command line."""
@@ -103,6 +109,23 @@ class GridSweeper(Sweeper):
             + arguments
             for part in self.parts
         ]
+
+
+class PowerSweeper(GridSweeper):
+    """Prints which differences a sweep could show, and runs nothing: what `python -m sweeps.power` chooses."""
+
+    def __init__(
+        self,
+        params: DictConfig | None = None,
+        parts: ListConfig | None = None,
+        folder: str | None = None,
+        standard_deviation: float | None = None,
+    ) -> None:
+        super().__init__(params, parts)
+        self.folder, self.standard_deviation = folder, standard_deviation
+
+    def _use(self, search: Search) -> None:
+        print(power_report(search.full_plan.points, search.store, self.launcher, self.folder, self.standard_deviation))
 
 
 def _overrides_by_key(name: str, mapping: Any) -> dict[str, Any]:

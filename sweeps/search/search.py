@@ -21,6 +21,7 @@ from src.store.retention import discard_checkpoints, remove_models
 from src.store.store import StageName, Store, read_result
 from src.store.sweep_folder import SweepFolder
 from src.tracking.sync_process import SyncProcess, sync_sweep
+from sweeps.analysis.power import power_sentences
 from sweeps.search.record import SweepRecord
 from sweeps.search.running import RunningSweep
 from sweeps.search.successive_halving import RungState, dry_run_table, entry_rungs, promote, with_stop
@@ -64,6 +65,8 @@ class Search:
                 anew = ", as if its points were trained from the start" if self.state.rung else ""
                 parts.append(f"\nabove: rung {self.state.rung + 1} of {len(self.state.rungs)}{anew}")
             parts.append(dry_run_table(self.state))
+        if sentences := power_sentences(self.state.points, self.store):
+            parts.append("\n".join(["", *sentences]))
         return "\n".join(parts)
 
     def run(self, launcher: PlanLauncher, name: str, command: str) -> None:
