@@ -102,8 +102,8 @@ def write_results(
     of_paper = paper_tables(results, best)
 
     target.figures.mkdir(parents=True, exist_ok=True)
-    atomic_write(target.points_csv, csv_text(_without_temporary(points, results.temporary)))
-    atomic_write(target.best_yaml, best_yaml(_without_temporary(best, results.temporary), results.settings))
+    atomic_write(target.points_csv, csv_text(without_temporary(points, results.temporary)))
+    atomic_write(target.best_yaml, best_yaml(without_temporary(best, results.temporary), results.settings))
     write_tables(target.tables, tables)
     write_formats(target.tables, {name: table.formats() for name, table in of_paper.items()})
     published = published_points(results, best)
@@ -114,7 +114,7 @@ def write_results(
     return best
 
 
-def _without_temporary(points: pd.DataFrame, temporary: Path | None) -> pd.DataFrame:
+def without_temporary(points: pd.DataFrame, temporary: Path | None) -> pd.DataFrame:
     """Return rows of points without the checkpoints in a folder that will not be there: a study has none."""
     if temporary is None:
         return points
@@ -201,7 +201,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with report_errors(), tempfile.TemporaryDirectory(prefix="study-") as unpacked:
         names: list[str] = list(dict.fromkeys(arguments.dir))
-        folders = list({(f := _folder(name, Path(unpacked))).path.resolve(): f for name in names}.values())
+        folders = list({(f := open_sweep(name, Path(unpacked))).path.resolve(): f for name in names}.values())
         out = arguments.out or _default_out(names[0], folders)
         check_folder("--out", str(out))
         results = collect(folders)
@@ -222,8 +222,11 @@ def main() -> int:
     return 0
 
 
-def _folder(name: str, unpacked: Path) -> SweepFolder:
-    """Return the folder of a sweep that is given by its folder, a study.zip or a group in W&B."""
+def open_sweep(name: str, unpacked: Path) -> SweepFolder:
+    """Return the folder of a sweep that is given by its folder, a study.zip or a group in W&B.
+
+    unpacked: a folder below which a study.zip is unpacked.
+    """
     if not name.endswith(SUFFIX) or Path(name).is_dir():
         path = (fetch(name) if name.startswith(SCHEME) else Path(name)).resolve()
         return SweepFolder.open(path)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Hashable, Iterator
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -17,8 +18,7 @@ from src.config.schema import Sweep
 from src.errors import ConfigError
 from src.store.files import read_jsonl
 from src.store.store import JUDGEMENTS_FILE, METRICS_FILE, SAMPLES_FILE, sample_key
-from src.store.sweep_folder import SweepFolder
-from sweeps.aggregate import selected
+from sweeps.aggregate import open_sweep, selected, without_temporary
 from sweeps.analysis import judges, reporting_split
 from sweeps.analysis.results import Results, collect, read_quality
 from sweeps.report import figures
@@ -33,16 +33,19 @@ SPLITS = {True: "selection", False: "reporting"}
 
 
 def open_study(*paths: str | os.PathLike[str], select: str | None = None) -> Study:
-    """Open a sweep's folder; several, and their points stand side by side.
+    """Open a sweep's folder or a study.zip of sweeps.pack; several, and their points stand side by side.
 
     select: how a point of each method is selected, by default `sweep.select` of the first sweep. Raises ConfigError for
-    a folder without a sweep, one of another version, and an unknown rule.
+    what is no sweep, one of another version, a study that is not as it was packed, and an unknown rule.
     """
     if not paths:
         raise ConfigError("open_study: no folder; give that of a sweep, such as outputs/sweeps/demo")
     if select is not None and select not in (rules := choices_of(Sweep, "select")):
         raise ConfigError(f"select={select}: unknown, use one of {', '.join(map(str, rules))}")
-    return Study(collect([SweepFolder.open(path) for path in paths]), select)
+    unpacked = TemporaryDirectory(prefix="study-", ignore_cleanup_errors=True)
+    results = collect([open_sweep(os.fspath(path), Path(unpacked.name)) for path in paths])
+    results.temporary = Path(unpacked.name).resolve()
+    return Study(results, select, unpacked)
 
 
 class Study:
@@ -51,15 +54,16 @@ class Study:
     What a sweep has finished is there while it runs: open it again to see more. Damaged files raise DamagedFile.
     """
 
-    def __init__(self, results: Results, select: str | None = None) -> None:
-        self.results = results
+    def __init__(self, results: Results, select: str | None, unpacked: TemporaryDirectory[str]) -> None:
+        """Keep the folder that studies are `unpacked` in as long as there is this object."""
+        self.results, self._unpacked = results, unpacked
         self.name = results.name
         self.select = select or results.sweeps[0]["select"]
 
-    @property
+    @cached_property
     def points(self) -> pd.DataFrame:
-        """One row a point, done or not, with the columns of points.csv."""
-        return self.results.points
+        """One row a point, done or not, with the columns of points.csv; of a study.zip without checkpoints."""
+        return without_temporary(self.results.points, self.results.temporary)
 
     @cached_property
     def best(self) -> pd.DataFrame:
@@ -68,7 +72,7 @@ class Study:
         Columns of `points`, `seeds`, `identities` (of the results of the seeds), `shortlist`, `top3_reporting`, and the
         95 % interval of the reported quality, `quality_reporting_low` and `_high`.
         """
-        _, best = self._selected
+        best = without_temporary(self._selected[1], self.results.temporary)
         return best.drop(columns=["seed", "identity", "candidate", "error"]).reset_index(drop=True)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -21,8 +22,9 @@ from src.errors import ConfigError, DamagedFile
 from src.store.store import METRICS_FILE, SAMPLES_FILE
 from sweeps import open_study
 from sweeps.notebook import KEYS
-from tests.support.commands import ROOT
+from tests.support.commands import ROOT, run_in_process
 from tests.support.fake_sweep import FakeSweep
+from tests.support.studies import edited
 
 NOTEBOOK = ROOT / "docs" / "study.ipynb"
 
@@ -105,6 +107,28 @@ def test_a_study_can_be_selected_by_another_rule_and_joined_with_others(swept, s
     assert len(open_study(path, path).points) == 4, "a point of several sweeps is one row"
     with pytest.raises(ConfigError, match="select=no: unknown, use one of best, lowest_kl_in_shortlist"):
         open_study(path, select="no")
+
+
+def test_a_study_zip_is_as_its_sweep(swept, study, tmp_path):
+    packed = tmp_path / "study.zip"
+    done = run_in_process(swept[0].path, "--out", packed, module="sweeps.pack")
+    assert done.returncode == 0, done.stderr
+    unpacked = open_study(packed)
+    for name in ("points", "best", "prompts", "metrics", "samples"):
+        whole, table = getattr(study, name), getattr(unpacked, name)
+        assert table.columns.tolist() == whole.columns.tolist() and len(table) == len(whole) > 0
+        without = ["checkpoint"] if "checkpoint" in whole else []
+        pd.testing.assert_frame_equal(table.drop(columns=without), whole.drop(columns=without))
+    assert unpacked.points.checkpoint.isna().all() and study.points.checkpoint.notna().all()
+    assert unpacked.figures == study.figures
+    folder = unpacked.results.temporary
+    assert folder.is_dir()
+    del unpacked
+    gc.collect()
+    assert not folder.exists(), "it is removed with the object"
+    changed = edited(packed, tmp_path / "changed.zip", {"sweeps/four/best.yaml": lambda text: text + " "})
+    with pytest.raises(ConfigError, match=r"changed\.zip: sweeps/four/best\.yaml was changed"):
+        open_study(changed)
 
 
 def test_what_is_no_study_is_one_line(tmp_path):
