@@ -13,7 +13,7 @@ import yaml
 from src.store.files import with_checksum
 from src.store.sweep_folder import SweepFolder
 from sweeps.study.archive import STUDY_FILE, write_archive
-from sweeps.study.comparison import Comparison
+from sweeps.study.comparison import Comparison, compare_tables
 from sweeps.study.rerun import compare_with_intervals
 from tests.support.commands import run_in_process
 from tests.support.studies import edited
@@ -143,6 +143,18 @@ def test_rounding_is_counted_and_no_difference():
     assert comparison.lines == [
         "b: 0.3 in the study, 0.3000001 computed again",
         "c: nothing in the study, 0.5 computed again",
+    ]
+
+
+def test_rows_are_found_by_their_labels_and_not_by_their_order():
+    one = [["method", "beta", "x"], ["dpo", "1", "2"], ["ipo", "1", "3"], ["ipo", "1", "4"]]
+    comparison = Comparison()
+    compare_tables(comparison, one, [one[0], one[2], one[3], one[1]], "t")
+    assert not comparison.lines and comparison.numbers == 6
+    compare_tables(comparison, one, [one[0], ["dpo", "1", "5"], one[2]], "t")
+    assert comparison.lines == [
+        "t, dpo beta=1, x: 2 in the study, 5 computed again",
+        "t, ipo beta=1 (2): in the study, but not in the one that was made again",
     ]
 
 

@@ -19,7 +19,21 @@ from sweeps.analysis.results import collect
 from sweeps.report.escapes import csv_text
 
 # Columns that say which row of a table one is.
-KEYS = ("setup", "method", "against", "other", "judge", "task", "init", "variant", "beta", "lr", "seed", "Method")
+KEYS = (
+    "setup",
+    "method",
+    "against",
+    "other",
+    "judge",
+    "task",
+    "init",
+    "variant",
+    "beta",
+    "lr",
+    "seed",
+    "Method",
+    "rule",
+)
 ROUNDING = 1e-9  # share of a number by which sums on another processor may differ
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
@@ -69,7 +83,7 @@ def compare_with_store(folder: SweepFolder) -> list[str]:
     """Return which cells of a sweep's points.csv are not what the results of its store are now."""
     points = csv_text(collect([folder]).points).decode()
     comparison = Comparison()
-    _compare_tables(
+    compare_tables(
         comparison, _read_csv(folder.points_csv.read_text(encoding="utf-8")), _read_csv(points), "points.csv"
     )
     return [line.partition(": ")[0].removeprefix("points.csv, ") for line in comparison.lines]
@@ -93,11 +107,11 @@ def _compare_file(comparison: Comparison, kind: str, old: Path, new: Path) -> No
 
 def _compare_csv(comparison: Comparison, old: Path, new: Path, name: str) -> None:
     one, other = (_read_csv(path.read_text(encoding="utf-8")) for path in (old, new))
-    _compare_tables(comparison, one, other, name)
+    compare_tables(comparison, one, other, name)
 
 
-def _compare_tables(comparison: Comparison, one: list[list[str]], other: list[list[str]], name: str) -> None:
-    """Compare tables by the labels of their rows where these are unique, else by position."""
+def compare_tables(comparison: Comparison, one: list[list[str]], other: list[list[str]], name: str) -> None:
+    """Compare tables row by row, found by their labels: the order of rows says nothing that their numbers do not."""
     if one[:1] != other[:1]:
         comparison.lines.append(f"{name}: other columns")
         return
@@ -118,14 +132,15 @@ def _read_csv(text: str) -> list[list[str]]:
 
 
 def _by_label(header: list[str], rows: list[list[str]]) -> dict[str, list[str]]:
-    """Return rows by what says which one each is; with its number where that is not unique."""
+    """Return rows by what says which one each is, the second one of a label with `(2)`."""
     places = [(column, header.index(column)) for column in KEYS if column in header]
-    labels = [" ".join(_labeled(column, row[place]) for column, place in places if row[place]) for row in rows]
-    counts = Counter(labels)
-    return {
-        label if label and counts[label] == 1 else f"row {number} {label}".rstrip(): row
-        for number, (label, row) in enumerate(zip(labels, rows, strict=True), 1)
-    }
+    seen: Counter[str] = Counter()
+    labeled: dict[str, list[str]] = {}
+    for row in rows:
+        label = " ".join(_labeled(column, row[place]) for column, place in places if row[place]) or "row"
+        seen[label] += 1
+        labeled[f"{label} ({seen[label]})" if seen[label] > 1 or label == "row" else label] = row
+    return labeled
 
 
 def _labeled(column: str, cell: str) -> str:
