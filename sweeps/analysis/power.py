@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count, islice
 
 from launchers.protocol import PlanLauncher
@@ -63,14 +64,15 @@ class Comparison:
     @property
     def num_seeds(self) -> int:
         """The seeds that every point has, at least."""
-        return min(map(len, self.seeds.values()))
+        return min(map(len, self.by_seed))
 
     @property
-    def seeds(self) -> dict[tuple[object, ...], list[int]]:
-        seeds: dict[tuple[object, ...], list[int]] = {}
+    def by_seed(self) -> list[list[Point]]:
+        """The points that differ in nothing but their seed, together."""
+        groups: dict[tuple[object, ...], list[Point]] = {}
         for point in self.points:
-            seeds.setdefault(point.without_seed, []).append(point.seed)
-        return seeds
+            groups.setdefault(point.without_seed, []).append(point)
+        return list(groups.values())
 
     @property
     def num_methods(self) -> int:
@@ -83,7 +85,7 @@ class Comparison:
 
     def design(self) -> Design | None:
         """Return the size of the study; None where the number of prompts is not known or nothing is compared."""
-        if len(self.seeds) < 2 or math.isnan(self.num_prompts) or self.num_prompts - self.num_selecting() < 2:
+        if len(self.by_seed) < 2 or math.isnan(self.num_prompts) or self.num_prompts - self.num_selecting() < 2:
             return None
         return Design(int(self.num_prompts) - self.num_selecting(), self.num_seeds, self.num_methods)
 
@@ -98,7 +100,7 @@ class Comparison:
         if prompts > 1 and (not has_more or prompts * self.num_prompts > MAX_ROWS):
             return None
         points = []
-        for same in ([p for p in self.points if p.without_seed == key] for key in self.seeds):
+        for same in self.by_seed:
             used = [point.seed for point in same]
             more = islice((seed for seed in count() if seed not in used), (seeds - 1) * len(used))
             points += [_with_prompts(point, prompts) for point in same]
@@ -124,10 +126,11 @@ def comparisons(points: Sequence[Point]) -> list[Comparison]:
 def power_sentences(points: Sequence[Point], store: Store) -> list[str]:
     """Return for `dry_run=true` one sentence for each setup, and for each of its comparisons that differs in size."""
     several, sentences = len({point.setup.name for point in points}) > 1, []
+    spread_of = _cached_spreads(store)
     for comparison in comparisons(points):
         if (design := comparison.design()) is None:
             continue
-        spread = _spread(comparison, store)
+        spread = spread_of(comparison)
         setup = f"{comparison.setup}: " if several else ""
         if spread is None:
             sentences.append(f"power: {setup}not known before a sweep of this setup has finished ({comparison.metric})")
@@ -154,11 +157,12 @@ def power_report(
         raise ConfigError(f"hydra.sweeper.standard_deviation={standard_deviation}: must be a positive number, or null")
     first = None if folder is None else SweepFolder.open(folder)
     parts: dict[str, None] = {}
+    spread_of = _cached_spreads(store, first, standard_deviation)
     for comparison in comparisons(points):
         design = comparison.design()
         if design is None:
             continue
-        spread = _spread(comparison, store, first, standard_deviation)
+        spread = spread_of(comparison)
         if spread is None:
             raise ConfigError(
                 f"setup={comparison.setup}: how much {comparison.metric} varies is not known before a sweep of it has "
@@ -173,14 +177,21 @@ def power_report(
     return "\n\n".join(parts)
 
 
-def _spread(
-    comparison: Comparison, store: Store, first: SweepFolder | None = None, standard_deviation: float | None = None
-) -> Spread | None:
-    if standard_deviation is not None:
-        half = standard_deviation**2 / 2
-        return Spread(Components(half, half, math.nan), f"--sd {standard_deviation:g}, half of it between prompts")
-    measured = spread_in_store(store.output_dir, comparison.setup, comparison.metric, first)
-    return measured or default_spread(comparison.metric)
+def _cached_spreads(
+    store: Store, first: SweepFolder | None = None, standard_deviation: float | None = None
+) -> Callable[[Comparison], Spread | None]:
+    """Return what gives the spread of a comparison; results are read once for each setup and metric."""
+
+    @cache
+    def of_setup(setup: str, metric: str) -> Spread | None:
+        if standard_deviation is not None:
+            half = standard_deviation**2 / 2
+            return Spread(
+                Components(half, half, math.nan), f"--sd {standard_deviation:g}, half of the variance between prompts"
+            )
+        return spread_in_store(store.output_dir, setup, metric, first) or default_spread(metric)
+
+    return lambda comparison: of_setup(comparison.setup, comparison.metric)
 
 
 def _finding(metric: str, spread: Spread, design: Design) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sweeps.analysis.results import Results
 
-MAX_SWEEPS = 5  # the newest of a store with results of a setup, which are looked at
+MAX_SWEEPS = 5  # of a store, whose results are read until one compares two methods
 
 
 @dataclass(frozen=True)
@@ -54,42 +54,37 @@ def _is_bounded(metric: str) -> bool:
 
 
 def spread_in_store(output_dir: Path, setup: str, metric: str, first: SweepFolder | None = None) -> Spread | None:
-    """Return the spread in the newest finished sweeps of a setup: of those with most seeds, the newest.
+    """Return the spread in a finished sweep of the setup: the one with most seeds, the newest of equals.
 
     None without one in which two methods are compared. first: a sweep that is asked before the others.
     """
-    best: Spread | None = None
-    folders = _newest(output_dir, setup, first)
-    if not folders:
+    if not (folders := _candidates(output_dir, setup, first)):
         return None
     from sweeps.analysis.results import collect  # pandas, which a dry run without results does without
 
-    for folder in folders:
+    for folder in folders[:MAX_SWEEPS]:
         try:
-            spread = spread_of(collect([folder]), setup, metric)
+            if (spread := spread_of(collect([folder]), setup, metric)) is not None:
+                return spread
         except ConfigError as error:
             warn(f"{error}; the power estimate does without this sweep")
-            continue
-        if spread is not None and folder.path == (None if first is None else first.path):
-            return spread
-        if spread is not None and (best is None or spread.num_seeds > best.num_seeds):
-            best = spread
-    return best
+    return None
 
 
-def _newest(output_dir: Path, setup: str, first: SweepFolder | None) -> list[SweepFolder]:
-    finished: list[tuple[str, SweepFolder]] = []
+def _candidates(output_dir: Path, setup: str, first: SweepFolder | None) -> list[SweepFolder]:
+    """Return the finished sweeps that have the setup, in the order in which they are asked."""
+    found: list[tuple[tuple[bool, int, str, str], SweepFolder]] = []
     for folder in SweepFolder.all_in(output_dir):
         try:
             record = folder.read()
         except ConfigError as error:
             warn(f"{error}; the power estimate does without this sweep")
             continue
-        if record["finished"] and any(point["setup"] == setup for point in record["points"]):
-            finished.append((record["finished"], folder))
-    newest = [folder for _, folder in sorted(finished, key=lambda pair: (pair[0], pair[1].name), reverse=True)]
-    asked = [folder for folder in newest if first is not None and folder.path.resolve() == first.path.resolve()]
-    return [*asked, *(folder for folder in newest if folder not in asked)][:MAX_SWEEPS]
+        seeds = {point["seed"] for point in record["points"] if point["setup"] == setup}
+        if record["finished"] and seeds:
+            is_first = first is not None and folder.path.resolve() == first.path.resolve()
+            found.append(((is_first, len(seeds), record["finished"], folder.name), folder))
+    return [folder for _, folder in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
 def spread_of(results: Results, setup: str, metric: str) -> Spread | None:
