@@ -19,6 +19,10 @@ from tests.support.slurm_cluster import Cluster, missing
 # A suite that a shell started in the background inherits an ignored SIGINT, and so would the commands it interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# OpenMP's threads spin while they wait for each other. Two processes of the suite that each have as many threads as
+# there are cores then take the cores from one another, and a run takes twice as long. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def _on_cluster(nodeid: str) -> bool:
     return nodeid.rpartition("/")[2].startswith("test_slurm")
@@ -33,11 +37,15 @@ SHARING |= dict.fromkeys(("tests/test_sweep.py", "tests/test_notebook.py"), "the
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that use the cluster, a server or a browser as slow, and run those on the cluster first."""
+    """Mark tests that use the cluster, a server or a browser as slow, and put slow files first, the cluster's foremost.
+
+    A slow file that starts last would keep one process busy while the other has nothing left to do.
+    """
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: not _on_cluster(item.nodeid))
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not _on_cluster(item.nodeid), item.path not in slow_files))
 
 
 @pytest.hookimpl(optionalhook=True)
