@@ -176,14 +176,15 @@ def check_packages(points: Iterable[Point]) -> None:
             require_package("openai", f"server={server.name}")
         if point.pairs.judge == "math":
             require_package("math_verify", "pairs.judge=math")
-        for _, of_one in by_judge(point):
+        for key, of_one in by_judge(point):
             judge = of_one.judge
-            if judge.name in ENDPOINT_JUDGES:
-                require_package("openai", f"judge={judge.name}")
-            if judge.name == "math":
-                require_package("math_verify", "judge=math")
-            if judge.name == "alpaca_eval":
-                read_annotators(split_annotator(str(judge.model))[0])
+            with naming_judge(key):
+                if judge.name in ENDPOINT_JUDGES:
+                    require_package("openai", f"judge={judge.name}")
+                if judge.name == "math":
+                    require_package("math_verify", "judge=math")
+                if judge.name == "alpaca_eval":
+                    read_annotators(split_annotator(str(judge.model))[0])
 
 
 def check_programs(points: Sequence[Point]) -> None:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.config.command_line import check_command_line
 from src.config.composition_errors import explain, explain_assertion, is_of_composition
 from src.config.hydra_setup import register
-from src.config.judge_rules import is_judged_in_part
+from src.config.judge_rules import judged_in_part
 from src.config.overrides import encode_keywords
 from src.config.sampler import describe_choice
 from src.config.schema import Point
@@ -72,8 +72,8 @@ def run(cfg: DictConfig) -> None:
         point = build_point(cfg)
         if point.sweep.search != "grid":
             raise ConfigError(f"sweep.search={point.sweep.search} needs a sweep: add -m")
-        if is_judged_in_part(point):
-            raise ConfigError("judge.reporting=selected selects among the points of a sweep: add -m, or use all")
+        if (key := judged_in_part(point)) is not None:
+            raise ConfigError(f"{key}.reporting=selected selects among the points of a sweep: add -m, or use all")
         rank, _ = read_integer("RANK", 0), read_integer("WORLD_SIZE", 1, minimum=1)
         store = Store(point.output_dir)
         check_input_files([point])

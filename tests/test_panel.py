@@ -6,23 +6,23 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
 from src.config.validation import build_point
 from src.data.evaluation_prompts import read_prompts
+from src.errors import ConfigError
+from src.judges.endpoint_check import check_judges
 from src.planning.inputs import prompt_inputs
+from src.planning.plan import make_plan
 from src.planning.stage import stages_of, with_all_judged
-from sweeps.analysis import judges
-from sweeps.report.judge_tables import judge_sentences
+from src.store.store import Store
 from sweeps.search.successive_halving import with_stop
 from tests.support.commands import SMALL, environment, run_in_process, train
 from tests.support.configs import composed, point
 from tests.support.endpoint import FakeEndpoint, completion
 from tests.support.gold import gold_verdict
-from tests.support.tables import points
 
 PANEL = ["+judge@judges.other=tldr", "judges.other.model=m"]
 
@@ -64,11 +64,15 @@ def test_further_judges_are_asked_of_points_that_were_trained_to_their_end():
         (["+judge@judges.chat=mt_bench"], "judges.chat"),
         (
             [*PANEL, "judges.other.model=null"],
-            "judges.other.model is not set: judge=tldr needs judges.other.model=NAME",
+            "judges.other.model is not set: judge@judges.other=tldr needs judges.other.model=NAME",
         ),
         ([*PANEL, "judges.other.baseline=/nowhere"], "judges.other.baseline=/nowhere: no such file"),
         ([*PANEL, "judges.other.temperature=-1"], "judges.other.temperature=-1"),
         ([*PANEL, "judges.other.modell=x"], "modell"),
+        (
+            [*PANEL, "judges.other.api_key_env=NOT_SET"],
+            "(judges.other.api_key_env names another",
+        ),
         (["judge.repeated_prompts=5"], "judge.repeated_prompts: judge=gold never changes a verdict"),
     ],
 )
@@ -78,105 +82,28 @@ def test_wrong_panels_are_refused_in_one_line(overrides, message, tmp_path):
     assert not (tmp_path / "out" / "store").exists()
 
 
+def test_a_further_judge_is_named_by_its_key_by_a_single_run_and_its_endpoint(fake_endpoint, tmp_path, capfd):
+    done = run_in_process(*PANEL, "judges.other.reporting=selected", f"output_dir={tmp_path}")
+    assert done.returncode == 2 and "error: judges.other.reporting=selected selects among the points" in done.stderr
+    fake_endpoint.check = lambda request: (404, {}, b'{"error": {"message": "no such model"}}')
+    url = f"judges.other.base_url={fake_endpoint.url}"
+    plan = make_plan([point("beta=0.1", *PANEL, url)], Store(tmp_path))
+    with pytest.raises(ConfigError, match=r"^judges\.other\.model=m: http.* refuses a question to m"):
+        check_judges(plan, Store(tmp_path), runs_here=True)
+    answering = completion("A")
+    fake_endpoint.check = lambda request: answering
+    retired = make_plan([point("beta=0.1", *PANEL, url, "judges.other.model=gpt-4-1106-preview")], Store(tmp_path))
+    check_judges(retired, Store(tmp_path), runs_here=True)
+    assert "judges.other.model=gpt-4-1106-preview: gpt-4-1106-preview is switched off" in capfd.readouterr().err
+    selecting = ["judge=tldr", "judge.model=m", f"judge.base_url={fake_endpoint.url}"]  # the control
+    fake_endpoint.check = lambda request: (404, {}, b"{}")
+    with pytest.raises(ConfigError, match=r"^judge\.model=m: http"):
+        check_judges(make_plan([point("beta=0.1", *selecting)], Store(tmp_path)), Store(tmp_path), runs_here=True)
+
+
 def test_judges_are_the_same_for_all_points_of_a_sweep(tmp_path):
     done = run_in_process("-m", *PANEL[:1], "judges.other.model=a,b", f"output_dir={tmp_path}/out")
     assert done.returncode == 2 and "judges.other.model: must be one value for a whole sweep" in done.stderr
-
-
-def table(judge, values, first=None, identity="0", **columns):
-    """Return verdicts of a judge on the prompts 0, 1, ... of one point."""
-    count = len(values)
-    rows = {"judge": judge, "metric": "win_rate", "identity": identity, "index": range(count), "sample": 0, "turn": 1}
-    rows |= {"value": values, "reporting": [i % 2 == 1 for i in range(count)], "length": 1, "setup": "s", "init": "sft"}
-    rows |= {"first": [0] * count if first is None else first, "questions": 0 if first is None else 2}
-    return pd.DataFrame(
-        rows | {"variant": "", "further": judge != "one", "method": "dpo", "beta": 0.1, "lr": 1e-3} | columns
-    )
-
-
-class NoUsage:
-    usages = ()
-
-
-def test_kappa_is_that_of_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(0)
-    one = rng.choice([-1, 0, 1], 300, p=[0.3, 0.2, 0.5])
-    other = np.where(rng.random(300) < 0.6, one, rng.choice([-1, 0, 1], 300))
-    counts = judges.confusion(np.arange(300) // 3, one, other)
-    assert counts.shape == (100, 3, 3) and counts.sum() == 300
-    assert judges.cohen_kappa(counts.sum(0)) == pytest.approx(metrics.cohen_kappa_score(one, other), abs=1e-12)
-    assert judges.cohen_kappa(judges.confusion(np.arange(300), one, one).sum(0)) == 1
-
-
-def test_a_judge_that_takes_the_first_answer_is_named_and_a_fair_one_is_not():
-    rng = np.random.default_rng(0)
-    fair = table("fair", rng.choice([0.0, 1.0], 200), first=np.ones(200))  # the first of two orders, whoever is better
-    biased = table("biased", np.full(200, 0.5), first=np.full(200, 2.0))
-    late = table("late", np.full(200, 0.5), first=np.zeros(200))
-    rows = judges.leanings(pd.concat([fair, biased, late]), NoUsage)
-    assert rows["first"].tolist() == [0.5, 1, 0] and rows.questions.tolist() == [400] * 3
-    said = [s for s in judge_sentences("one", rows, pd.DataFrame(), pd.DataFrame()) if "reads" in s or "second" in s]
-    assert said == [
-        "biased prefers the answer it reads first: in 100.0 % [100.0, 100.0] of 400 questions.",
-        "late prefers the second one: in 100.0 % [100.0, 100.0] of 400 questions.",
-    ]
-
-
-def test_a_preference_for_length_is_of_decided_comparisons_with_answers_of_different_length():
-    length = [5, 5, -5, -5, 0, 5]
-    (row,) = judges.leanings(table("j", [1.0, 1.0, 0.0, 1.0, 1.0, 0.5], length=length), NoUsage).to_dict("records")
-    assert row["decided"] == 4 and row["longer"] == 0.75  # one of four shorter ones has won
-
-
-def test_a_judge_would_select_another_point_only_where_it_is_better():
-    rows = points({"beta": 0.1}, {"beta": 0.01}, {"beta": 1.0})
-    qualities = {"0": (0.5, 0.7), "1": (0.5, 0.7), "2": (0.9, 0.2)}  # by the judges `one` and `other`
-    verdicts = pd.concat(
-        [
-            table(judge, [quality[number]] * 6, identity=identity, beta=beta)
-            for (identity, quality), beta in zip(qualities.items(), rows.beta, strict=True)
-            for number, judge in enumerate(("one", "other"))
-        ]
-    )
-    best = rows[:1].assign(identities=[["0"]])
-    would = judges.rankings(verdicts, best).set_index("judge").beta_of_judge
-    assert would.to_dict() == {"one": 1.0, "other": 0.1}  # of two that are as good the one that is selected
-
-
-def test_ranks_agreement_and_disagreement_of_two_judges():
-    rng = np.random.default_rng(0)
-    better, worse = (rng.random(400) < 0.8).astype(float), (rng.random(400) < 0.3).astype(float)
-    by_point = {("dpo", "0"): (better, worse), ("ipo", "1"): (worse, better)}
-    tables = [
-        table(judge, values[number], identity=identity, method=method)
-        for (method, identity), values in by_point.items()
-        for number, judge in enumerate(("one", "opposite"))
-    ]
-    verdicts = pd.concat([*tables, *(t.assign(judge="same") for t in tables if (t.judge == "one").all())])
-    rows = points({"method": "dpo"}, {"method": "ipo"})
-    best = rows.assign(identities=[[i] for i in rows.identity])
-    ranked = judges.rankings(verdicts, best).set_index(["judge", "method"])["rank"]
-    assert ranked["one"].to_dict() == {"dpo": 1, "ipo": 2} == ranked["same"].to_dict()
-    assert ranked["opposite"].to_dict() == {"dpo": 2, "ipo": 1}
-    agreement = judges.agreement(verdicts).set_index(["judge", "other"])
-    assert agreement.kappa["one", "same"] == 1 and agreement.kappa["one", "opposite"] < 0.1
-    against = judges.disagreements(verdicts, best)
-    assert {tuple(row) for row in against[["judge", "judge_other"]].to_numpy()} == {
-        ("one", "opposite"),
-        ("opposite", "same"),
-    }
-    said = judge_sentences("one", judges.leanings(verdicts, NoUsage), judges.agreement(verdicts), against[:1])
-    assert any("DPO against IPO: the judges disagree beyond noise (one by +" in sentence for sentence in said)
-    alike = verdicts[verdicts.judge != "opposite"]
-    assert judges.disagreements(alike, best).empty
-    said = judge_sentences(
-        "one", judges.leanings(alike, NoUsage), judges.agreement(alike), judges.disagreements(alike, best)
-    )
-    assert said == [
-        "Points were selected by one alone.",
-        "No two methods are ordered oppositely by two judges beyond noise.",
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +179,8 @@ def test_a_sweep_is_judged_again_without_training_and_its_own_results_stay(panel
     assert (panel / "sweep.json").read_bytes() == record and len(endpoints["good"].asked) == asked
     one, other = (pd.read_csv(folder / "points.csv") for folder in (panel, again))
     assert one.quality.equals(other.quality) and one.checkpoint.equals(other.checkpoint)
+    both = run_in_process(panel, again, "--out", panel.with_name("both"), module="sweeps.aggregate")
+    assert both.returncode == 2 and "judged by another in one of them alone" in both.stderr
     ranking = pd.read_csv(again / "tables" / "judge_rankings.csv")
     assert set(ranking.judge) == {"tldr", "noisy", "first", "another"}
     stages = [p["stages"] for p in json.loads((again / "sweep.json").read_text())["points"]]

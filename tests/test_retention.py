@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from src.store import retention
-from src.store.files import write_json
-from src.store.integrity import WEIGHTS_REMOVED
+from src.store.files import with_checksum, write_json
+from src.store.integrity import DONE, WEIGHTS_REMOVED, describe_files
 from src.store.lease import Lease
 from src.store.retention import release_models
-from src.store.store import STAGE_FILE, StageName, Store
+from src.store.store import RESULT_FILES, STAGE_FILE, StageName, Store
 from tests.support.fake_sweep import METHODS, FakeSweep
 
 NUM_WORKERS = 3
@@ -115,6 +115,27 @@ def test_the_selected_model_of_every_variant_stays_though_best_yaml_names_one(tm
     other = FakeSweep(tmp_path, rng, name="other", betas=(0.1, 1.0))  # whose points are among those of this one
     release_models(other.folder, {point["identity"] for point in other.points})
     assert selected == sweep.models(), "nor does another sweep of the store remove them"
+
+
+@pytest.mark.parametrize("name", [None, *RESULT_FILES])
+def test_while_a_file_of_the_best_result_is_damaged_the_model_of_the_next_one_stays(name, tmp_path):
+    """The best one is to be computed again, and may then be another."""
+    sweep = FakeSweep(tmp_path, random.Random(1), betas=(0.1, 1.0))
+    for point in sweep.points:
+        sweep.align(point)
+        sweep.evaluate(point)
+    best = sweep.best().iloc[0]
+    (identity,) = best.identities
+    folder = sweep.store.dir(StageName("evaluate", identity))
+    for other in set(RESULT_FILES) - {path.name for path in folder.iterdir()}:
+        (folder / other).write_text("of a judge")
+    (folder / DONE).unlink()
+    write_json(folder / DONE, with_checksum({"identity": identity, "files": describe_files(folder)}))
+    if name is not None:
+        (folder / name).write_text("damaged")
+    release_models(sweep.folder, {point["identity"] for point in sweep.points})
+    others = {point["identity"] for point in sweep.points if point["method"] == best.method} - {identity}
+    assert len(others & sweep.models()) == (name is not None), "without damage the best one alone stays"
 
 
 @pytest.mark.parametrize("keep", ["none", "best"])

@@ -98,9 +98,16 @@ def naming_judge(key: str) -> Iterator[None]:
     except (ConfigError, StageError) as error:
         if key == "judge":
             raise
-        names = "|".join(field.name for field in fields(Judge))
-        message = re.sub(rf"(?<![\w./])judge\.(?=({names})\b)", lambda _: f"{key}.", str(error))
-        raise type(error)(message) from None
+        raise type(error)(with_judge_key(str(error), key)) from None
+
+
+def with_judge_key(message: str, key: str) -> str:
+    """Return a message about `judge` as one about the judge of this key: judges.NAME.model, judge@judges.NAME=tldr."""
+    if key == "judge":
+        return message
+    names = "|".join(field.name for field in fields(Judge))
+    message = re.sub(rf"(?<![\w./@])judge\.(?=({names})\b)", lambda _: f"{key}.", message)
+    return re.sub(r"(?<![\w./@])judge=(?!none\b)", lambda _: f"judge@{key}=", message)
 
 
 def num_turns(point: Point) -> int:
@@ -108,9 +115,9 @@ def num_turns(point: Point) -> int:
     return max(2 if of_one.judge.name in MULTI_TURN_JUDGES else 1 for _, of_one in by_judge(point))
 
 
-def is_judged_in_part(point: Point) -> bool:
-    """Return whether a judge is asked about the selection prompts alone until the point is selected."""
-    return any(of_one.judge.reporting == "selected" for _, of_one in by_judge(point))
+def judged_in_part(point: Point) -> str | None:
+    """Return the key of the first judge that judges only selection prompts until the point is selected; None: none."""
+    return next((key for key, of_one in by_judge(point) if of_one.judge.reporting == "selected"), None)
 
 
 def split_annotator(name: str) -> tuple[str, str | None]:

@@ -12,12 +12,12 @@ import yaml
 
 from src.config.endpoints import read_key
 from src.config.judge import JudgeEndpoint
-from src.config.judge_rules import ENDPOINT_JUDGES
+from src.config.judge_rules import ENDPOINT_JUDGES, naming_judge, with_judge_key
 from src.config.schema import CONF_DIR
 from src.errors import ConfigError, warn
 from src.judges.annotators import models_asked
 from src.judges.answers import answers_folder
-from src.planning.identity import EvaluateInputs, JudgeInputs
+from src.planning.identity import EvaluateInputs, FurtherJudgeInputs, JudgeInputs
 from src.planning.plan import Plan
 from src.planning.stage import Stage
 from src.store.store import Store
@@ -50,7 +50,8 @@ def check_judges(plan: Plan, store: Store, runs_here: bool) -> None:
     for stage in (stage for identity, stage in plan.stages.items() if identity in plan.needed):
         judge, endpoint = judge_of(stage), stage.resources.judge
         if judge is not None and judge.name in ENDPOINT_JUDGES and judge.server is None:
-            read_key(endpoint)
+            with naming_judge(key_of(stage)):
+                read_key(endpoint)
             groups.setdefault(repr((replace(judge, baseline=None), endpoint)), []).append(stage)
     for stages in groups.values():
         judge, endpoint = judge_of(stages[0]), stages[0].resources.judge
@@ -58,9 +59,11 @@ def check_judges(plan: Plan, store: Store, runs_here: bool) -> None:
         is_sampled = all(stage.upstream["samples"].identity in plan.done for stage in stages)
         if is_sampled and answers_folder(judge, store.output_dir).exists():
             continue
+        key = key_of(stages[0])
         try:
-            for warning in check_endpoint(judge, endpoint):
-                warn(warning)
+            with naming_judge(key):
+                for warning in check_endpoint(judge, endpoint):
+                    warn(with_judge_key(warning, key))
         except Unreachable as error:
             if runs_here:
                 raise
@@ -70,6 +73,11 @@ def check_judges(plan: Plan, store: Store, runs_here: bool) -> None:
 def judge_of(stage: Stage) -> JudgeInputs | None:
     """Return the judge of an evaluation; None of another stage."""
     return stage.inputs.judge if isinstance(stage.inputs, EvaluateInputs) else None
+
+
+def key_of(stage: Stage) -> str:
+    """Return the key of the config that has the judge of an evaluation: `judge`, or judges.NAME of a further one."""
+    return f"judges.{stage.inputs.name}" if isinstance(stage.inputs, FurtherJudgeInputs) else "judge"
 
 
 def check_endpoint(judge: JudgeInputs, endpoint: JudgeEndpoint) -> Iterator[str]:

@@ -21,16 +21,7 @@ from src.store.files import find, read_bytes, read_json
 from src.store.integrity import WEIGHTS, find_damage
 from src.store.lease import Lease, in_use
 from src.store.selectable import STUDY, Measured, selectable
-from src.store.store import (
-    JUDGEMENTS_FILE,
-    QUALITY_FILE,
-    RESULT_FILE,
-    STAGE_FILE,
-    StageName,
-    Store,
-    full_run_id,
-    read_result,
-)
+from src.store.store import RESULT_FILES, STAGE_FILE, StageName, Store, full_run_id, read_result
 from src.store.sweep_folder import SweepFolder
 
 PointStages = Mapping[str, str]
@@ -151,7 +142,7 @@ def _quality(store: Store, result: str) -> tuple[float | None, int]:
     """Return the mean quality on the selection prompts and their number; None for a result that is to be computed."""
     folder = store.dir(_evaluate(result))
     try:
-        if find_damage(folder, result, names=(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE)) is not None:
+        if find_damage(folder, result, names=RESULT_FILES) is not None:
             return None, 0
         selection = read_result(folder)["splits"]["selection"]
         return float("nan") if selection["value"] is None else selection["value"], selection["n"]

@@ -54,11 +54,10 @@ FURTHER_JUDGE = "judge_"  # how the roles of stages that judge by judges.NAME be
 OF_SFT_MODEL = {"baseline": "generate", "sft_capability": "capability"}
 SHARED_ROLES = ("sft", "candidates", "pairs", "reference", *OF_SFT_MODEL)  # of stages that points share, upstream first
 RESULT_SCHEMA = 2  # of result.json and quality.json
+# The files of an evaluate stage that must be whole for its result to count, where it has them.
+RESULT_FILES = (RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE, VERDICTS_FILE, CAPABILITY_FILE)
 # The small files of a stage, which suffice to aggregate without the store.
-SMALL_FILES = (
-    *(DONE, STAGE_FILE, RUN_CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE),
-    *(RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE, VERDICTS_FILE, CAPABILITY_FILE),
-)
+SMALL_FILES = (DONE, STAGE_FILE, RUN_CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE, *RESULT_FILES)
 
 
 def kind_of(role: str) -> str:

@@ -58,15 +58,16 @@ def read_verdicts(results: Results) -> pd.DataFrame:
 
 
 def leanings(verdicts: pd.DataFrame, results: Results) -> pd.DataFrame:
-    """Return a row for every judge: how often the answer shown first wins, how often the longer one does, and noise.
+    """Return a row for every judge of a setup, init and variant: how often the first and the longer answer win, noise.
 
     With 95 % intervals over prompts. `longer` is of comparisons that are decided and whose answers differ in length;
     `equal` of the verdicts of the `repeated` prompts that were asked twice.
     """
     rows = []
-    for judge, table in verdicts.groupby("judge", sort=False):
+    for (*group, judge), table in verdicts.groupby([*GROUP, "judge"], sort=False, dropna=False):
         metric = table.metric.iloc[0]
-        row: dict[str, Any] = {"judge": judge, "further": bool(table.further.all())}
+        row: dict[str, Any] = dict(zip(GROUP, group, strict=True))
+        row |= {"judge": judge, "further": bool(table.further.all())}
         row |= {"metric": metric, "verdicts": len(table)}
         decided = table[(table.value != 0.5) & (table.length != 0)] if metric == "win_rate" else table[:0]
         wins = ((decided.value > 0.5) == (decided.length > 0)).astype(float)
@@ -74,17 +75,17 @@ def leanings(verdicts: pd.DataFrame, results: Results) -> pd.DataFrame:
         for (name, count), rows_of in zip(MEASURES.items(), (table, longer), strict=True):
             row |= {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan, count: int(rows_of[count].sum())}
             if row[count]:
-                sums = rows_of.groupby(["setup", "index"])[[name, count]].sum().to_numpy(float)
+                sums = rows_of.groupby("index")[[name, count]].sum().to_numpy(float)
                 means = bootstrap_means(sums.T)
                 low, high = interval(means[:, 0] / np.maximum(means[:, 1], 1e-12))
                 row |= {name: sums[:, 0].sum() / sums[:, 1].sum(), f"{name}_low": low, f"{name}_high": high}
-        rows.append(row | _noise(str(judge), results))
+        rows.append(row | _noise(str(judge), tuple(group), results))
     return pd.DataFrame(rows)
 
 
-def _noise(judge: str, results: Results) -> dict[str, Any]:
-    """Return the share of equal verdicts where the judge was asked twice, over all points, and of how many prompts."""
-    usages = [usage["repeated"] for name, usage in results.usages if name == judge and "repeated" in usage]
+def _noise(judge: str, group: tuple[Any, ...], results: Results) -> dict[str, Any]:
+    """Return the share of equal verdicts where the judge was asked twice, over a group's points, and how many."""
+    usages = [counts for name, of_group, counts in results.repeated if (name, of_group) == (judge, group)]
     verdicts = sum(usage["verdicts"] for usage in usages)
     equal = sum(usage["equal"]["value"] * usage["verdicts"] for usage in usages) / verdicts if verdicts else np.nan
     return {"equal": equal, "repeated": verdicts}

@@ -17,18 +17,16 @@ from src.errors import ConfigError, DamagedFile, warn
 from src.methods import METHODS
 from src.store.files import read_bytes
 from src.store.integrity import find_damage
-from src.store.selectable import STUDY
 from src.store.store import (
-    CAPABILITY_FILE,
-    JUDGEMENTS_FILE,
     QUALITY_FILE,
     RESULT_FILE,
+    RESULT_FILES,
     RESULT_SCHEMA,
-    VERDICTS_FILE,
     kind_of,
     read_result,
 )
 from src.store.sweep_folder import SweepFolder, with_reporting
+from sweeps.analysis.conflicts import check_conflicts
 from sweeps.search import successive_halving
 from sweeps.search.variants import disambiguating_settings, variant_text
 
@@ -46,7 +44,6 @@ COLUMNS = [
     *("capability", "capability_se", "capability_change", "capability_change_se"),  # means over the tasks
     *("response_tokens", "seconds", "identity", "checkpoint", "error"),
 ]
-RESULT_FILES = (RESULT_FILE, QUALITY_FILE, JUDGEMENTS_FILE, VERDICTS_FILE, CAPABILITY_FILE)
 OF_JUDGE = ": "  # between the name of a further judge and that of its score of a benchmark
 NUMBERS = COLUMNS[COLUMNS.index("quality") : COLUMNS.index("identity")]
 
@@ -121,6 +118,8 @@ class Results:
     # Every stage that a result was computed from: identity -> stage, seconds, tokens, processes.
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     usages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # of all judges, by name
+    # What was seen where judges were asked twice: name, setup, init and variant of the point, and counts.
+    repeated: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     # result -> the settings that its variant is made of; none of a sweep before version 0.3
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # result -> benchmark's score -> value
@@ -165,6 +164,10 @@ class Results:
         """Return the identity of a stage of the point with this result; None when the point has no such stage."""
         return self._stages_of[result][1].get(role)
 
+    def stages_of(self, result: str) -> dict[str, str]:
+        """Return role -> identity of the stages of the point with this result."""
+        return self._stages_of[result][1]
+
     def uses(self) -> Counter[str]:
         """Count for each stage the finished points that use it."""
         done = self.points.identity[self.points.state == "done"]
@@ -200,16 +203,18 @@ class Results:
                     self.damaged[identity] = str(error)
                 else:
                     warn(f"{error}; its cost is not counted")
+        group = row["setup"], row["init"], row["variant"]
         for number, result in enumerate(results.values(), 1):
             # Training counts once: a resumed run reports its total seconds.
             exclude = () if number == len(results) else ("align",)
             self.stages.update((s["identity"], s) for s in result["stages"] if s["stage"] not in exclude)
-            if result.get("judge"):
-                self.usages.append((result["judge"]["name"], result["judge"]))
+            usages = [(result["judge"]["name"], result["judge"])] if result.get("judge") else []
             # One stage of a further judge may be upstream of several results.
             others = {one["stage"]: (name, one["usage"]) for name, one in result.get("judges", {}).items()}
-            self.usages += [usage for stage, usage in others.items() if stage not in self._judging]
+            usages += [usage for stage, usage in others.items() if stage not in self._judging]
             self._judging.update(others)
+            self.usages += usages
+            self.repeated += [(name, group, usage["repeated"]) for name, usage in usages if "repeated" in usage]
         if (reason := self.damaged.get(point["identity"])) is not None:
             row |= {"state": "failed", "error": reason}
         elif point["identity"] not in results and row["state"] == "done":
@@ -248,24 +253,13 @@ def collect(folders: Sequence[SweepFolder]) -> Results:
                 rows[point["identity"]] = results.add_point(store, sweep, point, settings.get(study, {}))
     frame = pd.DataFrame(list(rows.values()), columns=COLUMNS)
     if len(sweeps) > 1:
-        _check_conflicts(frame[frame.candidate])
+        check_conflicts(frame[frame.candidate], results.stages_of)
     results.points = frame.astype(dict.fromkeys(NUMBERS, float))  # also where nothing is done and all are missing
     return results
 
 
 def _is_whole(folder: Path) -> bool:
     return (folder / RESULT_FILE).exists() and find_damage(folder, folder.name, names=RESULT_FILES) is None
-
-
-def _check_conflicts(points: pd.DataFrame) -> None:
-    """Raise ConfigError for different points with equal settings, which would be averaged like seeds."""
-    conflicts = points[points.duplicated([*STUDY, "beta", "lr", "seed"])]
-    for row in conflicts.head(1).to_dict("records"):
-        point = f"{row['method']} beta={row['beta']:g} lr={row['lr']:g} seed={row['seed']} of setup={row['setup']}"
-        raise ConfigError(
-            f"the sweeps contain conflicting results for {point} with identical settings (data or a model edited in "
-            "place, or results of an older version); aggregate them one by one"
-        )
 
 
 def _metric_name(quality: dict[str, Any]) -> str:

@@ -78,11 +78,13 @@ def write_report(
     atomic_write(path, html.encode(errors="backslashreplace"))
 
 
-def _selecting(best: pd.DataFrame, leanings: pd.DataFrame) -> str:
-    """Return by which judge points were selected, or by which measure."""
-    by_accuracy = (best.metric == "reward_accuracy").any()
-    names = [] if by_accuracy or leanings.empty else leanings.judge[~leanings.further].astype(str).tolist()
-    return " and ".join(names) or "reward accuracy"
+def _selecting(best: pd.DataFrame, leanings: pd.DataFrame) -> dict[tuple[Any, ...], str]:
+    """Return setup, init and variant -> by which judge points were selected, or by which measure."""
+    metrics, selecting = {key: rows.metric.iloc[0] for key, rows in best.groupby(GROUP, dropna=False)}, {}
+    for key, rows in leanings.groupby(GROUP, dropna=False) if len(leanings) else ():
+        names = [] if metrics.get(key) == "reward_accuracy" else rows.judge[~rows.further].astype(str).tolist()
+        selecting[key] = " and ".join(names) or "reward accuracy"
+    return selecting
 
 
 def _headlines(best: pd.DataFrame, all_tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launchers.slurm.job_records import all_submissions
-from src.config.judge_rules import is_judged_in_part
+from src.config.judge_rules import judged_in_part
 from src.config.schema import Point
 from src.errors import PointFailure
 from src.planning.plan import Plan
@@ -104,7 +104,7 @@ class SweepRecord:
 
     def _reporting(self, point: Point) -> dict[str, str]:
         """Return the identity of the point's result with all prompts judged, where it is judged so once selected."""
-        return {"reporting": stages_of(with_all_judged(point))[-1].identity} if is_judged_in_part(point) else {}
+        return {"reporting": stages_of(with_all_judged(point))[-1].identity} if judged_in_part(point) else {}
 
 
 def recorded_failures(record: dict[str, Any], store: Store) -> dict[str, PointFailure]:

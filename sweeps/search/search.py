@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 
 from launchers.protocol import PlanLauncher
-from src.config.judge_rules import is_judged_in_part
+from src.config.judge_rules import judged_in_part
 from src.errors import ConfigError, PointFailure, StageError, warn
 from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
@@ -137,7 +137,7 @@ class Search:
 
         Return the failures; None when jobs do it.
         """
-        if not is_judged_in_part(self.state.points[0]):
+        if not judged_in_part(self.state.points[0]):
             return {}
         from sweeps.aggregate import selected
         from sweeps.analysis.results import collect
