@@ -199,6 +199,7 @@ def test_the_command_shows_what_more_prompts_and_seeds_would_show(finished, tmp_
     components = spread_of(collect([folder]), "mini_tldr", "win_rate").components
     for row in table:
         assert row[3] == f"{minimal_difference(components, Design(int(row[1]), int(row[2]), 2)):.3f}"
+    assert {row[6] for row in table} == {"-"} and "accelerator-hours: not known: needs one finished run" in done.stdout
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert rows(power("method=dpo,ipo", "beta=0.1", "seed=0", "lr=1e-3", f"output_dir={tmp_path}").stdout) == table
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, "nothing is written"

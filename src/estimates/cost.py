@@ -175,11 +175,12 @@ class Cost:
                 "conf/gpus.yaml"
             )
         if math.isnan(total):
-            lines.append(f'"-" = {self._why_unknown}')
+            lines.append(f'"-" = {self.why_unknown}')
         return "\n".join([*lines, *self._disk()])
 
     @property
-    def _why_unknown(self) -> str:
+    def why_unknown(self) -> str:
+        """What hours need to be known."""
         named = any(card_of(stage.point.engine) is not None for stage in self.stages)
         card = "" if named else ", or engine.gpu=NAME of conf/gpus.yaml"
         return f"not known: needs one finished run of this model and dataset in this output_dir{card}"

@@ -224,24 +224,25 @@ def _lines(
         if larger is None or (size := larger.design()) is None:
             continue
         plan = make_plan(larger.points, store)
-        dollars, reason = judge_dollars(larger, plan, spread)
-        reasons |= {reason: None} if reason else {}
+        costs = judge_dollars(larger, plan, spread), hours(plan, store, launcher)
+        reasons |= dict.fromkeys(reason for _, reason in costs if reason)
         differences = (
             _text(function(parts, size), comparison.metric)
             for function in (minimal_difference, minimal_difference_of_trainings)
         )
-        costs = _or_unknown(dollars, ",.2f"), _or_unknown(hours(plan, store, launcher), ",.3g")
-        yield ROW.format(int(larger.num_prompts), size.prompts, size.seeds, *differences, *costs)
+        texts = (_or_unknown(cost, form) for (cost, _), form in zip(costs, (",.2f", ",.3g"), strict=True))
+        yield ROW.format(int(larger.num_prompts), size.prompts, size.seeds, *differences, *texts)
     yield "of trainings: for a claim about the methods with any seeds, which the report's test does not make"
     yield "dollars and hours: of what this store does not have yet"
     yield from reasons
 
 
-def hours(plan: Plan, store: Store, launcher: PlanLauncher) -> float:
-    """Return the accelerator-hours of the stages that a plan needs; NaN where they are not known."""
+def hours(plan: Plan, store: Store, launcher: PlanLauncher) -> tuple[float, str]:
+    """Return the accelerator-hours of the stages that a plan needs, and why they are NaN where they are not known."""
     forecast = Forecast(plan, launcher.num_processes, launcher.on_gpus, all_rehearsed=True)
     cost = Cost(plan, store, forecast, launcher.max_running(plan), launcher.starts_job)
-    return math.fsum(estimate.hours for estimate in cost.estimates.values())
+    total = math.fsum(estimate.hours for estimate in cost.estimates.values())
+    return total, f"accelerator-hours: {cost.why_unknown}" if math.isnan(total) else ""
 
 
 def judge_dollars(comparison: Comparison, plan: Plan, spread: Spread) -> tuple[float, str]:
