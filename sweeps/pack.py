@@ -14,6 +14,8 @@ from src.errors import StageError, report_errors
 from src.store.sweep_folder import SweepFolder
 from sweeps.arguments import ArgumentParser
 from sweeps.study.archive import write_archive
+from sweeps.study.comparison import check_tables
+from sweeps.study.contents import StudyContents
 
 
 def main() -> int:
@@ -25,6 +27,8 @@ def main() -> int:
         folder = SweepFolder.open(arguments.dir)
         path = arguments.out or folder.path / "study.zip"
         try:
+            StudyContents(folder)  # names a damaged file, rather than the cells that are empty without it
+            check_tables(folder)
             study = write_archive(folder, path)
         except OSError as error:
             raise StageError(f"{error.filename or path}: {error.strerror}; --out FILE names another file") from None

@@ -20,7 +20,6 @@ from src.config.validation import check_folder
 from src.errors import ConfigError, DamagedFile
 from src.store.files import atomic_open, has_valid_checksum, with_checksum
 from src.store.sweep_folder import SweepFolder
-from sweeps.study.comparison import compare_with_store
 from sweeps.study.contents import Content, StudyContents
 from sweeps.study.description import SCHEMA, describe_study
 from sweeps.study.secret_check import SecretCheck
@@ -49,11 +48,6 @@ def write_archive(folder: SweepFolder, path: Path) -> dict[str, Any]:
     description = describe_study(contents)
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: is no file; name one, such as {path.parent / 'study.zip'}")
-    if outdated := compare_with_store(folder):
-        raise ConfigError(
-            f"{folder.points_csv}: not of the results that the store has now ({outdated[0]}); "
-            f"python -m sweeps.aggregate {folder.path} brings it up to date"
-        )
     check_folder("--out", str(path.absolute().parent))
     path.parent.mkdir(parents=True, exist_ok=True)
     secrets = SecretCheck()

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from src.errors import ConfigError
 from src.store.sweep_folder import SweepFolder
 from sweeps.analysis.results import collect
 from sweeps.report.escapes import csv_text
@@ -79,14 +80,17 @@ def compare(packed: SweepFolder, again: SweepFolder) -> Comparison:
     return comparison
 
 
-def compare_with_store(folder: SweepFolder) -> list[str]:
-    """Return which cells of a sweep's points.csv are not what the results of its store are now."""
+def check_tables(folder: SweepFolder) -> None:
+    """Raise ConfigError when points.csv of a sweep is not made of the results that its store has now."""
     points = csv_text(collect([folder]).points).decode()
-    comparison = Comparison()
-    compare_tables(
-        comparison, _read_csv(folder.points_csv.read_text(encoding="utf-8")), _read_csv(points), "points.csv"
-    )
-    return [line.partition(": ")[0].removeprefix("points.csv, ") for line in comparison.lines]
+    comparison, name = Comparison(), folder.points_csv.name
+    compare_tables(comparison, _read_csv(folder.points_csv.read_text(encoding="utf-8")), _read_csv(points), name)
+    if comparison.lines:
+        place = comparison.lines[0].partition(": ")[0].removeprefix(f"{name}, ")
+        raise ConfigError(
+            f"{folder.points_csv}: not of the results that the store has now ({place}); "
+            f"python -m sweeps.aggregate {folder.path} brings it up to date"
+        )
 
 
 def _compare_file(comparison: Comparison, kind: str, old: Path, new: Path) -> None:
