@@ -89,10 +89,15 @@ def _cells(notebook: Path) -> str:
 
 
 def _add_file_page(files: Files, config: MkDocsConfig, path: Path, source: str) -> None:
-    """Add a page with the text of a file, not in the navigation."""
-    if files.get_file_from_path(source) is not None:
+    """Add a page with the text of a file, not in the navigation; of one that is no text the file itself."""
+    name = source.removesuffix(".md")
+    if any(files.get_file_from_path(one) is not None for one in (source, name)):
         return
-    text, name = path.read_text(encoding="utf-8"), source.removesuffix(".md")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+        return
     fence = f"````{LANGUAGES.get(path.suffix, 'text')}\n{text.rstrip()}\n````\n"
     page = File.generated(config, source, content=f"# {name}\n\n{fence}", inclusion=InclusionLevel.NOT_IN_NAV)
     files.append(page)

@@ -50,6 +50,14 @@ def broken_links(site: Path) -> list[str]:
     return broken
 
 
+def copy_pages(target: Path) -> None:
+    """Copy what the site is made of."""
+    for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, target)
+    for name in ("docs", "conf"):
+        shutil.copytree(ROOT / name, target / name)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The recipe of `make docs` itself."""
@@ -67,6 +75,17 @@ def test_every_page_and_every_file_that_one_links_is_in_the_site(site):
     assert "conf/judge/tldr.yaml.html" in pages, "a config that docs/judges.md links"
     assert "max_calls" in (site / "conf/judge/tldr.yaml.html").read_text()
     assert not list(site.rglob("*.py"))
+
+
+def test_a_linked_file_that_is_no_text_is_in_the_site_as_it_is(tmp_path):
+    copy_pages(tmp_path)
+    (tmp_path / "conf" / "study.zip").write_bytes(b"PK\xff")
+    with (tmp_path / "docs" / "gpu.md").open("a") as page:
+        page.write("\n[a](../conf/study.zip)\n")
+    done = subprocess.run([MKDOCS, "build"], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "conf" / "study.zip").read_bytes() == b"PK\xff"
+    assert 'href="conf/study.zip"' in (tmp_path / "site" / "gpu.html").read_text()
 
 
 def test_every_link_in_the_site_has_a_target(site, tmp_path):
@@ -100,10 +119,7 @@ def test_formulas_are_mathml(site):
     ids=["page", "file", "heading", "nav"],
 )
 def test_a_broken_link_or_a_page_out_of_the_navigation_fails(change, message, tmp_path):
-    for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("docs", "conf"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    copy_pages(tmp_path)
     page = tmp_path / "docs" / ("gpu.md" if change else "another.md")
     page.write_text((page.read_text() if change else "# Another\n") + f"\n{change}\n")
     done = subprocess.run([MKDOCS, "build"], cwd=tmp_path, env=environment(), capture_output=True, text=True)
