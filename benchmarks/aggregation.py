@@ -111,7 +111,10 @@ def write_artifacts(folder: SweepFolder) -> None:
                 {"prompt": i, "loss": 0.6, "margin": 0.1, "correct": 1.0, "logps": pair[0], "reference_logps": pair[1]}
                 for i, pair in enumerate(logps)
             ],
-            METRICS_FILE: [{"step": i, "loss": 0.7 - i / 1000, "grad_norm": 1.0} for i in range(NUM_STEPS)],
+            METRICS_FILE: [
+                {"step": i, "loss": 0.7 - i / 1000, "grad_norm": 1.0, "rewards/margins": 0.1, "rewards/accuracies": 0.6}
+                for i in range(NUM_STEPS)
+            ],
         },
         "generate": {
             SAMPLES_FILE: [

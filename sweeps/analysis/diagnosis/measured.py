@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 
 from src.errors import DamagedFile, warn
-from src.store.files import read_json, read_jsonl
+from src.store.files import read_bytes, read_json
 from src.store.integrity import STAGE_FILE, find_damage
 from src.store.store import METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE
 from sweeps.analysis.diagnosis.samples import repeated_share, sft_distance
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OLD = "their results are of a version that did not keep log-probs"
 NO_REFERENCE = "no point of a method with a reference has the same initial model and held-out pairs"
 MAX_RESPONSES = 256  # of a point that are searched for repetition
-KEYS = {VALIDATION_FILE: ("loss",), METRICS_FILE: (), SAMPLES_FILE: ("response", "finished")}  # what rows must have
+Columns = dict[str, "NDArray[np.float64]"]
 
 
 class Measured:
@@ -31,15 +31,16 @@ class Measured:
 
     def __init__(self, results: Results) -> None:
         self.results = results
-        self._files: dict[Path, list[dict[str, Any]]] = {}  # the SFT's and the baseline's are those of many points
-        self._references: dict[tuple[Any, ...], list[list[float]]] = {}
+        # Columns, not rows, which would be a hundred times as large in memory; SFT's are those of many points.
+        self._files: dict[Path, Columns] = {}
+        self._references: dict[tuple[Any, ...], NDArray[np.float64]] = {}
 
     def learn_references(self, identities: Sequence[str]) -> None:
         """Take the reference log-probs of these points for others of the same initial model and data."""
         for identity in identities:
-            pairs = self._rows(identity, "align", VALIDATION_FILE)
-            if pairs and "reference_logps" in pairs[0] and (key := self._start(identity)) is not None:
-                self._references.setdefault(key, [row["reference_logps"] for row in pairs])
+            pairs = self._columns(identity, "align", VALIDATION_FILE)
+            if "reference_logps" in pairs and (key := self._start(identity)) is not None:
+                self._references.setdefault(key, pairs["reference_logps"])
 
     def chosen_logps(self, identities: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         """Return the (pairs,) log-probs of chosen responses under the initial and the trained model; None if unknown.
@@ -51,32 +52,29 @@ class Measured:
         return None if not known else (np.concatenate([k[0] for k in known]), np.concatenate([k[1] for k in known]))
 
     def _chosen_logps(self, identity: str) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-        pairs = self._rows(identity, "align", VALIDATION_FILE)
-        if not pairs or "logps" not in pairs[0]:
+        pairs = self._columns(identity, "align", VALIDATION_FILE)
+        if "logps" not in pairs:
             return None
-        if "reference_logps" in pairs[0]:
-            initial = [row["reference_logps"] for row in pairs]
-        else:
-            initial = self._references.get(self._start(identity) or (), [])
-        if len(initial) != len(pairs):
+        initial = pairs.get("reference_logps")
+        if initial is None:
+            initial = self._references.get(self._start(identity) or ())
+        if initial is None or len(initial) != len(pairs["logps"]):
             return None
-        return np.array(initial, float)[:, 0], np.array([row["logps"] for row in pairs], float)[:, 0]
+        return initial[:, 0], pairs["logps"][:, 0]
 
     def why_unknown(self, identity: str) -> str:
         """Return why the log-probs of a point under the initial model are unknown; empty without held-out pairs."""
-        pairs = self._rows(identity, "align", VALIDATION_FILE)
-        if not pairs:
-            return ""
-        return OLD if "logps" not in pairs[0] else NO_REFERENCE
+        pairs = self._columns(identity, "align", VALIDATION_FILE)
+        return "" if not pairs else OLD if "logps" not in pairs else NO_REFERENCE
 
     def held_out_losses(self, identity: str) -> NDArray[np.float64]:
-        return np.array([row["loss"] for row in self._rows(identity, "align", VALIDATION_FILE)], float)
+        return self._columns(identity, "align", VALIDATION_FILE).get("loss", np.empty(0))
 
     def training(self, identity: str, role: str = "align") -> tuple[NDArray[np.float64], float]:
         """Return the (steps,) losses of a stage's training and the median of its gradient norms, NaN without any."""
-        steps = [row for row in self._rows(identity, role, METRICS_FILE) if "loss" in row]
-        norms = [row["grad_norm"] for row in steps if "grad_norm" in row]
-        return np.array([row["loss"] for row in steps], float), float(np.median(norms)) if norms else float("nan")
+        steps = self._columns(identity, role, METRICS_FILE)
+        norms = steps.get("grad_norm", np.empty(0))
+        return steps.get("loss", np.empty(0)), float(np.median(norms)) if len(norms) else float("nan")
 
     def sft_distance(self, identity: str) -> float:
         """Return the distance that SFT travelled, nats per token; NaN where alignment did not start from it."""
@@ -85,13 +83,12 @@ class Measured:
 
     def repeated(self, identity: str, role: str = "generate") -> NDArray[np.float64] | None:
         """Return repeated_share of the first responses of the policy, or of the baseline; None without samples."""
-        rows = self._rows(identity, role, SAMPLES_FILE)
-        return np.array([repeated_share(row["response"]) for row in rows], float) if rows else None
+        return self._columns(identity, role, SAMPLES_FILE).get("repeated")
 
     def baseline_unfinished(self, identity: str) -> float | None:
         """Return the share of the baseline's responses that do not end; None where it was not sampled here."""
-        rows = self._rows(identity, "baseline", SAMPLES_FILE)
-        return 1 - sum(bool(row["finished"]) for row in rows) / len(rows) if rows else None
+        finished = self._columns(identity, "baseline", SAMPLES_FILE).get("finished")
+        return None if finished is None else 1 - float(finished.mean())
 
     def _start(self, identity: str) -> tuple[Any, ...] | None:
         """Return what two points share whose initial model and held-out pairs are the same."""
@@ -105,24 +102,41 @@ class Measured:
             return None
         return tuple(repr(part) for part in parts)
 
-    def _rows(self, identity: str, role: str, name: str) -> list[dict[str, Any]]:
-        """Return the rows of a file, of samples the first ones; none where it is missing or damaged."""
+    def _columns(self, identity: str, role: str, name: str) -> Columns:
+        """Return the columns of a file; none where it is missing or damaged."""
         folder = self.results.artifacts(identity, role)
         if folder is None:
-            return []
+            return {}
         if folder / name not in self._files:
             self._files[folder / name] = _read(folder / name)
         return self._files[folder / name]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> Columns:
     try:
         # What is as it was published has all the columns that its stage writes.
         if path.exists() and (damage := find_damage(path.parent, path.parent.name, names=(path.name,))):
             raise DamagedFile(damage)
-        return list(islice(read_jsonl(path, KEYS[path.name]), MAX_RESPONSES if path.name == SAMPLES_FILE else None))
+        lines = read_bytes(path).splitlines()
+        try:
+            return _parse(path.name, lines)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise DamagedFile(f"{path}: damaged, its lines are not what its stage writes") from None
     except FileNotFoundError:
-        return []
+        return {}
     except (DamagedFile, OSError) as error:
         warn(f"{error}; the diagnosis is without it")
-        return []
+        return {}
+
+
+def _parse(name: str, lines: list[bytes]) -> Columns:
+    """Return the columns that rules need of a file with this name; none without lines."""
+    rows = [orjson.loads(line) for line in (lines[:MAX_RESPONSES] if name == SAMPLES_FILE else lines)]
+    if name == SAMPLES_FILE:
+        repeated = np.array([repeated_share(row["response"]) for row in rows], float)
+        finished = np.array([row["finished"] for row in rows], float)
+        return {"repeated": repeated, "finished": finished} if rows else {}
+    if name == METRICS_FILE:  # where SFT is validated, it has lines of another kind
+        rows = [row for row in rows if "loss" in row]
+    names = ("loss", "grad_norm") if name == METRICS_FILE else ("loss", "logps", "reference_logps")
+    return {key: np.array([row[key] for row in rows], float) for key in names if rows and key in rows[0]}
