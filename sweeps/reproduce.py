@@ -16,6 +16,7 @@ from pathlib import Path
 
 from src.config.validation import check_folder
 from src.errors import report_errors
+from src.store.code_snapshot import code_digest
 from src.store.sweep_folder import SweepFolder
 from sweeps.arguments import ArgumentParser
 from sweeps.study.archive import UnpackedStudy, unpack
@@ -76,6 +77,8 @@ def reproduce(path: Path, study: UnpackedStudy) -> bool:
     )
     if comparison.rounded:
         print(f"{comparison.rounded:,} numbers differ by rounding alone, less than a billionth of their value")
+    if comparison.lines and study.description["code"]["packed_with"]["digest"] != code_digest():
+        print(f"note: this is not the code that packed the study, which is that of {commit}")
     problems = (*study.changes, *moved, *comparison.lines, *comparison.figures)
     print("equal: the study's rows give its results" if not problems else "DIFFERENT: see above")
     return not problems

@@ -156,6 +156,8 @@ def test_rows_are_found_by_their_labels_and_not_by_their_order():
         "t, dpo beta=1, x: 2 in the study, 5 computed again",
         "t, ipo beta=1 (2): in the study, but not in the one that was made again",
     ]
+    compare_tables(comparison, one, [["method", "beta", "y"]], "t")
+    assert comparison.lines[2:] == ["t: other columns (x, y)"]
 
 
 def test_studies_are_aggregated_beside_folders(study, local_four_points, tmp_path):

@@ -117,7 +117,8 @@ def _compare_csv(comparison: Comparison, old: Path, new: Path, name: str) -> Non
 def compare_tables(comparison: Comparison, one: list[list[str]], other: list[list[str]], name: str) -> None:
     """Compare tables row by row, found by their labels: the order of rows says nothing that their numbers do not."""
     if one[:1] != other[:1]:
-        comparison.lines.append(f"{name}: other columns")
+        others = sorted({*one[0]} ^ {*other[0]}) if one and other else []
+        comparison.lines.append(f"{name}: other columns ({', '.join(others) or 'in another order, or none'})")
         return
     header = one[0] if one else []
     tables = [_by_label(header, rows[1:]) for rows in (one, other)]
