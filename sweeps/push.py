@@ -63,7 +63,7 @@ def main() -> int:
                 )
         except OSError as error:
             raise StageError(
-                f"{error.filename or target}: {error.strerror}; --folder=FOLDER names another place"
+                f"{error.filename2 or error.filename or target}: {error.strerror}; --folder=FOLDER names another place"
             ) from error
         message = f"Sweep {folder.name}"
         print_repositories(repositories, study, target)
