@@ -18,6 +18,7 @@ from src.store.integrity import WEIGHTS_REMOVED
 from src.store.lease import Lease
 from tests.support.chat_model import EMBEDDED, write_chat_model
 from tests.support.commands import run_in_process
+from tests.support.hub_server import Hub
 from tests.support.published import METHODS, SAMPLES, SFT, finish, publish_adapters, publishable_sweep
 
 CONFIGS = {"points", "best", "samples", "judgements", "metrics", "validation"}
@@ -159,6 +160,26 @@ def test_the_upload_makes_the_calls_that_a_dry_run_prints(sweep, hub):
     assert not any(options["private"] for name, options in hub.calls[len(hub.calls) // 2 :] if name == "create_repo")
 
 
+def test_the_client_of_the_hub_uploads_every_file_into_private_repositories(sweep, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test_that_is_long_enough")
+    try:
+        hub.refused = "me/demo-nca"
+        message = refusal(push(sweep, "--license=mit", "--upload"), 1)
+        assert "storage limit reached" in message
+        assert "uploaded: model me/demo-dpo; not uploaded: model me/demo-nca" in message
+        hub.refused = None
+        assert push(sweep, "--license=mit", "--upload").returncode == 0
+        for (kind, name), files in hub.repositories.items():
+            folder = sweep.hub / ("study" if kind == "dataset" else name.removeprefix("me/demo-"))
+            assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert len(hub.private) == len(hub.repositories) == 3
+    finally:
+        hub.close()
+
+
 def test_a_failed_upload_says_what_is_there_and_the_same_command_continues(sweep, hub):
     hub.fails_at = ("upload_folder", "me/demo-nca")
     message = refusal(push(sweep, "--upload", "--license=mit"), 1)
@@ -195,6 +216,13 @@ def test_a_wrong_argument_is_one_line(arguments, reason, sweep):
 @pytest.mark.parametrize("name", ["demo", "me/", "a/b/c", "me/x--y", "me/" + "x" * 97, "me/x.git", "me/x y"])
 def test_a_name_that_the_hub_does_not_take_is_refused_before_anything_is_read(name, sweep):
     assert "is no name of a repository: USER/NAME" in refusal(push(sweep, to=name))
+
+
+@pytest.mark.parametrize("name", ["", "missing", "x" * 300, "a\nb", "\udcff", "pipe"])
+def test_a_folder_without_a_sweep_is_one_line(name, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    folder = SimpleNamespace(path=tmp_path / name)
+    assert "no sweep.json in it" in refusal(push(folder))
 
 
 def test_a_model_that_is_gone_or_damaged_is_named_with_the_command_that_remakes_it(tmp_path):
