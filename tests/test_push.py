@@ -19,7 +19,7 @@ from src.store.lease import Lease
 from tests.support.chat_model import EMBEDDED, write_chat_model
 from tests.support.commands import run_in_process
 from tests.support.hub_server import Hub
-from tests.support.published import METHODS, SAMPLES, SFT, finish, publish_adapters, publishable_sweep
+from tests.support.published import METHODS, SAMPLES, SFT, finish, publish_adapters, publishable_sweep, write_points
 
 CONFIGS = {"points", "best", "samples", "judgements", "metrics", "validation"}
 
@@ -289,6 +289,7 @@ def test_adapters_of_a_local_base_model_need_its_name_on_the_hub(tmp_path):
     for point in record["points"]:
         point["init"] = "base"
     sweep.write(record)
+    write_points(sweep)
     assert "--base-model USER/NAME" in refusal(push(sweep))
     assert push(sweep, "--base-model", "org/base").returncode == 0 and not (sweep.hub / "sft").exists()
     assert card(sweep.hub / "nca").data.base_model == "org/base"
@@ -318,9 +319,13 @@ def test_half_of_a_sweep_is_published_as_that_and_nothing_is_refused(tmp_path):
     sweep = publishable_sweep(tmp_path, seeds=2)
     for path in sweep.store.root.glob("evaluate/*-2-0-1"):
         path.rename(path.with_name(f"gone-{path.name}"))
+    write_points(sweep)
     done = push(sweep)
     assert done.returncode == 0 and "10 of 12 points have results; the cards say so" in done.stderr
     assert "5 of 6 points have results" in card(sweep.hub / "dpo").text
+    back = sweep.store.root / "evaluate" / "dpo-2-0-1"
+    back.with_name(f"gone-{back.name}").rename(back)
+    assert "python -m sweeps.aggregate" in push(sweep).stderr.splitlines()[-1]  # points.csv is without it
     for path in sweep.store.root.glob("evaluate/*"):
         path.rename(path.with_name(f"gone-{path.name}"))
     assert "no point has a result yet" in push(sweep).stderr.splitlines()[-1]

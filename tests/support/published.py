@@ -11,6 +11,8 @@ from benchmarks.aggregation import make_sweep
 from src.store.files import read_json, with_checksum, write_json, write_jsonl
 from src.store.integrity import DONE, describe_files
 from src.store.sweep_folder import SweepFolder
+from sweeps.analysis.results import collect
+from sweeps.report.escapes import csv_text
 from tests.support.chat_model import EMBEDDED
 from tests.support.configs import point as composed_point
 
@@ -48,11 +50,17 @@ def publishable_sweep(output_dir: Path, *overrides: str, setup: str = "mini_tldr
         for stage in (align, generate, evaluate):
             finish(stage)
     record["command"] = f"python -m src.train -m method=dpo,nca beta=grid output_dir={output_dir} judge.concurrency=2"
-    for path in (folder.points_csv, folder.best_yaml, folder.report):  # of an aggregation, which nothing here reads
-        path.write_text("")
-    folder.tables.mkdir()
     folder.write(record | {"code": {"commit": "0123abc", "dirty": False}})
+    write_points(folder)
     return folder
+
+
+def write_points(folder: SweepFolder) -> None:
+    """Write points.csv as an aggregation would, and what else a study.zip must have, which nothing reads, empty."""
+    folder.tables.mkdir(exist_ok=True)
+    for path in (folder.best_yaml, folder.report):
+        path.write_text("")
+    folder.points_csv.write_bytes(csv_text(collect([folder]).points))
 
 
 def copy_model(stage: Path, data: dict[str, object]) -> Path:
