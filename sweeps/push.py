@@ -22,6 +22,7 @@ from sweeps.arguments import ArgumentParser
 from sweeps.share.chosen import Study, choose
 from sweeps.share.publish import check_target, write_folders
 from sweeps.share.upload import Repository, check_repository, creating, upload, uploading
+from sweeps.study.comparison import check_tables
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
@@ -54,6 +55,8 @@ def main() -> int:
         if results.damaged:
             raise SweepFailed(f"{next(iter(results.damaged.values()))}; run the sweep again to remake it")
         study = choose(folder, results, [] if arguments.no_models else arguments.methods)
+        if folder.points_csv.exists():  # where it is missing, the study.zip is refused
+            check_tables(folder)
         if study.num_done < len(results.points):
             warn(f"{folder.name}: {study.num_done} of {len(results.points)} points have results; the cards say so")
         try:
