@@ -31,7 +31,7 @@ class Measured:
 
     def __init__(self, results: Results) -> None:
         self.results = results
-        # Columns, not rows, which would be a hundred times as large in memory; SFT's are those of many points.
+        # Columns, not rows, which would be much larger in memory; SFT's are those of many points.
         self._files: dict[Path, Columns] = {}
         self._references: dict[tuple[Any, ...], NDArray[np.float64]] = {}
 
