@@ -18,21 +18,18 @@ from src.config.hydra_setup import override_text
 from src.errors import ConfigError, report_errors
 from src.store.sweep_folder import SweepFolder
 from sweeps.arguments import ArgumentParser
+from sweeps.recorded_command import arguments_of, key_of, without
 
 
 def sweep_arguments(folder: SweepFolder, overrides: Sequence[str]) -> list[str]:
     """Return the arguments of the sweep's own command, with these overrides in the place of its own."""
-    words = shlex.split(folder.read()["command"])
-    if "src.train" not in words:
+    recorded = arguments_of(folder.read()["command"])
+    if recorded is None:
         raise ConfigError(f"{folder.path}: its command is none of src.train; give overrides instead of the folder")
-    replaced = {_key(override) for override in overrides} | {"output_dir", "dry_run"}
-    own = [word for word in words[words.index("src.train") + 1 :] if "=" not in word or _key(word) not in replaced]
+    replaced = set(map(key_of, overrides))
+    own = without(recorded, {*replaced, "output_dir", "dry_run"})
     output_dir = shlex.split(override_text("output_dir", str(folder.store.output_dir)))
-    return [*own, *([] if "output_dir" in map(_key, overrides) else output_dir)]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
+    return [*own, *([] if "output_dir" in replaced else output_dir)]
 
 
 def main(arguments: Sequence[str]) -> None:

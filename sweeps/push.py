@@ -19,7 +19,7 @@ from src.progress import RunProgress
 from src.store.sweep_folder import SweepFolder
 from sweeps.analysis.results import collect
 from sweeps.arguments import ArgumentParser
-from sweeps.share.chosen import Study, choose
+from sweeps.share.chosen import PublishedSweep, choose
 from sweeps.share.publish import check_target, write_folders
 from sweeps.share.upload import Repository, check_repository, creating, upload, uploading
 from sweeps.study.comparison import check_tables
@@ -88,7 +88,7 @@ def _check_license(license: str | None, is_needed: bool) -> None:
         raise ConfigError(f"--license={license}: no name of a license on the hub, as apache-2.0, cc-by-4.0 or other")
 
 
-def print_repositories(repositories: list[Repository], study: Study, target: Path) -> None:
+def print_repositories(repositories: list[Repository], study: PublishedSweep, target: Path) -> None:
     """Print a row for every folder: its repository, files and size."""
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:

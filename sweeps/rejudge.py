@@ -7,7 +7,6 @@ DIR has, and the verdicts of the other judge as `judges.NAME`, by which nothing 
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from src.errors import ConfigError, report_errors
 from src.store.store import StageName
 from src.store.sweep_folder import SweepFolder
 from sweeps.arguments import ArgumentParser
+from sweeps.recorded_command import arguments_of, key_of, without
 
 REPLACED = ("output_dir", "sweep.name", "sweep.judge_only", "dry_run")  # keys of the recorded command
 
@@ -27,8 +27,8 @@ def rejudge_command(folder: SweepFolder, overrides: Sequence[str], name: str | N
     judge is named.
     """
     record = folder.read()
-    recorded = shlex.split(record["command"])
-    if "src.train" not in recorded:
+    recorded = arguments_of(record["command"])
+    if recorded is None:
         raise ConfigError(
             f"{folder.path}: was not made by src.train, but by {record['command']}; judge the study's sweep"
         )
@@ -42,8 +42,8 @@ def rejudge_command(folder: SweepFolder, overrides: Sequence[str], name: str | N
     if len(options) != 1 or not options[0] or "," in options[0]:
         raise ConfigError("which judge? Add judge=NAME, of conf/judge; several are given one after the other")
     name = name or options[0]
-    own = [override for override in recorded[recorded.index("src.train") + 1 :] if _key(override) not in REPLACED]
-    if any(_key(override).lstrip("+") == f"judge@judges.{name}" for override in own):
+    own = without(recorded, REPLACED)
+    if f"judge@judges.{name}" in map(key_of, own):
         raise ConfigError(f"{folder.path}: has a judge {name} already; give this one another name, --as NAME")
     new = [_of_judge(override, name) for override in overrides]
     output_dir, sweep = str(folder.store.output_dir), f"{folder.name}_{name}"
@@ -55,10 +55,6 @@ def _of_judge(override: str, name: str) -> str:
     if override.startswith("judge="):
         return f"+judge@judges.{name}={override.partition('=')[2]}"
     return f"judges.{name}.{override.removeprefix('judge.')}" if override.startswith("judge.") else override
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -4,13 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sweeps.analysis.diagnosis.command import next_command, study_overrides
+from sweeps.analysis.diagnosis.command import next_command
 from sweeps.analysis.diagnosis.displacement import displacement
 from sweeps.analysis.diagnosis.length import length_explains, win_rate_at_equal_length
 from sweeps.analysis.diagnosis.noise import Pair, seed_noise, too_few_prompts
-from sweeps.analysis.diagnosis.samples import beyond_sft, repeated_share, repetition, sft_distance, unfinished
-from sweeps.analysis.diagnosis.training import Trained, diverged, loss_above_start, loss_at_start
+from sweeps.analysis.diagnosis.samples import beyond_sft, repeated_share, repetition, unfinished
+from sweeps.analysis.diagnosis.training import DistanceMoved, diverged, loss_above_start, loss_at_start, sft_distance
 from sweeps.analysis.diagnosis.tuning import GridPoint, border, over_optimized
+from sweeps.recorded_command import variant_overrides
 from tests.support.commands import ROOT
 
 RNG = np.random.default_rng(0)
@@ -50,27 +51,27 @@ def test_a_few_pairs_that_lose_a_lot_are_no_displacement():
     assert displacement(INITIAL, final, True, -1.0, 1e-3) is None
 
 
-BEST = Trained(beta=0.05, lr=1e-3, kl=3.5, kl_error=0.1)
+BEST = DistanceMoved(beta=0.05, lr=1e-3, kl=3.5, kl_error=0.1)
 FLAT, FALLING = np.full(60, 0.693147), np.linspace(0.7, 0.4, 60)
 
 
 @pytest.mark.parametrize(
     ("losses", "point", "best", "is_worse", "expected"),
     [
-        (FLAT, Trained(1e-7, 1e-3, 0.7, 0.05), BEST, True, "warning"),  # beta is too small
-        (FLAT, Trained(0.05, 1e-6, 0.1, 0.05), BEST, True, "warning"),  # lr is
-        (FLAT, Trained(0.05, 1e-6, 0.01, 0.02), None, False, "severe"),  # the best point has not moved
-        (FALLING, Trained(1e-7, 1e-3, 0.7, 0.05), BEST, True, None),
+        (FLAT, DistanceMoved(1e-7, 1e-3, 0.7, 0.05), BEST, True, "warning"),  # beta is too small
+        (FLAT, DistanceMoved(0.05, 1e-6, 0.1, 0.05), BEST, True, "warning"),  # lr is
+        (FLAT, DistanceMoved(0.05, 1e-6, 0.01, 0.02), None, False, "severe"),  # the best point has not moved
+        (FALLING, DistanceMoved(1e-7, 1e-3, 0.7, 0.05), BEST, True, None),
         (
             FLAT,
-            Trained(1e-3, 1e-3, 3.4, 0.05),
+            DistanceMoved(1e-3, 1e-3, 3.4, 0.05),
             BEST,
             False,
             None,
         ),  # nearly linear, but the policy has moved
-        (FLAT, Trained(1.0, 1e-3, 0.7, 0.05), BEST, True, None),  # a larger beta: regularized, not stuck
+        (FLAT, DistanceMoved(1.0, 1e-3, 0.7, 0.05), BEST, True, None),  # a larger beta: regularized, not stuck
         (FLAT, BEST, None, False, None),
-        (FLAT[:1], Trained(1e-7, 1e-3, 0.7, 0.05), BEST, True, None),
+        (FLAT[:1], DistanceMoved(1e-7, 1e-3, 0.7, 0.05), BEST, True, None),
     ],
 )
 def test_a_loss_at_its_start_is_named_where_the_policy_has_not_moved(losses, point, best, is_worse, expected):
@@ -206,4 +207,4 @@ def test_the_next_command_is_that_of_the_sweep_with_other_values_and_another_nam
         "python -m src.train -m +sweep=demo 'output_dir=/a b' method=dpo beta=0.01,0.1 sweep.name=x_dpo_beta"
     )
     settings = {"model.name": "mini", "method.gamma_beta_ratio": None, "trainer.sft.lr": 0.1}
-    assert study_overrides(settings) == {"model": "mini", "method.gamma_beta_ratio": "null", "trainer.sft.lr": "0.1"}
+    assert variant_overrides(settings) == {"model": "mini", "method.gamma_beta_ratio": "null", "trainer.sft.lr": "0.1"}

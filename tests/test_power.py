@@ -51,7 +51,7 @@ def power(*arguments):
 
 
 def rows(text):
-    """Return the rows of the table: prompts, reported, seeds, difference, of trainings, dollars, hours."""
+    """Return the rows of the table: prompts, reported, seeds, difference, any seeds, dollars, hours."""
     return [line.split() for line in text.splitlines() if line.strip()[:1].isdigit() and len(line.split()) == 7]
 
 

@@ -16,10 +16,10 @@ from src.errors import ConfigError
 from src.model.adapters import is_adapter
 from src.model.loading import load_for_inference, load_template
 from src.planning.stage import stages_of
-from src.stages import align, generate, reference, validation
+from src.stages import align, generate, reference
 from src.stages.runner import compute_or_wait
 from src.stages.shared_rows import SharedRows
-from src.store.store import Store
+from src.store.store import VALIDATION_FILE, Store
 from tests.support.artifacts import results
 from tests.support.configs import TINY, point
 from tests.support.endpoint import smollm2_folder
@@ -151,7 +151,7 @@ def test_validation_by_all_ranks_is_that_of_what_is_published(engine, lora, alon
     assert is_adapter(published) == bool(lora)
     (expected,) = on_ranks(1, "none", validate, aligned, folder)
     assert all(line["margin"] for line in expected), "the control: that of what training started from is 0"
-    lines = (published / validation.FILE).read_text().splitlines()
+    lines = (published / VALIDATION_FILE).read_text().splitlines()
     assert [json.loads(line) for line in lines] == expected and len(lines) == 8
     (ours,), (theirs,) = done(folder, "align"), done(alone, "align")
     assert ours["tokens"] == theirs["tokens"], "those of all ranks are counted"

@@ -15,13 +15,13 @@ import pandas as pd
 
 from src.config.validation import check_folder
 from src.errors import ConfigError, report_errors
+from src.estimates.power import LEVEL
 from src.store.files import atomic_write
 from sweeps.arguments import ArgumentParser
 from sweeps.report.tables import NAMES
 from sweeps.study.archive import UnpackedStudy, unpack
 
 TEMPLATE = Path(__file__).with_name("smollm2.md.jinja")
-LEVEL = 0.05  # of p adjusted for all pairs of methods, below which two are said to differ
 
 
 def page(study: UnpackedStudy) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from src.errors import ConfigError
 
-LEVEL = 0.05  # of the family of all pairs, as the report marks what is not significant
+LEVEL = 0.05  # of significance in all tables: two methods differ when Holm's p of their difference is below
 POWER = 0.8  # the share of studies in which a true difference of this size is found
 
 
@@ -64,6 +64,11 @@ class Design:
 DEFAULT = Components(prompts=0.125, samples=0.125, seeds=0.0002)
 BOUNDED_METRICS = ("win_rate", "reward_accuracy", "accuracy")  # for which DEFAULT is meant
 SHARE_OF_PROMPTS = 0.5  # of the variance over prompts, where one seed cannot tell prompts from samples
+
+
+def is_bounded(metric: str) -> bool:
+    """Return whether a metric lies in [0, 1], also as the mean of several samples: `accuracy (avg@4)`."""
+    return metric.partition(" (")[0] in BOUNDED_METRICS
 
 
 def minimal_difference(components: Components, design: Design, level: float = LEVEL, power: float = POWER) -> float:

@@ -23,13 +23,13 @@ from src.planning.content import locate
 from src.planning.identity import AlignInputs
 from src.planning.resources import Resources
 from src.scores import sequence_score
-from src.stages import reference, validation
+from src.stages import reference
 from src.stages.pairs import training_examples
 from src.stages.shared_rows import Row, SharedRows
 from src.stages.validation import published_model
 from src.store.attempt import Attempt
 from src.store.files import write_json, write_jsonl
-from src.store.store import COUNTS_FILE
+from src.store.store import COUNTS_FILE, VALIDATION_FILE
 from src.training.loop import GlobalBatch, LossFn, Trained, train
 
 ROUNDING_ULPS = 8  # units in the last place of the summed log-probs; differences of training are thousands of them
@@ -116,7 +116,7 @@ def run(inputs: AlignInputs, resources: Resources, upstream: dict[str, Path], at
     lines = _validate(inputs, resources, model, held_out, references.get("validation"), attempt)
     if not attempt.is_main_process:
         return
-    write_jsonl(attempt.out / validation.FILE, lines)
+    write_jsonl(attempt.out / VALIDATION_FILE, lines)
     attempt.validation_tokens = sum(example.length for example in held_out.examples)
     attempt.tokens += attempt.validation_tokens
     counts = {"train": data.counts, "validation": held_out.counts}

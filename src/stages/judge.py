@@ -16,6 +16,7 @@ from src.planning.resources import Resources
 from src.stages import generate
 from src.stages.averages import by_prompt, mean_and_error, selection_prompts
 from src.stages.comparisons import comparisons_of
+from src.stages.measurements import of_splits
 from src.store.attempt import Attempt
 from src.store.files import read_json, write_json, write_jsonl
 from src.store.store import JUDGE_FILE, JUDGEMENTS_FILE, RESULT_SCHEMA
@@ -82,10 +83,7 @@ def run(inputs: FurtherJudgeInputs, resources: Resources, upstream: dict[str, Pa
         "metric": inputs.metric,
         "usage": judgements.usage,
         "quality": mean_and_error(list(quality.values())),
-        "splits": {
-            "selection": mean_and_error([v for i, v in quality.items() if i in selection]),
-            "reporting": mean_and_error([v for i, v in quality.items() if i not in selection]),
-        },
+        "splits": of_splits(quality, selection),
         "verdicts": judgements.columns,
     }
     write_json(attempt.out / JUDGE_FILE, result)

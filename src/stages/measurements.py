@@ -6,7 +6,7 @@ Whoever has the rows of a finished stage can compute its result again (`sweeps.s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,10 +51,7 @@ def measure(
     columns["selection"] = [prompt in selection for prompt in quality]
     result: dict[str, Any] = {
         "quality": {"metric": metric, **mean_and_error(list(quality.values())), **several},
-        "splits": {
-            "selection": mean_and_error([v for i, v in quality.items() if i in selection]),
-            "reporting": mean_and_error([v for i, v in quality.items() if i not in selection]),
-        },
+        "splits": of_splits(quality, selection),
         "kl": kl_estimates(rows.samples),
         "reward_accuracy": mean_and_error([line["correct"] for line in rows.pairs]),
         "reward_margin": mean_and_error([line["margin"] for line in rows.pairs]),
@@ -70,6 +67,14 @@ def measure(
     if sources := _by_source(reporting, rows.pairs, rows.demonstrations):
         result["sources"] = sources
     return {"schema": RESULT_SCHEMA, **columns}, result
+
+
+def of_splits(quality: Mapping[int, float], selection: Set[int]) -> dict[str, dict[str, float | None]]:
+    """Return the mean quality of each split of the prompts. quality: by prompt. selection: prompts that select."""
+    return {
+        "selection": mean_and_error([v for i, v in quality.items() if i in selection]),
+        "reporting": mean_and_error([v for i, v in quality.items() if i not in selection]),
+    }
 
 
 def kl_estimates(samples: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -17,7 +17,7 @@ from src.stages import validation
 from src.stages.shared_rows import Row, SharedRows
 from src.store.attempt import Attempt
 from src.store.files import write_json, write_jsonl
-from src.store.store import COUNTS_FILE
+from src.store.store import COUNTS_FILE, VALIDATION_FILE
 from src.training.loop import log_metrics, sft_loss, train
 from src.training.lr_schedule import total_steps
 
@@ -46,7 +46,7 @@ def run(inputs: SftInputs, resources: Resources, upstream: dict[str, Path], atte
     lines = _validate(inputs, resources, model, held_out, attempt)
     if not attempt.is_main_process:
         return
-    write_jsonl(attempt.out / validation.FILE, lines)
+    write_jsonl(attempt.out / VALIDATION_FILE, lines)
     attempt.validation_tokens = sum(example.length for example in held_out.examples)
     attempt.tokens += attempt.validation_tokens
     loss = -sum(line["logp"] for line in lines) / sum(line["tokens"] for line in lines)

@@ -11,10 +11,7 @@ from src.model.numerics import cast_for_inference_
 from src.planning.identity import AlignInputs, SftInputs
 from src.planning.resources import Resources
 from src.store.attempt import Attempt
-from src.store.store import VALIDATION_FILE
 from src.training.loop import Trained
-
-FILE = VALIDATION_FILE
 
 
 def published_model(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from src.errors import DamagedFile, warn
+from src.estimates.power import LEVEL
 from src.store.files import read_versioned_json
 from src.store.store import RESULT_SCHEMA, VERDICTS_FILE
 from sweeps.analysis.reporting_split import win_tie_lose
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from sweeps.analysis.results import Results
 
-LEVEL = 0.05  # of p adjusted by Holm: two judges disagree about two methods when both are below it
 SAMPLE = ["identity", "index", "sample", "turn"]  # columns that name a sample of a point
 COLUMNS = ["judge", "further", "metric", *SAMPLE, "value", "reporting", "first", "questions", "length"]
 MEASURES = {"first": "questions", "longer": "decided"}  # a share -> the column of how many there are

@@ -17,10 +17,10 @@ from src.errors import ConfigError
 from src.estimates.cost import Cost
 from src.estimates.forecast import Forecast
 from src.estimates.power import (
-    BOUNDED_METRICS,
     POWER,
     Components,
     Design,
+    is_bounded,
     minimal_difference,
     minimal_difference_of_trainings,
 )
@@ -31,7 +31,7 @@ from src.store.sweep_folder import SweepFolder
 from sweeps.analysis.spread import Spread, default_spread, spread_in_store
 
 FACTORS = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2))  # of prompts and of seeds, in the rows of the table
-_HEADER = "prompts  reported  seeds  difference  of trainings  judge dollars  accelerator-hours"
+_HEADER = "prompts  reported  seeds  difference     any seeds  judge dollars  accelerator-hours"
 ROW = "{:>7}  {:>8}  {:>5}  {:>10}  {:>12}  {:>13}  {:>17}"
 
 
@@ -232,7 +232,7 @@ def _lines(
         )
         texts = (_or_unknown(cost, form) for (cost, _), form in zip(costs, (",.2f", ",.3g"), strict=True))
         yield ROW.format(int(larger.num_prompts), size.prompts, size.seeds, *differences, *texts)
-    yield "of trainings: for a claim about the methods with any seeds, which the report's test does not make"
+    yield "any seeds: for a claim about the methods trained with any seeds, which the report's test does not make"
     yield "dollars and hours: of what this store does not have yet"
     yield from reasons
 
@@ -267,8 +267,7 @@ def judge_dollars(comparison: Comparison, plan: Plan, spread: Spread) -> tuple[f
 
 
 def _text(difference: float, metric: str) -> str:
-    is_bounded = metric.partition(" (")[0] in BOUNDED_METRICS
-    return "> 1" if is_bounded and difference > 1 else _or_unknown(difference, ".3f")
+    return "> 1" if is_bounded(metric) and difference > 1 else _or_unknown(difference, ".3f")
 
 
 def _or_unknown(value: float, form: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,11 @@ MEANS = [
     *("kl_sequence", "kl_token", "kl_sequence_rb", "kl_token_rb"),
     *("capability", "capability_change"),
 ]
+
+
+def rows_of_study(table: pd.DataFrame, point: Mapping[Any, Any]) -> pd.DataFrame:
+    """Return the rows of a table with the columns STUDY that are of the same study as a point."""
+    return table[(table[STUDY] == pd.Series({name: point[name] for name in STUDY})).all(axis=1)]
 
 
 def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
@@ -75,8 +81,7 @@ def select_points(averages: pd.DataFrame, rule: str, prompts: PromptQuality) -> 
     """
     selected = []
     for best in best_points(averages).to_dict("records"):
-        study = averages[(averages[STUDY] == pd.Series({name: best[name] for name in STUDY})).all(axis=1)]
-        similar = shortlist(study, best["identities"], prompts)
+        similar = shortlist(rows_of_study(averages, best), best["identities"], prompts)
         row = similar.sort_values("kl_sequence", kind="stable").iloc[0].to_dict() if rule != "best" else best
         selected.append(row | {"shortlist": len(similar)})
     return _sorted(pd.DataFrame(selected, columns=[*averages.columns, "shortlist"]))

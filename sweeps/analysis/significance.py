@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COMPARISON = ["difference", "low", "high", "p"]  # of two points: the columns of `compare`
+Z95 = 1.96  # standard errors from the mean to either end of its 95 % interval
 NUM_RESAMPLES = 10_000  # of a bootstrap: 250 of them lie beyond either end of a 95 % interval
 MAX_SPLITS = 100_000  # of methods into two groups, all of which are enumerated; 16 methods have at most 12,870
 BLOCK = 500  # resamples drawn at once, which bounds memory

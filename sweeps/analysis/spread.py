@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from src.errors import ConfigError, warn
-from src.estimates.power import BOUNDED_METRICS, DEFAULT, SHARE_OF_PROMPTS, Components
+from src.estimates.power import DEFAULT, SHARE_OF_PROMPTS, Components, is_bounded
 from src.store.sweep_folder import SweepFolder
 
 if TYPE_CHECKING:
@@ -46,11 +46,7 @@ class Spread:
 
 def default_spread(metric: str) -> Spread | None:
     """Return the stated default; None for a metric whose scale is not known."""
-    return Spread(DEFAULT, "a stated default: no finished sweep of this setup") if _is_bounded(metric) else None
-
-
-def _is_bounded(metric: str) -> bool:
-    return metric.partition(" (")[0] in BOUNDED_METRICS  # also where it is the mean of several samples: (avg@4)
+    return Spread(DEFAULT, "a stated default: no finished sweep of this setup") if is_bounded(metric) else None
 
 
 def spread_in_store(output_dir: Path, setup: str, metric: str, first: SweepFolder | None = None) -> Spread | None:
@@ -98,7 +94,7 @@ def spread_of(results: Results, setup: str, metric: str) -> Spread | None:
         return None
     num_seeds = min(table.shape[1] for table in tables)
     means = [fmean(getattr(part, name) for part in parts) for name in ("prompts", "samples", "seeds")]
-    if num_seeds == 1 and _is_bounded(metric):
+    if num_seeds == 1 and is_bounded(metric):
         means[2] = DEFAULT.seeds
     source = f"sweep {results.name}, {len(parts)} pairs of methods, {num_seeds} seed{'s' if num_seeds > 1 else ''}"
     return Spread(Components(*means), source, len(parts), num_seeds, tables[0].shape[2], judge_tokens(results))

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from src.planning.content import digest
 from sweeps.analysis.reporting_split import reported
 from sweeps.analysis.selection import GROUP, best_lr_per_beta
-from sweeps.analysis.significance import on_pareto_front
+from sweeps.analysis.significance import Z95, on_pareto_front
 from sweeps.report import selected_figures
 from sweeps.report.graphics import Drawing
 from sweeps.report.plot_style import (
@@ -26,7 +26,6 @@ from sweeps.report.plot_style import (
     METHODS_OF_KIND,
     NAMES,
     STYLES,
-    Z95,
     metric_label,
     style_axes,
     tooltip,

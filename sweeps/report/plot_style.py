@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from src.methods import METHODS
+from sweeps.analysis.significance import Z95
 
 KINDS = ("pairwise", "pointwise")
 METHODS_OF_KIND = {kind: [method for method in METHODS if METHODS[method].kind == kind] for kind in KINDS}
@@ -22,7 +23,6 @@ STYLES = {
     for methods in METHODS_OF_KIND.values()
     for index, method in enumerate(methods)
 }
-Z95 = 1.96  # a 95 % interval is the mean +- Z95 standard errors
 
 
 def shared_panel_style(method: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from src.estimates.power import LEVEL
 from sweeps.analysis.reporting_split import VERDICTS
 from sweeps.analysis.results import Results
 from sweeps.analysis.selection import GROUP
@@ -17,7 +18,6 @@ from sweeps.report.diagnosis import diagnosis_lines
 from sweeps.report.plot_style import NAMES
 from sweeps.search.variants import variant_text
 
-LEVEL = 0.05  # of significance: two methods differ when Holm's p of their difference is below
 BEST, NOT_SIGNIFICANT = "best", "n.s."  # values of the column "Gap to best"
 NOT_JUDGED = "not judged"  # the quality of a point on the reporting split, where its prompts have no verdict
 # Of all validation pairs; where quality is reward accuracy, that is the average by prompt on the reporting split.

@@ -14,12 +14,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from src.store.files import atomic_write, read_json
 from src.store.integrity import DONE
+from sweeps.recorded_command import without
 from sweeps.report.escapes import markdown_cell
 from sweeps.report.plot_style import NAMES
 from sweeps.report.table_files import markdown_text
 from sweeps.report.tables import BEST, NOT_SIGNIFICANT, best_table, change_with_error, with_error
-from sweeps.share.chosen import ChosenModel, Study
-from sweeps.share.model_folder import FIGURE
+from sweeps.share.chosen import ChosenModel, PublishedSweep
+from sweeps.share.model_folder import FIGURE, sampling_options
 from sweeps.share.training_data import describe_data, hub_tables
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,15 +41,14 @@ CONFIGS = {  # of the data set
 class Publication:
     """What all cards of a study say. license: None where none was given."""
 
-    study: Study
+    study: PublishedSweep
     data_set: str  # name of the repository
     license: str | None
 
     @property
     def command(self) -> str:
         """The command of the sweep, without output_dir, which names a folder of this machine."""
-        words = shlex.split(self.study.record["command"])
-        return shlex.join(word for word in words if not word.lstrip("+").startswith("output_dir="))
+        return shlex.join(without(shlex.split(self.study.record["command"]), ["output_dir"]))
 
     def shared(self) -> dict[str, Any]:
         """Return what every template needs."""
@@ -61,7 +61,12 @@ class Publication:
 
 
 def write_model_card(
-    folder: Path, repository: str, model: ChosenModel, base: str | None, of_paper: Publication, adapter_base: str | None
+    folder: Path,
+    repository: str,
+    model: ChosenModel,
+    base: str | None,
+    publication: Publication,
+    adapter_base: str | None,
 ) -> None:
     """Write the card of an aligned model.
 
@@ -70,21 +75,19 @@ def write_model_card(
     """
     row, sampling = model.row, model.config["evaluation"]["generation"]
     relation = "adapter" if adapter_base else "finetune"
-    metadata = _metadata(of_paper.license, adapter_base or base, relation)
+    metadata = _metadata(publication.license, adapter_base or base, relation)
     metadata["library_name"] = "peft" if adapter_base else "transformers"
     metadata["pipeline_tag"] = "text-generation"
     metadata |= _tables_used(model.config, model.sft is not None)
     metadata["tags"] = [PROJECT, "preference-optimization", row["method"]]
     settings = ", ".join(f"{name} {sampling[name]:g}" for name in ("temperature", "top_k", "top_p", "max_new_tokens"))
-    is_greedy = sampling["temperature"] == 0 or sampling["top_k"] == 1
-    options = {"max_new_tokens": sampling["max_new_tokens"], "do_sample": not is_greedy}
-    options |= {} if is_greedy else {name: sampling[name] for name in ("temperature", "top_k", "top_p")}
+    options = {"max_new_tokens": sampling["max_new_tokens"], **sampling_options(sampling)}
     where = "given above" if adapter_base else "those of `generation_config.json`"
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     _write(
         folder,
         "model_card.md.jinja",
-        of_paper,
+        publication,
         metadata=_yaml(metadata),
         repository=repository,
         name=NAMES[model.method],
@@ -100,7 +103,7 @@ def write_model_card(
         sampling="".join(f", {name}={value!r}" for name, value in options.items()) if adapter_base else "",
         generation=f"Samples of the study have these settings, {where}: {settings}.",
         training=describe_data(model.config, model.checkpoint, model.sft),
-        made=_describe_making(of_paper.study, [model.checkpoint]),
+        made=_describe_making(publication.study, [model.checkpoint]),
     )
 
 
@@ -245,7 +248,7 @@ def _values(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _describe_making(study: Study, folders: Iterable[Path]) -> str:
+def _describe_making(study: PublishedSweep, folders: Iterable[Path]) -> str:
     """Return one paragraph: code revision, versions of packages, and the hardware of these stages."""
     code = study.record.get("code") or {}
     commit = f"commit `{code['commit']}`" if code.get("commit") else "an unknown commit"

@@ -21,7 +21,8 @@ from src.store.sweep_folder import SweepFolder
 from sweeps.aggregate import selected
 from sweeps.analysis import reporting_split
 from sweeps.analysis.results import Results
-from sweeps.analysis.selection import STUDY, best_lr_per_beta
+from sweeps.analysis.selection import best_lr_per_beta, rows_of_study
+from sweeps.recorded_command import arguments_of, key_of, variant_overrides, without
 from sweeps.report.tables import gap_to_best
 
 # Overrides that the command which remakes a model does not take from that of the sweep: it has others of its own, or
@@ -54,7 +55,7 @@ class ChosenModel:
 
 
 @dataclass(frozen=True)
-class Study:
+class PublishedSweep:
     """A sweep with its results, and the models that are published of it."""
 
     folder: SweepFolder
@@ -74,7 +75,7 @@ class Study:
         return [Path(path) for path in self.results.points.checkpoint[self.results.points.state == "done"]]
 
 
-def choose(folder: SweepFolder, results: Results, methods: Collection[str] | None) -> Study:
+def choose(folder: SweepFolder, results: Results, methods: Collection[str] | None) -> PublishedSweep:
     """Return the study with the best point of each of the methods, None for all, in every setup.
 
     As in best.yaml a method has one model in a setup: of several inits and variants the one that is best on the
@@ -100,7 +101,7 @@ def choose(folder: SweepFolder, results: Results, methods: Collection[str] | Non
         rows = rows[rows.method.isin(list(methods))]
     curves = best_lr_per_beta(averages)
     models = [_chosen(folder, results, row, curves, rows.setup.nunique() > 1) for row in rows.to_dict("records")]
-    return Study(folder, record, results, best, differences, models)
+    return PublishedSweep(folder, record, results, best, differences, models)
 
 
 def _chosen(
@@ -114,8 +115,7 @@ def _chosen(
         config = read_json(evaluation / RUN_CONFIG_FILE)
     except FileNotFoundError as error:
         raise DamagedFile(f"{error.filename}: missing; run the sweep again") from None
-    key = [row[name] for name in STUDY]
-    curve, grid = (table[(table[STUDY] == key).all(axis=1)] for table in (curves, results.points))
+    curve, grid = (rows_of_study(table, row) for table in (curves, results.points))
     prompts = results.prompts.reporting([[result]]).shape[1]
     name = f"{row['setup']}-{row['method']}" if with_setup else row["method"]
     sft = results.artifacts(result, "sft") if row["init"] == "sft" else None
@@ -140,31 +140,17 @@ def remaking_command(folder: SweepFolder, results: Results, row: Mapping[Any, An
 
     Samples with another seed, which must be drawn from the model, make sure that it is needed; they are not judged.
     """
-    settings = {
-        key.removesuffix(".name"): "null" if value is None else value
-        for key, value in results.settings.get(row["identities"][0], {}).items()
-    }
+    settings = variant_overrides(results.settings.get(row["identities"][0], {}))
     point = {"method": row["method"], "init": row["init"], "beta": row["beta"], "lr": row["lr"], "seed": row["seed"]}
     if results.points.setup.nunique() > 1:
         point["setup"] = row["setup"]
     point |= {key: value for key, value in settings.items() if not key.startswith(_NOT_NEEDED)}
-    kept = [override for override in own_overrides(results.sweeps[0]["command"]) if _is_kept(override, point)]
+    recorded = without(arguments_of(results.sweeps[0]["command"]) or [], {*point, *_ALWAYS_NEW})
+    kept = [word for word in recorded if not word.startswith("-") and not key_of(word).startswith(_NOT_NEEDED)]
     store = results.stores[0]
     new = [f"output_dir={store.parent}", f"sweep.name={folder.name}_{row['method']}", "keep_checkpoints=all"]
     new += ["evaluation.generation.seed=1000003", "judge=none", "evaluation.metric=reward_accuracy", "capability=none"]
     return ["python", "-m", "src.train", "-m", *kept, *(f"{key}={value}" for key, value in point.items()), *new]
-
-
-def _is_kept(override: str, point: Collection[str]) -> bool:
-    key = override.partition("=")[0].lstrip("+~")
-    return key not in {*point, *_ALWAYS_NEW} and not key.startswith(_NOT_NEEDED)
-
-
-def own_overrides(command: str) -> list[str]:
-    """Return the overrides of a recorded command."""
-    words = shlex.split(command)
-    overrides = words[words.index("src.train") + 1 :] if "src.train" in words else []
-    return [word for word in overrides if not word.startswith("-")]
 
 
 def hub_name(location: str) -> str | None:

@@ -16,7 +16,7 @@ from src.errors import DamagedFile
 from src.store.files import read_jsonl
 from src.store.store import FURTHER_JUDGE, JUDGEMENTS_FILE, METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE, read_result
 from sweeps.analysis.results import Results, read_quality
-from sweeps.share.chosen import Study
+from sweeps.share.chosen import PublishedSweep
 
 ROWS_PER_GROUP = 50_000  # of a Parquet file, which are in memory at once
 _LOCAL = ["checkpoint", "error"]  # columns of points.csv that name files of this machine
@@ -72,7 +72,7 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
 }
 
 
-def write_data_set(folder: Path, study: Study) -> dict[str, int]:
+def write_data_set(folder: Path, study: PublishedSweep) -> dict[str, int]:
     """Write CONFIG.parquet for every config that has rows, and return config -> number of rows.
 
     Raises DamagedFile for a file of a point that cannot be read, and OSError.

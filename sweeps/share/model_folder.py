@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from tokenizers import Tokenizer
 
+from src.config.schema import Generation
 from src.data.templates import published_chat_template, tokens_of
 from src.errors import ConfigError, DamagedFile
 from src.model.files import ADAPTER_CONFIG
@@ -103,13 +104,17 @@ def _write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
     path, sampling = folder / "generation_config.json", config["evaluation"]["generation"]
     settings = read_json(path) if path.exists() else {}
     settings["max_new_tokens"] = sampling["max_new_tokens"]
-    if sampling["temperature"] == 0 or sampling["top_k"] == 1:
-        settings["do_sample"] = False
-    else:
-        settings |= {"do_sample": True} | {name: sampling[name] for name in ("temperature", "top_k", "top_p")}
+    settings |= sampling_options(sampling)
     if ends := _end_ids(folder, config["model"]):
         settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     write_json(path, settings)
+
+
+def sampling_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `generate` that sample as the study did. sampling: of evaluation.generation."""
+    if Generation(temperature=sampling["temperature"], top_k=sampling["top_k"]).is_greedy:
+        return {"do_sample": False}
+    return {"do_sample": True, **{name: sampling[name] for name in ("temperature", "top_k", "top_p")}}
 
 
 def _end_ids(folder: Path, model: Mapping[str, Any]) -> list[int]:

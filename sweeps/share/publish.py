@@ -12,7 +12,7 @@ from src.store.attempt import Report
 from src.store.files import remove
 from src.store.lease import Lease
 from sweeps.share.cards import Publication, write_data_card, write_model_card, write_sft_card
-from sweeps.share.chosen import ChosenModel, Study
+from sweeps.share.chosen import ChosenModel, PublishedSweep
 from sweeps.share.data_set import write_data_set
 from sweeps.share.model_folder import (
     base_of,
@@ -32,7 +32,7 @@ MARK = ".alignment-sweep"  # file that says that a folder was written here, and 
 
 def write_folders(
     target: Path,
-    study: Study,
+    study: PublishedSweep,
     to: str,
     license: str | None = None,
     base_model: str | None = None,

@@ -12,7 +12,7 @@ from typing import Any
 
 from src.errors import DamagedFile
 from src.stages.averages import by_prompt, mean_and_error
-from src.stages.measurements import MeasuredRows, capability_scores, measure
+from src.stages.measurements import MeasuredRows, capability_scores, measure, of_splits
 from src.store.files import find, read_json, read_jsonl, with_checksum, write_json
 from src.store.integrity import DONE, STAGE_FILE, describe_files, find_damage
 from src.store.store import (
@@ -97,19 +97,13 @@ def _results(root: Path, folder: Path, result: dict[str, Any]) -> dict[str, dict
             name = role.removeprefix(FURTHER_JUDGE)
             values = _verdicts(root / "judge" / stage, samples)
             judges[name]["value"] = [value for _, value in values]
-            new[RESULT_FILE]["judges"][name] |= _of_splits(values, set(all_verdicts["selection"]))
+            by_judge = {p: math.fsum(v) / len(v) for p, v in by_prompt((s["index"], v) for s, v in values).items()}
+            new[RESULT_FILE]["judges"][name] |= {
+                "quality": mean_and_error(list(by_judge.values())),
+                "splits": of_splits(by_judge, set(all_verdicts["selection"])),
+            }
         new[VERDICTS_FILE] = {**all_verdicts, "judges": judges}
     return new
-
-
-def _of_splits(verdicts: list[tuple[dict[str, Any], float]], selection: set[int]) -> dict[str, Any]:
-    """Return the quality of all prompts and of each split by a further judge, as its stage computes them."""
-    values = {p: math.fsum(v) / len(v) for p, v in by_prompt((s["index"], value) for s, value in verdicts).items()}
-    splits = {
-        "selection": mean_and_error([v for i, v in values.items() if i in selection]),
-        "reporting": mean_and_error([v for i, v in values.items() if i not in selection]),
-    }
-    return {"quality": mean_and_error(list(values.values())), "splits": splits}
 
 
 def _verdicts(folder: Path, samples: list[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:

@@ -24,11 +24,11 @@ from src.store.sweep_folder import SweepFolder
 from sweeps.aggregate import selected
 from sweeps.analysis import reporting_split
 from sweeps.analysis.results import collect
+from sweeps.analysis.significance import Z95
 from sweeps.report.table_files import markdown_text
 from sweeps.search.search import Search
 from sweeps.study.archive import UnpackedStudy
 
-Z_95 = 1.96  # standard errors on each side of a 95 % interval, where only an error is known
 UNSET = {  # keys of the packed configs that say how and where the study ran, not what
     "dry_run": False,
     "best_from": None,
@@ -114,7 +114,7 @@ def compare_with_intervals(
         quality = row["quality_reporting"], row["quality_reporting_low"], row["quality_reporting_high"]
         measures: dict[str, tuple[tuple[float, float, float], Any]] = {
             f"{row['metric']}, reporting prompts": (quality, seeds.quality_reporting),
-            "KL per sequence, nats": ((kl, kl - Z_95 * error, kl + Z_95 * error), seeds.kl_sequence),
+            "KL per sequence, nats": ((kl, kl - Z95 * error, kl + Z95 * error), seeds.kl_sequence),
         }
         for measure, ((old, low, high), values) in measures.items():
             if isnan(old):  # with judge.reporting=selected, before the selected points were judged on these prompts

@@ -14,6 +14,7 @@ from src.store.sweep_folder import SweepFolder
 from sweeps.analysis.results import collect
 from sweeps.report.escapes import csv_text
 from tests.support.chat_model import EMBEDDED
+from tests.support.commands import run_in_process
 from tests.support.configs import point as composed_point
 
 METHODS = ("dpo", "nca")
@@ -97,3 +98,12 @@ def publish_adapters(folder: SweepFolder, base: str) -> None:
                 path.unlink()
         save_adapter(adapter_of(model), base, stage, torch.float32)
         finish(stage)
+
+
+def push(folder, *arguments, to="me/demo"):
+    return run_in_process(folder.path, "--to", to, *arguments, module="sweeps.push")
+
+
+def refusal(done, code=2):
+    assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import Any
 
-GROUP_NAME = ".name"  # of a setting that names the option of a group: `model.name` is chosen by `model=`
+from sweeps.recorded_command import without
 
 
 def next_command(command: str, name: str, overrides: Mapping[str, str]) -> str:
@@ -15,19 +14,12 @@ def next_command(command: str, name: str, overrides: Mapping[str, str]) -> str:
     Finished stages of the store are reused. command: as sweep.json has it. name: of that sweep.
     """
     replaced = {**overrides, "sweep.name": "_".join([name, *filter(str.isidentifier, _words(overrides))])}
-    kept = [token for token in shlex.split(command) if token.partition("=")[0].lstrip("+~") not in replaced]
-    return shlex.join([*kept, *(f"{key}={value}" for key, value in replaced.items())])
+    return shlex.join(
+        [*without(shlex.split(command), replaced), *(f"{key}={value}" for key, value in replaced.items())]
+    )
 
 
 def _words(overrides: Mapping[str, str]) -> list[str]:
     """Return what tells this sweep from others by its name: the method, and the keys that are changed."""
     method = [overrides["method"]] if "method" in overrides else []
     return [*method, *(key.rpartition(".")[2] for key in overrides if key not in ("method", "setup", "init"))]
-
-
-def study_overrides(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the overrides that choose a variant. settings: those it is made of, key -> value."""
-    return {
-        key.removesuffix(GROUP_NAME): "null" if value is None else str(value).replace(" ", "")
-        for key, value in settings.items()
-    }

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sweeps.analysis.diagnosis.command import next_command, study_overrides
+from sweeps.analysis.diagnosis.command import next_command
 from sweeps.analysis.diagnosis.finding import SEVERITIES, Finding
-from sweeps.analysis.diagnosis.measured import Measured
 from sweeps.analysis.diagnosis.of_group import of_failures, of_group, unmeasured
 from sweeps.analysis.diagnosis.of_study import of_study
-from sweeps.analysis.selection import GROUP, STUDY
+from sweeps.analysis.diagnosis.point_files import PointFiles
+from sweeps.analysis.selection import GROUP, STUDY, rows_of_study
+from sweeps.recorded_command import variant_overrides
 
 if TYPE_CHECKING:
     from sweeps.analysis.results import Results
@@ -31,11 +32,11 @@ def diagnose(
     averages: of average_seeds. best: of select_points. differences: of reporting_split.differences. verdicts: of
     judges.read_verdicts.
     """
-    measured, commands, rows = Measured(results), _Commands(results), []
-    measured.learn_references([identity for seeds in best.identities for identity in seeds])
+    files, commands, rows = PointFiles(results), _Commands(results), []
+    files.learn_references([identity for seeds in best.identities for identity in seeds])
     for point in best.to_dict("records"):
-        study = averages[(averages[STUDY] == pd.Series({name: point[name] for name in STUDY})).all(axis=1)]
-        for found in of_study(results, measured, study, point, verdicts):
+        study = rows_of_study(averages, point)
+        for found in of_study(results, files, study, point, verdicts):
             where = {name: found.point[name] for name in (*STUDY, "beta", "lr")} | {"selected": found.is_selected}
             rows.append(_row(found.finding, where, commands.of(found.finding, found.point, point["identities"][0])))
     for finding, failed in of_failures(results):
@@ -44,7 +45,7 @@ def diagnose(
     for key, group in best.groupby(GROUP, sort=False, dropna=False):
         of_these = differences[(differences[GROUP] == list(key)).all(axis=1)]
         first = group.iloc[0].to_dict()
-        for finding in [*unmeasured(measured, group), *of_group(results, group, of_these)]:
+        for finding in [*unmeasured(files, group), *of_group(results, group, of_these)]:
             where = dict(zip(GROUP, key, strict=True)) | {"selected": True}
             rows.append(_row(finding, where, commands.of(finding, first | {"method": None}, first["identities"][0])))
     table = pd.DataFrame(rows, columns=COLUMNS)
@@ -77,6 +78,6 @@ class _Commands:
             return ""
         sweep = self._sweep_of.get(result, self.results.sweeps[0])
         overrides = {name: str(point[name]) for name in self._varying}
-        overrides |= study_overrides(self.results.settings.get(result, {})) if point["method"] else {}
+        overrides |= variant_overrides(self.results.settings.get(result, {})) if point["method"] else {}
         overrides |= {"method": point["method"]} if point["method"] else {}
         return next_command(sweep["command"], sweep["name"], overrides | dict(finding.overrides))

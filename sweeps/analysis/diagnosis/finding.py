@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from sweeps.analysis.significance import Z95
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 SEVERITIES = ("severe", "warning", "note")  # the worst first
-Z95 = 1.96  # standard errors on either side of an estimate: its 95 % interval
 MAX_RATIO = 10.0  # between a value of a grid and the next one that is proposed
 
 
@@ -25,6 +26,11 @@ class Finding(NamedTuple):
     severity: str  # one of SEVERITIES
     text: str  # a sentence with the numbers, without a full stop
     overrides: Mapping[str, str] = {}
+
+
+def that_fired(*findings: Finding | None) -> list[Finding]:
+    """Return the findings of those rules that found something."""
+    return [finding for finding in findings if finding is not None]
 
 
 def is_above(value: float, error: float, other: float, other_error: float = 0.0) -> bool:

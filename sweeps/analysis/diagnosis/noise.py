@@ -6,6 +6,7 @@ import math
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
+from src.estimates.power import LEVEL
 from sweeps.analysis.diagnosis.finding import Z95, Finding, is_above, mean_and_error
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LEVEL = 0.05  # of significance, as in the report's tables
 FEW_PROMPTS = 100  # ours: the 95 % interval of a win rate around one half is then wider than 0.2
 MAX_MORE = 20  # ours: times as many prompts; a difference that needs more is not worth a run
 SEEDS = "0,1,2"

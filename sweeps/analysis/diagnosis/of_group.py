@@ -8,9 +8,9 @@ import pandas as pd
 
 from src.methods import METHODS
 from sweeps.analysis.diagnosis.displacement import not_measured
-from sweeps.analysis.diagnosis.finding import Finding
-from sweeps.analysis.diagnosis.measured import NO_REFERENCE, Measured
+from sweeps.analysis.diagnosis.finding import Finding, that_fired
 from sweeps.analysis.diagnosis.noise import Pair, one_seed, seed_noise, too_few_prompts
+from sweeps.analysis.diagnosis.point_files import NO_REFERENCE, PointFiles
 from sweeps.analysis.diagnosis.training import diverged
 from sweeps.analysis.selection import STUDY
 
@@ -33,8 +33,8 @@ def of_group(results: Results, group: pd.DataFrame, differences: pd.DataFrame) -
     for pair in differences.to_dict("records"):
         names = METHODS[pair["method"]].name, METHODS[pair["other"]].name
         seeds = tuple(quality.reindex(identities[str(pair[name])]).to_numpy(float) for name in ("method", "other"))
-        findings += _some(seed_noise(names, (seeds[0], seeds[1]), pair["p_holm"]))
-    return findings + _some(_tied(results, group, differences))
+        findings += that_fired(seed_noise(names, (seeds[0], seeds[1]), pair["p_holm"]))
+    return findings + that_fired(_tied(results, group, differences))
 
 
 def _tied(results: Results, group: pd.DataFrame, differences: pd.DataFrame) -> Finding | None:
@@ -54,11 +54,11 @@ def _tied(results: Results, group: pd.DataFrame, differences: pd.DataFrame) -> F
     )
 
 
-def unmeasured(measured: Measured, group: pd.DataFrame) -> list[Finding]:
+def unmeasured(files: PointFiles, group: pd.DataFrame) -> list[Finding]:
     """Return a finding for every reason why displacement is unknown for some of the selected points."""
     reasons: dict[str, list[str]] = {}
     for row in group.to_dict("records"):
-        if measured.chosen_logps(row["identities"]) is None and (why := measured.why_unknown(row["identities"][0])):
+        if files.chosen_logps(row["identities"]) is None and (why := files.why_unknown(row["identities"][0])):
             reasons.setdefault(why, []).append(METHODS[row["method"]].name)
     return [not_measured(methods, why, why == NO_REFERENCE) for why, methods in reasons.items()]
 
@@ -72,7 +72,3 @@ def of_failures(results: Results) -> list[tuple[Finding, dict[Any, Any]]]:
         if (finding := diverged(errors, len(study))) is not None:
             findings.append((finding, failed.iloc[0].to_dict()))
     return findings
-
-
-def _some(*findings: Finding | None) -> list[Finding]:
-    return [finding for finding in findings if finding is not None]

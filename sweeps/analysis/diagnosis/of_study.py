@@ -10,15 +10,15 @@ import pandas as pd
 
 from src.methods import METHODS
 from sweeps.analysis.diagnosis.displacement import displacement
-from sweeps.analysis.diagnosis.finding import SEVERITIES, Finding, is_above, rounded, values_text
+from sweeps.analysis.diagnosis.finding import SEVERITIES, Finding, is_above, rounded, that_fired, values_text
 from sweeps.analysis.diagnosis.length import length_explains
 from sweeps.analysis.diagnosis.samples import beyond_sft, repetition, unfinished
-from sweeps.analysis.diagnosis.training import Trained, loss_above_start, loss_at_start
+from sweeps.analysis.diagnosis.training import DistanceMoved, loss_above_start, loss_at_start
 from sweeps.analysis.diagnosis.tuning import GridPoint, border, over_optimized
 from sweeps.analysis.selection import best_lr_per_beta
 
 if TYPE_CHECKING:
-    from sweeps.analysis.diagnosis.measured import Measured
+    from sweeps.analysis.diagnosis.point_files import PointFiles
     from sweeps.analysis.results import Results
 
 Row = dict[Any, Any]  # of average_seeds
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
 
 def of_study(
-    results: Results, measured: Measured, study: pd.DataFrame, best: Row, verdicts: pd.DataFrame
+    results: Results, files: PointFiles, study: pd.DataFrame, best: Row, verdicts: pd.DataFrame
 ) -> list[Found]:
     """Return the findings of a study. study: its rows of average_seeds. best: the selected one of them."""
     best_lrs = best_lr_per_beta(study)
@@ -41,38 +41,38 @@ def of_study(
     found = [Found(finding, best, True) for finding in _of_length(best, verdicts)]
     for row in examined.sort_values("quality_selection", kind="stable").to_dict("records"):
         is_best = row["beta"] == best["beta"] and row["lr"] == best["lr"]
-        of_point = _of_point(results, measured, row, best, is_best)
+        of_point = _of_point(results, files, row, best, is_best)
         found += [Found(finding, row, is_best) for finding in of_point if is_best or finding.severity != "note"]
     for name, rows in (("beta", best_lrs), ("lr", study[study.beta == best["beta"]])):
         found += _of_grid(name, rows.sort_values(name), best)
     return _merged(found)
 
 
-def _of_point(results: Results, measured: Measured, row: Row, best: Row, is_best: bool) -> Iterator[Finding]:
+def _of_point(results: Results, files: PointFiles, row: Row, best: Row, is_best: bool) -> Iterator[Finding]:
     """Yield what is found of one point; per-pair measurements are of all its seeds, those of samples of the first."""
     beta, lr, first, closer = row["beta"], row["lr"], row["identities"][0], _closer(row, best, is_best)
     quality, error = row["quality_selection"], row["quality_selection_se"]
     is_worse = is_above(best["quality_selection"], best["quality_selection_se"], quality, error)
     if row["metric"] == "win_rate":
         is_worse |= is_above(0.5, 0.0, quality, error)
-    if (logps := measured.chosen_logps(row["identities"])) is not None:
-        of_best = None if is_best else measured.chosen_logps(best["identities"])
+    if (logps := files.chosen_logps(row["identities"])) is not None:
+        of_best = None if is_best else files.chosen_logps(best["identities"])
         best_change = None if of_best is None else float((of_best[1] - of_best[0]).mean())
-        yield from _some(displacement(*logps, is_worse, best_change, lr))
-    losses, norm = measured.training(first)
-    yield from _some(
-        loss_at_start(losses, norm, _trained(row), None if is_best else _trained(best), is_worse),
-        loss_above_start(losses, measured.held_out_losses(first), is_worse, beta, lr),
+        yield from that_fired(displacement(*logps, is_worse, best_change, lr))
+    losses, norm = files.training(first)
+    yield from that_fired(
+        loss_at_start(losses, norm, _distance_moved(row), None if is_best else _distance_moved(best), is_worse),
+        loss_above_start(losses, files.held_out_losses(first), is_worse, beta, lr),
     )
-    if (repeated := measured.repeated(first)) is not None:
-        yield from _some(repetition(repeated, measured.repeated(first, "baseline"), closer))
+    if (repeated := files.repeated(first)) is not None:
+        yield from that_fired(repetition(repeated, files.repeated(first, "baseline"), closer))
     finished = float(np.mean([results.finished[identity] for identity in row["identities"]]))
-    yield from _some(unfinished(1 - finished, measured.baseline_unfinished(first), closer))
-    yield from _some(beyond_sft(row["kl_token"], row["kl_token_se"], measured.sft_distance(first), closer))
+    yield from that_fired(unfinished(1 - finished, files.baseline_unfinished(first), closer))
+    yield from that_fired(beyond_sft(row["kl_token"], row["kl_token_se"], files.sft_distance(first), closer))
 
 
-def _trained(row: Row) -> Trained:
-    return Trained(*(row[name] for name in ("beta", "lr", "kl_sequence", "kl_sequence_se")))
+def _distance_moved(row: Row) -> DistanceMoved:
+    return DistanceMoved(*(row[name] for name in ("beta", "lr", "kl_sequence", "kl_sequence_se")))
 
 
 def _closer(row: Row, best: Row, is_best: bool) -> dict[str, str]:
@@ -102,7 +102,7 @@ def _of_grid(name: str, rows: pd.DataFrame, best: Row) -> list[Found]:
     if position is None:
         return []
     fixed = {"lr": f"{best['lr']:g}"} if name == "beta" else {"beta": f"{best['beta']:g}"}
-    found = [Found(_with(finding, fixed), best, True) for finding in _some(border(name, grid, position))]
+    found = [Found(_with(finding, fixed), best, True) for finding in that_fired(border(name, grid, position))]
     if (result := over_optimized(name, grid, position)) is not None:
         finding, worst = result
         found.append(Found(_with(finding, fixed), next(r for r in records if r[name] == worst), False))
@@ -119,11 +119,7 @@ def _of_length(best: Row, verdicts: pd.DataFrame) -> Iterator[Finding]:
         return
     rows = verdicts[verdicts.identity.isin(best["identities"]) & ~verdicts.further & verdicts.reporting.astype(bool)]
     by_prompt = rows.groupby("index")[["value", "length"]].mean()
-    yield from _some(length_explains(by_prompt.value.to_numpy(float), by_prompt.length.to_numpy(float)))
-
-
-def _some(*findings: Finding | None) -> list[Finding]:
-    return [finding for finding in findings if finding is not None]
+    yield from that_fired(length_explains(by_prompt.value.to_numpy(float), by_prompt.length.to_numpy(float)))
 
 
 def _merged(found: list[Found]) -> list[Found]:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 NGRAM = 4  # words, as in seq-rep-4 of Welleck et al., arXiv 1908.04319
 MAX_REPEATED = 0.2  # ours: share of a response's 4-grams that occurred before; more is a response that repeats itself
 MORE, MANY = 0.05, 0.25  # ours: share of responses, beyond the initial model's, for a warning and for a severe finding
-PART = 10  # the first and last tenth of SFT's steps are its start and end
 FAR = 2.0  # ours: times the distance of SFT, for a warning
 
 
@@ -62,20 +61,10 @@ def _more(rule: str, excess: float, text: str, overrides: Mapping[str, str]) -> 
     return Finding(rule, "severe" if excess > MANY else "warning", text, overrides)
 
 
-def sft_distance(losses: NDArray[np.float64]) -> float:
-    """Return by how much SFT made a demonstration's token more likely, nats: the fall of its loss, start to end.
-
-    That is KL(data || before) - KL(data || after), a distance that needs no sample of the model before. losses:
-    (steps,) of training, means over tokens.
-    """
-    count = max(1, len(losses) // PART)
-    return float(losses[:count].mean() - losses[-count:].mean())
-
-
 def beyond_sft(kl_token: float, error: float, distance: float, overrides: Mapping[str, str]) -> Finding | None:
     """Find that alignment moved the policy farther from the SFT model than SFT had moved that.
 
-    Two different estimates, both in nats per token: KL(policy || SFT model) of samples, and sft_distance.
+    Two different estimates, both in nats per token: KL(policy || SFT model) of samples, and training.sft_distance.
     """
     if not (distance > 0 and is_above(kl_token, error, distance)):
         return None

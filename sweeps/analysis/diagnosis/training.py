@@ -19,13 +19,24 @@ DIVERGED = "diverged at step"  # how the error of such a run begins (src/trainin
 EPSILON = 1e-8  # Adam's: gradients of a weight that are smaller move it less the smaller they are
 
 
-def _ends(losses: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    count = max(2, len(losses) // PART)
+def _ends(losses: NDArray[np.float64], least: int = 2) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the losses of the first and of the last steps of a run, at least so many."""
+    count = max(least, len(losses) // PART)
     return losses[:count], losses[-count:]
 
 
-class Trained(NamedTuple):
-    """How far a point has moved from the initial model: KL per sequence, nats, with its standard error."""
+def sft_distance(losses: NDArray[np.float64]) -> float:
+    """Return by how much SFT made a demonstration's token more likely, nats: the fall of its loss, start to end.
+
+    That is KL(data || before) - KL(data || after), a distance that needs no sample of the model before. losses:
+    (steps,) of training, means over tokens.
+    """
+    start, end = _ends(losses, 1)
+    return float(start.mean() - end.mean())
+
+
+class DistanceMoved(NamedTuple):
+    """A point, and how far it has moved from the initial model: KL per sequence, nats, with its standard error."""
 
     beta: float
     lr: float
@@ -34,7 +45,7 @@ class Trained(NamedTuple):
 
 
 def loss_at_start(
-    losses: NDArray[np.float64], grad_norm: float, point: Trained, best: Trained | None, is_worse: bool
+    losses: NDArray[np.float64], grad_norm: float, point: DistanceMoved, best: DistanceMoved | None, is_worse: bool
 ) -> Finding | None:
     """Find that a run has learned next to nothing, because beta or the learning rate is too small.
 

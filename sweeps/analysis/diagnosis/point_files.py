@@ -13,20 +13,21 @@ from src.errors import DamagedFile, warn
 from src.store.files import read_bytes, read_json
 from src.store.integrity import STAGE_FILE, find_damage
 from src.store.store import METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE
-from sweeps.analysis.diagnosis.samples import repeated_share, sft_distance
+from sweeps.analysis.diagnosis.samples import repeated_share
+from sweeps.analysis.diagnosis.training import sft_distance
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sweeps.analysis.results import Results
 
-OLD = "their results are of a version that did not keep log-probs"
+OLD_VERSION = "their results are of a version that did not keep log-probs"
 NO_REFERENCE = "no point of a method with a reference has the same initial model and held-out pairs"
 MAX_RESPONSES = 256  # of a point that are searched for repetition
 Columns = dict[str, "NDArray[np.float64]"]
 
 
-class Measured:
+class PointFiles:
     """The files of the points of some sweeps; a damaged one is warned of once, and counts as one that is missing."""
 
     def __init__(self, results: Results) -> None:
@@ -65,7 +66,7 @@ class Measured:
     def why_unknown(self, identity: str) -> str:
         """Return why the log-probs of a point under the initial model are unknown; empty without held-out pairs."""
         pairs = self._columns(identity, "align", VALIDATION_FILE)
-        return "" if not pairs else OLD if "logps" not in pairs else NO_REFERENCE
+        return "" if not pairs else OLD_VERSION if "logps" not in pairs else NO_REFERENCE
 
     def held_out_losses(self, identity: str) -> NDArray[np.float64]:
         return self._columns(identity, "align", VALIDATION_FILE).get("loss", np.empty(0))
