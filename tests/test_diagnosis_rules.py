@@ -147,13 +147,13 @@ def test_quality_that_falls_while_margins_grow_is_found(demo_grids):
 def test_a_gain_that_length_explains_is_told_beside_the_raw_one():
     lengths = RNG.normal(100, 50, 400)
     by_length = (RNG.random(400) < 1 / (1 + np.exp(-lengths / 30))).astype(float)
-    finding = length_explains(by_length, lengths)
+    finding = length_explains(by_length, lengths, 1e-3)
     assert finding.severity in ("warning", "severe") and "at equal length" in finding.text
     assert abs(win_rate_at_equal_length(by_length, lengths)[0] - 0.5) < 0.15
     real = (RNG.random(400) < 0.8).astype(float)  # whatever the length
-    assert length_explains(real, lengths - 100) is None
-    assert length_explains(1 - real, lengths) is None, "no gain"
-    assert length_explains(real, np.zeros(400)) is None
+    assert length_explains(real, lengths - 100, 1e-3) is None
+    assert length_explains(1 - real, lengths, 1e-3) is None, "no gain"
+    assert length_explains(real, np.zeros(400), 1e-3) is None
 
 
 def test_repetition_is_measured_by_four_grams_and_compared_with_the_initial_model():
@@ -162,6 +162,8 @@ def test_repetition_is_measured_by_four_grams_and_compared_with_the_initial_mode
     bad, good = np.repeat([0.5, 0.0], [60, 40]), np.zeros(100)
     assert severity(repetition(bad, good, CLOSER)) == "severe" == severity(repetition(bad, None, CLOSER))
     assert severity(repetition(np.repeat([0.5, 0.0], [10, 90]), good, CLOSER)) == "warning"
+    assert "0.0 % of the initial model's" in repetition(bad, good, CLOSER).text
+    assert "initial model" not in repetition(bad, None, CLOSER).text
     assert repetition(bad, bad, CLOSER) is None, "as the initial model does"
     assert repetition(good, good, CLOSER) is None
 
@@ -191,6 +193,12 @@ def test_a_significant_difference_within_the_noise_of_seeds_is_found():
     assert seed_noise(("DPO", "IPO"), (one[:1], other[:1]), 0.01) is None
 
 
+def test_of_equal_methods_with_two_seeds_few_are_told_apart():
+    draws = RNG.normal(size=(2000, 2, 2))
+    told = [seed_noise(("DPO", "IPO"), (one, other), 0.01) is None for one, other in draws]
+    assert np.mean(told) < 0.05, "a normal distribution would tell 19 % apart"
+
+
 def test_too_few_prompts_are_found_where_methods_are_tied():
     tied, told = Pair("IPO", 0.02, -0.02, 0.06, 0.4), Pair("NCA", 0.3, 0.25, 0.35, 1e-9)
     finding = too_few_prompts("DPO", [tied, told], 1, 256, "evaluation.num_prompts", 0.5)
@@ -198,6 +206,7 @@ def test_too_few_prompts_are_found_where_methods_are_tied():
     assert finding.overrides == {"evaluation.num_prompts": "2048"}, "a difference of half the interval: four times 256"
     assert too_few_prompts("DPO", [tied], 1, 40, "evaluation.num_prompts", 0.5).severity == "warning"
     assert not too_few_prompts("DPO", [tied._replace(difference=1e-4)], 1, 256, "x", 0.5).overrides, "out of reach"
+    assert not too_few_prompts("DPO", [tied], 1, 256, None, 0.5).overrides, "the data has no more"
     assert too_few_prompts("DPO", [told], 1, 256, "evaluation.num_prompts", 0.5) is None
 
 
@@ -206,5 +215,12 @@ def test_the_next_command_is_that_of_the_sweep_with_other_values_and_another_nam
     assert next_command(command, "x", {"method": "dpo", "beta": "0.01,0.1"}) == (
         "python -m src.train -m +sweep=demo 'output_dir=/a b' method=dpo beta=0.01,0.1 sweep.name=x_dpo_beta"
     )
+    for other in ("python -m sweeps.reproduce study.zip --points best", "synthetic"):
+        assert next_command(other, "x", {"beta": "0.1"}) == "", "of another program"
+    judged = "python -m src.train -m method=dpo sweep.judge_only=true"
+    assert "judge_only" not in next_command(judged, "x", {"beta": "0.1"}), "what is proposed has to be trained"
+    assert variant_overrides({"model.system_prompt": "be brief, be kind"}) == {
+        "model.system_prompt": '"be brief, be kind"'
+    }
     settings = {"model.name": "mini", "method.gamma_beta_ratio": None, "trainer.sft.lr": 0.1}
     assert variant_overrides(settings) == {"model": "mini", "method.gamma_beta_ratio": "null", "trainer.sft.lr": "0.1"}

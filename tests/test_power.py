@@ -21,7 +21,8 @@ from src.estimates.power import (
     minimal_difference_of_trainings,
 )
 from src.planning.plan import make_plan
-from src.store.store import QUALITY_FILE, Store
+from src.store.files import write_json, write_jsonl
+from src.store.store import QUALITY_FILE, RESULT_SCHEMA, VERDICTS_FILE, Store
 from src.store.sweep_folder import SweepFolder
 from sweeps.analysis.power import comparisons, judge_dollars, power_sentences
 from sweeps.analysis.results import collect
@@ -217,6 +218,21 @@ def test_prompts_of_a_benchmarks_file_are_not_multiplied(tmp_path):
     assert by_pairs.design().prompts == 128 and by_pairs.enlarged(2, 1).design().prompts == 256
 
 
+def test_no_more_prompts_are_counted_than_the_data_has(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(200)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)  # of which a tenth is held out
+    options = ["setup=smollm2_jsonl", f"dataset.path={tmp_path}/pairs.jsonl", f"output_dir={tmp_path}", "lr=1e-5"]
+    options += ["model=mini", "beta=0.1"]
+    of_samples = comparisons([point(f"method={m}", "evaluation.num_prompts=1000", *options) for m in ("dpo", "ipo")])[0]
+    assert of_samples.num_prompts == 20 and of_samples.enlarged(2, 1) is None
+    of_pairs = [
+        comparisons([point(f"method={m}", "evaluation.metric=reward_accuracy", size, *options) for m in ("dpo", "ipo")])
+        for size in ("dataset.validation_size=40", "dataset.validation_size=150")
+    ]
+    assert of_pairs[0][0].num_prompts == 40 and of_pairs[0][0].enlarged(2, 1).num_prompts == 80
+    assert of_pairs[1][0].num_prompts == 150 and of_pairs[1][0].enlarged(2, 1) is None, "no pair to train on is left"
+
+
 def test_judge_dollars_are_those_of_the_verdicts_that_are_missing(tmp_path):
     asked = ["judge=tldr", "judge.model=m", "judge.input_price=2", "judge.output_price=8", f"output_dir={tmp_path}"]
     of_methods = [point(f"method={method}", *asked) for method in ("dpo", "ipo")]
@@ -239,7 +255,12 @@ def test_judge_dollars_are_those_of_the_verdicts_that_are_missing(tmp_path):
 
 
 def test_tokens_of_a_judge_are_means_over_prompts(finished):
-    results = collect([finished(seeds=1)])
+    folder = finished(seeds=1)
+    judged = {"metric": "win_rate", "index": list(range(512))} | dict.fromkeys(("sample", "turn"), [0] * 512)
+    judged |= {"value": [1.0] * 512, "length": [0] * 512, "first": [[1.0]] * 512}
+    verdicts = {"schema": RESULT_SCHEMA, "selection": [], "judges": {"tldr": judged}}
+    write_json(folder.store.root / "evaluate" / "dpo-0-0-0" / VERDICTS_FILE, verdicts)
+    results = collect([folder])
     usage = {"answers": 1024, "calls": 1000, "prompt_tokens": 512_000, "completion_tokens": 5120}
     half = {"answers": 512, "calls": 500, "prompt_tokens": 256_000, "completion_tokens": 2560}
     results.usages += [("tldr", usage), ("tldr", half), ("gold", {"scores": {}})]

@@ -105,8 +105,11 @@ def _check_settings(best: BestValues, config: DictConfig, what: str) -> None:
 
 def override_text(key: str, value: Any) -> str:
     """Return the override that sets a key to a value, quoted for Hydra and for a shell."""
+    return shlex.quote(f"{key}={value_text(value)}")
+
+
+def value_text(value: Any) -> str:
+    """Return a value as an override has it, quoted for Hydra."""
     if isinstance(value, str) and not re.fullmatch(r"[\w./:@%+-]+", value, re.ASCII):
-        text = QuotedString(value, Quote.double).with_quotes()
-    else:
-        text = value if isinstance(value, str) else json.dumps(value)
-    return shlex.quote(f"{key}={text}")
+        return QuotedString(value, Quote.double).with_quotes()
+    return value if isinstance(value, str) else json.dumps(value)

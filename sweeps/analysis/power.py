@@ -10,7 +10,7 @@ from itertools import count, islice
 
 from launchers.protocol import PlanLauncher
 from src.config.judge_rules import ENDPOINT_JUDGES, num_turns
-from src.config.schema import Point
+from src.config.schema import GENERATED, Point
 from src.config.tables import MAX_ROWS
 from src.data.table_size import table_size
 from src.errors import ConfigError
@@ -57,9 +57,17 @@ class Comparison:
     def num_prompts(self) -> float:
         """The prompts that quality is measured on, in both splits; NaN where nothing tells."""
         first = self.points[0]
-        if first.evaluation.metric != "reward_accuracy":
+        by_pairs = first.evaluation.metric == "reward_accuracy"
+        return table_size(first, "validation").rows if by_pairs else self.num_sampled
+
+    @property
+    def num_sampled(self) -> int:
+        """The prompts that responses are sampled for, which may be those of held-out pairs: no more than there are."""
+        first = self.points[0]
+        if first.evaluation.prompts_file is not None or first.dataset.source in GENERATED:
             return first.evaluation.num_prompts
-        return first.dataset.validation_size or table_size(first, "validation").rows
+        pairs = table_size(first, "validation").rows
+        return first.evaluation.num_prompts if math.isnan(pairs) else min(first.evaluation.num_prompts, int(pairs))
 
     @property
     def num_seeds(self) -> int:
@@ -105,7 +113,11 @@ class Comparison:
             more = islice((seed for seed in count() if seed not in used), (seeds - 1) * len(used))
             points += [_with_prompts(point, prompts) for point in same]
             points += [replace(_with_prompts(same[0], prompts), seed=seed) for seed in more]
-        return Comparison(points)
+        larger = Comparison(points)
+        try:
+            return larger if larger.num_prompts >= prompts * self.num_prompts else None
+        except ConfigError:  # a file in which no pair would remain to train on
+            return None
 
 
 def _with_prompts(point: Point, factor: int) -> Point:
@@ -258,10 +270,10 @@ def judge_dollars(comparison: Comparison, plan: Plan, spread: Spread) -> tuple[f
         return math.nan, "judge dollars: need judge.input_price and judge.output_price (dollars for a million tokens)"
     if (tokens := spread.judge_tokens.get(judge.name)) is None:
         return math.nan, f"judge dollars: known once judge={judge.name} has judged a finished sweep of this setup here"
-    prompts = needed * comparison.points[0].evaluation.num_prompts
+    prompts = needed * comparison.num_sampled
     if judge.reporting == "selected":
         selecting = comparison.num_selecting()
-        reporting = comparison.points[0].evaluation.num_prompts - selecting
+        reporting = comparison.num_sampled - selecting
         prompts = needed * selecting + comparison.num_methods * comparison.num_seeds * reporting
     return prompts * (tokens.read * judge.input_price + tokens.written * judge.output_price) / 1e6, ""
 

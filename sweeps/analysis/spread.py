@@ -132,15 +132,18 @@ def judge_tokens(results: Results) -> dict[str, Tokens]:
     for name, usage in results.usages:
         if usage.get("answers") and usage.get("calls"):
             usages.setdefault(name, []).append(usage)
-    done = results.points[results.points.quality_selection.notna()].identity
-    if not usages or done.empty:
+    if not usages:
         return {}
-    group = [[done.iloc[0]]]
-    num_prompts = results.prompts.selection(group).size + results.prompts.reporting(group).size
+    from sweeps.analysis.judges import read_verdicts
+
+    # Quality may be that of validation pairs, which no judge sees.
+    judged = read_verdicts(results).groupby(["judge", "identity"])["index"].nunique()
     tokens = {}
     for name, found in usages.items():
+        if name not in judged:
+            continue
         whole = max(usage["answers"] for usage in found)  # of a result in which all prompts were judged
-        prompts = num_prompts * sum(usage["answers"] / whole for usage in found)
+        prompts = judged[name].max() * sum(usage["answers"] / whole for usage in found)
         read, written = (sum(usage[key] for usage in found) for key in ("prompt_tokens", "completion_tokens"))
         tokens[name] = Tokens(read / prompts, written / prompts)
     return tokens

@@ -16,6 +16,8 @@ import yaml
 
 from src.errors import ConfigError
 from src.store.sweep_folder import SweepFolder
+from sweeps.aggregate import best_yaml, selected
+from sweeps.analysis import reporting_split
 from sweeps.analysis.results import collect
 from sweeps.report.escapes import csv_text
 
@@ -69,9 +71,7 @@ def compare(packed: SweepFolder, again: SweepFolder) -> Comparison:
     comparison = Comparison()
     _compare_csv(comparison, packed.points_csv, again.points_csv, packed.points_csv.name)
     comparison.files["points.csv"] += 1
-    old, new = (dict(_leaves(yaml.safe_load(f.best_yaml.read_text(encoding="utf-8")))) for f in (packed, again))
-    for key in dict.fromkeys((*old, *new)):
-        comparison.value(f"best.yaml, {key}", old.get(key), new.get(key))
+    _compare_best(comparison, *(f.best_yaml.read_text(encoding="utf-8") for f in (packed, again)))
     comparison.files["best.yaml"] += 1
     for kind, one, other in (("tables", packed.tables, again.tables), ("figures", packed.figures, again.figures)):
         names = {path.name for folder in (one, other) for path in folder.glob("*") if path.suffix != ".png"}
@@ -81,16 +81,28 @@ def compare(packed: SweepFolder, again: SweepFolder) -> Comparison:
 
 
 def check_tables(folder: SweepFolder) -> None:
-    """Raise ConfigError when points.csv of a sweep is not made of the results that its store has now."""
-    points = csv_text(collect([folder]).points).decode()
-    comparison, name = Comparison(), folder.points_csv.name
+    """Raise ConfigError when the tables of a sweep are not made of the results that its store has now.
+
+    points.csv stands for all of them, and best.yaml for those that depend on the rule of selection.
+    """
+    results, comparison, name = collect([folder]), Comparison(), folder.points_csv.name
+    points = csv_text(results.points).decode()
     compare_tables(comparison, _read_csv(folder.points_csv.read_text(encoding="utf-8")), _read_csv(points), name)
+    averages, best = selected(results, rule := results.sweeps[0]["select"])
+    best = reporting_split.with_intervals(best, averages, results.prompts)
+    _compare_best(comparison, folder.best_yaml.read_text(encoding="utf-8"), best_yaml(best, results.settings))
     if comparison.lines:
-        place = comparison.lines[0].partition(": ")[0].removeprefix(f"{name}, ")
+        place = comparison.lines[0].partition(": ")[0]
         raise ConfigError(
-            f"{folder.points_csv}: not of the results that the store has now ({place}); "
-            f"python -m sweeps.aggregate {folder.path} brings it up to date"
+            f"{folder.path}: its tables are not of the results that the store has now, selected by sweep.select={rule} "
+            f"({place}); python -m sweeps.aggregate {folder.path} brings them up to date"
         )
+
+
+def _compare_best(comparison: Comparison, old: str, new: str) -> None:
+    one, other = (dict(_leaves(yaml.safe_load(text))) for text in (old, new))
+    for key in dict.fromkeys((*one, *other)):
+        comparison.value(f"best.yaml, {key}", one.get(key), other.get(key))
 
 
 def _compare_file(comparison: Comparison, kind: str, old: Path, new: Path) -> None:

@@ -23,12 +23,13 @@ def displacement(
 
     A margin grows just as well when the rejected response loses more (Razin et al., arXiv 2410.08847; Pal et al., arXiv
     2402.13228). This is common, and does harm where the probability goes to worse responses. So of the method's best
-    point it is a note, and another one is named where its samples are worse and it lost more than the best point: a
-    warning, or severe where the responses lost more than they had, so that their mean log-prob has doubled.
+    point it is a note, and another one is named where its quality is worse and it lost more than the best point: a
+    warning, or severe where the responses lost more than they had, so that their mean log-prob has doubled. So it is of
+    the best point where its win rate is below one half.
 
     initial, final: (pairs,) log-probs of the chosen responses under the initial model and the trained one, nats.
-    is_worse: whether the point's samples are worse than those of the method's best point, or than the baseline's where
-    this is it, beyond noise. best_change: of the log-prob, of the best point; None where this is it, or unknown.
+    is_worse: whether the point's quality is below that of the method's best point, or where this is it the baseline's,
+    beyond noise. best_change: of the log-prob, of the best point; None where this is it, or unknown.
     """
     if len(initial) < 2:
         return None
@@ -44,7 +45,7 @@ def displacement(
     text = (
         f"the log-prob of the chosen response changed by {mean:.1f} nats in the mean (from {before:.1f} to "
         f"{after:.1f}) and fell on {100 * share:.0f} % of {len(change)} held-out pairs; "
-        + ("samples are worse, too" if is_worse else "samples are not worse for it")
+        + ("quality is worse, too" if is_worse else "quality is not worse for it")
     )
     return Finding(RULE, severity, text, {"method": "dpop", "beta": "grid", "lr": f"{lr:g}"})
 

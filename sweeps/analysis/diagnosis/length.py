@@ -32,10 +32,11 @@ def win_rate_at_equal_length(
     return win_rates_at_equal_style(values, features, iter([np.arange(len(values)), *drawn]))
 
 
-def length_explains(values: NDArray[np.float64], lengths: NDArray[np.float64]) -> Finding | None:
+def length_explains(values: NDArray[np.float64], lengths: NDArray[np.float64], lr: float) -> Finding | None:
     """Find that a win rate above one half is smaller at equal length.
 
-    values: (prompts,) win rates. lengths: (prompts,) of the response minus the baseline's, characters.
+    values: (prompts,) win rates. lengths: (prompts,) of the response minus the baseline's, characters. lr: the
+    point's.
     """
     if len(values) < 2 or lengths.std() == 0:
         return None
@@ -47,10 +48,14 @@ def length_explains(values: NDArray[np.float64], lengths: NDArray[np.float64]) -
     if explained < WORTH_A_NOTE:
         return None
     controlled_error = float(win_rate_at_equal_length(values, lengths, NUM_RESAMPLES)[1:].std(ddof=1))
+    is_longer = bool(lengths.mean() > 0)
     text = (
-        f"responses are {lengths.mean():+.0f} characters longer than the baseline's: the win rate of {raw:.3f} ± "
+        f"responses are {abs(lengths.mean()):.0f} characters {'longer' if is_longer else 'shorter'} than the "
+        f"baseline's: the win rate of {raw:.3f} ± "
         f"{error:.3f} would be {controlled:.3f} ± {controlled_error:.3f} at equal length"
     )
     is_nothing_left = not is_above(controlled, controlled_error, 0.5)
     severity = "note" if explained < EXPLAINED else "severe" if is_nothing_left else "warning"
-    return Finding("length explains the gain", severity, text, {"method": "r_dpo", "beta": "grid"})
+    # R-DPO takes a reward away from the longer of two responses.
+    overrides = {"method": "r_dpo", "beta": "grid", "lr": f"{lr:g}"} if is_longer else {}
+    return Finding("length explains the gain", severity, text, overrides)

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from src.errors import DamagedFile
 from src.methods import METHODS
+from src.store.files import read_json
+from src.store.store import RUN_CONFIG_FILE
 from sweeps.analysis.diagnosis.displacement import not_measured
 from sweeps.analysis.diagnosis.finding import Finding, that_fired
 from sweeps.analysis.diagnosis.noise import Pair, one_seed, seed_noise, too_few_prompts
@@ -48,10 +51,30 @@ def _tied(results: Results, group: pd.DataFrame, differences: pd.DataFrame) -> F
         for row in pairs.to_dict("records")
     ]
     counts = [split([top["identities"]]).shape[1] for split in (results.prompts.reporting, results.prompts.selection)]
-    setting = "dataset.validation_size" if top["metric"] == "reward_accuracy" else "evaluation.num_prompts"
+    setting = _prompts_setting(results, top, sum(counts))
     return too_few_prompts(
         METHODS[top["method"]].name, others, len(differences), counts[0], setting, counts[0] / sum(counts)
     )
+
+
+def _prompts_setting(results: Results, point: dict[Any, Any], count: int) -> str | None:
+    """Return the config key that gives a point more prompts than `count`; None where no more are known of."""
+    folder = results.artifacts(point["identities"][0], "evaluate")
+    assert folder is not None
+    try:
+        config = read_json(folder / RUN_CONFIG_FILE)
+    except (OSError, DamagedFile):
+        return None
+    if point["metric"] == "reward_accuracy":
+        key, asked, is_file = "dataset.validation_size", config["dataset"]["validation_size"], False
+    else:
+        evaluation = config["evaluation"]
+        key, asked, is_file = (
+            "evaluation.num_prompts",
+            evaluation["num_prompts"],
+            evaluation["prompts_file"] is not None,
+        )
+    return key if asked == count and not is_file else None
 
 
 def unmeasured(files: PointFiles, group: pd.DataFrame) -> list[Finding]:

@@ -49,7 +49,10 @@ def of_study(
 
 
 def _of_point(results: Results, files: PointFiles, row: Row, best: Row, is_best: bool) -> Iterator[Finding]:
-    """Yield what is found of one point; per-pair measurements are of all its seeds, those of samples of the first."""
+    """Yield what is found of one point.
+
+    Log-probs and the share of responses that end are means over its seeds; losses and repetition are the first one's.
+    """
     beta, lr, first, closer = row["beta"], row["lr"], row["identities"][0], _closer(row, best, is_best)
     quality, error = row["quality_selection"], row["quality_selection_se"]
     is_worse = is_above(best["quality_selection"], best["quality_selection_se"], quality, error)
@@ -64,10 +67,13 @@ def _of_point(results: Results, files: PointFiles, row: Row, best: Row, is_best:
         loss_at_start(losses, norm, _distance_moved(row), None if is_best else _distance_moved(best), is_worse),
         loss_above_start(losses, files.held_out_losses(first), is_worse, beta, lr),
     )
+    starts_from_sft = row["init"] == "sft"  # whose samples are those of the baseline, where this is the SFT model
     if (repeated := files.repeated(first)) is not None:
-        yield from that_fired(repetition(repeated, files.repeated(first, "baseline"), closer))
+        initial = files.repeated(first, "baseline") if starts_from_sft else None
+        yield from that_fired(repetition(repeated, initial, closer))
     finished = float(np.mean([results.finished[identity] for identity in row["identities"]]))
-    yield from that_fired(unfinished(1 - finished, files.baseline_unfinished(first), closer))
+    before = files.baseline_unfinished(first) if starts_from_sft else None
+    yield from that_fired(unfinished(1 - finished, before, closer))
     yield from that_fired(beyond_sft(row["kl_token"], row["kl_token_se"], files.sft_distance(first), closer))
 
 
@@ -118,8 +124,8 @@ def _of_length(best: Row, verdicts: pd.DataFrame) -> Iterator[Finding]:
     if best["metric"] != "win_rate" or verdicts.empty:
         return
     rows = verdicts[verdicts.identity.isin(best["identities"]) & ~verdicts.further & verdicts.reporting.astype(bool)]
-    by_prompt = rows.groupby("index")[["value", "length"]].mean()
-    yield from that_fired(length_explains(by_prompt.value.to_numpy(float), by_prompt.length.to_numpy(float)))
+    values, lengths = rows.groupby("index")[["value", "length"]].mean().to_numpy(float).T
+    yield from that_fired(length_explains(values, lengths, best["lr"]))
 
 
 def _merged(found: list[Found]) -> list[Found]:

@@ -46,11 +46,14 @@ class PointFiles:
     def chosen_logps(self, identities: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         """Return the (pairs,) log-probs of chosen responses under the initial and the trained model; None if unknown.
 
-        identities: the seeds of a point, whose pairs follow each other. Those under the initial model are another
-        point's where the method has no reference.
+        identities: the seeds of a point, which are averaged, since their pairs are the same. Those under the initial
+        model are another point's where the method has no reference.
         """
         known = [logps for identity in identities if (logps := self._chosen_logps(identity)) is not None]
-        return None if not known else (np.concatenate([k[0] for k in known]), np.concatenate([k[1] for k in known]))
+        if len({len(initial) for initial, _ in known}) != 1:
+            return None
+        initial, final = np.mean(known, axis=0)
+        return initial, final
 
     def _chosen_logps(self, identity: str) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         pairs = self._columns(identity, "align", VALIDATION_FILE)
@@ -132,9 +135,9 @@ def _read(path: Path) -> Columns:
 
 def _parse(name: str, lines: list[bytes]) -> Columns:
     """Return the columns that rules need of a file with this name; none without lines."""
-    rows = [orjson.loads(line) for line in (lines[:MAX_RESPONSES] if name == SAMPLES_FILE else lines)]
+    rows = [orjson.loads(line) for line in lines]
     if name == SAMPLES_FILE:
-        repeated = np.array([repeated_share(row["response"]) for row in rows], float)
+        repeated = np.array([repeated_share(row["response"]) for row in rows[:MAX_RESPONSES]], float)
         finished = np.array([row["finished"] for row in rows], float)
         return {"repeated": repeated, "finished": finished} if rows else {}
     if name == METRICS_FILE:  # where SFT is validated, it has lines of another kind

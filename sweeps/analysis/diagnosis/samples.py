@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 NGRAM = 4  # words, as in seq-rep-4 of Welleck et al., arXiv 1908.04319
 MAX_REPEATED = 0.2  # ours: share of a response's 4-grams that occurred before; more is a response that repeats itself
-MORE, MANY = 0.05, 0.25  # ours: share of responses, beyond the initial model's, for a warning and for a severe finding
-FAR = 2.0  # ours: times the distance of SFT, for a warning
+WARNING_EXCESS, SEVERE_EXCESS = (
+    0.05,
+    0.25,
+)  # ours: share of responses, beyond the initial model's, for a warning and for a severe finding
+WARNING_RATIO = 2.0  # ours: times the distance of SFT, for a warning
 
 
 def repeated_share(response: str) -> float:
@@ -36,12 +39,9 @@ def repetition(
     if not len(repeated):
         return None
     share = float((repeated > MAX_REPEATED).mean())
-    before = float((initial > MAX_REPEATED).mean()) if initial is not None and len(initial) else 0.0
-    text = (
-        f"{_percent(share)} of {len(repeated)} responses repeat themselves (over a fifth of their 4-grams), "
-        f"{_percent(before)} of the initial model's"
-    )
-    return _more("repetition", share - before, text, overrides)
+    before = float((initial > MAX_REPEATED).mean()) if initial is not None and len(initial) else None
+    text = f"{_percent(share)} of {len(repeated)} responses repeat themselves (over a fifth of their 4-grams)"
+    return _more("repetition", share, before, text, overrides)
 
 
 def unfinished(share: float, initial: float | None, overrides: Mapping[str, str]) -> Finding | None:
@@ -49,16 +49,17 @@ def unfinished(share: float, initial: float | None, overrides: Mapping[str, str]
 
     share, initial: of the responses. overrides: as of repetition.
     """
-    before = initial or 0.0
     text = f"{_percent(share)} of the responses do not end within the limit of tokens"
-    text += "" if initial is None else f", {_percent(before)} of the initial model's"
-    return _more("responses that do not end", share - before, text, overrides)
+    return _more("responses that do not end", share, initial, text, overrides)
 
 
-def _more(rule: str, excess: float, text: str, overrides: Mapping[str, str]) -> Finding | None:
-    if not excess > MORE:
+def _more(rule: str, share: float, initial: float | None, text: str, overrides: Mapping[str, str]) -> Finding | None:
+    """Return a finding where a share of responses is above that of the initial model, where this is known."""
+    excess = share - (initial or 0.0)
+    if not excess > WARNING_EXCESS:
         return None
-    return Finding(rule, "severe" if excess > MANY else "warning", text, overrides)
+    text += "" if initial is None else f", {_percent(initial)} of the initial model's"
+    return Finding(rule, "severe" if excess > SEVERE_EXCESS else "warning", text, overrides)
 
 
 def beyond_sft(kl_token: float, error: float, distance: float, overrides: Mapping[str, str]) -> Finding | None:
@@ -72,7 +73,7 @@ def beyond_sft(kl_token: float, error: float, distance: float, overrides: Mappin
         f"KL {kl_token:.3f} nats per token is {kl_token / distance:.1f} times the {distance:.3f} by which SFT lowered "
         "the loss of a demonstration's token"
     )
-    severity = "warning" if kl_token > FAR * distance else "note"
+    severity = "warning" if kl_token > WARNING_RATIO * distance else "note"
     return Finding("farther than SFT", severity, text, overrides)
 
 

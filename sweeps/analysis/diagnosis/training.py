@@ -51,7 +51,7 @@ def loss_at_start(
 
     A loss that barely changes does not show it by itself: with a small beta that of ORPO is nearly linear, and Adam
     makes up for its slope. So the policy must also have stayed where it began: at less than half the KL of the
-    method's best point, which has a larger beta or learning rate and better samples; or, where the point is the best
+    method's best point, which has a larger beta or learning rate and a better quality; or, where the point is the best
     one, at no KL beyond noise.
 
     losses: (steps,) of training. grad_norm: the median of its steps. best: the method's best point; None where this is
@@ -70,7 +70,9 @@ def loss_at_start(
         is_smaller = point.beta < best.beta or point.lr < best.lr
         if not (is_smaller and is_worse and point.kl < MIN_MOVED * best.kl):
             return None
-        moved = f"KL {point.kl:.2g} nats per sequence, {best.kl:.2g} of the method's best point, and worse samples"
+        moved = (
+            f"KL {point.kl:.2g} nats per sequence, {best.kl:.2g} of the method's best point, whose quality is better"
+        )
     text = (
         f"the loss is still at its start after {len(losses)} steps ({start:.6g}, then {end:.6g}): {moved}; beta or lr "
         f"is too small (gradient norm {grad_norm:.1e}; Adam takes small steps where a weight's is below {EPSILON:g})"
