@@ -12,7 +12,7 @@ from src.errors import ConfigError
 from src.planning.content import locate
 from src.store.sweep_folder import SweepFolder
 from sweeps.study.archive import write_archive
-from tests.support.commands import dry_run, run_in_process
+from tests.support.commands import ROOT, dry_run, run_in_process
 from tests.support.studies import edited
 
 MODULE, PAGE = "benchmarks.smollm2_study.prepare", "benchmarks.smollm2_study.page"
@@ -94,6 +94,15 @@ def test_the_page_has_every_point_of_the_study_and_the_findings_of_its_diagnosis
         assert any(line.startswith(row) and f"| {accuracy:.3f} |" in line for line in text.splitlines())
     about_selected = [row["finding"] for row in diagnosis if row["selected"] == "True"]
     assert about_selected and all(finding in text for finding in about_selected)
+
+
+def test_the_committed_page_and_tables_are_those_of_the_committed_study(tmp_path):
+    study = ROOT / "docs/smollm2_study.zip"
+    done = run_in_process(study, tmp_path / "page.md", module=PAGE)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page.md").read_text() == (ROOT / "docs/smollm2.md").read_text()
+    done = run_in_process(study, module="sweeps.reproduce")
+    assert done.returncode == 0 and "equal: the study's rows give its results" in done.stdout, done.stdout
 
 
 def test_a_study_that_was_changed_gives_no_page(local_four_points, tmp_path):

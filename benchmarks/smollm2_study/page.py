@@ -1,6 +1,7 @@
 """Write the page about the study: `python -m benchmarks.smollm2_study.page docs/smollm2_study.zip docs/smollm2.md`.
 
-Every number of the page is one of the archive, so that the page can be made again by this command alone.
+What was measured is taken from the archive, so that this command alone makes the page again; sizes are those of the
+preset conf/sweep/smollm2_study.yaml.
 """
 
 from __future__ import annotations
