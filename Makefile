@@ -9,13 +9,15 @@ PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorde
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all style lint format docs notebook bench gpu-check chaos fuzz smollm2 slurm-install slurm-up slurm-down clean
+.PHONY: help demo install test test-all style lint format docs notebook bench gpu-check chaos fuzz smollm2 slurm-install slurm-up slurm-down clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 demo: $(VENV)/.run ## set up, sweep eight methods on the embedded setup, show the best table (minutes on 2 cores)
 	$(PY) -m src.train -m +sweep=demo $(ARGS)
+
+install: $(VENV)/.run ## set up .venv and nothing else (about a minute)
 
 test: $(VENV)/.dev ## the quick tier of the tests: minutes on 2 cores (ARGS="-k lease")
 	$(PYTEST) -m "not slow and not timing" $(ARGS)

@@ -5,14 +5,17 @@ import json
 import os
 import shutil
 import zipfile
+from html import escape
 from pathlib import Path
 
 import pytest
 
 from benchmarks.aggregation import make_sweep
+from src.errors import ConfigError
 from src.store.integrity import WEIGHTS_REMOVED
 from src.store.sweep_folder import SweepFolder
 from sweeps.study.archive import STUDY_FILE, unpack, write_archive
+from sweeps.study.secret_check import SecretCheck
 from tests.support.commands import run_in_process
 from tests.support.studies import edited
 from tests.test_sweep_commands import assert_one_line
@@ -104,6 +107,30 @@ def test_a_value_of_a_secret_variable_is_refused(sweep, study, tmp_path, monkeyp
     line = assert_one_line(pack(sweep.path, "--out", tmp_path / "b.zip"))
     assert "samples.jsonl, line 2: has the value of $OTHER_API_KEY" in line and second not in line
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+@pytest.mark.parametrize("form", [lambda v: json.dumps({"a": v}), escape, lambda v: json.dumps(v, ensure_ascii=False)])
+def test_a_secret_is_found_as_json_and_html_write_it(form, monkeypatch):
+    value = 'pa"ss\\wörd&1'
+    monkeypatch.setenv("SOME_TOKEN", value)
+    pieces = SecretCheck().pieces
+    with pytest.raises(ConfigError, match=r"the value of \$SOME_TOKEN"):
+        list(pieces("run_config.json", [f"text\n{form(value)}".encode()]))
+    assert list(pieces("run_config.json", [b"wrd&1"])) == [b"wrd&1"]
+
+
+def test_a_long_secret_is_found_across_two_pieces(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "key" * 400)
+    with pytest.raises(ConfigError, match=r"the value of \$SOME_TOKEN"):
+        list(SecretCheck().pieces("a.bin", [b"x" + b"key" * 300, b"key" * 100]))
+
+
+def test_tables_of_another_rule_than_the_sweeps_are_refused(copied, tmp_path):
+    best = copied.best_yaml.read_text()
+    assert pack(copied.path, "--out", tmp_path / "a.zip").returncode == 0
+    copied.best_yaml.write_text(best.replace("beta:", "beta: 1", 1))
+    line = assert_one_line(pack(copied.path, "--out", tmp_path / "b.zip"))
+    assert "selected by sweep.select=best (best.yaml, " in line and "sweeps.aggregate" in line
 
 
 def test_what_has_the_form_of_a_key_is_refused(copied, tmp_path):

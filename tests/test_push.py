@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.data.rows import text_prompt
 from src.data.templates import Template, published_chat_template
+from src.store.files import write_json
 from src.store.integrity import WEIGHTS_REMOVED
 from src.store.lease import Lease
 from tests.support.chat_model import EMBEDDED, write_chat_model
@@ -207,6 +208,19 @@ def test_adapters_of_a_local_base_model_need_its_name_on_the_hub(tmp_path):
     assert push(sweep, "--base-model", "org/base").returncode == 0 and not (sweep.hub / "sft").exists()
     assert card(sweep.hub / "nca").data.base_model == "org/base"
     assert AutoTokenizer.from_pretrained(sweep.hub / "nca").vocab_size == 800
+
+
+def test_a_base_model_is_named_only_where_the_run_had_it_from_the_hub(tmp_path):
+    sweep = publishable_sweep(tmp_path, "model.path=org/base", "model.template=chatml")  # a local folder that is gone
+    assert push(sweep).returncode == 0
+    assert "base_model" not in card(sweep.hub / "nca").data.to_dict()
+    for point in sweep.read()["points"]:
+        stage = sweep.store.root / "align" / point["stages"]["align"]
+        inputs = {"model": {"path": "hub:org/base@default"}}
+        write_json(stage / "stage.json", {"upstream": {"init": "sft-model"}, "inputs": inputs})
+        finish(stage)
+    assert push(sweep).returncode == 0
+    assert card(sweep.hub / "nca").data.base_model == "org/base"
 
 
 def test_a_folder_of_another_is_left_alone_and_an_old_one_stays_when_writing_fails(

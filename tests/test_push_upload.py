@@ -51,6 +51,7 @@ def test_the_upload_makes_the_calls_that_a_dry_run_prints(sweep, hub):
     for function in ("create_repo", "upload_folder"):
         assert {o["repo_id"]: o["repo_type"] for name, o in made if name == function} == names
     assert all(options["private"] for name, options in made if name == "create_repo")
+    hub.private = False
     assert push(sweep, "--upload", "--license=mit", "--public").returncode == 0
     assert not any(options["private"] for name, options in hub.calls[len(hub.calls) // 2 :] if name == "create_repo")
 
@@ -66,6 +67,7 @@ def test_the_client_of_the_hub_uploads_every_file_into_private_repositories(swee
         assert "storage limit reached" in message
         assert "uploaded: model me/demo-dpo; not uploaded: model me/demo-nca" in message
         hub.refused = None
+        hub.repositories["model", "me/demo-dpo"]["adapter_config.json"] = b"{}"  # of an earlier upload
         assert push(sweep, "--license=mit", "--upload").returncode == 0
         for (kind, name), files in hub.repositories.items():
             folder = sweep.hub / ("study" if kind == "dataset" else name.removeprefix("me/demo-"))
@@ -87,6 +89,7 @@ def test_a_failed_upload_says_what_is_there_and_the_same_command_continues(sweep
 
 
 def test_nothing_is_uploaded_into_a_repository_that_is_public_or_without_license_or_token(sweep, hub, monkeypatch):
+    assert "exists and is private: make it public" in refusal(push(sweep, "--upload", "--license=mit", "--public"))
     hub.private = False
     assert "exists and is public: give --public" in refusal(push(sweep, "--upload", "--license=mit"))
     assert "Add --license=" in refusal(push(sweep, "--upload"))

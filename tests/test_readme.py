@@ -47,8 +47,13 @@ def make(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[s
 def test_no_command_is_left_out_of_these_tests():
     others = {c for c in COMMANDS if not c.startswith(("python -m src.train", "python -m sweeps."))}
     tested = {"make demo", "make test", "make test-all", "make lint", ".ci/run", "make gpu-check"}  # test_gpu_check.py
-    assert others - set(CLUSTER) == tested | {"make smollm2", "source .venv/bin/activate"}
+    assert others - set(CLUSTER) == tested | {"make install", "make smollm2", "source .venv/bin/activate"}
     assert len(RUNS) == 15 and OF_A_SWEEP == [["sweeps.status", "outputs/sweeps/first"]]
+
+
+def test_an_installation_runs_nothing():
+    done = make("install")
+    assert done.returncode == 0 and "python" not in done.stdout, done.stderr
 
 
 def test_a_shell_takes_every_command_as_it_is_written():

@@ -64,12 +64,13 @@ def test_the_shortest_rows_are_split_by_prompt_and_can_be_planned(tmp_path):
         ('{"chosen": "a", "rejected": "b"}\n', "rows.jsonl:1: no row of Anthropic/hh-rlhf (expected a Human:"),
         ("{\n", "rows.jsonl:1: no row of Anthropic/hh-rlhf"),
         (None, "rows.jsonl: cannot be read (No such file or directory)"),
+        ("\udcff\n", "rows.jsonl: cannot be read ('utf-8' codec can't decode byte 0xff"),
         ("", "0 prompts with a pair of answers; the study needs 520"),
     ],
 )
 def test_a_file_that_has_no_such_rows_is_refused_in_one_line_and_nothing_written(tmp_path, text, message):
     if text is not None:
-        (tmp_path / "rows.jsonl").write_text(text)
+        (tmp_path / "rows.jsonl").write_text(text, errors="surrogateescape")
     done = run_in_process(tmp_path / "rows.jsonl", tmp_path / "data", module=MODULE)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "data").exists()

@@ -15,6 +15,7 @@ import json
 import random
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
                 (*chosen, last), (*rejected, other) = pair["chosen"], pair["rejected"]
                 if chosen == rejected and last["content"].strip() and other["content"].strip() and last != other:
                     rows.setdefault(json.dumps(chosen), row)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return list(rows.values())
 
 

@@ -39,6 +39,7 @@ _MODEL_FILES = (
     *("*.model", "*.tiktoken", "*.spm", "*.codes", "dict.txt", "emoji.json", "normalizer.json"),
     *("*.jinja", "chat_template*", "additional_chat_templates/*.jinja"),
 )
+HUB_FINGERPRINT = "hub:"  # how that of a name on the hub begins; others are digests of content
 # Of other folders everything may be data, except hidden files and these.
 _NO_DATA = ("*.md", "LICENSE*", "NOTICE*")
 _CARD = "README.md"  # of a table; the head of it says which files are which split
@@ -165,7 +166,7 @@ def fingerprint(path: str, revision: str | None = None, key: str = "model.path",
     """
     local = locate(path, key)
     if local is None:
-        return f"hub:{path}@{revision or 'default'}"
+        return f"{HUB_FINGERPRINT}{path}@{revision or 'default'}"
     with naming(key, path):
         if local.is_file():
             return digest(_file_digest(local))

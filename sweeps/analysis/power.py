@@ -228,7 +228,8 @@ def _lines(
         f"seeds; of the difference over all prompts: {_or_unknown(parts.seeds, '.2g')} between seeds; {spread.source}"
     )
     if spread.num_seeds == 1:
-        yield "one seed does not tell these apart: taken as half and half, and the last as a stated default"
+        default = "the last as a stated default" if is_bounded(comparison.metric) else "the last is not known"
+        yield f"one seed does not tell these apart: taken as half and half, and {default}"
     yield _HEADER
     reasons: dict[str, None] = {}
     for prompts, seeds in FACTORS:

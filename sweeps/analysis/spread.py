@@ -137,13 +137,13 @@ def judge_tokens(results: Results) -> dict[str, Tokens]:
     from sweeps.analysis.judges import read_verdicts
 
     # Quality may be that of validation pairs, which no judge sees.
-    judged = read_verdicts(results).groupby(["judge", "identity"])["index"].nunique()
+    judged = read_verdicts(results).groupby(["judge", "identity"])["index"].nunique().groupby("judge").max().to_dict()
     tokens = {}
     for name, found in usages.items():
         if name not in judged:
             continue
         whole = max(usage["answers"] for usage in found)  # of a result in which all prompts were judged
-        prompts = judged[name].max() * sum(usage["answers"] / whole for usage in found)
+        prompts = judged[name] * sum(usage["answers"] / whole for usage in found)
         read, written = (sum(usage[key] for usage in found) for key in ("prompt_tokens", "completion_tokens"))
         tokens[name] = Tokens(read / prompts, written / prompts)
     return tokens

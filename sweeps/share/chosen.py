@@ -10,10 +10,10 @@ from typing import Any
 
 import pandas as pd
 
+from src.config.hydra_setup import value_text
 from src.config.secrets import check_secret
 from src.errors import ConfigError, DamagedFile
 from src.methods import METHODS
-from src.planning.content import locate
 from src.store.files import find, read_json
 from src.store.integrity import WEIGHTS, find_damage
 from src.store.store import RUN_CONFIG_FILE
@@ -128,34 +128,34 @@ def _check_model(folder: SweepFolder, results: Results, row: Mapping[Any, Any], 
     if damage is None and not find(checkpoint, WEIGHTS):
         damage = "keep_checkpoints has removed its weights" if checkpoint.is_dir() else f"{checkpoint}: no such folder"
     if damage is not None:
-        command = shlex.join(remaking_command(folder, results, row))
+        command = remaking_command(folder, results, row)
+        again = "" if command is None else f"; this command trains it again: {shlex.join(command)}"
         raise ConfigError(
             f"the model of {row['method']} (beta={row['beta']:g} lr={row['lr']:g} seed={row['seed']}) cannot be "
-            f"published: {damage}; this command trains it again: {command} (or leave it out: --methods, --no-models)"
+            f"published: {damage}{again} (or leave it out: --methods, --no-models)"
         )
 
 
-def remaking_command(folder: SweepFolder, results: Results, row: Mapping[Any, Any]) -> list[str]:
+def remaking_command(folder: SweepFolder, results: Results, row: Mapping[Any, Any]) -> list[str] | None:
     """Return the command that trains the model of a selected point again, under the identity that it had.
 
     Samples with another seed, which must be drawn from the model, make sure that it is needed; they are not judged.
+    None for a sweep that src.train did not make, such as one of sweeps.reproduce.
     """
+    if (arguments := arguments_of(results.sweeps[0]["command"])) is None:
+        return None
     settings = variant_overrides(results.settings.get(row["identities"][0], {}))
     point = {"method": row["method"], "init": row["init"], "beta": row["beta"], "lr": row["lr"], "seed": row["seed"]}
     if results.points.setup.nunique() > 1:
         point["setup"] = row["setup"]
     point |= {key: value for key, value in settings.items() if not key.startswith(_NOT_NEEDED)}
-    recorded = without(arguments_of(results.sweeps[0]["command"]) or [], {*point, *_ALWAYS_NEW})
+    recorded = without(arguments, {*point, *_ALWAYS_NEW})
     kept = [word for word in recorded if not word.startswith("-") and not key_of(word).startswith(_NOT_NEEDED)]
     store = results.stores[0]
-    new = [f"output_dir={store.parent}", f"sweep.name={folder.name}_{row['method']}", "keep_checkpoints=all"]
+    new = [
+        f"output_dir={value_text(str(store.parent))}",
+        f"sweep.name={folder.name}_{row['method']}",
+        "keep_checkpoints=all",
+    ]
     new += ["evaluation.generation.seed=1000003", "judge=none", "evaluation.metric=reward_accuracy", "capability=none"]
     return ["python", "-m", "src.train", "-m", *kept, *(f"{key}={value}" for key, value in point.items()), *new]
-
-
-def hub_name(location: str) -> str | None:
-    """Return the name on the hub that model.path names; None for a model that was local, there still or not."""
-    try:
-        return location if locate(location) is None else None
-    except ConfigError:
-        return None

@@ -15,12 +15,12 @@ from src.config.schema import Generation
 from src.data.templates import published_chat_template, tokens_of
 from src.errors import ConfigError, DamagedFile
 from src.model.files import ADAPTER_CONFIG
-from src.planning.content import locate
+from src.planning.content import HUB_FINGERPRINT, locate
 from src.store.files import read_json, write_json
 from src.store.integrity import DONE, STAGE_FILE, find_damage
 from src.store.store import COUNTS_FILE, METRICS_FILE, RUN_CONFIG_FILE, VALIDATION_FILE
 from sweeps.report.figures import quality_over_beta
-from sweeps.share.chosen import ChosenModel, hub_name
+from sweeps.share.chosen import ChosenModel
 
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for it
 FIGURE = "quality_over_beta"
@@ -48,10 +48,15 @@ class Base:
     local: Path | None = None
 
 
-def base_of(config: Mapping[str, Any], named: str | None) -> Base:
-    """Return the model that SFT or alignment began with. named: --base-model, its name where it was a local folder."""
-    location = config["model"]["path"]
-    name = named or hub_name(location)
+def base_of(model: ChosenModel, named: str | None) -> Base:
+    """Return the model that SFT or alignment began with. named: --base-model, its name where it was a local folder.
+
+    Whether model.path names one of the hub is what the run has recorded of it, as a folder may be gone by now.
+    """
+    location = model.config["model"]["path"]
+    inputs = read_json(model.checkpoint / STAGE_FILE).get("inputs", {})
+    is_of_hub = str(inputs.get("model", {}).get("path", "")).startswith(HUB_FINGERPRINT)
+    name = named or (location if is_of_hub else None)
     try:
         local = locate(location)
     except ConfigError:  # it was there when the sweep ran

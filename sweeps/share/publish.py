@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def _write_models(
     repositories: list[Repository] = []
     sft_names: dict[Path, str] = {}  # SFT models that adapters belong to -> their repositories
     for number, model in enumerate(models, 1):
-        base = base_of(model.config, base_model)
+        base = base_of(model, base_model)
         adapter_base, tokenizer = base.name, base.local
         if model.is_adapter and model.sft is not None:
             if model.sft not in sft_names:
@@ -108,7 +109,8 @@ def _check_secrets(folder: Path) -> None:
 def _replacing(target: Path) -> Iterator[Path]:
     """Yield a new folder beside the target, which becomes the target when the body ends without an error."""
     check_target(target)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    target = Path(os.path.abspath(target))  # `.` and `..` have no name that others could be made of
+    target.parent.mkdir(parents=True, exist_ok=True)
     draft, old = (target.with_name(f".{target.name}.{name}") for name in ("draft", "old"))
     work = target.with_name(f".{target.name}.lease")
     with Lease(work, lambda holder: True) as lease:

@@ -62,7 +62,10 @@ def creating(repository: Repository, public: bool) -> Call:
 
 
 def uploading(repository: Repository, message: str) -> Call:
-    """Return the call that uploads a folder in one commit; files that are there already are not sent again."""
+    """Return the call that uploads a folder in one commit; files that are there already are not sent again.
+
+    Others that are there are deleted: transformers would put adapters of an earlier upload onto a whole model.
+    """
     return Call(
         "upload_folder",
         {
@@ -70,6 +73,7 @@ def uploading(repository: Repository, message: str) -> Call:
             "repo_type": repository.kind,
             "folder_path": str(repository.folder),
             "commit_message": message,
+            "delete_patterns": "*",
         },
     )
 
@@ -78,7 +82,8 @@ def upload(repositories: Sequence[Repository], public: bool, message: str, repor
     """Create all repositories, then upload each folder in one commit.
 
     report: called with a line about each repository that is uploaded. Raises ConfigError when nobody is logged in or a
-    repository is public that should not be, and StageError when the hub refuses something.
+    repository that exists is public and should not be, or the other way around, and StageError when the hub refuses
+    something.
     """
     import huggingface_hub
 
@@ -105,6 +110,11 @@ def upload(repositories: Sequence[Repository], public: bool, message: str, repor
             raise ConfigError(
                 f"the {repository.kind} {repository.name} exists and is public: give --public to write into it, or "
                 "another name, --to USER/NAME; nothing was uploaded"
+            )
+        if public and info.private:
+            raise ConfigError(
+                f"the {repository.kind} {repository.name} exists and is private: make it public in its settings on the "
+                "hub, or leave --public out; nothing was uploaded"
             )
     for repository in repositories:
         make(uploading(repository, message))

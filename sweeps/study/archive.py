@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import shutil
 import zipfile
 import zlib
@@ -126,7 +127,8 @@ class StudyArchive:
         if isinstance(study, dict) and study.get("schema") != SCHEMA:
             written = study.get("schema")
             raise ConfigError(f"{self.path}: a study of another version (schema {written}, this one reads {SCHEMA})")
-        if not isinstance(study, dict) or not has_valid_checksum(study):
+        is_whole = isinstance(study, dict) and has_valid_checksum(study)
+        if not is_whole or not isinstance(study.get("name"), str) or not isinstance(study.get("files"), dict):
             raise DamagedFile(f"{self.path}: its {STUDY_FILE} was changed or is damaged; get the study again")
         self.record = f"sweeps/{study['name']}/{SweepFolder.RECORD}"
         if not _is_safe(self.record) or self.record not in self.entries:
@@ -164,7 +166,7 @@ class StudyArchive:
         try:
             with self.archive.open(self.entries[name]) as file:
                 yield from _read(file)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
             raise DamagedFile(f"{self.path}: {name}: damaged ({error}); get the study again") from None
 
 

@@ -65,8 +65,12 @@ def rerun_best(study: UnpackedStudy, output_dir: Path, methods: Sequence[str] | 
     print(f"{len(points)} points to run again, {plan.num_points_to_compute} of them not done yet, in {output_dir}")
     Search(plan, store).run(LocalLauncher(), name, command)
 
-    new = collect([SweepFolder(store.sweeps / name)]).points.set_index("identity")
-    rows, is_inside = compare_with_intervals(best, new, dict(zip(identities, plan.results, strict=True)))
+    again = SweepFolder(store.sweeps / name)
+    new = collect([again]).points.set_index("identity")
+    # With judge.reporting=selected a point has another result once its reporting prompts are judged, as they are here.
+    whole = {point["identity"]: point.get("reporting") for point in again.read()["points"]}
+    here = [whole[result] if whole.get(result) in new.index else result for result in plan.results]
+    rows, is_inside = compare_with_intervals(best, new, dict(zip(identities, here, strict=True)))
     print(markdown_text(["method", "beta", "lr", "measure", "study", "95 % interval", "here", "inside"], rows), end="")
     print(f"{sum(is_inside)} of {len(is_inside)} values inside the study's intervals")
     return all(is_inside)

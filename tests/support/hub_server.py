@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-_REPOSITORY = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/(preupload|commit)/main)?$")
+_REPOSITORY = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/(preupload|commit|tree)/main)?$")
 
 
 class Hub:
@@ -33,7 +33,7 @@ class Hub:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 self._answer(*hub.post(self.path, body))
 
-            def _answer(self, status: int, content: dict[str, Any]) -> None:
+            def _answer(self, status: int, content: dict[str, Any] | list[dict[str, Any]]) -> None:
                 body = json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -54,12 +54,15 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
 
-    def get(self, path: str) -> tuple[int, dict[str, Any]]:
+    def get(self, path: str) -> tuple[int, dict[str, Any] | list[dict[str, Any]]]:
         """Answer what is asked about a repository."""
         match = _REPOSITORY.match(path.partition("?")[0])
         if match is None or (match[1], match[2]) not in self.repositories:
             return 404, {"error": f"nothing at {path}"}
         repository = match[1], match[2]
+        if match[3] == "tree":
+            contents = self.repositories[repository].items()
+            return 200, [{"type": "file", "path": name, "size": len(c), "oid": "0" * 40} for name, c in contents]
         files = [{"rfilename": name} for name in self.repositories[repository]]
         return 200, {"id": match[2], "private": repository in self.private, "sha": "0" * 40, "siblings": files}
 
@@ -88,4 +91,6 @@ class Hub:
             if operation["key"] == "file":
                 file = operation["value"]
                 self.repositories[match[1], match[2]][file["path"]] = base64.b64decode(file["content"])
+            elif operation["key"] == "deletedFile":
+                del self.repositories[match[1], match[2]][operation["value"]["path"]]
         return 200, {"commitUrl": f"{self.url}/{match[2]}/commit/{'1' * 40}", "commitOid": "1" * 40}

@@ -11,6 +11,8 @@ from benchmarks.aggregation import make_sweep
 from src.store.files import read_json, with_checksum, write_json, write_jsonl
 from src.store.integrity import DONE, describe_files
 from src.store.sweep_folder import SweepFolder
+from sweeps.aggregate import best_yaml, selected
+from sweeps.analysis import reporting_split
 from sweeps.analysis.results import collect
 from sweeps.report.escapes import csv_text
 from tests.support.chat_model import EMBEDDED
@@ -57,11 +59,14 @@ def publishable_sweep(output_dir: Path, *overrides: str, setup: str = "mini_tldr
 
 
 def write_points(folder: SweepFolder) -> None:
-    """Write points.csv as an aggregation would, and what else a study.zip must have, which nothing reads, empty."""
+    """Write points.csv and best.yaml as an aggregation would, and an empty report, which nothing reads."""
     folder.tables.mkdir(exist_ok=True)
-    for path in (folder.best_yaml, folder.report):
-        path.write_text("")
-    folder.points_csv.write_bytes(csv_text(collect([folder]).points))
+    folder.report.write_text("")
+    results = collect([folder])
+    folder.points_csv.write_bytes(csv_text(results.points))
+    averages, best = selected(results, "best")
+    best = reporting_split.with_intervals(best, averages, results.prompts)
+    folder.best_yaml.write_text(best_yaml(best, results.settings))
 
 
 def copy_model(stage: Path, data: dict[str, object]) -> Path:
