@@ -14,6 +14,7 @@ from src.store.files import with_checksum
 from src.store.sweep_folder import SweepFolder
 from sweeps.study.archive import STUDY_FILE, write_archive
 from sweeps.study.comparison import Comparison, compare_tables
+from sweeps.study.recompute import differences
 from sweeps.study.rerun import compare_with_intervals
 from tests.support.commands import run_in_process
 from tests.support.studies import edited
@@ -184,3 +185,8 @@ def test_results_of_a_study_do_not_replace_those_of_a_sweep(study, local_four_po
     shutil.copytree(local_four_points / "sweeps", tmp_path / "sweeps")
     named = shutil.copy(study, tmp_path / "sweeps" / "four.zip")
     assert "--out FOLDER" in assert_one_line(run_in_process(named, module="sweeps.aggregate"))
+
+
+def test_a_measurement_may_differ_by_the_rounding_of_another_processor():
+    assert differences("result.json", {"kl": [0.1 + 0.2]}, {"kl": [0.3]}) == []
+    assert [one.place for one in differences("result.json", {"kl": [0.3001]}, {"kl": [0.3]})] == ["kl[0]"]

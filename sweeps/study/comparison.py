@@ -58,12 +58,17 @@ class Comparison:
             self.numbers += 1
             if one == other or (math.isnan(one) and math.isnan(other)):
                 return
-            if math.isclose(one, other, rel_tol=ROUNDING, abs_tol=1e-12):
+            if is_rounding(one, other):
                 self.rounded += 1
                 return
         elif old == new or _without_store(where, old) == _without_store(where, new):
             return
         self.lines.append(f"{where}: {_shown(old)} in the study, {_shown(new)} computed again")
+
+
+def is_rounding(one: float, other: float) -> bool:
+    """Return whether numbers differ by no more than sums on another processor may be rounded otherwise."""
+    return math.isclose(one, other, rel_tol=ROUNDING, abs_tol=1e-12)
 
 
 def compare(packed: SweepFolder, again: SweepFolder) -> Comparison:

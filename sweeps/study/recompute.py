@@ -26,6 +26,7 @@ from src.store.store import (
     VERDICTS_FILE,
     sample_key,
 )
+from sweeps.study.comparison import is_rounding
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def differences(file: str, old: Any, new: Any, place: str = "") -> list[Moved]:
-    """Return where two JSON values differ."""
+    """Return where two JSON values differ by more than sums on another processor may be rounded otherwise."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(dict.fromkeys((*old, *new)))
         return [m for k in keys for m in differences(file, old.get(k), new.get(k), f"{place}.{k}".lstrip("."))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
         return [m for i, (a, b) in pairs for m in differences(file, a, b, f"{place}[{i}]")]
-    return [] if old == new else [Moved(file, place, old, new)]
+    is_rounded = isinstance(old, float) and isinstance(new, float) and is_rounding(old, new)
+    return [] if old == new or is_rounded else [Moved(file, place, old, new)]
