@@ -219,18 +219,17 @@ def test_prompts_of_a_benchmarks_file_are_not_multiplied(tmp_path):
 
 
 def test_no_more_prompts_are_counted_than_the_data_has(tmp_path):
-    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(200)]
-    write_jsonl(tmp_path / "pairs.jsonl", rows)  # of which a tenth is held out
-    options = ["setup=smollm2_jsonl", f"dataset.path={tmp_path}/pairs.jsonl", f"output_dir={tmp_path}", "lr=1e-5"]
-    options += ["model=mini", "beta=0.1"]
-    of_samples = comparisons([point(f"method={m}", "evaluation.num_prompts=1000", *options) for m in ("dpo", "ipo")])[0]
-    assert of_samples.num_prompts == 20 and of_samples.enlarged(2, 1) is None
-    of_pairs = [
-        comparisons([point(f"method={m}", "evaluation.metric=reward_accuracy", size, *options) for m in ("dpo", "ipo")])
-        for size in ("dataset.validation_size=40", "dataset.validation_size=150")
-    ]
-    assert of_pairs[0][0].num_prompts == 40 and of_pairs[0][0].enlarged(2, 1).num_prompts == 80
-    assert of_pairs[1][0].num_prompts == 150 and of_pairs[1][0].enlarged(2, 1) is None, "no pair to train on is left"
+    pairs = ({"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(200))
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)  # of which a tenth is held out
+
+    def compared(*overrides):
+        options = ["setup=smollm2_jsonl", "model=mini", f"dataset.path={tmp_path}/pairs.jsonl", "beta=0.1", "lr=1e-5"]
+        return comparisons([point(f"method={method}", *options, *overrides) for method in ("dpo", "ipo")])[0]
+
+    samples = compared("evaluation.num_prompts=1000")
+    few, most = (compared("evaluation.metric=reward_accuracy", f"dataset.validation_size={n}") for n in (40, 150))
+    assert [one.num_prompts for one in (samples, few, most)] == [20, 40, 150]
+    assert few.enlarged(2, 1).num_prompts == 80 and samples.enlarged(2, 1) is most.enlarged(2, 1) is None
 
 
 def test_judge_dollars_are_those_of_the_verdicts_that_are_missing(tmp_path):
@@ -256,8 +255,8 @@ def test_judge_dollars_are_those_of_the_verdicts_that_are_missing(tmp_path):
 
 def test_tokens_of_a_judge_are_means_over_prompts(finished):
     folder = finished(seeds=1)
-    judged = {"metric": "win_rate", "index": list(range(512))} | dict.fromkeys(("sample", "turn"), [0] * 512)
-    judged |= {"value": [1.0] * 512, "length": [0] * 512, "first": [[1.0]] * 512}
+    judged = dict.fromkeys(("sample", "turn", "value", "length"), [0] * 512) | {"first": [[1.0]] * 512}
+    judged |= {"metric": "win_rate", "index": list(range(512))}
     verdicts = {"schema": RESULT_SCHEMA, "selection": [], "judges": {"tldr": judged}}
     write_json(folder.store.root / "evaluate" / "dpo-0-0-0" / VERDICTS_FILE, verdicts)
     results = collect([folder])

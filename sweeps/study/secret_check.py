@@ -22,7 +22,7 @@ class SecretCheck:
             for name, value in secrets_of_environment().items()
             for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], escape(value))
         }
-        self._overlap = max(OVERLAP, *map(len, self._values), 0)
+        self._overlap = max(OVERLAP, max(map(len, self._values), default=0))
 
     def pieces(self, name: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Yield the pieces of a file, each once it has been looked at. Raises ConfigError naming file and line."""

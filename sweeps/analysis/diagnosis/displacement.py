@@ -24,8 +24,8 @@ def displacement(
     A margin grows just as well when the rejected response loses more (Razin et al., arXiv 2410.08847; Pal et al., arXiv
     2402.13228). This is common, and does harm where the probability goes to worse responses. So of the method's best
     point it is a note, and another one is named where its quality is worse and it lost more than the best point: a
-    warning, or severe where the responses lost more than they had, so that their mean log-prob has doubled. So it is of
-    the best point where its win rate is below one half.
+    warning, or severe where the responses lost more than they had, so that their mean log-prob has doubled. The best
+    point is judged like these where its win rate is below one half.
 
     initial, final: (pairs,) log-probs of the chosen responses under the initial model and the trained one, nats.
     is_worse: whether the point's quality is below that of the method's best point, or where this is it the baseline's,
