@@ -1,8 +1,9 @@
 """One run of the study: configuration, planning, the stages, and everything they compute with."""
 
 import os
+import signal
 import sys
-from types import TracebackType
+from types import FrameType
 
 __version__ = "0.2.0"
 
@@ -16,14 +17,15 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def _exit_on_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report Ctrl-C while a command imports its modules, before `report_errors` does."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    print("\nInterrupted. Run the same command again.", file=sys.stderr, flush=True)
+def exit_on_interrupt(number: int, frame: FrameType | None) -> None:
+    """Report Ctrl-C while a command imports its modules, and end the process.
+
+    An exception would not do: what is being imported may catch it, or fail in its own way while it unwinds.
+    """
+    os.write(2, b"\nInterrupted. Run the same command again.\n")  # to stderr
     os._exit(130)
 
 
-if sys.argv[:1] == ["-m"]:  # Python is still looking for the module of the command
-    sys.excepthook = _exit_on_interrupt
+is_command = sys.argv[:1] == ["-m"]  # Python is still looking for the module of the command
+if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, exit_on_interrupt)  # until `report_errors` takes over

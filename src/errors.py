@@ -20,6 +20,8 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from src import exit_on_interrupt
+
 log = logging.getLogger(__name__)
 
 
@@ -135,7 +137,8 @@ def report_errors() -> Iterator[None]:
     global _was_interrupted
     _was_interrupted = False
     _tolerate_any_text()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread():
+    is_ours_to_handle = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, exit_on_interrupt)
+    if is_ours_to_handle and current_thread() is main_thread():
         signal.signal(signal.SIGINT, _interrupt)
     logging.raiseExceptions = False  # a log that a full disk refuses is not worth a traceback
     try:

@@ -1,0 +1,40 @@
+"""Ctrl-C of a command is one line, also while its modules are imported."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.commands import ROOT, environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.1, 0.2, 0.4, 0.8, 1.6])
+def test_an_interrupt_at_any_time_is_one_line(after, tmp_path):
+    command = [sys.executable, "-m", "src.train", f"output_dir={tmp_path}", "tracking=none", "beta=1"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    if "Traceback" in stderr and str(ROOT / "src") not in stderr:
+        pytest.skip("a busy machine: Python itself had not started")
+    # Python ends by the signal itself, which a shell shows as 130 too, when Ctrl-C came inside an import in C.
+    assert process.returncode in (130, -signal.SIGINT), stderr
+    assert "Interrupted" in stderr and "Traceback" not in stderr
+
+
+def test_an_interrupt_during_an_import_that_fails_of_it_is_one_line(tmp_path):
+    """As OmegaConf does: what it restores in `finally` is not there yet."""
+    (tmp_path / "hydra.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nfinally:\n    None.restore()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "src.train"],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "\nInterrupted. Run the same command again.\n")
