@@ -18,14 +18,16 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 
 
 def exit_on_interrupt(number: int, frame: FrameType | None) -> None:
-    """Report Ctrl-C while a command imports its modules, and end the process.
+    """Handle SIGINT (Ctrl-C) while a command imports its modules: print one line and exit with code 130.
 
-    An exception would not do: what is being imported may catch it, or fail in its own way while it unwinds.
+    Raising KeyboardInterrupt would not be enough: a module that is being imported may catch it, or raise another
+    exception in a `finally` block.
     """
     os.write(2, b"\nInterrupted. Run the same command again.\n")  # to stderr
     os._exit(130)
 
 
-is_command = sys.argv[:1] == ["-m"]  # Python is still looking for the module of the command
+# Python leaves "-m" there until it has found the module to run. `report_errors` replaces this handler.
+is_command = sys.argv[:1] == ["-m"]
 if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, exit_on_interrupt)  # until `report_errors` takes over
+    signal.signal(signal.SIGINT, exit_on_interrupt)

@@ -137,8 +137,9 @@ def report_errors() -> Iterator[None]:
     global _was_interrupted
     _was_interrupted = False
     _tolerate_any_text()
-    is_ours_to_handle = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, exit_on_interrupt)
-    if is_ours_to_handle and current_thread() is main_thread():
+    # A handler that somebody else has set stays, and so does SIG_IGN, which nohup and shell scripts set.
+    is_replaceable = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, exit_on_interrupt)
+    if is_replaceable and current_thread() is main_thread():
         signal.signal(signal.SIGINT, _interrupt)
     logging.raiseExceptions = False  # a log that a full disk refuses is not worth a traceback
     try:

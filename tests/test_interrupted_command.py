@@ -1,4 +1,4 @@
-"""Ctrl-C of a command is one line, also while its modules are imported."""
+"""Ctrl-C prints one line and no traceback, even while a command is still importing its modules."""
 
 import signal
 import subprocess
@@ -25,8 +25,8 @@ def test_an_interrupt_at_any_time_is_one_line(after, tmp_path):
     assert "Interrupted" in stderr and "Traceback" not in stderr
 
 
-def test_an_interrupt_during_an_import_that_fails_of_it_is_one_line(tmp_path):
-    """As OmegaConf does: what it restores in `finally` is not there yet."""
+def test_an_interrupt_that_makes_an_import_raise_another_exception_is_one_line(tmp_path):
+    """OmegaConf does so: a `finally` block of its restores flags of an object that is not complete yet."""
     (tmp_path / "hydra.py").write_text(
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nfinally:\n    None.restore()\n"
     )
