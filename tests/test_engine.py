@@ -15,8 +15,7 @@ from src.training.strategies import make_engine
 from tests.support.commands import SMALL, train
 from tests.support.configs import stage_of
 from tests.support.small_models import make_model, random_pairs, relative
-from tests.support.torchrun import finish, kill_last_rank, start_ranks
-from tests.support.waiting import wait_until
+from tests.support.torchrun import finish, kill_rank_at, start_ranks
 
 POINT = [*SMALL, "method=dpo", "beta=0.1", "trainer.max_tokens_per_micro_batch=512", "engine.precision=fp32"]
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
@@ -89,10 +88,7 @@ def test_kill_9_of_one_process_and_the_same_command_again_gives_identical_weight
     arguments = [*POINT, f"engine={engine}", "trainer.align.epochs=3"]
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     finish(start_ranks(*arguments, f"output_dir={calm}"))
-    process = start_ranks(*arguments, f"output_dir={killed}")
-    checkpoints = "align/.work/*/checkpoints/*/step-*"
-    wait_until(lambda: any((killed / "store").glob(checkpoints)) or process.poll() is not None, 300, "a checkpoint")
-    kill_last_rank(process)
+    kill_rank_at("align/.work/*/checkpoints/*/step-*", 2, *arguments, f"output_dir={killed}")
     assert not list((killed / "store").glob("align/*/DONE"))
     finish(start_ranks(*arguments, f"output_dir={killed}"))
     assert distance(weights(killed), weights(calm)) == 0

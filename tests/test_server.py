@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import SMALL, run_in_process, start, train
 from tests.support.endpoint import completion, smollm2_folder
+from tests.support.kills import stopping_at, wait_until_stopped
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +21,7 @@ SERVED = [
     "server=transformers",
     f"server.command='{PROGRAM} serve {{checkpoint}} --host 127.0.0.1 --port {{port}} --dtype {{dtype}}'",
 ]
+RESPONSES = "generate/.work/*/checkpoints/responses.jsonl"  # renamed into place while it is empty, then appended to
 POINT = ["method=dpo", "beta=0.1", *SMALL, "evaluation.generation.temperature=0"]
 
 
@@ -83,36 +85,21 @@ def test_a_second_turn_of_a_server_answers_its_own_first_one(in_process, fake_en
     assert not servers(tmp_path)
 
 
-def first_responses(process, folder):
-    """Return the files of responses once the first response is written."""
-    deadline, written = time.monotonic() + 120, []
-    while not written:
-        assert process.poll() is None and time.monotonic() < deadline
-        files = (folder / "store" / "generate").glob(".work/*/checkpoints/responses.jsonl")
-        written = [path for path in files if path.read_text()]
-        time.sleep(0.02)
-    return written
-
-
 def test_a_killed_job_leaves_no_server_and_resumes_with_the_missing_prompts(in_process, tmp_path):
     (tmp_path / "store").mkdir()
     for kind in ("sft", "reference", "align"):
         (tmp_path / "store" / kind).symlink_to(in_process / "store" / kind)
-    slowly = ["server.concurrency=1"]
-    process = start(*POINT, *SERVED, *slowly, f"output_dir={tmp_path}")
-    written = first_responses(process, tmp_path)
+    third_response = stopping_at(RESPONSES, 4)
+    process = start(*POINT, *SERVED, "server.concurrency=1", f"output_dir={tmp_path}", env=third_response)
+    wait_until_stopped(process)
     assert servers(tmp_path)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
-    deadline = time.monotonic() + 10
-    while servers(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not servers(tmp_path)
-    known = sum(len(p.read_text().splitlines()) for p in written)
+    wait_until(lambda: not servers(tmp_path), 60, "the server to exit")
     done = train(*POINT, *SERVED, f"output_dir={tmp_path}")
-    assert known and "result:" in done.stdout
+    assert "result:" in done.stdout
     logs = "".join(path.read_text() for path in (tmp_path / "runs").rglob("*.log"))
-    assert f"{known} of 16 responses were sampled before" in logs
+    assert "2 of 16 responses were sampled before" in logs
     for role, rows in samples(tmp_path).items():
         assert [row["response"] for row in rows] == [row["response"] for row in samples(in_process)[role]]
 
@@ -150,13 +137,14 @@ def test_a_server_that_dies_while_sampling_is_one_line(in_process, tmp_path):
     (tmp_path / "store").mkdir()
     for kind in ("sft", "reference", "align"):
         (tmp_path / "store" / kind).symlink_to(in_process / "store" / kind)
-    many = ["server.concurrency=1", "evaluation.num_prompts=400"]  # more than it samples before it is killed
-    process = start(*POINT, *SERVED, *many, f"output_dir={tmp_path}")
-    first_responses(process, tmp_path)
+    third_response = stopping_at(RESPONSES, 4)
+    process = start(*POINT, *SERVED, "server.concurrency=1", f"output_dir={tmp_path}", env=third_response)
+    wait_until_stopped(process)
     running = servers(tmp_path)
     assert running
     for server in running:
         os.kill(int(server), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1 and "Traceback" not in output, output
     assert "server.command exited with code -9 while sampling: " in output

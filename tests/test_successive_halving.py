@@ -21,8 +21,9 @@ from src.store.store import Store
 from src.store.sweep_folder import SweepFolder
 from sweeps.aggregate import aggregate, finalize
 from sweeps.search.search import Search
-from tests.support.commands import kill_when, run_in_process, train
+from tests.support.commands import run_in_process, train
 from tests.support.configs import TINY, point
+from tests.support.kills import kill_at
 
 
 class InProcessLauncher(PlanLauncher):
@@ -254,12 +255,8 @@ def test_a_command_killed_in_the_last_rung_and_rerun_ends_as_an_uninterrupted_on
     plan = run_in_process(*command, "dry_run=true").stdout
     assert re.search(r"^ +1 +0.5 +4\n +2 +1 +2$", plan, re.M), plan
     assert "the steps of 3 full runs, 75 % of the 4 of the full grid; 6 models sampled" in plan
-    last_rung = {f"step-{step:08d}" for step in range(13, 24)}  # the first rung stops at 12
-
-    def in_last_rung(store: Path) -> bool:
-        return any(p.name in last_rung for p in store.glob("align/.work/*/checkpoints/sharded/*"))
-
-    assert kill_when(in_last_rung, tmp_path, *command), "the kill came too late"
+    last_rung = "align/.work/*/checkpoints/sharded/step-0000001[3-9]"  # the first rung stops at 12
+    kill_at(last_rung, 2, *command)
     output = train(*command).stdout
     assert "rung 1 of" not in output and "h: rung 2 of 2: 2 points to 100 % of their steps" in output
     assert final(tmp_path) == final(searched)

@@ -14,7 +14,8 @@ import yaml
 from src.store.store import RESULT_SCHEMA
 from src.store.sweep_folder import SweepFolder
 from src.store.usage import usage_by_kind
-from tests.support.commands import SMALL, SMALL_SWEEP, dry_run, kill_when, run_in_process, start, train
+from tests.support.commands import SMALL, SMALL_SWEEP, dry_run, run_in_process, start, train
+from tests.support.kills import kill_at
 
 COLUMNS = [
     *("setup", "method", "init", "beta", "lr", "seed", "state"),
@@ -259,12 +260,11 @@ def test_keep_best_holds_a_model_for_each_method_and_worker_while_the_sweep_runs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_after", [2, 4, 6])
-def test_a_sweep_killed_while_it_runs_keeps_the_models_it_selects_later(killed_after, tmp_path):
+@pytest.mark.parametrize("points_of_worker", [1, 2, 3])
+def test_a_sweep_killed_while_it_runs_keeps_the_models_it_selects_later(points_of_worker, tmp_path):
     sweep = ["-m", "method=dpo,orpo", "beta=0.01,0.1,0.3,1", *SMALL, f"output_dir={tmp_path}", "sweep.name=kept"]
     sweep += ["keep_checkpoints=best", "hydra.launcher.workers=2"]
-    results = lambda store: len(list(store.glob("evaluate/*/DONE"))) >= killed_after  # noqa: E731
-    assert kill_when(results, tmp_path, *sweep)
+    kill_at("evaluate/.work/*/attempt-*", points_of_worker + 1, *sweep)
     train(*sweep)
     best = yaml.safe_load((tmp_path / "sweeps" / "kept" / "best.yaml").read_text())["mini_tldr"]
     assert weights(tmp_path) == {Path(entry["checkpoint"]).name for entry in best.values()} and len(best) == 2

@@ -8,12 +8,10 @@ import logging
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -99,29 +97,14 @@ def dry_run(*arguments: str) -> tuple[list[str], str]:
     return re.findall(r"^(?:to do|done) +\w+  \S+  (.+)$", done.stdout, re.M), done.stdout
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """Start `python -m src.train ARGUMENTS` in a new process group, without waiting for it."""
+def start(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start `python -m src.train ARGUMENTS` in a new process group, without waiting for it. env: `environment()`."""
     return subprocess.Popen(
         command(*arguments),
         cwd=ROOT,
-        env=environment(),
+        env=env or environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-
-
-def kill_when(condition: Callable[[Path], bool], folder: Path, *arguments: str) -> bool:
-    """Start the command and kill -9 its process group once the store meets the condition; False if it ended before."""
-    process = start(*arguments)
-    try:
-        while process.poll() is None:
-            if condition(folder / "store"):
-                return True
-            time.sleep(0.002)
-        return False
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from tests.support.commands import ROOT, environment
+from tests.support.kills import stopping_at, wait_until_stopped
 
 
-def start_ranks(*arguments: str, num_ranks: int = 2) -> subprocess.Popen[str]:
+def start_ranks(*arguments: str, num_ranks: int = 2, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start `torchrun -m src.train ARGUMENTS` without waiting for it. env: `environment()`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
     return subprocess.Popen(
         [*launcher, "-m", "src.train", *arguments],
         cwd=ROOT,
-        env=environment(),
+        env=env or environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -29,9 +30,9 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def kill_last_rank(process: subprocess.Popen[str]) -> None:
-    """Kill one of the ranks with SIGKILL; return when torchrun has ended the others."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+def kill_rank_at(pattern: str, number: int, *arguments: str) -> None:
+    """Start two ranks, kill -9 the first that stops (see `stopping_at`), and wait for torchrun to end the other."""
+    process = start_ranks(*arguments, env=stopping_at(pattern, number))
+    wait_until_stopped(process).kill()
     process.communicate(timeout=120)
     assert process.returncode != 0
