@@ -64,13 +64,12 @@ def test_every_config_of_the_data_set_opens_and_its_rows_belong_to_points(sweep,
     folder = str(sweep.hub / "study")
     assert set(datasets.get_dataset_config_names(folder)) == CONFIGS
     tables = {name: datasets.load_dataset(folder, name, split="train", cache_dir=str(tmp_path)) for name in CONFIGS}
-    points = {row["point"]: row for row in tables["points"]}
+    points = {row["identity"]: row for row in tables["points"]}
     assert len(points) == 6 and sum(row["selected"] for row in points.values()) == len(METHODS) == len(tables["best"])
     assert tables["samples"].num_rows == tables["judgements"].num_rows == 6 * SAMPLES
     for row in tables["samples"]:
-        assert (
-            row["method"] == points[row["point"]]["method"] and row["response"] == f"{row['method']} {row['index']} ?"
-        )
+        assert row["method"] == points[row["identity"]]["method"]
+        assert row["response"] == f"{row['method']} {row['prompt_index']} ?"
     first = tables["judgements"][0]
     assert (first["judge"], first["verdict"], json.loads(first["details"])) == ("gold", 1.0, {"grade": 7})
     assert {row["split"] for row in tables["judgements"]} <= {"selection", "reporting"}

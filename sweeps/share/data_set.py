@@ -20,8 +20,8 @@ from sweeps.share.chosen import PublishedSweep
 
 ROWS_PER_GROUP = 50_000  # of a Parquet file, which are in memory at once
 _LOCAL = ["checkpoint", "error"]  # columns of points.csv that name files of this machine
+# Columns are named as in the tables of a notebook: sweeps.notebook.KEYS, `prompt_index`.
 _POINT = {
-    "point": pa.string(),
     "setup": pa.string(),
     "method": pa.string(),
     "init": pa.string(),
@@ -29,8 +29,9 @@ _POINT = {
     "beta": pa.float64(),
     "lr": pa.float64(),
     "seed": pa.int64(),
+    "identity": pa.string(),
 }
-_SAMPLE = {"index": pa.int64(), "sample": pa.int64(), "turn": pa.int64()}
+_SAMPLE = {"prompt_index": pa.int64(), "sample": pa.int64(), "turn": pa.int64()}
 _DETAILS = {"details": pa.string()}  # JSON: what a row has beyond the columns
 SCHEMAS: dict[str, dict[str, pa.DataType]] = {
     "samples": {
@@ -64,7 +65,7 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
     "validation": {
         **_POINT,
         "pair": pa.int64(),
-        "prompt": pa.int64(),
+        "validation_prompt": pa.int64(),
         **dict.fromkeys(("loss", "margin", "correct"), pa.float64()),
         **dict.fromkeys(("logps", "reference_logps"), pa.list_(pa.float64())),
         "source": pa.string(),
@@ -80,11 +81,11 @@ def write_data_set(folder: Path, study: PublishedSweep) -> dict[str, int]:
     folder.mkdir()
     results = study.results
     selected = {identity for identities in study.best.identities for identity in identities}
-    points = results.points.drop(columns=_LOCAL).rename(columns={"identity": "point"})
-    points["selected"] = points.point.isin(selected)
+    points = results.points.drop(columns=_LOCAL)
+    points["selected"] = points.identity.isin(selected)
     counts = {"points": _write_frame(folder, "points", points)}
     best = study.best.drop(columns=[*_LOCAL, "identity", "state", "candidate", "stop_fraction", "seed"])
-    counts["best"] = _write_frame(folder, "best", best.rename(columns={"identities": "points"}))
+    counts["best"] = _write_frame(folder, "best", best)
     readers: dict[str, Callable[[Results, str], Iterator[dict[str, Any]]]] = {
         "samples": _samples,
         "judgements": _judgements,
@@ -101,14 +102,14 @@ def _of_all_points(
     results: Results, read: Callable[[Results, str], Iterator[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
     for point in results.points[results.points.state == "done"].to_dict("records"):
-        key = {name: point[name] for name in ("setup", "method", "init", "variant", "beta", "lr", "seed")}
+        key = {name: point[name] for name in _POINT}
         for row in read(results, point["identity"]):
-            yield {"point": point["identity"], **key, **row}
+            yield {**key, **row}
 
 
 def _samples(results: Results, result: str) -> Iterator[dict[str, Any]]:
-    for row in _rows(results, result, "generate", SAMPLES_FILE):
-        yield {"sample": 0, "turn": 1, **row}
+    for row in _rows(results, result, "generate", SAMPLES_FILE, "index"):
+        yield {"prompt_index": row.pop("index"), "sample": 0, "turn": 1, **row}
 
 
 def _judgements(results: Results, result: str) -> Iterator[dict[str, Any]]:
@@ -124,8 +125,9 @@ def _judgements(results: Results, result: str) -> Iterator[dict[str, Any]]:
     judges = {"evaluate": (evaluation.get("judge") or {}).get("name")}
     judges |= {FURTHER_JUDGE + name: name for name in evaluation.get("judges", {})}
     for role, judge in judges.items():
-        for row in _rows(results, result, role, JUDGEMENTS_FILE):
-            yield {"judge": judge, "sample": 0, "turn": 1, "split": split.get(row["index"]), **row}
+        for row in _rows(results, result, role, JUDGEMENTS_FILE, "index"):
+            index = row.pop("index")
+            yield {"judge": judge, "prompt_index": index, "sample": 0, "turn": 1, "split": split.get(index), **row}
 
 
 def _metrics(results: Results, result: str) -> Iterator[dict[str, Any]]:
@@ -133,15 +135,15 @@ def _metrics(results: Results, result: str) -> Iterator[dict[str, Any]]:
 
 
 def _validation(results: Results, result: str) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(_rows(results, result, "align", VALIDATION_FILE)):
-        yield {"pair": number, **row}
+    for number, row in enumerate(_rows(results, result, "align", VALIDATION_FILE, "prompt")):
+        yield {"pair": number, "validation_prompt": row.pop("prompt"), **row}
 
 
-def _rows(results: Results, result: str, role: str, file: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of a point; none where its stage has no such file."""
+def _rows(results: Results, result: str, role: str, file: str, *keys: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of a point, which have these keys; none where its stage has no such file."""
     folder = results.artifacts(result, role)
     if folder is not None and (folder / file).exists():
-        yield from read_jsonl(folder / file)
+        yield from read_jsonl(folder / file, keys)
 
 
 def _write_rows(path: Path, schema: Mapping[str, pa.DataType], rows: Iterable[dict[str, Any]]) -> int:
