@@ -29,7 +29,6 @@ from sweeps.analysis import judges, reporting_split
 from sweeps.analysis.capability import capability_changes
 from sweeps.analysis.diagnosis.diagnose import diagnose
 from sweeps.analysis.results import Results, collect
-from sweeps.analysis.selection import average_seeds, select_points
 from sweeps.analysis.significance import pairwise_against_pointwise
 from sweeps.arguments import ArgumentParser
 from sweeps.report import figures
@@ -47,8 +46,9 @@ from sweeps.report.tables import (
     verdict_table,
 )
 from sweeps.search.record import recorded_failures, write_states
-from sweeps.study.archive import SUFFIX, unpack
-from sweeps.wandb.from_wandb import SCHEME, fetch
+from sweeps.study.archive import SUFFIX
+from sweeps.study.opening import open_sweep
+from sweeps.wandb.from_wandb import SCHEME
 
 COST_ENTRIES = ("stage", "computed", "hours", "waiting", "tokens")  # of a row of the report's Cost, in sweep.json
 BEST_YAML_KEYS = (
@@ -75,10 +75,9 @@ def write_results(
 
     select: how a point of each method is selected, by default `sweep.select` of the first sweep.
     """
-    points, prompts = results.points, results.prompts
+    prompts = results.prompts
     rule = select or results.sweeps[0]["select"]
-    averages, best = selected(results, rule)
-    best = reporting_split.with_intervals(best, averages, prompts)
+    averages, best = reporting_split.selected_points(results, rule)
     differences = reporting_split.differences(best, prompts)
     by_judge = judges.read_verdicts(results)
     verdicts = judges.with_outcomes(reporting_split.verdicts(best, prompts), by_judge, best)
@@ -102,8 +101,8 @@ def write_results(
     of_paper = paper_tables(results, best)
 
     target.figures.mkdir(parents=True, exist_ok=True)
-    atomic_write(target.points_csv, csv_text(without_temporary(points, results.temporary)))
-    atomic_write(target.best_yaml, best_yaml(without_temporary(best, results.temporary), results.settings))
+    atomic_write(target.points_csv, csv_text(results.without_temporary(results.points)))
+    atomic_write(target.best_yaml, best_yaml(results.without_temporary(best), results.settings))
     write_tables(target.tables, tables)
     write_formats(target.tables, {name: table.formats() for name, table in of_paper.items()})
     published = published_points(results, best)
@@ -112,20 +111,6 @@ def write_results(
     if not quiet:
         print_best(results, target.path, tables)
     return best
-
-
-def without_temporary(points: pd.DataFrame, temporary: Path | None) -> pd.DataFrame:
-    """Return rows of points without the checkpoints in a folder that will not be there: a study has none."""
-    if temporary is None:
-        return points
-    is_temporary = [Path(path).is_relative_to(temporary) for path in points.checkpoint]
-    return points.assign(checkpoint=points.checkpoint.mask(pd.Series(is_temporary, points.index, dtype=bool)))
-
-
-def selected(results: Results, rule: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the points averaged over seeds, and those of them that are selected by the rule of sweep.select."""
-    averages = average_seeds(results.points[results.points.candidate])
-    return averages, select_points(averages, rule, results.prompts)
 
 
 def finalize(path: Path, failures: dict[str, PointFailure]) -> None:
@@ -220,24 +205,6 @@ def main() -> int:
             others = f" ({count - 1} more points have damaged results)" if count > 1 else ""
             raise SweepFailed(f"{first}{others}; run the sweep again to remake it")
     return 0
-
-
-def open_sweep(name: str, unpacked: Path) -> SweepFolder:
-    """Return the folder of a sweep that is given by its folder, a study.zip or a group in W&B.
-
-    unpacked: a folder below which a study.zip is unpacked.
-    """
-    if not name.endswith(SUFFIX) or Path(name).is_dir():
-        path = (fetch(name) if name.startswith(SCHEME) else Path(name)).resolve()
-        return SweepFolder.open(path)
-    target = unpacked / str(len(list(unpacked.iterdir())))
-    study = unpack(Path(name), target)
-    if study.changes:
-        more = f" ({len(study.changes) - 1} more files are not as they were packed)" if len(study.changes) > 1 else ""
-        raise ConfigError(
-            f"{name}: {study.changes[0]}{more}; python -m sweeps.reproduce {name} says what else is different then"
-        )
-    return SweepFolder.open(study.folder.path.resolve())
 
 
 def _default_out(first: str, folders: Sequence[SweepFolder]) -> Path:

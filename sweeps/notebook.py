@@ -18,13 +18,13 @@ from src.config.schema import Sweep
 from src.errors import ConfigError
 from src.store.files import read_jsonl
 from src.store.store import JUDGEMENTS_FILE, METRICS_FILE, SAMPLES_FILE, sample_key
-from sweeps.aggregate import open_sweep, selected, without_temporary
 from sweeps.analysis import judges, reporting_split
 from sweeps.analysis.results import Results, collect, read_quality
 from sweeps.report import figures
 from sweeps.report.graphics import Drawing
 from sweeps.report.published import published_points
 from sweeps.report.tables import best_table
+from sweeps.study.opening import open_sweep
 
 # Columns of points that every other table begins with; `identity` names one point.
 KEYS = ["setup", "method", "init", "variant", "beta", "lr", "seed", "identity"]
@@ -63,7 +63,7 @@ class Study:
     @cached_property
     def points(self) -> pd.DataFrame:
         """One row a point, done or not, with the columns of points.csv; of a study.zip without checkpoints."""
-        return without_temporary(self.results.points, self.results.temporary)
+        return self.results.without_temporary(self.results.points)
 
     @cached_property
     def best(self) -> pd.DataFrame:
@@ -72,7 +72,7 @@ class Study:
         Columns of `points`, `seeds`, `identities` (of the results of the seeds), `shortlist`, `top3_reporting`, and the
         95 % interval of the reported quality, `quality_reporting_low` and `_high`.
         """
-        best = without_temporary(self._selected[1], self.results.temporary)
+        best = self.results.without_temporary(self._selected[1])
         return best.drop(columns=["seed", "identity", "candidate", "error"]).reset_index(drop=True)
 
     @cached_property
@@ -149,8 +149,7 @@ class Study:
     @cached_property
     def _selected(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The points averaged over seeds, and the selected ones with intervals, as aggregate has them."""
-        averages, best = selected(self.results, self.select)
-        return averages, reporting_split.with_intervals(best, averages, self.results.prompts)
+        return reporting_split.selected_points(self.results, self.select)
 
     def _drawings(self) -> Iterator[Drawing]:
         """Yield every figure of the report anew: what a reader changes in one does not come back."""

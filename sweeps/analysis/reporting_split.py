@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from src.methods import METHODS
-from sweeps.analysis.results import PromptQuality
-from sweeps.analysis.selection import GROUP, STUDY, best_lr_per_beta
+from sweeps.analysis.results import PromptQuality, Results
+from sweeps.analysis.selection import GROUP, STUDY, average_seeds, best_lr_per_beta, select_points
 from sweeps.analysis.significance import (
     COMPARISON,
     bootstrap_means,
@@ -29,6 +29,15 @@ NUM_TOP = 3  # points whose mean quality stands beside the selected one's
 def reported(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows that were measured on the reporting split: with judge.reporting=selected not all are."""
     return rows[rows.quality_reporting.notna()].copy()
+
+
+def selected_points(results: Results, rule: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the points averaged over seeds, and those of them that are selected, with their intervals.
+
+    rule: of sweep.select.
+    """
+    averages = average_seeds(results.points[results.points.candidate])
+    return averages, with_intervals(select_points(averages, rule, results.prompts), averages, results.prompts)
 
 
 def with_intervals(best: pd.DataFrame, averages: pd.DataFrame, prompts: PromptQuality) -> pd.DataFrame:

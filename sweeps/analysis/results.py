@@ -151,6 +151,13 @@ class Results:
         """The number of finished points whose reporting prompts have not been judged."""
         return int((self.points.quality_selection.notna() & self.points.quality_reporting.isna()).sum())
 
+    def without_temporary(self, points: pd.DataFrame) -> pd.DataFrame:
+        """Return rows of points without the checkpoints in the folder that will not be there: a study has none."""
+        if self.temporary is None:
+            return points
+        is_temporary = [Path(path).is_relative_to(self.temporary) for path in points.checkpoint]
+        return points.assign(checkpoint=points.checkpoint.mask(pd.Series(is_temporary, points.index, dtype=bool)))
+
     @property
     def prompts(self) -> PromptQuality:
         return PromptQuality(*self.stores)

@@ -139,10 +139,10 @@ class Search:
         """
         if not judged_in_part(self.state.points[0]):
             return {}
-        from sweeps.aggregate import selected
+        from sweeps.analysis.reporting_split import selected_points
         from sweeps.analysis.results import collect
 
-        _, best = selected(collect([folder]), self.state.points[0].sweep.select)
+        _, best = selected_points(collect([folder]), self.state.points[0].sweep.select)
         chosen = {identity for seeds in best.identities for identity in seeds}
         points = [p for p, result in zip(self.state.points, self.state.results[-1], strict=True) if result in chosen]
         plan = make_plan(map(with_all_judged, points), self.store)

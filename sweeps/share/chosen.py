@@ -18,7 +18,6 @@ from src.store.files import find, read_json
 from src.store.integrity import WEIGHTS, find_damage
 from src.store.store import RUN_CONFIG_FILE
 from src.store.sweep_folder import SweepFolder
-from sweeps.aggregate import selected
 from sweeps.analysis import reporting_split
 from sweeps.analysis.results import Results
 from sweeps.analysis.selection import best_lr_per_beta, rows_of_study
@@ -83,10 +82,9 @@ def choose(folder: SweepFolder, results: Results, methods: Collection[str] | Non
     """
     record = results.sweeps[0]
     check_secret(f"command of {folder.record}", record["command"])
-    averages, best = selected(results, record["select"])
+    averages, best = reporting_split.selected_points(results, record["select"])
     if best.empty:
         raise ConfigError(f"{folder.path}: no point has a result yet; publish it when the sweep has finished")
-    best = reporting_split.with_intervals(best, averages, results.prompts)
     differences = reporting_split.differences(best, results.prompts)
     rows = best.assign(gap=gap_to_best(best, differences)).sort_values(
         "quality_selection", ascending=False, kind="stable"

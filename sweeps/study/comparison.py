@@ -16,7 +16,7 @@ import yaml
 
 from src.errors import ConfigError
 from src.store.sweep_folder import SweepFolder
-from sweeps.aggregate import best_yaml, selected
+from sweeps.aggregate import best_yaml
 from sweeps.analysis import reporting_split
 from sweeps.analysis.results import collect
 from sweeps.report.escapes import csv_text
@@ -93,8 +93,7 @@ def check_tables(folder: SweepFolder) -> None:
     results, comparison, name = collect([folder]), Comparison(), folder.points_csv.name
     points = csv_text(results.points).decode()
     compare_tables(comparison, _read_csv(folder.points_csv.read_text(encoding="utf-8")), _read_csv(points), name)
-    averages, best = selected(results, rule := results.sweeps[0]["select"])
-    best = reporting_split.with_intervals(best, averages, results.prompts)
+    _, best = reporting_split.selected_points(results, rule := results.sweeps[0]["select"])
     _compare_best(comparison, folder.best_yaml.read_text(encoding="utf-8"), best_yaml(best, results.settings))
     if comparison.lines:
         place = comparison.lines[0].partition(": ")[0]

@@ -21,7 +21,6 @@ from src.preflight import check_input_files
 from src.store.files import read_json
 from src.store.store import RUN_CONFIG_FILE, Store
 from src.store.sweep_folder import SweepFolder
-from sweeps.aggregate import selected
 from sweeps.analysis import reporting_split
 from sweeps.analysis.results import collect
 from sweeps.analysis.significance import Z95
@@ -45,8 +44,7 @@ def rerun_best(study: UnpackedStudy, output_dir: Path, methods: Sequence[str] | 
     study, for the record. Raises ConfigError when a point cannot be run here, SweepFailed when one has failed.
     """
     results = collect([study.folder])
-    averages, best = selected(results, results.sweeps[0]["select"])
-    best = reporting_split.with_intervals(best, averages, results.prompts)
+    _, best = reporting_split.selected_points(results, results.sweeps[0]["select"])
     if methods is not None:
         if unknown := sorted(set(methods) - set(best.method)):
             raise ConfigError(f"--methods {unknown[0]}: the study has {', '.join(sorted(best.method.unique()))}")

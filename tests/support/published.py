@@ -11,7 +11,7 @@ from benchmarks.aggregation import make_sweep
 from src.store.files import read_json, with_checksum, write_json, write_jsonl
 from src.store.integrity import DONE, describe_files
 from src.store.sweep_folder import SweepFolder
-from sweeps.aggregate import best_yaml, selected
+from sweeps.aggregate import best_yaml
 from sweeps.analysis import reporting_split
 from sweeps.analysis.results import collect
 from sweeps.report.escapes import csv_text
@@ -64,8 +64,7 @@ def write_points(folder: SweepFolder) -> None:
     folder.report.write_text("")
     results = collect([folder])
     folder.points_csv.write_bytes(csv_text(results.points))
-    averages, best = selected(results, "best")
-    best = reporting_split.with_intervals(best, averages, results.prompts)
+    _, best = reporting_split.selected_points(results, "best")
     folder.best_yaml.write_text(best_yaml(best, results.settings))
 
 
