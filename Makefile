@@ -65,13 +65,13 @@ fuzz: $(VENV)/.dev ## random overrides, rows and damaged stores; what breaks pri
 	$(PY) -m tests.fuzz $(ARGS)
 
 slurm-install: ## Debian's SLURM packages, for the loopback cluster (root)
-	$(PYTHON) tests/support/slurm_cluster.py install
+	$(PYTHON) -m tests.support.slurm_cluster install
 
 slurm-up: ## start a real SLURM cluster on loopback: 4 nodes, fake GPUs, a preemptible partition (root)
-	$(PYTHON) tests/support/slurm_cluster.py up $(ARGS)
+	$(PYTHON) -m tests.support.slurm_cluster up $(ARGS)
 
 slurm-down: ## stop it
-	$(PYTHON) tests/support/slurm_cluster.py down $(ARGS)
+	$(PYTHON) -m tests.support.slurm_cluster down $(ARGS)
 
 clean: ## remove .venv, .venv-lint, .venv-docs, site and caches; outputs stay
 	rm -rf $(VENV) $(LINT) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache

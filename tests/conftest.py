@@ -13,7 +13,7 @@ import pytest
 
 from src.errors import ConfigError
 from src.store.sweep_folder import SweepFolder
-from tests.support.commands import SMALL_SWEEP, train
+from tests.support.commands import SMALL_SWEEP, kill_what_is_left, train
 from tests.support.slurm_cluster import Cluster, missing
 
 # A suite that a shell started in the background inherits an ignored SIGINT, and so would the commands it interrupts.
@@ -67,6 +67,13 @@ def no_rank_is_left() -> Iterator[None]:
     """Forget the rank that FSDP2 and DeepSpeed give to a single process: commands would take it for one of several."""
     yield
     os.environ.pop("LOCAL_RANK", None)
+
+
+@pytest.fixture(autouse=True)
+def no_command_is_left() -> Iterator[None]:
+    """Kill the commands that a failed test has left running: they would slow the others down."""
+    yield
+    kill_what_is_left()
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_a_hub_whose_name_does_not_resolve_is_not_tried_for_minutes(monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
     started = time.monotonic()
-    assert why_unreachable().startswith("hub.invalid cannot be resolved: ") and time.monotonic() - started < 20
+    assert why_unreachable().startswith("hub.invalid cannot be resolved: ") and time.monotonic() - started < 60
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the control: a name that resolves is tried
     assert why_unreachable() is None
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")

@@ -11,8 +11,9 @@ from src.planning.plan import make_plan
 from src.store.store import Store
 from tests.support.commands import SMALL, run_in_process
 from tests.support.configs import composed
-from tests.support.endpoint import completion, free_port
+from tests.support.endpoint import completion
 from tests.support.judges import ask
+from tests.support.ports import free_port
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 SERVED_ALPACA = ["judge=alpaca_eval", "judge.baseline=sft", "server=vllm", "judge.base_url=server"]
@@ -27,7 +28,7 @@ def judge_of(*overrides):
 
 def warnings_of(endpoint, *overrides, judge="tldr", model="m"):
     options = [f"judge={judge}", f"judge.model='{model}'", f"judge.base_url={endpoint.url}", *overrides]
-    return list(check_endpoint(*judge_of(*options, "judge.baseline=sft", "judge.timeout=5")))
+    return list(check_endpoint(*judge_of(*options, "judge.baseline=sft", "judge.timeout=60")))
 
 
 def with_logprobs(request):
@@ -135,7 +136,7 @@ def test_an_annotator_by_name_has_the_identity_it_had_before_models_could_be_nam
 
 
 def test_a_judge_that_answered_before_is_asked_again_only_where_samples_are_missing(fake_endpoint, tmp_path):
-    options = ["judge=tldr", "judge.model=m", f"judge.base_url={fake_endpoint.url}", "judge.timeout=5"]
+    options = ["judge=tldr", "judge.model=m", f"judge.base_url={fake_endpoint.url}", "judge.timeout=60"]
     plan = make_plan([build_point(composed(*options, f"output_dir={tmp_path}"))], Store(tmp_path))
     fake_endpoint.check = lambda request: (404, {}, b"{}")
 

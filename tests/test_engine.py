@@ -185,5 +185,5 @@ def test_lora_of_two_processes_is_that_of_one(tmp_path):
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(tmp_path):
     process = start_ranks(*POINT, "engine=ddp", "trainer.sft.batch_size=1", f"output_dir={tmp_path}")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "trainer.sft.batch_size=1: below the number of processes, 2" in output

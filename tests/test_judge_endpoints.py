@@ -2,7 +2,7 @@
 
 import base64
 import json
-import time
+import threading
 
 import pytest
 
@@ -90,10 +90,12 @@ def test_what_is_no_answer_is_one_line_and_is_not_kept(reply, message, fake_endp
 def test_half_a_response_and_a_hanging_server_are_one_line(fake_endpoint, tmp_path):
     fake_endpoint.cut = True
     with pytest.raises(StageError, match="Connection error"):
-        ask(fake_endpoint, tmp_path, timeout=1.0)
-    fake_endpoint.cut, fake_endpoint.reply = False, lambda question: time.sleep(2)
+        ask(fake_endpoint, tmp_path)
+    given_up = threading.Event()
+    fake_endpoint.cut, fake_endpoint.reply = False, lambda question: given_up.wait(60) and None
     with pytest.raises(StageError, match="failed after 1 attempt: Request timed out"):
         ask(fake_endpoint, tmp_path, timeout=0.3)
+    given_up.set()
 
 
 def test_refusals_are_counted_as_unparsable_and_the_models_and_dates_are_told(fake_endpoint, tmp_path):

@@ -33,7 +33,7 @@ class Attempt:
 
 def client(proxy, served, folder, **options):
     judge = JudgeInputs("tldr", "sft", str(served.model), temperature=0.0, max_tokens=2)
-    options = {"timeout": 15 if "slow" in proxy.faults else 60, "concurrency": 2, **options}
+    options = {"timeout": 30 if "slow" in proxy.faults else 60, "concurrency": 2, **options}
     return JudgeClient(judge, JudgeEndpoint(proxy.url, **options), folder)
 
 

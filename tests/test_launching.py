@@ -159,6 +159,7 @@ def reachable_hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", root)
     resolved = "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", root + resolved)
+    monkeypatch.setattr(preflight, "HUB_TIMEOUT", 60)
     model_shape.cache_clear()
     yield
     server.close()

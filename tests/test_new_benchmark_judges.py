@@ -59,7 +59,7 @@ def judged(request, fake_endpoint, tmp_path):
     fake_endpoint.reply = lambda question: completion(ANSWERS[name])
 
     def run(**options):
-        endpoint = JudgeEndpoint(url, **{"timeout": 5.0, "max_retries": 0, "concurrency": 1, **options})
+        endpoint = JudgeEndpoint(url, **{"timeout": 60.0, "max_retries": 0, "concurrency": 1, **options})
         return judge_function(name)(inputs, Resources(judge=endpoint), comparisons, Attempt(tmp_path))
 
     return name, run

@@ -20,6 +20,7 @@ class Endpoint(FakeEndpoint):
         super().__init__()
         self.failures, self.arrivals, self.in_flight, self.max_in_flight = deque(), [], 0, 0
         self.lock, self.reply = threading.Lock(), self.echo
+        self.meeting = threading.Barrier(1)  # requests that must be in flight at once before any is answered
 
     def echo(self, question):
         with self.lock:
@@ -27,7 +28,7 @@ class Endpoint(FakeEndpoint):
             self.in_flight += 1
             self.max_in_flight = max(self.max_in_flight, self.in_flight)
             failure = self.failures.popleft() if self.failures else None
-        time.sleep(0.02)
+        self.meeting.wait(60)
         with self.lock:
             self.in_flight -= 1
         return failure or completion(question)
@@ -58,7 +59,8 @@ def complete(endpoint, count=1, on_progress=lambda: None, **options):
 
 
 def test_every_request_has_its_result_and_no_more_than_the_limit_are_in_flight(endpoint):
-    assert complete(endpoint, count=12) == {number: str(number) for number in range(12)}
+    endpoint.meeting = threading.Barrier(3)
+    assert complete(endpoint, count=12, timeout=60) == {number: str(number) for number in range(12)}
     assert endpoint.max_in_flight == 3 and len(endpoint.arrivals) == 12
 
 
@@ -102,7 +104,7 @@ def test_a_lasting_failure_is_one_line_with_the_number_of_attempts(endpoint, fai
 
 def test_cancellation_keeps_results_in_flight_and_sends_no_further_request(endpoint):
     """The first request fails and waits for its retry; the others are answered."""
-    endpoint.failures.append((503, {"Retry-After": "2"}, b""))
+    endpoint.failures.append((503, {"Retry-After": "4"}, b""))
     results, sent = {}, []
 
     def requests():
@@ -113,7 +115,7 @@ def test_cancellation_keeps_results_in_flight_and_sends_no_further_request(endpo
     def interrupt():
         raise KeyboardInterrupt
 
-    client = ConcurrentClient(endpoint.url, None, timeout=10, max_retries=5, concurrency=3, grace=5)
+    client = ConcurrentClient(endpoint.url, None, timeout=10, max_retries=5, concurrency=3, grace=30)
     with pytest.raises(KeyboardInterrupt):
         client.map_concurrent(requests(), content, results.__setitem__, interrupt)
     assert sent == [0, 1, 2] and len(results) == 2

@@ -52,7 +52,8 @@ def test_every_link_and_every_details_element_can_be_clicked(open_page):
 
 def hover(page, mark):
     mark.scroll_into_view_if_needed()
-    page.wait_for_timeout(300)  # scrolling hides tooltips
+    # Scrolling hides tooltips; the page hears of it before it draws the next frame.
+    page.evaluate("new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
     mark.hover()
 
 

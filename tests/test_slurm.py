@@ -99,9 +99,9 @@ def test_a_failed_sft_is_named_its_dependents_are_cancelled_and_a_rerun_complete
         status = run_tool("status", folder)
         return status.returncode == 1 and "Not a directory" in status.stdout
 
-    wait_until(status_has_error, 60, "the status to show the error of SFT")
+    wait_until(status_has_error, TIMEOUT_S, "the status to show the error of SFT")
     wait_finished(folder)
-    wait_queue_empty(slurm, 30)  # dependents do not stay pending
+    wait_queue_empty(slurm)  # dependents do not stay pending
     record = folder.read()
     assert record["state"] == "failed"
     assert {p["state"] for p in record["points"]} == {"cancelled"}
@@ -224,7 +224,7 @@ def test_an_outdated_aggregation_is_cancelled_when_the_remaining_points_are_done
     assert "1 jobs cancelled" in run_tool("cancel", folder).stdout
     wait_until(lambda: len(queue(slurm)) == 1, TIMEOUT_S, "the point to leave the queue")
     submit("0.1")
-    wait_until(lambda: not queue(slurm), 30, "the aggregation of both points to leave the queue")
+    wait_until(lambda: not queue(slurm), TIMEOUT_S, "the aggregation of both points to leave the queue")
     assert folder.read()["state"] == "done"
 
 

@@ -47,12 +47,14 @@ def test_kills_requeues_preemption_and_the_time_limit_leave_results_unchanged(sl
     assert status.returncode == 0 and "1 running" in status.stdout and "/256" in status.stdout
     interrupt("scontrol", "requeue", job)
     interrupt("sbatch", "-p", "gpu", "-N", "2", "--exclusive", "-t", "1", "-o", "/dev/null", "--wrap", "sleep 1")
-    wait_for_checkpoint(tmp_path)
+    slurm.run("scontrol", "requeuehold", job)  # nothing else is written while a checkpoint is damaged
+    state = ("squeue", "-h", "-j", job, "-o", "%t")
+    wait_until(lambda: slurm.run(*state).strip() == "PD", TIMEOUT_S, "the job to be held")
     newest = max((tmp_path / "store").glob("align/.work/*/checkpoints/*/step-*/__0_0.distcp"))
     with newest.open("r+b") as handle:
         handle.seek(newest.stat().st_size // 2)
         handle.write(b"\xff" * 64)
-    slurm.run("scancel", "--signal=KILL", f"{job}.0")
+    slurm.run("scontrol", "release", job)
     wait_finished(folder)
     assert folder.read()["state"] == "done"
     assert results(tmp_path) == results(local_long_run)
@@ -62,13 +64,16 @@ def test_kills_requeues_preemption_and_the_time_limit_leave_results_unchanged(sl
 
 
 def test_a_job_that_never_advances_fails_with_a_reason(slurm, tmp_path):
-    killer = "hydra.launcher.kinds.sft.setup=['(sleep 0.5; scancel --signal=KILL $SLURM_JOB_ID.0) &']"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\nif 'submitit.core._submit' in sys.orig_argv: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killer = f"hydra.launcher.kinds.sft.setup=['export PYTHONPATH={tmp_path}']"
     train(*FOUR_POINTS, *SLURM, killer, f"output_dir={tmp_path}")
     folder = sweep(tmp_path, "four")
     wait_finished(folder)
     (error,) = {point["error"] for point in folder.read()["points"]}
     assert "killed (exit code 137) 5 times without progress" in error
-    wait_queue_empty(slurm, 30)
+    wait_queue_empty(slurm)
 
 
 def test_the_status_of_a_job_that_cannot_start_names_its_log_and_quotes_it(slurm, tmp_path):

@@ -127,7 +127,9 @@ def _wait(pid: int, timeout: float) -> int | None:
         if ended:
             break
         if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has not made its process group yet
+                os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return None
         time.sleep(pause)

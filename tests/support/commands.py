@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -32,6 +33,8 @@ SMALL = [
     "trainer.sft.batch_size=32",
 ]
 
+_started: list[subprocess.Popen[str]] = []
+
 SMALL_SWEEP = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
 
 
@@ -46,7 +49,7 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in drop} | overrides
 
 
-def train(*arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def train(*arguments: str, check: bool = True, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Run `python -m src.train ARGUMENTS` from the project's root."""
     done = subprocess.run(
         command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
@@ -99,12 +102,28 @@ def dry_run(*arguments: str) -> tuple[list[str], str]:
 
 def start(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Start `python -m src.train ARGUMENTS` in a new process group, without waiting for it. env: `environment()`."""
-    return subprocess.Popen(
-        command(*arguments),
+    return start_command(command(*arguments), env or environment())
+
+
+def start_command(command: list[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a command in a new process group; what is left of it when the test ends is killed."""
+    process = subprocess.Popen(
+        command,
         cwd=ROOT,
-        env=env or environment(),
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+    _started.append(process)
+    return process
+
+
+def kill_what_is_left() -> None:
+    """Kill the commands of `start_command` that have not ended: a test has failed before it could end them."""
+    for process in _started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    _started.clear()

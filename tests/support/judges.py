@@ -25,7 +25,7 @@ class Attempt:
 
 def ask(endpoint: Any, output_dir: Path, model: str = "m", **options: Any) -> dict[str, Any]:
     """Ask the judge `model` of this endpoint one question, always the same, and return its answer."""
-    options = {"timeout": 5.0, "max_retries": 0, "concurrency": 1, **options}
+    options = {"timeout": 60.0, "max_retries": 0, "concurrency": 1, **options}
     judge = JudgeInputs("tldr", "sft", model, temperature=0.0, max_tokens=2, base_url=normalize_url(endpoint.url))
     client = JudgeClient(judge, JudgeEndpoint(endpoint.url, **options), output_dir)
     (answer,) = client.complete([[{"role": "user", "content": "Which?"}]], Attempt())

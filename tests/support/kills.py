@@ -17,14 +17,25 @@ from tests.support.commands import environment, start
 from tests.support.waiting import wait_until
 
 
-def stopping_at(pattern: str, number: int = 1) -> dict[str, str]:
+def stopping_at(pattern: str, number: int = 1, once: Path | None = None) -> dict[str, str]:
     """Return an environment in which a process stops just before it writes to a path for the Nth time.
 
-    A write is an append to a file, a new folder, or a rename to that path; every process counts its own. pattern: of
-    the last components of the path, as `PurePath.match` has it.
+    A write is an append to a file, a new folder, or a rename to that path; the import of a module counts as well.
+    pattern: of the module's name, or of the last components of the path, as `PurePath.match` has it. Every process
+    counts its own writes and stops; once: a file that is not there yet, with which only the first one stops.
     """
+    marker = {} if once is None else {"STOP_MARKER": str(once)}
+    return _watched(pattern) | {"STOP_NUMBER": str(number)} | marker
+
+
+def slowed(pattern: str, seconds: float) -> dict[str, str]:
+    """Return an environment in which every write of this pattern (see `stopping_at`) takes so much longer."""
+    return _watched(pattern) | {"STOP_SECONDS": str(seconds)}
+
+
+def _watched(pattern: str) -> dict[str, str]:
     folder = Path(__file__).with_name("stopping")
-    return environment() | {"PYTHONPATH": str(folder), "STOP_PATTERN": pattern, "STOP_NUMBER": str(number)}
+    return environment() | {"PYTHONPATH": str(folder), "STOP_PATTERN": pattern}
 
 
 def wait_until_stopped(command: subprocess.Popen[str]) -> psutil.Process:

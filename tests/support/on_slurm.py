@@ -20,7 +20,7 @@ FOUR_POINTS = ["-m", "method=dpo,orpo", "beta=0.1,1", *SMALL, "sweep.name=four"]
 # Long enough to be interrupted several times.
 LONG = [*SMALL, "dataset.train_size=256", "trainer.align.epochs=16", "trainer.checkpoint_minutes=0.005"]
 START_LATER = "hydra.launcher.additional_parameters.begin=now+1hour"  # jobs stay queued and use no CPU
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 
 
 def sweep(output_dir: Path, name: str) -> SweepFolder:

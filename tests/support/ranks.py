@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from src.distributed import destroy_distributed, init_distributed
-from tests.support.endpoint import free_port
+from tests.support.ports import free_port
 
 
 def on_ranks(num_ranks: int, strategy: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:

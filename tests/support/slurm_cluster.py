@@ -2,8 +2,8 @@
 
 munged, MariaDB, slurmdbd, slurmctld and NODES slurmd of CPUS fake CPUs and GPUS fake GPUs each, as root and without
 systemd, from Debian's packages; state, logs and sockets below one folder. Partitions: `gpu` (the default), and
-`preempt`, whose jobs are requeued when `gpu` needs their nodes. Imports the standard library only: it runs
-before .venv exists.
+`preempt`, whose jobs are requeued when `gpu` needs their nodes. Imports the standard library only, as it
+runs before .venv exists.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tests.support.ports import free_port
 
 PACKAGES = "slurmctld slurmd slurm-client slurmdbd munge mariadb-server slurm-wlm-basic-plugins slurm-wlm-mysql-plugin"
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db")
@@ -92,7 +94,7 @@ class Cluster:
         # SLURM takes any character device for a GPU.
         for i in range(self.gpus):
             os.mknod(self.root / "dev" / f"gpu{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        ports = _free_ports(self.nodes + 3)
+        ports = [free_port() for _ in range(self.nodes + 3)]
         self.db_port, host = ports[2], socket.gethostname().partition(".")[0]
         nodes = "\n".join(
             f"NodeName=n{i + 1} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3 + i]} CPUs={self.cpus} Boards=1 "
@@ -223,7 +225,7 @@ class Cluster:
             start_new_session=True,
         )
 
-    def _wait(self, name: str, ready: Callable[[], bool], timeout: float = 60) -> None:
+    def _wait(self, name: str, ready: Callable[[], bool], timeout: float = 300) -> None:
         deadline = time.monotonic() + timeout
         while not ready():
             if time.monotonic() > deadline:
@@ -231,17 +233,9 @@ class Cluster:
             time.sleep(0.1)
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
-
-
 def _succeeds(command: list[str], environment: dict[str, str] | None = None) -> bool:
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=5, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
