@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 
@@ -16,6 +17,7 @@ from src.store.store import Store
 from tests.support.artifacts import results
 from tests.support.commands import ROOT, SMALL, start, train
 from tests.support.configs import TINY, point
+from tests.support.kills import stopping_at, wait_until_stopped
 from tests.support.waiting import wait_until
 
 MINI_BASE = ROOT / "src" / "data" / "mini_tldr_base"
@@ -172,10 +174,12 @@ def test_a_sweep_whose_files_are_replaced_before_they_are_read_publishes_nothing
     output_dir, file = files / "outputs", files / "model/model.safetensors"
     sweep = ["-m", *SMALL, f"model.path={files}/model", "beta=0.1,1", "sweep.name=s"]
     original = file.read_bytes()
-    process = start(*sweep, f"output_dir={output_dir}")
-    wait_until((output_dir / "sweeps" / "s" / "sweep.json").exists, 60, "the sweep to be planned")
+    # Its record is written once it is planned, before any stage runs.
+    process = start(*sweep, f"output_dir={output_dir}", env=stopping_at("sweeps/s/sweep.json"))
+    wait_until_stopped(process)
     edit(file)
-    printed, _ = process.communicate(timeout=120)
+    process.send_signal(signal.SIGCONT)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 1, printed
     assert f"model.path={files}" in printed and "changed since this run was planned" in printed
     assert not list((output_dir / "store").glob("*/*/DONE"))

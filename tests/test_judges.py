@@ -162,7 +162,7 @@ def test_an_endpoint_that_dies_is_asked_only_for_missing_answers(proxy, served, 
 def test_an_interrupted_judge_keeps_its_answers(proxy, served, tmp_path):
     process = start(*judge_options(proxy, served, tmp_path))
     proxy.on_answer = lambda: len(proxy.answered) == 5 and os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     proxy.on_answer = lambda: None
     known = list(proxy.answered)

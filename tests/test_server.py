@@ -145,7 +145,7 @@ def test_a_server_that_dies_while_sampling_is_one_line(in_process, tmp_path):
     for server in running:
         os.kill(int(server), signal.SIGKILL)
     process.send_signal(signal.SIGCONT)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in output, output
     assert "server.command exited with code -9 while sampling: " in output
 

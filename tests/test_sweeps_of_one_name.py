@@ -1,9 +1,10 @@
 """Two sweeps of one name: the second is refused while the first runs with other points, and nothing is lost."""
 
+import itertools
 import json
 import os
+import signal
 import threading
-import time
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from src.store.lease import Lease
 from src.store.sweep_folder import SweepFolder
 from sweeps.search.running import RunningSweep
 from tests.support.commands import SMALL, start, train
-from tests.support.waiting import wait_until
+from tests.support.kills import stopping_at, wait_until_stopped
 
 
 @pytest.fixture
@@ -52,21 +53,26 @@ def test_a_killed_process_does_not_block_its_folder(folder):
 
 
 def test_a_process_of_another_machine_is_watched_until_its_heartbeat_changes_or_is_stale(folder, monkeypatch):
-    monkeypatch.setattr(lease, "STALE_SECONDS", 1.5)
     entry = folder.path / ".running" / "other-1"
     entry.mkdir(parents=True)
     file, holder = entry / "lease-000001", {"pid": 1, "start": "1", "machine": "far/b/c", "run": 0}
     file.write_text(json.dumps(holder | {"beat": 1}))
 
-    def send_heartbeat():
-        time.sleep(0.3)
-        lease.atomic_write(file, json.dumps(holder | {"beat": 2}))
+    refused = threading.Event()
 
-    thread = threading.Thread(target=send_heartbeat)
+    def send_heartbeats():
+        for beat in itertools.count(2):
+            lease.atomic_write(file, json.dumps(holder | {"beat": beat}))
+            if refused.wait(0.1):
+                break
+
+    thread = threading.Thread(target=send_heartbeats)
     thread.start()
     with RunningSweep(folder) as running, pytest.raises(ConfigError, match="process 1 on far runs a sweep"):
         running.claim({"a"})
+    refused.set()
     thread.join()
+    monkeypatch.setattr(lease, "STALE_SECONDS", 1.5)
     with RunningSweep(folder) as running:
         running.claim({"a"})  # no heartbeat since
 
@@ -75,14 +81,18 @@ def test_a_process_of_another_machine_is_watched_until_its_heartbeat_changes_or_
 def test_the_sweep_that_runs_ends_as_if_the_other_had_not_been_started(tmp_path):
     arguments = ["-m", "beta=0.1,1", *SMALL, "trainer.align.epochs=4", f"output_dir={tmp_path}", "sweep.name=s"]
     folder = SweepFolder(tmp_path / "sweeps" / "s")
-    first = start(*arguments, "method=dpo")
-    wait_until(folder.exists, 60, "the record of the first sweep")
+    alignment = stopping_at("align/.work/*/attempt-*", once=tmp_path / "stopped")
+    first = start(*arguments, "method=dpo", env=alignment)
+    wait_until_stopped(first)
     record = folder.record.read_bytes()
     refused = train(*arguments, "method=ipo", check=False)
     assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1, refused.stderr
     assert f"process {first.pid} on " in refused.stderr and "other points" in refused.stderr
     assert folder.record.read_bytes() == record and not folder.path.with_name("s.1").exists()
-    same = start(*arguments, "method=dpo")
+    same = start(*arguments, "method=dpo", env=stopping_at("sweeps/s/sweep.json"))
+    wait_until_stopped(same)  # it is not refused; its record comes next
+    for process in (first, same):
+        os.killpg(process.pid, signal.SIGCONT)
     for process in (first, same):
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0 and "Traceback" not in output, output

@@ -12,6 +12,7 @@ import torch
 from src.losses import LOSSES
 from src.toy.networks import OBJECTIVES, NetworkSettings, _gradient, _sample_data_and_weights, _scores, _test, train
 from tests.support.commands import ROOT, environment
+from tests.support.kills import slowed
 from tests.support.waiting import wait_until
 
 SMALL = NetworkSettings(
@@ -101,11 +102,12 @@ def test_after_an_interruption_only_what_is_missing_is_trained_and_the_table_is_
     overrides = ["seeds=3", "lr_seeds=3", "widths=[1]", "lrs=[0.1]", "prompts=200", "epochs=20", "workers=1"]
     whole = toy(*overrides, f"output_dir={tmp_path / 'whole'}")
     command = [sys.executable, "-m", "src.toy", *overrides, f"output_dir={tmp_path / 'cut'}"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    slow = slowed("toy/networks/*.npz", 1)  # it is interrupted long before it ends
+    process = subprocess.Popen(command, cwd=ROOT, env=slow, stderr=subprocess.PIPE, text=True)
     networks = tmp_path / "cut" / "toy" / "networks"
     wait_until(lambda: list(networks.glob("*.npz")), 120, "results of a network")
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     finished = {path.name: path.stat().st_mtime_ns for path in networks.glob("[!.]*.npz")}
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
     assert 0 < len(finished) < 24  # 12 to select learning rates, 12 at the selected ones

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from src.planning.plan import Plan
 from src.store.sweep_folder import SweepFolder
 from sweeps.search.record import SweepRecord
 from sweeps.search.search import Search
-from tests.support.commands import ROOT, environment
+from tests.support.commands import environment, start_command
 
 RESULTS_FILE = "results.pkl"
 
@@ -39,17 +40,12 @@ def write_submission(folder: SweepFolder, plan: Plan) -> Submission:
     return submission
 
 
-def start_job(submission: Submission, workers: int = 2, gpus_per_point: int = 1) -> subprocess.Popen[str]:
-    """Start the job in a group of processes of its own, as slurmstepd does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.pool_job", *map(str, (submission.folder, workers, gpus_per_point))],
-        cwd=ROOT,
-        env={**environment(), "SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start_job(
+    submission: Submission, workers: int = 2, gpus_per_point: int = 1, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start the job in a group of processes of its own, as slurmstepd does. env: `environment()`."""
+    command = [sys.executable, "-m", "tests.support.pool_job", *map(str, (submission.folder, workers, gpus_per_point))]
+    return start_command(command, {**(env or environment()), "SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"})
 
 
 def main() -> None:
