@@ -260,7 +260,7 @@ def test_keep_best_holds_a_model_for_each_method_and_worker_while_the_sweep_runs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("points_of_worker", [1, 2, 3])
+@pytest.mark.parametrize("points_of_worker", [1, 2, 3])  # that one of the two workers has finished
 def test_a_sweep_killed_while_it_runs_keeps_the_models_it_selects_later(points_of_worker, tmp_path):
     sweep = ["-m", "method=dpo,orpo", "beta=0.01,0.1,0.3,1", *SMALL, f"output_dir={tmp_path}", "sweep.name=kept"]
     sweep += ["keep_checkpoints=best", "hydra.launcher.workers=2"]

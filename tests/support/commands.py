@@ -33,9 +33,9 @@ SMALL = [
     "trainer.sft.batch_size=32",
 ]
 
-_started: list[subprocess.Popen[str]] = []
-
 SMALL_SWEEP = ["-m", "method=dpo,ipo", "beta=0.1,1", *SMALL]
+
+_started: list[subprocess.Popen[str]] = []  # by start_command, in the test that runs
 
 
 def command(*arguments: str) -> list[str]:

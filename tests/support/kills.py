@@ -20,16 +20,17 @@ from tests.support.waiting import wait_until
 def stopping_at(pattern: str, number: int = 1, once: Path | None = None) -> dict[str, str]:
     """Return an environment in which a process stops just before it writes to a path for the Nth time.
 
-    A write is an append to a file, a new folder, or a rename to that path; the import of a module counts as well.
-    pattern: of the module's name, or of the last components of the path, as `PurePath.match` has it. Every process
-    counts its own writes and stops; once: a file that is not there yet, with which only the first one stops.
+    A write is an append to a file, a new folder, or a rename to that path. The import of a module counts as one, too.
+    pattern: of the last components of the path, or of the module's name, as `PurePath.match` takes it. Every process
+    that is started in the environment counts for itself. once: the path of a file that the first process to stop
+    creates; no other one stops then.
     """
     marker = {} if once is None else {"STOP_MARKER": str(once)}
     return _watched(pattern) | {"STOP_NUMBER": str(number)} | marker
 
 
 def slowed(pattern: str, seconds: float) -> dict[str, str]:
-    """Return an environment in which every write of this pattern (see `stopping_at`) takes so much longer."""
+    """Return an environment in which every write to such a path (see `stopping_at`) takes so many seconds longer."""
     return _watched(pattern) | {"STOP_SECONDS": str(seconds)}
 
 

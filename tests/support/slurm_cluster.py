@@ -2,8 +2,8 @@
 
 munged, MariaDB, slurmdbd, slurmctld and NODES slurmd of CPUS fake CPUs and GPUS fake GPUs each, as root and without
 systemd, from Debian's packages; state, logs and sockets below one folder. Partitions: `gpu` (the default), and
-`preempt`, whose jobs are requeued when `gpu` needs their nodes. Imports the standard library only, as it
-runs before .venv exists.
+`preempt`, whose jobs are requeued when `gpu` needs their nodes. Imports nothing beyond the standard library, as it runs
+before .venv exists.
 """
 
 from __future__ import annotations
